@@ -1,0 +1,197 @@
+"""One file from the Hugging Face hub, at a commit that is recorded and then enforced.
+
+No commit hashes ship with the kit: the first use of a repository trusts what "main" points
+at, writes the resolved commit to `paths.REVISIONS` under "dataset:<repo>" or "model:<repo>",
+and every later use asks for that commit. What is cached at the right commit needs no
+network. It is not a mirror and not a loader: `problems` and `models` read the files.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from filelock import FileLock
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub import errors as hf
+
+from kit import paths
+
+COMMIT_LENGTH = 40  # hexadecimal digits of a full commit hash
+
+
+class HubError(RuntimeError):
+    """A file of the hub cannot be had; the message says which, why and what to do."""
+
+
+class HubFileMissing(HubError):
+    """The repository is there and the file is not: for callers that have an alternative."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What fetching one file would do."""
+
+    commit: str
+    size_bytes: int | None  # None where the hub does not say
+    cached: bool
+
+
+def cache_dir() -> str:
+    """The hub cache, looked up at each call because huggingface_hub reads it only at import."""
+    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
+
+
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE asks for cached files only."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+
+
+def pinned_revision(repo_type: str, repo: str) -> str | None:
+    """The commit recorded for this repository on first use, None before that."""
+    return _read_revisions().get(f"{repo_type}:{repo}")
+
+
+def record_revision(repo_type: str, repo: str, commit: str) -> None:
+    """Record `commit` for a repository; HubError where another one is recorded."""
+    path, key = paths.REVISIONS, f"{repo_type}:{repo}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        revisions = _read_revisions()
+        if revisions.get(key, commit) != commit:
+            raise HubError(_moved(key, revisions[key], commit))
+        if key in revisions:
+            return
+        text = json.dumps({**revisions, key: commit}, indent=1, sort_keys=True) + "\n"
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)  # readers see the old file or the new one, never half
+
+
+def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = None) -> Planned:
+    """Commit, size and presence in the cache of one file; downloads and records nothing."""
+    wanted = _wanted(repo, repo_type, revision)
+    place = {"repo_type": repo_type, "revision": wanted}
+    with _explained(repo, filename, repo_type, wanted):
+        cached = try_to_load_from_cache(repo, filename, cache_dir(), **place)
+        if isinstance(cached, str):
+            return Planned(_commit(cached), Path(cached).stat().st_size, cached=True)
+        if offline():
+            raise hf.OfflineModeIsEnabled
+        # One HEAD request of our own: hf_hub_download would retry for 20 s without a network.
+        found = get_hf_file_metadata(hf_hub_url(repo, filename, **place, endpoint=_endpoint()))
+    return Planned(found.commit_hash or wanted, found.size, cached=False)
+
+
+def fetch(
+    repo: str, filename: str, repo_type: str, revision: str | None = None
+) -> tuple[Path, str]:
+    """Local path and commit of one file, downloaded where it is not cached.
+
+    Without `revision` the commit recorded for the repository is used, else what "main" is
+    in the cache, else on the hub. The commit that came is recorded; HubError where it is
+    not the recorded one, HubFileMissing where the repository lacks the file.
+    """
+    plan = plan_fetch(repo, filename, repo_type, revision)
+    if not plan.cached:
+        size = "size unknown" if plan.size_bytes is None else f"{plan.size_bytes / 1e6:,.1f} MB"
+        print(f"download {repo_type} {repo}/{filename} at {plan.commit[:12]} ({size})", flush=True)
+    wanted = _wanted(repo, repo_type, revision)
+    with _explained(repo, filename, repo_type, wanted):
+        path = hf_hub_download(
+            repo,
+            filename,
+            repo_type=repo_type,
+            revision=wanted,
+            cache_dir=cache_dir(),
+            local_files_only=plan.cached,
+            endpoint=_endpoint(),
+        )
+    record_revision(repo_type, repo, _commit(path))
+    return Path(path), _commit(path)
+
+
+def _commit(path: str) -> str:
+    """The commit in a path <cache>/<repository>/snapshots/<commit>/<file>."""
+    return Path(path).relative_to(cache_dir()).parts[2]
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+
+
+def _wanted(repo: str, repo_type: str, revision: str | None) -> str:
+    """The revision to ask for: the one named, else the recorded one, else main."""
+    key, pinned = f"{repo_type}:{repo}", pinned_revision(repo_type, repo)
+    if revision and pinned and len(revision) == COMMIT_LENGTH and revision != pinned:
+        raise HubError(_moved(key, pinned, revision))
+    return revision or pinned or "main"
+
+
+def _read_revisions() -> dict[str, str]:
+    path = paths.REVISIONS
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise HubError(f"{path} is not JSON: restore it, or delete it to trust anew") from None
+
+
+@contextmanager
+def _explained(repo: str, filename: str, repo_type: str, wanted: str) -> Iterator[None]:
+    """Turn the many errors of huggingface_hub into one sentence."""
+    try:
+        yield
+    except (hf.EntryNotFoundError, hf.HFValidationError, httpx.HTTPError, OSError) as error:
+        raise _explain(error, repo, filename, repo_type, wanted) from error
+
+
+def _explain(error: Exception, repo: str, filename: str, repo_type: str, wanted: str) -> HubError:
+    what = f"{repo_type} {repo} ({filename}, revision {wanted[:12]})"
+    page = f"{_endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
+    if isinstance(error, hf.GatedRepoError):
+        return HubError(f"{what} is gated: accept its terms at {page}, then run `hf auth login`")
+    if isinstance(error, (hf.RepositoryNotFoundError, hf.HFValidationError)):
+        return HubError(f"{what} is not on the hub, or private: check the name, or `hf auth login`")
+    if isinstance(error, hf.RevisionNotFoundError):
+        fix = f"remove '{repo_type}:{repo}' from {paths.REVISIONS} to accept what is there now"
+        return HubError(f"{what}: that revision is not on the hub; {fix}")
+    if isinstance(error, hf.RemoteEntryNotFoundError):
+        return HubFileMissing(f"{what}: the repository has no such file; see {page}/tree/main")
+    unreachable = (hf.LocalEntryNotFoundError, hf.OfflineModeIsEnabled, httpx.TransportError)
+    if isinstance(error, unreachable):
+        return _not_cached(what, repo, repo_type, wanted)
+    return HubError(f"{what}: {error}; check the network and the free disk, and run again")
+
+
+def _not_cached(what: str, repo: str, repo_type: str, wanted: str) -> HubError:
+    """No network (or offline) and the file is not there: say which of three cases it is."""
+    folder = Path(cache_dir()) / f"{repo_type}s--{repo.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    cached = main.read_text().strip() if main.exists() else None
+    if cached and wanted not in ("main", cached):
+        return HubError(_moved(f"{repo_type}:{repo}", wanted, cached))
+    if cached and (folder / "snapshots" / cached).is_dir():
+        return HubFileMissing(f"{what} is not among the cached files; connect and run again")
+    why = "HF_HUB_OFFLINE is set" if offline() else "the hub cannot be reached"
+    return HubError(f"{what} is not in the hub cache and {why}: fetch it where there is a network")
+
+
+def _moved(key: str, pinned: str, found: str) -> str:
+    return (
+        f"{key} was first used at commit {pinned[:12]} and is now asked for or offered at "
+        f"{found[:12]}: results would not compare; to accept the new one, remove '{key}' from "
+        f"{paths.REVISIONS}"
+    )

@@ -1,0 +1,235 @@
+"""Where a result came from: commit, lock, sources, hardware, versions.
+
+Cheap on purpose (no torch import), so that a notebook can print it and the pipeline can
+stamp it on every executed notebook. Also holds the two habits that make a file fit to hand
+on: it is written whole or not at all, and it does not name the person or the machine.
+Not a record of runs: what was measured lives in the store and in results/*.json.
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+
+from kit.paths import ROOT
+
+FINGERPRINT_MIME = "application/vnd.kit.fingerprint+json"  # {"name": ..., "value": ...}
+PACKAGES = (
+    "torch transformers tokenizers safetensors numpy scipy statsmodels pandas lancedb pyarrow "
+    "math-verify sympy reasoning-gym matplotlib papermill nbclient ipykernel"
+).split()
+GIB = 2**30
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name survives a power cut too
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of sorted, indented JSON; a NaN is refused."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of one file, "absent" when there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
+
+
+def files_hash(folder: Path, files: Iterable[Path]) -> str:
+    """One SHA-256 over the names (relative to `folder`) and contents of several files."""
+    lines = sorted(f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def memory_limit_bytes() -> int:
+    """RAM that this process may use: that of the machine, or of its container if less."""
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, cgroup 1
+        path = Path("/sys/fs/cgroup") / file
+        text = path.read_text().strip() if path.is_file() else ""
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits)
+
+
+def gpus() -> list[dict]:
+    """Name, driver and memory of each NVIDIA GPU, empty where there is no driver."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = "--query-gpu=name,driver_version,memory.total"
+    out = _output("nvidia-smi", query, "--format=csv,noheader,nounits") or ""
+    rows = [line.split(", ") for line in out.splitlines() if line.count(", ") == 2]
+    return [
+        {"name": name, "driver": driver, "memory_mib": int(mib) if mib.isdigit() else None}
+        for name, driver, mib in rows
+    ]
+
+
+def collect(root: Path = ROOT) -> dict:
+    """Everything about code and machine that a table row should name. JSON-able."""
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(root), "status", "--porcelain")
+    return {
+        "commit": commit or "unknown",
+        "dirty": None if changes is None else bool(changes),
+        "lock_sha256": file_hash(root / "requirements.lock"),
+        "kit_sha256": files_hash(root, (root / "kit").glob("*.py")),
+        "hardware": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)),
+            "ram_gib": round(memory_limit_bytes() / GIB, 1),
+            "gpus": gpus(),
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "unset"),
+        },
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None when it is missing, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {dist.name: dist.version for dist in metadata.distributions()}
+    by_name = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
+    return {name: by_name[name] for name in PACKAGES if name in by_name}
+
+
+def fingerprints(notebook: dict) -> dict[str, str]:
+    """What `kit.notebook.record_fingerprint` left in the outputs of an executed notebook."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    found = [output["data"][FINGERPRINT_MIME] for output in outputs
+             if FINGERPRINT_MIME in output.get("data", {})]  # fmt: skip
+    return {item["name"]: item["value"] for item in found}
+
+
+def as_markdown(stamp: dict) -> str:
+    """The table that opens an executed notebook. `stamp` is metadata["kit"] of that notebook."""
+    hardware, dirty = stamp["hardware"], stamp["dirty"]
+    devices = [f"{g['name']} (driver {g['driver']})" for g in hardware["gpus"]] or ["no GPU"]
+    state = {True: " with uncommitted changes", False: "", None: ""}[dirty]
+    rows = {
+        "stage, profile": f"{stage_name(stamp)}, {stamp['profile']}",
+        "commit": f"`{stamp['commit']}`{state}",
+        "lock": f"`{stamp['lock_sha256']}`",
+        "kit source": f"`{stamp['kit_sha256']}`",
+        "parameters": ", ".join(f"`{k}={v!r}`" for k, v in stamp["parameters"].items()),
+        "seed": stamp["seed"],
+        **{f"fingerprint of {k}": f"`{v}`" for k, v in stamp["fingerprints"].items()},
+        "hardware": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['ram_gib']} GiB; "
+        + "; ".join(devices),
+        "threads": f"OMP_NUM_THREADS {hardware['omp_num_threads']}",
+        "versions": ", ".join(f"{k} {v}" for k, v in stamp["versions"].items()),
+        "wall time": f"{stamp['wall_seconds']:.1f} s",
+        "peak memory": f"{stamp['peak_memory_bytes'] / GIB:.2f} GiB (kernel and its workers, RSS)",
+        "started, finished": f"{stamp['started']}, {stamp['finished']}",
+    }
+    lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value is not None]
+    return "\n".join(["**Provenance of this run**", "", "| what | value |", "|---|---|", *lines])
+
+
+def stage_name(stamp: dict) -> str:
+    """Name of the notebook that a stamp belongs to."""
+    return stamp["stage"]
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def scrubber(
+    root: Path = ROOT,
+    outputs: Path | None = None,
+    home: Path | None = None,
+    user: str | None = None,
+    host: str | None = None,
+) -> Callable[[str], str]:
+    """A function that takes this machine's folders, user and host name out of a text.
+
+    Names are replaced only where they read as names (a user inside an absolute path or
+    before @, a host after @ or // or when it cannot be an English word), since a person
+    called Max must not turn every `max` of a table into something else.
+    """
+    user = user or getpass.getuser()
+    host = host or socket.gethostname()
+    folders = {root: ".", outputs or root: "outputs", home or Path.home(): "~"}
+    folders[root] = "."
+    folders |= {folder.resolve(): mark for folder, mark in folders.items()}
+    rules: list[tuple[str, re.Pattern, str]] = []
+    for folder, mark in sorted(folders.items(), key=lambda pair: -len(str(pair[0]))):
+        if len(folder.parts) > 1:  # a home of "/" would match every path
+            before = r"(^|[^\w+/]|\x1b\[[\d;]*m|://)"  # start of a path, colour codes allowed
+            pattern = before + re.escape(str(folder)) + r"(?![\w-]|\.\w)"
+            rules.append((str(folder), re.compile(pattern, re.MULTILINE), rf"\g<1>{mark}"))
+    name = re.escape(user)
+    inside = re.compile(rf"(?<![\w.+@-])((?:/[\w.+@-]+)+/){name}(?![\w-])")
+    rules.append((user, inside, r"\g<1>user"))
+    rules.append((f"{user}@", re.compile(rf"(?<![\w.-]){name}(?=@)"), "user"))
+    for label in {host, host.split(".")[0]} - {"localhost"}:
+        telling = len(label) > 3 and re.search("[^a-zA-Z]", label) and re.search("[a-zA-Z]", label)
+        before = r"(?<![\w.-])" if telling else r"(?<=[@/]|://)"
+        before = before if telling else r"(?:(?<=@)|(?<=://))"
+        rules.append((label, re.compile(before + re.escape(label) + r"(?![\w-])"), "host"))
+
+    def scrub(text: str) -> str:
+        for needle, pattern, mark in rules:
+            if needle in text:
+                text = pattern.sub(mark, text)
+        return text
+
+    return scrub
+
+
+def scrub_tree(value, scrub: Callable[[str], str]):
+    """A copy of a notebook (or any JSON value) with every text scrubbed, pictures left alone."""
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, list):
+        return [scrub_tree(item, scrub) for item in value]
+    if isinstance(value, dict):
+        return {key: item if _is_binary(key) else scrub_tree(item, scrub)
+                for key, item in value.items()}  # fmt: skip
+    return value
+
+
+def _is_binary(mime: str) -> bool:
+    """Base64 outputs: a stray match inside would spoil the picture."""
+    return mime.startswith(("image/", "audio/", "video/", "application/pdf")) and "svg" not in mime
