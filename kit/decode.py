@@ -71,7 +71,9 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> tor
     if sampling.top_p == 1.0:
         kept, short = torch.ones_like(kept), mass[:, -1] <= uniform
         short &= mass.shape[-1] < wide
-    pick = torch.searchsorted(mass, (uniform * kept.nan_to_num(posinf=1.0)).unsqueeze(1), right=True)
+    pick = torch.searchsorted(
+        mass, (uniform * kept.nan_to_num(posinf=1.0)).unsqueeze(1), right=True
+    )
     tokens = top.indices.gather(1, pick.clamp(max=mass.shape[-1] - 1)).squeeze(1)
     if short.any():
         tokens[short] = _draw_sorted(logits[short], wide, sampling.top_p, uniform[short])

@@ -1,16 +1,16 @@
-"""One file from the Hugging Face hub, at a commit that is recorded and then enforced.
+"""Files of the Hugging Face hub, at a commit that is recorded and then enforced.
 
 No commit hashes ship with the kit: the first use of a repository trusts what "main" points
 at, writes the resolved commit to `paths.REVISIONS` under "dataset:<repo>" or "model:<repo>",
 and every later use asks for that commit. What is cached at the right commit needs no
-network. It is not a mirror and not a loader: `problems` and `models` read the files.
+network. It does not read what it fetches: `problems` and `models` do.
 """
 
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,18 @@ from huggingface_hub import errors as hf
 from kit import paths
 
 COMMIT_LENGTH = 40  # hexadecimal digits of a full commit hash
+WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+SMALL_FILES = (  # of a model, any of which a repository may lack
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 
 
 class HubError(RuntimeError):
@@ -104,9 +116,11 @@ def fetch(
     not the recorded one, HubFileMissing where the repository lacks the file.
     """
     plan = plan_fetch(repo, filename, repo_type, revision)
+    if (pinned := pinned_revision(repo_type, repo) or plan.commit) != plan.commit:
+        raise HubError(_moved(f"{repo_type}:{repo}", pinned, plan.commit))
     if not plan.cached:
-        size = "size unknown" if plan.size_bytes is None else f"{plan.size_bytes / 1e6:,.1f} MB"
-        print(f"download {repo_type} {repo}/{filename} at {plan.commit[:12]} ({size})", flush=True)
+        where = f"{repo_type} {repo}/{filename} at {plan.commit[:12]}"
+        print(f"download {where} ({_size(plan.size_bytes)})", flush=True)
     wanted = _wanted(repo, repo_type, revision)
     with _explained(repo, filename, repo_type, wanted):
         path = hf_hub_download(
@@ -120,6 +134,52 @@ def fetch(
         )
     record_revision(repo_type, repo, _commit(path))
     return Path(path), _commit(path)
+
+
+def snapshot(repo: str, revision: str | None = None) -> tuple[Path, str]:
+    """Folder and commit of a model: configuration, tokenizer and safetensors weights.
+
+    Weights come last, so a snapshot that has them all is complete and needs no network.
+    HubError where the repository has no safetensors: pickled weights are never read.
+    """
+    config, commit = fetch(repo, "config.json", "model", revision)
+    folder = config.parent
+    if not _has_weights(folder):
+        for name in SMALL_FILES:
+            with suppress(HubFileMissing):
+                fetch(repo, name, "model", commit)
+        try:
+            fetch(repo, WEIGHTS, "model", commit)
+        except HubFileMissing:
+            for name in _shards(_index(repo, commit)):
+                fetch(repo, name, "model", commit)
+    return folder, commit
+
+
+def _index(repo: str, commit: str) -> Path:
+    try:
+        return fetch(repo, SHARDS, "model", commit)[0]
+    except HubFileMissing as error:
+        raise HubError(
+            f"model {repo} has neither {WEIGHTS} nor {SHARDS} (at {commit[:12]}): pickled weights "
+            "are not read; choose a repository with safetensors, or connect if you are offline"
+        ) from error
+
+
+def _shards(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _has_weights(folder: Path) -> bool:
+    index = folder / SHARDS
+    names = _shards(index) if index.exists() else [WEIGHTS]
+    return all((folder / name).exists() for name in names)
+
+
+def _size(size_bytes: int | None) -> str:
+    if size_bytes is None:
+        return "size unknown"
+    return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:.1f} kB"
 
 
 def _commit(path: str) -> str:

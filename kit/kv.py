@@ -114,7 +114,12 @@ class SlotCache:
 
     def __init__(self, model: PreTrainedModel, capacity: int, block: int = 32):
         config = model.config.get_text_config()
-        self.dtype, self.device, self.capacity, self.block = model.dtype, model.device, capacity, block
+        self.dtype, self.device, self.capacity, self.block = (
+            model.dtype,
+            model.device,
+            capacity,
+            block,
+        )
         self.heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
@@ -123,7 +128,9 @@ class SlotCache:
         kinds = sorted(set(windows), key=str)
         self.tables = [Table(block, window, self.device) for window in kinds]
         self.table_of = [kinds.index(window) for window in windows]  # layer -> table
-        empty = torch.empty(0, self.heads, block, self.head_dim, dtype=self.dtype, device=self.device)
+        empty = torch.empty(
+            0, self.heads, block, self.head_dim, dtype=self.dtype, device=self.device
+        )
         self.keys = [empty for _ in windows]  # per layer [capacity of the pool, H, Z, D]
         self.values = [empty for _ in windows]
         self.next_position = torch.zeros(capacity, dtype=torch.long, device=self.device)
@@ -133,9 +140,7 @@ class SlotCache:
         """Announce whole prompts, packed one after the other: position ids [1, sum T]."""
         self._steps, self._segments = None, lengths
         slots = [[table.extend(s, t) for s, t in zip(sequences, lengths)] for table in self.tables]
-        self._slots = [
-            (torch.cat([s for s, _ in per]), [kept for _, kept in per]) for per in slots
-        ]
+        self._slots = [(torch.cat([s for s, _ in per]), [kept for _, kept in per]) for per in slots]
         for sequence, length in zip(sequences, lengths):
             self.next_position[sequence] = length
         self._grow()
@@ -198,7 +203,9 @@ class SlotCache:
             )
             stored.append(slice(end - keep, end))
             first = end
-        self._store(layer, slots, *(torch.cat([x[0][:, s] for s in stored], 1) for x in (key, value)))
+        self._store(
+            layer, slots, *(torch.cat([x[0][:, s] for s in stored], 1) for x in (key, value))
+        )
         return torch.cat(out, 2).transpose(1, 2)
 
     def _store(self, layer: int, slots: torch.Tensor, key, value) -> None:
@@ -250,7 +257,9 @@ def layer_windows(config) -> list[int | None]:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise ValueError(f"{config.model_type} has layers of kind {sorted(unknown)}; not supported.")
+        raise ValueError(
+            f"{config.model_type} has layers of kind {sorted(unknown)}; not supported."
+        )
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 

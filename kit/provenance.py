@@ -6,6 +6,7 @@ on: it is written whole or not at all, and it does not name the person or the ma
 Not a record of runs: what was measured lives in the store and in results/*.json.
 """
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -15,6 +16,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +25,10 @@ from kit.paths import ROOT
 
 FINGERPRINT_MIME = "application/vnd.kit.fingerprint+json"  # {"name": ..., "value": ...}
 PACKAGES = (
-    "torch transformers tokenizers safetensors numpy scipy statsmodels pandas lancedb pyarrow "
-    "math-verify sympy reasoning-gym matplotlib papermill nbclient ipykernel"
-).split()
+    *("torch", "transformers", "tokenizers", "safetensors", "math-verify", "sympy"),
+    *("reasoning-gym", "lancedb", "pyarrow", "numpy", "scipy", "statsmodels", "pandas"),
+    *("matplotlib", "papermill", "nbclient", "ipykernel"),
+)
 GIB = 2**30
 
 
@@ -101,7 +104,7 @@ def collect(root: Path = ROOT) -> dict:
         "kit_sha256": files_hash(root, (root / "kit").glob("*.py")),
         "hardware": {
             "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": _cores(),
             "ram_gib": round(memory_limit_bytes() / GIB, 1),
             "gpus": gpus(),
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "unset"),
@@ -114,7 +117,7 @@ def collect(root: Path = ROOT) -> dict:
 def _output(*command: str) -> str | None:
     """What a command prints, None when it is missing, fails or hangs."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -127,10 +130,17 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def _cores() -> int:
+    """Cores that this process may use, fewer than the machine has in many containers."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def _versions() -> dict[str, str]:
-    found = {dist.name: dist.version for dist in metadata.distributions()}
-    by_name = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
-    return {name: by_name[name] for name in PACKAGES if name in by_name}
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def fingerprints(notebook: dict) -> dict[str, str]:
@@ -147,7 +157,7 @@ def as_markdown(stamp: dict) -> str:
     devices = [f"{g['name']} (driver {g['driver']})" for g in hardware["gpus"]] or ["no GPU"]
     state = {True: " with uncommitted changes", False: "", None: ""}[dirty]
     rows = {
-        "stage, profile": f"{stage_name(stamp)}, {stamp['profile']}",
+        "stage, profile": f"{stamp['stage']}, {stamp['profile']}",
         "commit": f"`{stamp['commit']}`{state}",
         "lock": f"`{stamp['lock_sha256']}`",
         "kit source": f"`{stamp['kit_sha256']}`",
@@ -164,11 +174,6 @@ def as_markdown(stamp: dict) -> str:
     }
     lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value is not None]
     return "\n".join(["**Provenance of this run**", "", "| what | value |", "|---|---|", *lines])
-
-
-def stage_name(stamp: dict) -> str:
-    """Name of the notebook that a stamp belongs to."""
-    return stamp["stage"]
 
 
 def _cell(value: object) -> str:
@@ -188,34 +193,38 @@ def scrubber(
     before @, a host after @ or // or when it cannot be an English word), since a person
     called Max must not turn every `max` of a table into something else.
     """
-    user = user or getpass.getuser()
-    host = host or socket.gethostname()
-    folders = {root: ".", outputs or root: "outputs", home or Path.home(): "~"}
-    folders[root] = "."
-    folders |= {folder.resolve(): mark for folder, mark in folders.items()}
-    rules: list[tuple[str, re.Pattern, str]] = []
-    for folder, mark in sorted(folders.items(), key=lambda pair: -len(str(pair[0]))):
-        if len(folder.parts) > 1:  # a home of "/" would match every path
-            before = r"(^|[^\w+/]|\x1b\[[\d;]*m|://)"  # start of a path, colour codes allowed
-            pattern = before + re.escape(str(folder)) + r"(?![\w-]|\.\w)"
-            rules.append((str(folder), re.compile(pattern, re.MULTILINE), rf"\g<1>{mark}"))
-    name = re.escape(user)
-    inside = re.compile(rf"(?<![\w.+@-])((?:/[\w.+@-]+)+/){name}(?![\w-])")
-    rules.append((user, inside, r"\g<1>user"))
-    rules.append((f"{user}@", re.compile(rf"(?<![\w.-]){name}(?=@)"), "user"))
-    for label in {host, host.split(".")[0]} - {"localhost"}:
-        telling = len(label) > 3 and re.search("[^a-zA-Z]", label) and re.search("[a-zA-Z]", label)
-        before = r"(?<![\w.-])" if telling else r"(?<=[@/]|://)"
-        before = before if telling else r"(?:(?<=@)|(?<=://))"
-        rules.append((label, re.compile(before + re.escape(label) + r"(?![\w-])"), "host"))
+    marks = {home or Path.home(): "~", outputs or root: "outputs", root: "."}
+    marks |= {folder.resolve(): mark for folder, mark in marks.items()}
+    inside_out = sorted(marks, key=lambda folder: -len(folder.parts))
+    rules = [_folder_rule(folder, marks[folder]) for folder in inside_out if folder.parts[1:]]
+    rules += _name_rules(user or getpass.getuser(), host or socket.gethostname())
 
     def scrub(text: str) -> str:
         for needle, pattern, mark in rules:
             if needle in text:
-                text = pattern.sub(mark, text)
+                text = pattern.sub(rf"\g<1>{mark}", text)
         return text
 
     return scrub
+
+
+def _folder_rule(folder: Path, mark: str) -> tuple[str, re.Pattern, str]:
+    before = r"(^|[^\w+/]|\x1b\[[\d;]*m|://)"  # a path starts here; colour codes end in a letter
+    after = r"(?![\w-]|\.\w)"  # /work/kit is not a prefix of /work/kit2
+    return str(folder), re.compile(before + re.escape(str(folder)) + after, re.MULTILINE), mark
+
+
+def _name_rules(user: str, host: str) -> list[tuple[str, re.Pattern, str]]:
+    name = re.escape(user)
+    rules = [
+        (user, re.compile(rf"(?<![\w.+@-])((?:/[\w.+@-]+)+/){name}(?![\w-])"), "user"),
+        (f"{user}@", re.compile(rf"(?<![\w.-])(){name}(?=@)"), "user"),
+    ]
+    for label in sorted({host, host.split(".")[0]} - {"localhost"}, key=len, reverse=True):
+        word = label.isalpha() or label.isdigit() or len(label) < 4
+        before = "(@|://)" if word else r"(?<![\w.-])()"
+        rules.append((label, re.compile(before + re.escape(label) + r"(?![\w-])"), "host"))
+    return rules
 
 
 def scrub_tree(value, scrub: Callable[[str], str]):

@@ -6,7 +6,7 @@ object. Units stand in the field names: tokens, bytes, seconds.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 def digest(value, length: int = 64) -> str:
@@ -84,6 +84,7 @@ class Record:
     """One row of the run store: everything known about one sample."""
 
     key: str  # hash of all that determines the tokens and the grade
+    generation_key: str  # hash of all that determines the tokens
     model: str
     weights_hash: str
     arm: str
@@ -94,6 +95,7 @@ class Record:
     level: int
     sample: int
     seed: int
+    temperature: float
     question: str
     answer: str
     prompt_id: str
@@ -110,8 +112,3 @@ class Record:
     reason: str
     method: str
     compliant: bool
-
-
-def record_dict(record: Record) -> dict:
-    """A Record as a plain dict, in field order."""
-    return asdict(record)

@@ -1,0 +1,59 @@
+# Reproduces five memory systems for small language models. `make` alone lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce status test lint unit notebooks lab bench clean
+
+ENV ?= venv
+PREFIX := $(if $(filter conda,$(ENV)),.conda,.venv)
+PY := $(PREFIX)/bin/python
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Threads that spin while they wait make two model processes on one machine ten times slower.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+export JUPYTER_PLATFORM_DIRS := 1
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(PREFIX)/ready ## create the environment (ENV=conda uses environment.yml) and fetch the bundled model
+$(PREFIX)/ready: requirements.lock environment.yml
+ifeq ($(ENV),conda)
+	conda env create --yes --prefix $(PREFIX) --file environment.yml
+else
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "The kit needs Python 3.11, found $$($(PYTHON) -V): make env PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv --clear $(PREFIX)
+	$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock torch
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
+endif
+	$(PY) -m kit.models
+	@touch $@
+
+reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|laptop|workstation FROM=03 ONLY=02 FORCE=1)
+	@$(PY) -m kit reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(FROM),--from $(FROM)) \
+	  $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force)
+
+status: env ## say which stages are done, stale or failed
+	@$(PY) -m kit status $(if $(PROFILE),--profile $(PROFILE))
+
+test: lint unit notebooks ## linters, unit tests, and all notebooks at tour size
+lint: env
+	$(PREFIX)/bin/ruff check kit tests notebooks
+	$(PREFIX)/bin/ruff format --check kit tests
+	$(PREFIX)/bin/lint-imports
+unit: env
+	$(PY) -m pytest tests
+notebooks: env
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider notebooks
+
+lab: env ## open JupyterLab on the notebooks
+	$(PREFIX)/bin/jupyter lab notebooks
+
+bench: env ## run the benchmarks (ONLY=name for one), write outputs/bench.json
+	@$(PY) -m tests.bench $(ONLY)
+
+clean: ## delete outputs and caches; the environment and the fetched model stay
+	rm -rf outputs .pytest_cache .ruff_cache .import_linter_cache
+	find kit tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,150 @@
+"""From prompts to graded records: decode what the store does not hold, grade, append.
+
+The job is cut beforehand into groups of sorted keys. A group is decoded together, graded
+and stored in one commit, and is what a killed run loses at most. Since the cut depends on
+the whole job only, an interrupted run ends with the same tokens as an undisturbed one.
+"""
+
+import ast
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import pandas
+
+from kit import decode, grade, paths
+from kit.models import Model
+from kit.prompts import FORM
+from kit.schema import Generation, Prompt, Record, Sampling, digest
+from kit.store import Store
+
+# The code whose change makes stored tokens, or stored grades, out of date.
+DECODE_SOURCES = ("kv", "decode")
+GRADE_SOURCES = ("latex", "equality", "workers", "grade")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample to be: what it continues and the keys it is stored under."""
+
+    key: str
+    generation_key: str  # the part of the key that determines the tokens
+    prompt: Prompt
+    sample: int
+
+
+@cache
+def code_version(modules: tuple[str, ...]) -> str:
+    """Hash of what the named kit modules do: their syntax trees without docstrings."""
+    trees = []
+    for name in modules:
+        tree = ast.parse((paths.ROOT / "kit" / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                if isinstance(body[0].value, ast.Constant):
+                    body.pop(0)
+        trees.append(ast.dump(tree))
+    return digest(trees, 16)
+
+
+def plan(
+    model: Model, prompts: list[Prompt], sampling: Sampling, samples: int, batch_size: int
+) -> list[Job]:
+    """Every sample of every prompt with its key, sorted by key."""
+    base = [model.weights_hash, str(model.dtype), asdict(sampling), "full", batch_size]
+    jobs = []
+    for prompt in prompts:
+        for sample in range(samples):
+            tokens = digest([base, code_version(DECODE_SOURCES), prompt.id, prompt.arm, sample])
+            graded = digest([tokens, code_version(GRADE_SOURCES), prompt.problem.answer, FORM])
+            jobs.append(Job(graded, tokens, prompt, sample))
+    jobs.sort(key=lambda job: job.key)
+    if len({job.key for job in jobs}) < len(jobs):
+        raise ValueError("The same prompt stands twice in one job; give each problem once per arm.")
+    return jobs
+
+
+def evaluate(
+    model: Model,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    store: Store,
+    samples: int = 1,
+    batch_size: int = 64,
+    group_size: int = 256,
+    report: Callable[[str], None] = print,
+) -> pandas.DataFrame:
+    """Records of all samples of all prompts; only what is missing is computed."""
+    jobs = plan(model, prompts, sampling, samples, batch_size)
+    stored = store.keys()
+    todo = sum(job.key not in stored for job in jobs)
+    report(f"{len(jobs)} samples, {len(jobs) - todo} already stored")
+    started, finished = time.perf_counter(), 0
+    for first in range(0, len(jobs), group_size):
+        group = [job for job in jobs[first : first + group_size] if job.key not in stored]
+        if not group:
+            continue
+        store.append(_complete(model, group, sampling, batch_size, store))
+        finished += len(group)
+        took = time.perf_counter() - started
+        report(
+            f"{finished}/{todo} samples, {took:.0f} s, {took / finished * (todo - finished):.0f} s left"
+        )
+    return store.table({job.key for job in jobs})
+
+
+def _complete(model: Model, group: list[Job], sampling, batch_size, store: Store) -> list[Record]:
+    """Decode and grade one group. Text stored under another grader is graded, not decoded."""
+    old = store.table()
+    old = old[old["generation_key"].isin({job.generation_key for job in group})]
+    known = {row.generation_key: row for row in old.itertuples()}
+    fresh = [job for job in group if job.generation_key not in known]
+    requests = [
+        decode.Request(decode.tokenise(model, job.prompt), job.prompt.problem.id, job.sample)
+        for job in fresh
+    ]
+    generations = dict(known)
+    done = decode.decode(model, requests, sampling, batch_size) if fresh else []
+    generations.update((job.generation_key, g) for job, g in zip(fresh, done))
+    ordered = [generations[job.generation_key] for job in group]
+    grades = grade.grade_many(
+        [g.text for g in ordered], [job.prompt.problem.answer for job in group], FORM
+    )
+    return [_record(model, job, sampling, g, v) for job, g, v in zip(group, ordered, grades)]
+
+
+def _record(model: Model, job: Job, sampling: Sampling, generation: Generation, verdict) -> Record:
+    problem = job.prompt.problem
+    return Record(
+        key=job.key,
+        generation_key=job.generation_key,
+        model=model.name,
+        weights_hash=model.weights_hash,
+        arm=job.prompt.arm,
+        policy="full",
+        source=problem.source,
+        problem_id=problem.id,
+        family=problem.family,
+        level=problem.level,
+        sample=job.sample,
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        question=problem.question,
+        answer=problem.answer,
+        prompt_id=job.prompt.id,
+        text=generation.text,
+        finish=generation.finish,
+        prompt_tokens=generation.prompt_tokens,
+        new_tokens=generation.new_tokens,
+        seconds=generation.seconds,
+        kv_reads_tokens=generation.kv_reads_tokens,
+        kv_peak_tokens=generation.kv_peak_tokens,
+        kv_peak_bytes=generation.kv_peak_bytes,
+        correct=verdict.correct,
+        extracted=verdict.extracted,
+        reason=verdict.reason,
+        method=verdict.method,
+        compliant=verdict.compliant,
+    )

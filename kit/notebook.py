@@ -1,0 +1,80 @@
+"""What only notebooks need: show a function, print where we are, hand results on.
+
+A notebook records the fingerprints of what it read (`record_fingerprint`) and saves the
+numbers that later notebooks, the verdicts and the report use (`save_results`); the pipeline
+picks both up. Nothing here computes a result.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from kit.paths import run_dir
+from kit.provenance import FINGERPRINT_MIME, collect, write_json
+
+DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
+
+
+def show(function: Callable) -> None:
+    """Display the source of a kit function, highlighted where the front end can."""
+    from IPython.display import display
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    source = inspect.getsource(function)
+    html = highlight(source, PythonLexer(), HtmlFormatter(noclasses=True))
+    display({"text/html": html, "text/plain": source}, raw=True)
+
+
+def banner() -> None:
+    """Print one line saying which code runs on what. Differs between machines."""
+    here = collect()
+    dirty = " with uncommitted changes" if here["dirty"] else ""
+    packages = [f"{name} {here['versions'].get(name, 'absent')}"
+                for name in ("python", "torch", "transformers")]  # fmt: skip
+    devices = [gpu["name"] for gpu in here["hardware"]["gpus"]] or [here["hardware"]["cpu"]]
+    size = f"{here['hardware']['cores']} cores, {here['hardware']['ram_gib']} GiB"
+    print(f"commit {here['commit'][:10]}{dirty} | {', '.join(packages)} | {devices[0]}, {size}")
+
+
+def record_fingerprint(name: str, value: str) -> None:
+    """Say which model or data this run used; the pipeline puts it into the provenance."""
+    from IPython.display import display
+
+    mark = {"name": name, "value": value}
+    display({FINGERPRINT_MIME: mark, "text/plain": f"{name}: {value}"}, raw=True)
+
+
+def save_results(stage: str, results: dict, profile: str) -> None:
+    """Write the numbers of one notebook to results/<stage>.json, whole or not at all.
+
+    `stage` is the notebook's name without .ipynb. Floats keep 12 significant digits; a NaN
+    or an infinity (the mean of nothing) becomes null. Unserialisable values raise TypeError.
+    """
+    write_json(run_dir(profile) / "results" / f"{stage}.json", _plain(results, stage))
+
+
+def load_results(profile: str) -> dict[str, dict]:
+    """The saved numbers of every notebook run so far, by stage, in running order."""
+    files = sorted((run_dir(profile) / "results").glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def _plain(value, where: str):
+    """`value` as JSON types; `where` is the path to it, for the message."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(f"save_results: {where} is a {type(value).__name__}; convert it to numbers, "
+                    "texts, lists or dicts first")  # fmt: skip

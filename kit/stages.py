@@ -1,0 +1,266 @@
+"""What a stage is, and whether its result on disk still holds.
+
+A stage is one notebook under one profile. It is fresh when everything that decides its
+result is what it was at its last complete run: notebook source, the kit modules it imports,
+data/, parameters, requirements.lock and the results of earlier stages. Reads and hashes only;
+running is `kit.pipeline`. Imports nothing heavy: a run with nothing to do ends at once.
+"""
+
+import ast
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit.paths import NOTEBOOKS, OUTPUTS
+from kit.provenance import file_hash, files_hash
+from kit.schema import digest
+
+TOUR = "tour"  # the profile that is the parameters cells themselves
+PREFLIGHT = "preflight"  # the one table of a profile that is not a notebook's
+INPUTS = {
+    "notebook": "the notebook",
+    "kit": "the kit modules it imports",
+    "data": "data/",
+    "parameters": "its parameters",
+    "lock": "requirements.lock",
+    "upstream": "the results of an earlier stage",
+}
+
+
+class Refused(Exception):
+    """One sentence for the person at the terminal; `code` is the exit status."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook under one profile, and where everything about it lies."""
+
+    notebook: Path
+    profile: str
+    folder: Path  # outputs/<profile>
+    defaults: dict  # parameters cell: name -> value (its source text if not a literal)
+    overrides: dict  # from the profile, and PROFILE where the cell names it
+    cells: tuple[tuple[str, str, bool], ...]  # (type, source, tagged "parameters")
+
+    @property
+    def name(self) -> str:
+        """The notebook's name without .ipynb."""
+        return self.notebook.stem
+
+    @property
+    def root(self) -> Path:
+        """The project: the folder of notebooks/, kit/ and data/."""
+        return self.notebook.parent.parent
+
+    @property
+    def number(self) -> str:
+        """The digits that FROM= and ONLY= take."""
+        return self.name.split("_")[0]
+
+    @property
+    def executed(self) -> Path:
+        """The executed notebook, present only after a complete run."""
+        return self.folder / "notebooks" / f"{self.name}.ipynb"
+
+    @property
+    def failed(self) -> Path:
+        """What was left of the last run if that failed."""
+        return self.folder / "notebooks" / f"{self.name}.failed.ipynb"
+
+    @property
+    def running(self) -> Path:
+        """Saved after every cell while the stage runs."""
+        return self.folder / "notebooks" / f"{self.name}.running.ipynb"
+
+    @property
+    def status_file(self) -> Path:
+        """Our own record of a complete run; papermill's metadata lies after a kernel death."""
+        return self.folder / "status" / f"{self.name}.json"
+
+    @property
+    def results_file(self) -> Path:
+        """What the notebook wrote through `kit.notebook.save_results`."""
+        return self.folder / "results" / f"{self.name}.json"
+
+    @property
+    def parameters(self) -> dict:
+        """Every parameter with the value it runs with."""
+        return self.defaults | self.overrides
+
+    def status(self) -> dict | None:
+        """The record of the last complete run, None when there is none."""
+        if not self.status_file.is_file():
+            return None
+        return json.loads(self.status_file.read_text(encoding="utf-8"))
+
+
+def profiles(notebooks: Path = NOTEBOOKS) -> list[str]:
+    """Names that PROFILE= takes."""
+    return sorted({TOUR, *(file.stem for file in (notebooks / "profiles").glob("*.toml"))})
+
+
+def read_profile(profile: str, notebooks: Path = NOTEBOOKS) -> dict[str, dict]:
+    """The tables of a profile file by name; empty for a tour without a file."""
+    if profile not in profiles(notebooks):
+        known = ", ".join(profiles(notebooks))
+        raise Refused(f"there is no profile {profile!r}; take one of: {known}")
+    file = notebooks / "profiles" / f"{profile}.toml"
+    if not file.is_file():
+        return {}
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f"{file.name} is not valid TOML: {error}") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise Refused(f"{file.name}: {name} stands outside a table; put it under a notebook")
+    return tables
+
+
+def load_stages(profile: str, notebooks: Path = NOTEBOOKS, outputs: Path = OUTPUTS) -> list[Stage]:
+    """All stages of a profile in running order, every key of the profile checked."""
+    tables = read_profile(profile, notebooks)
+    files = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
+    names = [file.stem for file in files]
+    if not files:
+        raise Refused(f"there is no notebook NN_*.ipynb in {notebooks}")
+    for table in tables:
+        if table not in [*names, PREFLIGHT]:
+            raise Refused(f"{profile}.toml names the notebook {table}, which does not exist; "
+                          f"there are: {', '.join(names) or 'none'}")  # fmt: skip
+    return [_load(file, profile, tables.get(file.stem, {}), outputs / profile) for file in files]
+
+
+def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Stage]:
+    """The stages that FROM= or ONLY= ask for, by number or name."""
+    if from_ and only:
+        raise Refused("FROM and ONLY exclude each other; give one")
+    wanted = from_ or only
+    if not wanted:
+        return stages
+    hits = [stage for stage in stages if wanted.removesuffix(".ipynb") == stage.name]
+    hits = hits or [stage for stage in stages if wanted.zfill(2) == stage.number]
+    if len(hits) != 1:
+        many = "there are several stages" if hits else "there is no stage"
+        raise Refused(f"{many} {wanted}; take one of: {', '.join(s.name for s in stages)}")
+    return hits if only else stages[stages.index(hits[0]) :]
+
+
+def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
+    """A hash for each thing that decides the result of a stage; keys as in INPUTS."""
+    root = stage.root
+    data = [file for file in (root / "data").rglob("*") if file.is_file()]
+    modules = kit_modules(_code(stage.cells), root / "kit")
+    return {
+        "notebook": digest(stage.cells),
+        "kit": files_hash(root, modules),
+        "data": files_hash(root, data),
+        "parameters": digest(stage.overrides),
+        "lock": file_hash(root / "requirements.lock"),
+        "upstream": digest([[s.name, file_hash(s.results_file)] for s in earlier]),
+    }
+
+
+def freshness(stage: Stage, earlier: list[Stage]) -> tuple[str, str]:
+    """("fresh" | "stale" | "missing" | "failed", why)."""
+    done = stage.status()
+    why = _staleness(stage, earlier, done) if done else "not run yet"
+    if not why:
+        return "fresh", ""
+    if stage.failed.is_file():
+        kit = json.loads(stage.failed.read_text(encoding="utf-8"))["metadata"]["kit"]
+        return "failed", kit["failure"]
+    return ("stale" if done else "missing"), why
+
+
+def _staleness(stage: Stage, earlier: list[Stage], done: dict) -> str:
+    now = inputs(stage, earlier)
+    changed = [text for key, text in INPUTS.items() if now[key] != done["inputs"].get(key)]
+    if changed:
+        return " and ".join(changed) + " changed"
+    if file_hash(stage.executed) != done["notebook_sha256"]:
+        return "the executed notebook was edited or deleted"
+    if file_hash(stage.results_file) != done["results_sha256"]:
+        return "its results file was edited or deleted"
+    return ""
+
+
+def kit_modules(code: tuple[str, ...], kit: Path) -> list[Path]:
+    """Files of the kit that these sources import, directly or through one another."""
+    found: set[Path] = set()
+    waiting = [name for text in code for name in _imports(text)]
+    while waiting:
+        name = waiting.pop()
+        file = kit / (f"{name.split('.')[1]}.py" if "." in name else "__init__.py")
+        if file.is_file() and file not in found:  # "kit.paths.ROOT" leads to paths.py
+            found.add(file)
+            waiting += ["kit", *_imports(file.read_text(encoding="utf-8"))]
+    return sorted(found)
+
+
+def _imports(text: str) -> list[str]:
+    """Dotted names under `kit` that a source imports, anywhere in it."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))]
+    names = []
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            base = f"kit.{base}".rstrip(".") if node.level else base
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.split(".")[0] == "kit"]
+
+
+def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
+    cells = _read_cells(file)
+    try:
+        for source in _code(cells):
+            _imports(source)
+        tagged = [source for _, source, parameters in cells if parameters]
+        defaults = _assignments(tagged[0]) if tagged else {}
+    except SyntaxError as error:
+        raise Refused(f"{file.name} has a cell that is not valid Python: {error}") from error
+    for key in table:
+        if key not in defaults:
+            raise Refused(f"{profile}.toml, table {file.stem}: the parameters cell does not name "
+                          f"{key}; it names: {', '.join(defaults) or 'nothing'}")  # fmt: skip
+    own = {"PROFILE": profile} if "PROFILE" in defaults else {}
+    return Stage(file, profile, folder, defaults, table | own, cells)
+
+
+def _read_cells(file: Path) -> tuple[tuple[str, str, bool], ...]:
+    try:
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError) as error:
+        raise Refused(f"{file.name} is not a notebook (version 4): {error}") from error
+    return tuple(
+        (
+            cell["cell_type"],
+            "".join(cell["source"]),
+            "parameters" in cell["metadata"].get("tags", []),
+        )
+        for cell in cells
+    )
+
+
+def _code(cells: tuple[tuple[str, str, bool], ...]) -> tuple[str, ...]:
+    return tuple(source for kind, source, _ in cells if kind == "code")
+
+
+def _assignments(source: str) -> dict:
+    values = {}
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name) and node.value is not None:
+                try:
+                    values[target.id] = ast.literal_eval(node.value)
+                except ValueError:  # an expression: its text must do
+                    values[target.id] = ast.unparse(node.value)
+    return values

@@ -1,0 +1,300 @@
+"""Intervals, paired tests, power: what turns graded records into a statement with an error bar.
+
+scipy and statsmodels do the arithmetic where they can. Own code covers what they lack: Tango's
+interval for paired proportions, power of paired proportions, votes, optimism of a best-of-m.
+Values are matrices of problems x samples (seeds and samples nested in problems), 0 or 1 or NaN
+where there is no sample; rows of two arms are the same problems in the same order. Whatever is
+random takes a numpy Generator. Effects are fractions, not percent. No tables, no verdicts here.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+
+import numpy as np
+from scipy import optimize, stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import (
+    confint_proportions_2indep,
+    proportion_confint,
+    test_proportions_2indep,
+)
+
+FEW = 10  # with fewer problems that deviate from the median, a bootstrap interval is too narrow
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its two-sided interval."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int  # independent units: problems, or runs
+    method: str
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference, treatment minus control, with its two-sided p-value."""
+
+    difference: Interval
+    p: float
+    test: str
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Outcome of two one-sided tests at 5% each: the 90% interval against a margin."""
+
+    difference: Interval  # at level 0.90
+    margin: float
+    equivalent: bool  # the interval lies inside (-margin, margin)
+
+
+def wilson(correct: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson score interval of `correct` out of `n`."""
+    if not 0 <= correct <= n or n == 0:
+        raise ValueError(f"{correct} correct of {n} is not a proportion; give 0 <= correct <= n")
+    low, high = proportion_confint(correct, n, alpha=1 - level, method="wilson")
+    return Interval(correct / n, float(low), float(high), n, "Wilson", level)
+
+
+def unpaired(treatment: tuple[int, int], control: tuple[int, int]) -> Comparison:
+    """Two independent proportions, each (correct, n): Agresti and Caffo's interval and test."""
+    # statsmodels' score interval finds no root for some counts, 32/40 against 25/40 is one
+    counts = (*treatment, *control)
+    low, high = confint_proportions_2indep(*counts, compare="diff", method="agresti-caffo")
+    test = test_proportions_2indep(*counts, compare="diff", method="agresti-caffo")
+    estimate = treatment[0] / treatment[1] - control[0] / control[1]
+    smaller = min(treatment[1], control[1])
+    interval = Interval(estimate, float(low), float(high), smaller, "Agresti-Caffo")
+    return Comparison(interval, float(test.pvalue), "Agresti-Caffo, unpaired")
+
+
+def welch(treatment: tuple[float, float], control: tuple[float, float], runs: int) -> Comparison:
+    """Two means over `runs` runs each, given as (mean, sd): Welch's t. Covers run noise only."""
+    (mean1, sd1), (mean0, sd0) = treatment, control
+    v1, v0 = sd1**2 / runs, sd0**2 / runs
+    freedom = (v1 + v0) ** 2 / ((v1**2 + v0**2) / (runs - 1))
+    half = float(stats.t.ppf(0.975, freedom)) * sqrt(v1 + v0)
+    test = stats.ttest_ind_from_stats(mean1, sd1, runs, mean0, sd0, runs, equal_var=False)
+    gap = mean1 - mean0
+    return Comparison(
+        Interval(gap, gap - half, gap + half, runs, "Welch"), test.pvalue, "Welch's t"
+    )
+
+
+# Paired proportions
+
+
+def mcnemar(only_treatment: int, only_control: int, mid_p: bool = False) -> float:
+    """Two-sided exact McNemar p-value from the discordant counts; optionally the mid-p."""
+    total = only_treatment + only_control
+    if total == 0:
+        return 1.0
+    p = float(stats.binomtest(only_treatment, total, 0.5).pvalue)
+    if not mid_p:
+        return p
+    # both tails hold the observed count, unless it sits in the middle and the tails meet there
+    tails = 1 if only_treatment != only_control else 0.5
+    return p - tails * float(stats.binom.pmf(only_treatment, total, 0.5))
+
+
+def tango(only_treatment: int, only_control: int, n: int, level: float = 0.95) -> Interval:
+    """Tango's score interval of a paired difference (Statistics in Medicine 17, 1998).
+
+    Inverts the asymptotic McNemar test, so it excludes zero exactly when that test rejects;
+    stays honest when no pair is discordant, where Wald's has no width.
+    """
+    b, c = only_treatment, only_control
+    if n <= 0 or b + c > n or min(b, c) < 0:
+        raise ValueError(f"{b} and {c} discordant pairs do not fit into {n} pairs")
+    z = stats.norm.ppf((1 + level) / 2)
+    estimate = (b - c) / n
+
+    def score(delta: float, sign: int) -> float:
+        # q is the probability of "control only" that is likeliest under this difference
+        linear = (2 * n - b + c) * delta - b - c
+        q = (sqrt(max(linear**2 + 8 * n * c * delta * (1 - delta), 0)) - linear) / (4 * n)
+        return b - c - n * delta - sign * z * sqrt(max(n * (2 * q + delta * (1 - delta)), 0))
+
+    # just beside the estimate: with no discordant pair the estimate itself is a spurious root
+    below, above = estimate - 1e-9, estimate + 1e-9
+    low = optimize.brentq(score, -1, below, args=(1,)) if below > -1 else -1.0
+    high = optimize.brentq(score, above, 1, args=(-1,)) if above < 1 else 1.0
+    return Interval(estimate, low, high, n, "Tango score", level)
+
+
+def paired(both: int, only_treatment: int, only_control: int, neither: int) -> Comparison:
+    """Published pair counts to difference, Tango interval and exact McNemar p-value."""
+    n = both + only_treatment + only_control + neither
+    interval = tango(only_treatment, only_control, n)
+    return Comparison(interval, mcnemar(only_treatment, only_control), "exact McNemar")
+
+
+def power_pairs(n: int, only_treatment: float, only_control: float) -> float:
+    """Power of McNemar's 5% test with `n` pairs at these rates of discordance (Connor 1987)."""
+    effect, discordant = abs(only_treatment - only_control), only_treatment + only_control
+    shift = effect * sqrt(n) - stats.norm.ppf(0.975) * sqrt(discordant)
+    return float(stats.norm.cdf(shift / sqrt(discordant - effect**2)))
+
+
+def pairs_needed(only_treatment: float, only_control: float, power: float = 0.8) -> int:
+    """Pairs for `power` of McNemar's 5% test at these rates of discordance (Connor 1987)."""
+    effect, discordant = abs(only_treatment - only_control), only_treatment + only_control
+    if effect == 0 or discordant > 1:
+        raise ValueError("power needs two different discordance rates that sum to at most 1")
+    z_test, z_power = stats.norm.ppf(0.975), stats.norm.ppf(power)
+    root = z_test * sqrt(discordant) + z_power * sqrt(discordant - effect**2)
+    return ceil((root / effect) ** 2)
+
+
+# Problems x samples
+
+
+def problem_means(values: np.ndarray) -> np.ndarray:
+    """Mean over the samples of each problem; NaN for a problem without any."""
+    values = np.asarray(values, dtype=float)
+    if values.ndim == 1:
+        return values
+    counts = (~np.isnan(values)).sum(axis=1)
+    sums = np.nansum(values, axis=1)
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def cluster_bootstrap(
+    values: np.ndarray,
+    rng: np.random.Generator,
+    level: float = 0.95,
+    draws: int = 10_000,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> Interval:
+    """Percentile bootstrap of the mean of problem means; a problem is drawn with all its samples.
+
+    Where fewer than `FEW` problems deviate from the median, the interval is widened to what
+    Wilson and Tango allow when nothing deviates, z^2 / (n + z^2): ten problems without a
+    difference are no proof of none.
+    """
+    means = problem_means(values)
+    means = means[~np.isnan(means)]
+    n, estimate = len(means), float(means.mean()) if len(means) else float("nan")
+    if n == 0:
+        raise ValueError("no problem has a sample; a bootstrap needs at least one")
+    low = high = estimate
+    if n > 1:
+        drawn = stats.bootstrap(
+            (means,), np.mean, n_resamples=draws, batch=1 + 2_000_000 // n,
+            confidence_level=level, method="percentile", rng=rng,
+        )  # fmt: skip
+        low, high = (float(bound) for bound in drawn.confidence_interval)
+    if np.count_nonzero(means != np.median(means)) < FEW:
+        z = stats.norm.ppf((1 + level) / 2)
+        floor = float(z**2 / (n + z**2))
+        low, high = min(low, estimate - floor), max(high, estimate + floor)
+    low, high = max(low, bounds[0]), min(high, bounds[1])
+    return Interval(estimate, low, high, n, "cluster bootstrap", level)
+
+
+def _single(values: np.ndarray) -> bool:
+    """Whether every problem has at most one sample and every sample is 0 or 1."""
+    values = np.asarray(values, dtype=float)
+    seen = values[~np.isnan(values)]
+    once = values.ndim == 1 or bool(((~np.isnan(values)).sum(axis=1) <= 1).all())
+    return once and bool(np.isin(seen, (0.0, 1.0)).all())
+
+
+def mean_interval(
+    values: np.ndarray, rng: np.random.Generator, level: float = 0.95, draws: int = 10_000
+) -> Interval:
+    """Mean over problems: Wilson for one sample per problem, else the cluster bootstrap."""
+    means = problem_means(values)
+    seen = means[~np.isnan(means)]
+    if len(seen) and _single(values):
+        return wilson(int(seen.sum()), len(seen), level)
+    return cluster_bootstrap(means, rng, level, draws, bounds=(0.0, 1.0))
+
+
+def paired_interval(
+    treatment: np.ndarray,
+    control: np.ndarray,
+    rng: np.random.Generator,
+    level: float = 0.95,
+    draws: int = 10_000,
+) -> Interval:
+    """Treatment minus control over the problems that both have, equal weight per problem.
+
+    Tango's interval for one sample per problem and arm, else the cluster bootstrap of the
+    per-problem differences.
+    """
+    difference = problem_means(treatment) - problem_means(control)
+    difference = difference[~np.isnan(difference)]
+    if len(difference) and _single(treatment) and _single(control):
+        wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+        return tango(wins, losses, len(difference), level)
+    return cluster_bootstrap(difference, rng, level, draws, bounds=(-1.0, 1.0))
+
+
+def paired_permutation(
+    treatment: np.ndarray, control: np.ndarray, rng: np.random.Generator, draws: int = 10_000
+) -> float:
+    """Two-sided p-value of the mean difference of problem means, arms swapped within problems.
+
+    Exact where 2^problems is at most `draws`.
+    """
+    difference = problem_means(treatment) - problem_means(control)
+    difference = difference[~np.isnan(difference)]
+    found = stats.permutation_test(
+        (difference,), np.mean, permutation_type="samples", n_resamples=draws,
+        batch=1 + 2_000_000 // max(len(difference), 1), rng=rng, vectorized=True,
+    )  # fmt: skip
+    return float(found.pvalue)
+
+
+def tost(
+    treatment: np.ndarray, control: np.ndarray, margin: float, rng: np.random.Generator
+) -> Equivalence:
+    """Two one-sided tests at 5% that the paired difference lies inside (-margin, margin)."""
+    if margin <= 0:
+        raise ValueError(f"the equivalence margin is {margin}; declare one above 0")
+    interval = paired_interval(treatment, control, rng, level=0.90)
+    return Equivalence(interval, margin, -margin < interval.low and interval.high < margin)
+
+
+def holm(pvalues: Sequence[float]) -> np.ndarray:
+    """Holm's adjusted p-values, in the order given."""
+    return multipletests(pvalues, method="holm")[1]
+
+
+# Several samples of one problem, several checkpoints of one run
+
+
+def avg_at_k(correct: np.ndarray, k: int) -> float:
+    """Mean accuracy over the first `k` samples of each problem."""
+    if np.ndim(correct) != 2 or np.shape(correct)[1] < k:
+        raise ValueError(f"avg@{k} needs a matrix with at least {k} samples per problem")
+    return float(np.nanmean(problem_means(np.asarray(correct)[:, :k])))
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+    """Unbiased pass@k, mean over problems (Chen et al. 2021, arXiv 2107.03374, section 2.1)."""
+    correct = np.asarray(correct, dtype=float)
+    samples, right = (~np.isnan(correct)).sum(axis=1), np.nansum(correct, axis=1)
+    if samples.min() < k:
+        raise ValueError(f"pass@{k} needs {k} samples per problem; one has {samples.min()}")
+    # no right answer among k drawn without replacement, which stays finite for many samples
+    return float(np.mean(1 - stats.hypergeom.pmf(0, samples, right, k)))
+
+
+def majority(answers: Sequence[str]) -> str:
+    """Most frequent answer, ties to the earliest; no answer ("") never wins over an answer."""
+    votes = Counter(answer.strip() for answer in answers if answer.strip())
+    return votes.most_common(1)[0][0] if votes else ""
+
+
+def best_of_optimism(p: float, n: int, m: int) -> float:
+    """Expected accuracy of the best of `m` equal checkpoints on `n` items, minus the true `p`."""
+    below = stats.binom.cdf(np.arange(n), n, p) ** m  # P(best <= x); E[best] = sum P(best > x)
+    return float((1 - below).sum() / n - p)

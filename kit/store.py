@@ -1,0 +1,78 @@
+"""The run store: one LanceDB table of Records per profile.
+
+Records are only ever appended, a group at a time; an append is one commit, so a killed run
+leaves whole groups. A key that is stored is not computed again. `logical_hash` describes
+what the table says, not its files: LanceDB names files at random.
+"""
+
+import hashlib
+import typing
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import lancedb
+import pandas
+import pyarrow
+
+from kit.schema import Record
+
+_ARROW = {
+    str: pyarrow.string(),
+    int: pyarrow.int64(),
+    float: pyarrow.float64(),
+    bool: pyarrow.bool_(),
+}
+_TYPES = typing.get_type_hints(Record)
+SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)])
+VOLATILE = ("seconds",)  # differs between two runs of the same work
+
+
+class Store:
+    """Records under `folder`, which is created when missing."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        database = lancedb.connect(self.folder)
+        self._table = database.create_table("records", schema=SCHEMA, exist_ok=True)
+        if self._table.schema != SCHEMA:
+            raise ValueError(
+                f"The store in {folder} was written by another version of the kit (its columns "
+                f"differ); move that folder away and run again."
+            )
+
+    def keys(self) -> set[str]:
+        """Keys of everything stored."""
+        return set(self._read(["key"])["key"])
+
+    def append(self, records: list[Record]) -> None:
+        """Add records in one commit; keys already stored are left out."""
+        known = self.keys()
+        rows = [asdict(record) for record in records if record.key not in known]
+        if rows:
+            self._table.add(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
+
+    def table(self, keys: set[str] | None = None) -> pandas.DataFrame:
+        """All records, or those with the given keys, sorted by key."""
+        frame = self._read(None)
+        if keys is not None:
+            frame = frame[frame["key"].isin(keys)]
+        return frame.sort_values("key", ignore_index=True)
+
+    def _read(self, columns: list[str] | None) -> pandas.DataFrame:
+        self._table.checkout_latest()
+        query = self._table.search()
+        if columns:
+            query = query.select(columns)
+        return query.limit(None).to_pandas()
+
+    def logical_hash(self) -> str:
+        """SHA-256 of the records sorted by key, timings left out."""
+        names = [name for name in SCHEMA.names if name not in VOLATILE]
+        frame = self._read(None).sort_values("key")[names]
+        schema = pyarrow.schema([SCHEMA.field(name) for name in names])
+        arrow = pyarrow.Table.from_pandas(frame, schema=schema, preserve_index=False)
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, schema) as writer:
+            for batch in arrow.combine_chunks().to_batches(max_chunksize=1000):
+                writer.write_batch(batch)
+        return hashlib.sha256(sink.getvalue()).hexdigest()

@@ -1,0 +1,207 @@
+"""The terminal: exit statuses, one-sentence errors, verdicts, and a second run that is quick."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from kit import cli
+from kit.stages import Refused
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {key: value for key, value in os.environ.items() if key != "KIT_OUTPUTS"}
+VERDICTS = [
+    ("accuracy rises with memory", "ReasoningBank", "+8.3", "+1.2 [-2, 4]", "inconclusive"),
+    ("eight times less cache", "DMS", "8x", None, "out of reach here"),
+    ("two times less cache", "DMS", "2x", None, "out of reach here"),
+]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A project of one notebook, which saves verdicts; run once as a user would."""
+    root = tmp_path_factory.mktemp("cli")
+    shutil.copytree(ROOT / "kit", root / "kit", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "notebooks" / "profiles").mkdir(parents=True)
+    keys = ("claim", "system", "published", "measured", "verdict")
+    rows = [dict(zip(keys, row, strict=True), reason="because") for row in VERDICTS]
+    code = f"save_results('07_verdicts', {{'verdicts': {rows}}}, PROFILE)"
+    cells = [new_code_cell("PROFILE = 'tour'\nSECONDS = 0")]
+    cells.append(new_code_cell(f"from kit.notebook import save_results\n{code}"))
+    cells.append(new_code_cell("import time\ntime.sleep(SECONDS)"))
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(new_notebook(cells=cells), root / "notebooks" / "07_verdicts.ipynb")
+    (root / "notebooks/profiles/slow.toml").write_text('["07_verdicts"]\nSECONDS = 60\n')
+    (root / "notebooks/profiles/broken.toml").write_text("= 1\n")
+    return root
+
+
+def kit(root: Path, *flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    command = [sys.executable, *python, "-m", "kit", *flags]
+    return subprocess.run(command, check=False, cwd=root, env=ENV, capture_output=True, text=True)
+
+
+def test_reproduce_ends_with_verdicts_and_paths_and_repeats_nothing(project):
+    first = kit(project, "reproduce", "--profile", "tour", "--from", "", "--only", "")
+    assert (first.returncode, first.stderr) == (0, "")
+    assert "[1/1] 07_verdicts  started" in first.stdout
+    assert "Verdicts: 2 out of reach here, 1 inconclusive" in first.stdout
+    table = first.stdout[first.stdout.index("Verdicts:") :]
+    assert "+1.2 [-2, 4]" in table
+    assert "Not measured, out of reach here: 2 (DMS 2)" in table
+    assert "Notebooks: outputs/tour/notebooks" in table
+    assert "Report:" not in table
+
+    (project / "outputs/tour/report.html").write_text("<p>")
+    second = kit(project, "reproduce", "--profile", "tour", python=("-X", "importtime"))
+    assert second.returncode == 0
+    assert "up to date" in second.stdout
+    assert "Report:    outputs/tour/report.html" in second.stdout
+    imported = {line.rpartition("|")[2].strip() for line in second.stderr.splitlines()}
+    assert "kit.pipeline" in imported
+    assert not imported & {"torch", "papermill", "nbformat", "lancedb", "numpy", "transformers"}
+
+    status = kit(project, "status", "--profile", "tour")
+    assert "07_verdicts" in status.stdout
+    assert "fresh" in status.stdout
+    assert "missing" in kit(project, "status", "--profile", "slow").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["reproduce", "--profile", "nope"], ["no profile 'nope'", "slow"]),
+        (["reproduce", "--profile", "broken"], ["broken.toml is not valid TOML"]),
+        (["status", "--profile", "broken"], ["broken.toml is not valid TOML"]),
+        (["reproduce", "--profile", "tour", "--only", "03"], ["no stage 03", "07_verdicts"]),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_2(project, flags, words):
+    done = kit(project, *flags)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in words)
+
+
+def test_a_time_limit_is_like_ctrl_c():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["status", "--profile", "nope"]) == 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupted_run_says_so_and_is_not_done(project):
+    code = (  # a shell that starts pytest in the background has Python ignore Ctrl-C
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from kit.cli import main; sys.exit(main(['reproduce', '--profile', 'slow']))"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=project, env=ENV, stdout=subprocess.PIPE, text=True
+    )
+    results = project / "outputs/slow/results/07_verdicts.json"
+    results.unlink(missing_ok=True)
+    for _ in range(1200):
+        if results.exists():  # so the sleeping cell is next
+            break
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)[0]
+    assert child.returncode == 130
+    assert "07_verdicts  interrupted" in said
+    assert "missing" in kit(project, "status", "--profile", "slow").stdout
+    assert not list((project / "outputs/slow/notebooks").iterdir())
+
+
+def test_help_documents_the_exit_statuses(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "--help"])
+    said = capsys.readouterr().out
+    assert "exit status" in said
+    assert all(f"\n  {code} " in said for code in (0, 1, 2, 3, 130))
+
+
+@pytest.mark.parametrize(("cuda", "profile"), [(True, "workstation"), (False, "laptop")])
+def test_the_default_profile_is_what_torch_sees(monkeypatch, cuda, profile):
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: cuda))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    assert cli.default_profile() == profile
+
+
+PREFLIGHT = """[preflight]
+downloads = [["Qwen/Qwen3-1.7B", 4.1], ["org/data", 0.5]]
+disk_gb = {disk}
+gpu_memory_gb = 16
+hours = 3.5
+note = "thinking is on"
+"""
+
+
+@pytest.fixture
+def needs(tmp_path, monkeypatch):
+    """Write a [preflight] table and return the folder to look in."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "profiles").mkdir()
+
+    def write(text: str) -> Path:
+        (tmp_path / "profiles" / "big.toml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_preflight_lists_what_a_profile_needs(needs, capsys):
+    cli.preflight("big", notebooks_dir=needs(PREFLIGHT.format(disk=0.001)))
+    said = capsys.readouterr().out
+    for text in ("Qwen/Qwen3-1.7B, 4.1 GB", "4.6 GB, to", "16 GB", "3.5 hours", "thinking is on"):
+        assert text in said
+    assert "warning" not in said
+
+
+def test_preflight_refuses_a_full_disk_unless_forced(needs, capsys):
+    folder = needs(PREFLIGHT.format(disk=10**9))
+    with pytest.raises(Refused, match="FORCE=1") as refusal:
+        cli.preflight("big", notebooks_dir=folder)
+    assert refusal.value.code == 1
+    cli.preflight("big", force=True, notebooks_dir=folder)
+    assert capsys.readouterr().out.count("warning") == 2
+
+
+def test_preflight_counts_what_is_already_downloaded(needs, capsys, tmp_path):
+    blob = tmp_path / "hub/models--Qwen--Qwen3-1.7B/blobs/abc"
+    blob.parent.mkdir(parents=True)
+    with open(blob, "wb") as file:
+        file.truncate(3 * 10**9)  # sparse
+    snapshot = tmp_path / "hub/models--Qwen--Qwen3-1.7B/snapshots/main/model.safetensors"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(blob)
+    cli.preflight("big", force=True, notebooks_dir=needs(PREFLIGHT.format(disk=10)))
+    said = capsys.readouterr().out
+    assert "Qwen/Qwen3-1.7B, 4.1 GB, 3.0 here" in said
+    assert "10 GB, 7.0 still to fill" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("disk = 3", "disk"), ("hours = 'two'", "hours"), ("downloads = [['x']]", "name, GB")],
+)
+def test_a_wrong_preflight_table_is_refused(needs, text, word):
+    with pytest.raises(Refused, match=word) as refusal:
+        cli.preflight("big", notebooks_dir=needs(f"[preflight]\n{text}\n"))
+    assert "big.toml" in str(refusal.value)
+
+
+def test_a_profile_without_needs_prints_none(needs, capsys):
+    cli.preflight("big", notebooks_dir=needs(""))
+    assert capsys.readouterr().out == ""
