@@ -1,10 +1,9 @@
 """Published claims: what their own numbers can bear, and what this machine's records say of them.
 
 `load` reads data/claims.toml. `audit` needs no model: interval, p-value and required n from the
-published counts alone. `measure` computes a claim's contrast from a table of records, `verdict`
-turns a measurement into one of `WORDS` by the claim's rule, written out in `RULES`. Units are the
-claim's. What records do not hold (a ledger's bytes, a training curve) comes in as a ready
-Measurement. No torch, no store; no verdict is ever typed.
+published counts alone. `measure` computes a claim's contrast from records, `verdict` turns it into
+one of `WORDS` by the claim's rule, written out in `RULES`. What records do not hold (a ledger's
+bytes, a training curve) comes in as a ready Measurement. No torch, no store, no typed verdicts.
 """
 
 import tomllib
@@ -288,13 +287,14 @@ def measured_table(
     """One row per claim; `given` holds by claim id what other stages measured outside records."""
     rows = []
     for claim in claims:
-        m = (given or {}).get(claim.id) or measure(claim, records)
+        m = (given or {}).get(claim.id)
+        if m is None and profile in claim.profiles:
+            m = measure(claim, records)
         found = verdict(claim, m, profile)
         base = "" if claim.baseline is None else f" against {claim.baseline:g}"
         shown = f"{claim.value:g}{base} {claim.unit}" if claim.value is not None else "direction"
         measured = "" if m is None else f"{m.estimate:.4g} {m.unit}"
         interval = "" if m is None else f"{m.low:.4g} to {m.high:.4g}"
-        n = pd.NA if m is None else m.n
-        row = (claim.id, claim.system, shown, measured, interval, n, found.word or "", found.reason)
-        rows.append(row)
+        row = (claim.id, claim.system, shown, measured, interval, m and m.n)
+        rows.append((*row, found.word or "", found.reason))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"n": "Int64"})

@@ -129,10 +129,16 @@ def decode(
     """
     _check(model, requests, sampling)
     done: list[Generation | None] = [None] * len(requests)
-    # Longest prompts first, so that the batch does not end on a long one.
-    waiting = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+    # Longest prompts first, so that the batch does not end on a long one; equal prompts stand
+    # together, so that each is read once for all of its samples.
+    order = sorted(
+        range(len(requests)),
+        key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids, -i),
+    )
+    waiting = [(i, requests[i]) for i in order]
     cache = SlotCache(model.weights, batch_size)
     running: dict[int, _Running] = {}  # place in the cache -> sequence
+    shared = None  # a prompt that has been read and that waiting requests will need again
     with slots_attached(model):
         while waiting or running:
             free = [place for place in range(batch_size) if place not in running]
@@ -140,10 +146,10 @@ def decode(
             if places:
                 started = time.perf_counter()
                 for place in places:
-                    i = waiting.pop()
-                    uniform = uniforms(requests[i], sampling)
-                    running[place] = _Running(i, requests[i], uniform, started)
-                logits = _prefill(model, cache, places, [running[p].request for p in places])
+                    i, request = waiting.pop()
+                    running[place] = _Running(i, request, uniforms(request, sampling), started)
+                after = waiting[-1][1].prompt_ids if waiting else None
+                logits, shared = _admit(model, cache, running, places, shared, after)
             else:
                 places = sorted(running)
                 logits = _step(model, cache, places, [running[p].new_ids[-1] for p in places])
@@ -180,13 +186,33 @@ def _forward(model: Model, cache: SlotCache, ids: list[int], positions, keep) ->
     return out.logits[0].float()
 
 
-def _prefill(model: Model, cache: SlotCache, places: list[int], requests: list[Request]):
-    """Read the prompts of `requests` into `places`: logits after each [N, V]."""
-    lengths = [len(request.prompt_ids) for request in requests]
-    positions = cache.prefill(places, lengths)
-    ids = [token for request in requests for token in request.prompt_ids]
-    last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-    return _forward(model, cache, ids, positions, last)
+def _admit(model: Model, cache: SlotCache, running, places, shared, after):
+    """Read the prompts of the sequences now in `places`: logits [N, V], prompt to keep.
+
+    `shared` is the prompt kept from last time (ids, its keys and values, its logits);
+    `after` the ids of the next waiting prompt. A prompt equal to either is read once.
+    """
+    groups: list[tuple[tuple[int, ...], list[int]]] = []
+    for place in places:
+        ids = running[place].request.prompt_ids
+        if not groups or groups[-1][0] != ids:
+            groups.append((ids, []))
+        groups[-1][1].append(place)
+    rows = []
+    if shared and shared[0] == groups[0][0]:
+        cache.restore(groups[0][1], len(shared[0]), shared[1])
+        rows = [shared[2]]
+    unread = groups[len(rows) :]
+    if unread:
+        lengths = [len(ids) for ids, _ in unread]
+        positions = cache.prefill([group for _, group in unread], lengths)
+        last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+        packed = [token for ids, _ in unread for token in ids]
+        rows += _forward(model, cache, packed, positions, last).unbind()
+    ids, group = groups[-1]
+    keep = (ids, cache.read(group[0]), rows[-1]) if ids == after else None
+    repeats = torch.tensor([len(group) for _, group in groups], device=model.device)
+    return torch.stack(rows).repeat_interleave(repeats, 0), keep
 
 
 def _step(model: Model, cache: SlotCache, places: list[int], last_ids: list[int]):

@@ -37,15 +37,19 @@ class Table:
         self.position = torch.cat([self.position, fresh])
         self.owner = torch.cat([self.owner, owner])
 
-    def extend(self, sequence: int, length: int) -> tuple[torch.Tensor, int]:
-        """Slots for the last tokens of a prompt of `length`: flat slots [kept], kept."""
-        kept = length if self.window is None else min(length, self.window)
+    def kept(self, length: int) -> int:
+        """How many tokens of a prompt of `length` stay live."""
+        return length if self.window is None else min(length, self.window)
+
+    def extend(self, sequence: int, length: int) -> torch.Tensor:
+        """Slots for the last tokens of a prompt of `length`: flat slots [kept]."""
+        kept = self.kept(length)
         first = len(self.owner) * self.block
         blocks = -(-kept // self.block)
         self._append(torch.full((blocks,), sequence, device=self.device))
         slots = torch.arange(first, first + kept, device=self.device)
         self.position.view(-1)[slots] = torch.arange(length - kept, length, device=self.device)
-        return slots, kept
+        return slots
 
     def claim(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """One free slot for the next token of each of N distinct sequences: flat slots [N]."""
@@ -136,15 +140,44 @@ class SlotCache:
         self.next_position = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self._segments, self._steps, self._slots = None, None, None
 
-    def prefill(self, sequences: list[int], lengths: list[int]) -> torch.Tensor:
-        """Announce whole prompts, packed one after the other: position ids [1, sum T]."""
-        self._steps, self._segments = None, lengths
-        slots = [[table.extend(s, t) for s, t in zip(sequences, lengths)] for table in self.tables]
-        self._slots = [(torch.cat([s for s, _ in per]), [kept for _, kept in per]) for per in slots]
-        for sequence, length in zip(sequences, lengths):
-            self.next_position[sequence] = length
+    def prefill(self, groups: list[list[int]], lengths: list[int]) -> torch.Tensor:
+        """Announce whole prompts, packed one after the other: position ids [1, sum T].
+
+        Each prompt is read once for all the sequences of its group.
+        """
+        self._steps, self._segments = None, (groups, lengths)
+        self._slots = [self._extend(table, groups, lengths) for table in self.tables]
         self._grow()
         return torch.cat([torch.arange(t, device=self.device) for t in lengths]).unsqueeze(0)
+
+    def _extend(self, table: Table, groups, lengths) -> torch.Tensor:
+        """Slots in one table for the prompts of all groups, sequence by sequence: flat."""
+        slots = []
+        for group, length in zip(groups, lengths):
+            slots += [table.extend(sequence, length) for sequence in group]
+            self.next_position[group] = length
+        return torch.cat(slots)
+
+    def read(self, sequence: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copy of the live keys and values of one sequence, per layer [H, kept, D]."""
+        copies = []
+        for layer, number in enumerate(self.table_of):
+            table = self.tables[number]
+            mine = (table.owner[:, None] == sequence) & (table.position >= 0)
+            slots = mine.flatten().nonzero().flatten()
+            slots = slots[table.position.view(-1)[slots].argsort()]
+            block, offset = slots // self.block, slots % self.block
+            pools = self.keys[layer], self.values[layer]
+            copies.append(tuple(pool[block, :, offset].transpose(0, 1) for pool in pools))
+        return copies
+
+    def restore(self, group: list[int], length: int, copies) -> None:
+        """Give every sequence of `group` the prompt of `length` tokens that `read` returned."""
+        slots = [self._extend(table, [group], [length]) for table in self.tables]
+        self._grow()
+        for layer, (key, value) in enumerate(copies):
+            repeated = (torch.cat([x] * len(group), 1) for x in (key, value))
+            self._store(layer, slots[self.table_of[layer]], *repeated)
 
     def step(self, sequences: list[int]) -> torch.Tensor:
         """Announce one new token for each of N sequences: position ids [1, N]."""
@@ -186,13 +219,12 @@ class SlotCache:
     def _attend_prompts(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Causal attention inside each packed prompt; only what stays live is stored."""
         table = self.tables[self.table_of[layer]]
-        slots, kept = self._slots[self.table_of[layer]]
         out, stored, first = [], [], 0
-        for length, keep in zip(self._segments, kept):
+        for group, length in zip(*self._segments):
             end = first + length
             q, k, v = (x[:, :, first:end] for x in (query, key, value))
             mask = None
-            if table.window is not None and length > table.window:
+            if table.kept(length) < length:
                 at = torch.arange(length, device=self.device)
                 ago = at[:, None] - at[None, :]
                 mask = (ago >= 0) & (ago < table.window)
@@ -201,11 +233,10 @@ class SlotCache:
                     q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
                 )
             )
-            stored.append(slice(end - keep, end))
+            stored += [slice(end - table.kept(length), end)] * len(group)
             first = end
-        self._store(
-            layer, slots, *(torch.cat([x[0][:, s] for s in stored], 1) for x in (key, value))
-        )
+        both = (torch.cat([x[0][:, s] for s in stored], 1) for x in (key, value))
+        self._store(layer, self._slots[self.table_of[layer]], *both)
         return torch.cat(out, 2).transpose(1, 2)
 
     def _store(self, layer: int, slots: torch.Tensor, key, value) -> None:

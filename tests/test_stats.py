@@ -180,6 +180,14 @@ def test_tost_agrees_with_statsmodels_on_nested_samples():
     assert agree >= 145  # a bootstrap and a t-test may differ at the border
 
 
+def test_tost_refuses_losses_as_well_as_gains():
+    ahead, behind = np.ones((300, 1)), np.ones((300, 1))
+    behind[:60] = 0
+    assert not stats.tost(ahead, behind, 0.05, rng()).equivalent
+    assert not stats.tost(behind, ahead, 0.05, rng()).equivalent
+    assert stats.tost(behind, ahead, 0.30, rng()).equivalent
+
+
 def test_holm_steps_down():
     pvalues = [0.04, 0.01, 0.03, 0.005]
     order = np.argsort(pvalues)
