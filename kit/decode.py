@@ -161,6 +161,8 @@ def decode(
 
 
 def _check(model: Model, requests: list[Request], sampling: Sampling) -> None:
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}; ask for at least one.")
     limit = model.weights.config.get_text_config().max_position_embeddings
     for request in requests:
         need = len(request.prompt_ids) + sampling.max_new_tokens

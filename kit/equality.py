@@ -168,8 +168,12 @@ def _parse(text: str):
     """A sympy object, with i as the imaginary unit; None for what cannot be read as a whole."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
-    from sympy import I
+    from sympy import I, Rational
 
+    plain = latex.number(text)
+    if plain and not plain.percent:  # spares the slow LaTeX parser
+        value = Rational(plain.value.numerator, plain.value.denominator)
+        return value.evalf() if plain.places > 0 else value
     # No units (they take the `m` off `5m`) and no fallback to "some number in the text".
     reading = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=reading)

@@ -52,16 +52,20 @@ def code_version(modules: tuple[str, ...]) -> str:
 def plan(
     model: Model, prompts: list[Prompt], sampling: Sampling, samples: int, batch_size: int
 ) -> list[Job]:
-    """Every sample of every prompt with its key, sorted by key."""
-    base = [model.weights_hash, str(model.dtype), asdict(sampling), "full", batch_size]
+    """Every sample of every prompt with its key, sorted by what determines the tokens.
+
+    So a change of the grader leaves the groups, and with them the tokens, as they were.
+    """
+    reads = [model.weights_hash, str(model.dtype), model.tokenizer.chat_template]
+    base = [*reads, sorted(model.stop_ids), asdict(sampling), "full", batch_size]
     jobs = []
     for prompt in prompts:
         for sample in range(samples):
             tokens = digest([base, code_version(DECODE_SOURCES), prompt.id, prompt.arm, sample])
             graded = digest([tokens, code_version(GRADE_SOURCES), prompt.problem.answer, FORM])
             jobs.append(Job(graded, tokens, prompt, sample))
-    jobs.sort(key=lambda job: job.key)
-    if len({job.key for job in jobs}) < len(jobs):
+    jobs.sort(key=lambda job: job.generation_key)
+    if len({job.generation_key for job in jobs}) < len(jobs):
         raise ValueError("The same prompt stands twice in one job; give each problem once per arm.")
     return jobs
 
@@ -89,9 +93,8 @@ def evaluate(
         store.append(_complete(model, group, sampling, batch_size, store))
         finished += len(group)
         took = time.perf_counter() - started
-        report(
-            f"{finished}/{todo} samples, {took:.0f} s, {took / finished * (todo - finished):.0f} s left"
-        )
+        left = took / finished * (todo - finished)
+        report(f"{finished}/{todo} samples, {took:.0f} s, {left:.0f} s left")
     return store.table({job.key for job in jobs})
 
 

@@ -98,8 +98,9 @@ class Step:
         row_of = torch.full((int(sequences.max()) + 1,), -1, device=table.device)
         row_of[sequences] = torch.arange(count, device=table.device)
         self.row = row_of[table.owner]  # [n] row of this step that a block answers to
+        self.masked = max(MASKED, torch.finfo(dtype).min / 2)  # float16 ends at -65504
         bias = torch.zeros(n, table.block, dtype=dtype, device=table.device)
-        self.bias = bias.masked_fill_(table.position < 0, MASKED)[:, None, None, :]  # [n,1,1,Z]
+        self.bias = bias.masked_fill_(table.position < 0, self.masked)[:, None, None, :]  # [n,1,1,Z]
         # [N, M] blocks of each row, padded with n: the index of an empty partial result.
         order = torch.argsort(self.row, stable=True)
         per_row = torch.bincount(self.row, minlength=count)
@@ -211,7 +212,7 @@ class SlotCache:
         # Partial results of the blocks are joined per row with their softmax weights.
         part = torch.cat([weight @ values, weight.sum(-1, keepdim=True)], -1)  # [n, H, G, D+1]
         part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, 1))[step.blocks]  # [N, M, H, G, D+1]
-        top = F.pad(top, (0, 0, 0, 0, 0, 0, 0, 1), value=MASKED)[step.blocks]
+        top = F.pad(top, (0, 0, 0, 0, 0, 0, 0, 1), value=step.masked)[step.blocks]
         joined = (part * (top - top.amax(1, keepdim=True)).exp_()).sum(1)  # [N, H, G, D+1]
         out = joined[..., :-1] / joined[..., -1:]
         return out.reshape(1, count, wide, self.head_dim)

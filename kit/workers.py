@@ -24,7 +24,7 @@ from kit.equality import equal, symbolic
 CPU_SECONDS = 3.0  # of a worker, per pair: does not depend on how busy the machine is
 WALL_SECONDS = 60.0  # per pair, against a worker that sleeps
 MEMORY_BYTES = 2 << 30  # address space of a worker
-WORKERS = max(1, min(len(os.sched_getaffinity(0)), 8))
+WORKERS = max(1, min(os.cpu_count() or 1, 8))
 _NAME = "kit_grade_worker"
 
 
