@@ -100,7 +100,7 @@ class Step:
         self.row = row_of[table.owner]  # [n] row of this step that a block answers to
         self.masked = max(MASKED, torch.finfo(dtype).min / 2)  # float16 ends at -65504
         bias = torch.zeros(n, table.block, dtype=dtype, device=table.device)
-        self.bias = bias.masked_fill_(table.position < 0, self.masked)[:, None, None, :]  # [n,1,1,Z]
+        self.bias = bias.masked_fill_(table.position < 0, self.masked)[:, None, None]  # [n,1,1,Z]
         # [N, M] blocks of each row, padded with n: the index of an empty partial result.
         order = torch.argsort(self.row, stable=True)
         per_row = torch.bincount(self.row, minlength=count)
