@@ -52,7 +52,7 @@ class Table:
         return slots
 
     def claim(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """One free slot for the next token of each of N distinct sequences: flat slots [N]."""
+        """One free slot for the next token of each of the N live sequences: flat slots [N]."""
         room = (self.position < 0).any(1)
         count = int(sequences.max()) + 1
         where = torch.full((count,), len(self.owner), device=self.device)
@@ -181,7 +181,7 @@ class SlotCache:
             self._store(layer, slots[self.table_of[layer]], *repeated)
 
     def step(self, sequences: list[int]) -> torch.Tensor:
-        """Announce one new token for each of N sequences: position ids [1, N]."""
+        """Announce one new token for each of the N live sequences: position ids [1, N]."""
         index = torch.tensor(sequences, device=self.device)
         positions = self.next_position[index]
         self._segments, self._steps = None, []

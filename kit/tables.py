@@ -1,95 +1,146 @@
-"""One function per published table: records in, a DataFrame of numbers with intervals out.
+"""One function per published table: records or claims in, a DataFrame out.
 
-Shares are percent; intervals are 95%, over problems. `style` turns a table into HTML for
-notebooks and the report; nothing is rounded before that.
+Shares are percent, intervals 95% over problems and kept as (estimate, low, high); nothing is
+rounded before `text`, which gives the cells that a reader sees. `style` is that for notebooks,
+`kit.report` puts the same texts into its page. No statistics of its own: see `kit.contrasts`.
 """
+
+from numbers import Integral
 
 import pandas as pd
 
 from kit import contrasts
+from kit.claims import Claim, audit
+from kit.schema import digest
 
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
-
-
-def _interval(records: pd.DataFrame, contrast: dict) -> tuple[float, float, float] | None:
-    found = contrasts.compute(contrast, records)
-    return found and (found.estimate, found.low, found.high)
+COSTS = ("new_tokens", "kv_reads_tokens", "kv_peak_bytes", "seconds")  # mean over samples
+LABELS = {  # heading of a column, where its name does not do; units where they are not obvious
+    "accuracy": "accuracy, %",
+    "majority": "majority vote, %",
+    "finished": "finished, %",
+    "compliance": "compliance, %",
+    "accuracy_given_finished": "accuracy given finished, %",
+    "new_tokens": "new tokens, mean",
+    "kv_reads_tokens": "KV reads, tokens, mean",
+    "kv_peak_bytes": "peak KV, mean",
+    "seconds": "seconds, mean",
+    "difference": "difference, points",
+    "n_needed": "n needed",
+}
 
 
 def arms(records: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm: shares with intervals, and what an answer costs in tokens and bytes."""
+    """One row per model and arm: shares with intervals, and what an answer costs."""
     rows = []
-    for (model, arm), of_arm in records.groupby(["model", "arm"], sort=True):
-        row = {"model": model, "arm": arm, **_counts(of_arm)}
-        for measure in MEASURES:
-            row[measure] = _interval(of_arm, {"measure": measure, "arm": arm})
-        row["new_tokens"] = of_arm["new_tokens"].mean()
-        row["kv_reads_tokens"] = of_arm["kv_reads_tokens"].mean()
-        row["kv_peak_bytes"] = of_arm["kv_peak_bytes"].mean()
-        row["seconds"] = of_arm["seconds"].mean()
-        rows.append(row)
+    for (model, arm), group in records.groupby(["model", "arm"], sort=True):
+        shares = {measure: _share(group, measure, arm) for measure in MEASURES}
+        costs = {cost: group[cost].mean() for cost in COSTS}
+        rows.append({"model": model, "arm": arm, **_counts(group), **shares, **costs})
     return pd.DataFrame(rows)
 
 
 def by_family(records: pd.DataFrame, arm: str = "plain") -> pd.DataFrame:
-    """One row per family and level of one arm, and one for all of them."""
-    of_arm = records[records["arm"] == arm]
-    groups = [*of_arm.groupby(["family", "level"], sort=True), (("all", ""), of_arm)]
+    """One row per model, family and level of one arm, and one per model for all of them."""
+    measures = [measure for measure in MEASURES if measure != "majority"]
     rows = []
-    for (family, level), group in groups:
-        row = {"family": family, "level": level, **_counts(group)}
-        for measure in ("accuracy", "finished", "compliance", "accuracy_given_finished"):
-            row[measure] = _interval(group, {"measure": measure, "arm": arm})
-        row["new_tokens"] = group["new_tokens"].mean()
-        rows.append(row)
+    for model, of_model in records[records["arm"] == arm].groupby("model", sort=True):
+        groups = [*of_model.groupby(["family", "level"], sort=True), (("all", ""), of_model)]
+        for (family, level), group in groups:
+            shares = {measure: _share(group, measure, arm) for measure in measures}
+            row = {"model": model, "family": family, "level": level, **_counts(group), **shares}
+            rows.append(row | {"new_tokens": group["new_tokens"].mean()})
     return pd.DataFrame(rows)
 
 
-def _counts(records: pd.DataFrame) -> dict:
+def _share(records: pd.DataFrame, measure: str, arm: str) -> tuple[float, float, float] | None:
+    """Estimate and interval; None where the measure has no value, as a vote of two samples."""
+    found = contrasts.compute({"measure": measure, "arm": arm}, records)
+    return found and (found.estimate, found.low, found.high)
+
+
+def _counts(records: pd.DataFrame) -> dict[str, int]:
     """How many problems and samples stand behind a row."""
-    return {"problems": records["problem_id"].nunique(), "samples": len(records)}
+    problems = records.drop_duplicates(contrasts.PROBLEM)
+    return {"problems": len(problems), "samples": len(records)}
 
 
 def difference(records: pd.DataFrame, arm: str, control: str, measures=MEASURES) -> pd.DataFrame:
-    """Arm minus control in points, paired by problem, one row per measure."""
+    """Arm minus control in points, paired by problem, one row per model and measure."""
     rows = []
-    for measure in measures:
-        found = contrasts.compute({"measure": measure, "arm": arm, "control": control}, records)
-        if found is not None:
-            interval = (found.estimate, found.low, found.high)
-            rows.append({"measure": measure, "difference": interval, "problems": found.n})
-    return pd.DataFrame(rows)
+    for model, of_model in records.groupby("model", sort=True):
+        for measure in measures:
+            contrast = {"measure": measure, "arm": arm, "control": control}
+            found = contrasts.compute(contrast, of_model)
+            if found is not None:
+                interval = (found.estimate, found.low, found.high)
+                rows.append((model, measure, interval, found.n))
+    return pd.DataFrame(rows, columns=["model", "measure", "difference", "problems"])
 
 
 def answers(records: pd.DataFrame) -> pd.DataFrame:
-    """Where the grader found the answers: share of samples per arm, percent."""
-    counts = records.groupby(["arm", "method"]).size().unstack(fill_value=0)
+    """Where the grader found the answers: share of samples per model and arm, percent."""
+    counts = records.groupby(["model", "arm", "method"]).size().unstack(fill_value=0)
     return 100 * counts.div(counts.sum(axis=1), axis=0)
 
 
+def audits(claims: list[Claim]) -> pd.DataFrame:
+    """What each published number can bear by its own counts; NaN where none are published.
+
+    `estimate`, `low` and `high` are in the unit that ends `published`, or in points where that
+    is a difference of percentages; `n_needed` is for 80% power at the published effect.
+    """
+    rows = []
+    for claim in claims:
+        found = audit(claim)
+        base = "" if claim.baseline is None else f" against {claim.baseline:g}"
+        number = f"{claim.value:g}{base} {claim.unit}" if claim.value is not None else "direction"
+        row = {key: getattr(claim, key) for key in ("system", "statement", "source", "grade")}
+        row |= {"claim": claim.id, "published": number, "reading": found.reading}
+        if found.interval:
+            row |= {key: getattr(found.interval, key) for key in ("estimate", "low", "high")}
+        row |= {"p": found.p, "n_needed": found.n_needed}
+        rows.append(row | {"rule": claim.rule, "notebook": claim.notebook})
+    columns = ["claim", "system", "statement", "published", "estimate", "low", "high", "p"]
+    columns += ["n_needed", "reading", "source", "grade", "rule", "notebook"]
+    numbers = dict.fromkeys(["estimate", "low", "high", "p"], float) | {"n_needed": "Int64"}
+    return pd.DataFrame(rows, columns=columns).astype(numbers)
+
+
 def text(table: pd.DataFrame) -> pd.DataFrame:
-    """The same table with every cell as the text that a reader sees."""
-    return table.apply(lambda column: column.map(lambda cell: _cell(column.name, cell)))
+    """The same table with every cell and heading as the text that a reader sees."""
+    cells = {name: [cell_text(name, cell) for cell in table[name]] for name in table}
+    return pd.DataFrame(cells, index=table.index).rename(columns=LABELS)
 
 
-def _cell(name: str, cell) -> str:
+def cell_text(name: str, cell) -> str:
+    """One value of the column `name`: rounded, with its interval, "–" where there is none."""
     if isinstance(cell, tuple):
-        return f"{cell[0]:.1f} [{cell[1]:.1f}, {cell[2]:.1f}]"
-    if cell is None or cell is pd.NA or cell != cell:
+        sign = "+" if name == "difference" else ""
+        return f"{cell[0]:{sign}.1f} [{cell[1]:.1f}, {cell[2]:.1f}]"
+    if cell is None or pd.isna(cell):
         return "–"
+    if name == "p":
+        return f"{cell:.2g}" if cell >= 0.001 else "< 0.001"
     if name.endswith("bytes"):
         return f"{cell / 2**20:.2f} MiB"
-    if isinstance(cell, float):
-        return f"{cell:.1f}"
-    return str(cell)
+    if isinstance(cell, Integral):
+        return f"{cell:,}"
+    return f"{cell:,.1f}" if isinstance(cell, float) else str(cell)
 
 
 def style(table: pd.DataFrame):
-    """`text(table)` as a Styler: numbers right, words left, no index."""
+    """`text(table)` as a Styler: numbers right, words left, no index, markup as plain text."""
     shown = text(table)
-    words = [name for name in shown if table[name].map(lambda cell: isinstance(cell, str)).all()]
+    words = [LABELS.get(name, name) for name in table if _is_words(table[name])]
     return (
-        shown.style.hide(axis="index")
+        shown.style.set_uuid(digest(shown.to_dict("list"), 8))  # random ids would never repeat
+        .format(escape="html")
+        .hide(axis="index")
         .set_properties(**{"text-align": "right"})
         .set_properties(subset=words, **{"text-align": "left"})
     )
+
+
+def _is_words(column: pd.Series) -> bool:
+    return all(isinstance(cell, str) for cell in column)

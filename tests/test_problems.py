@@ -10,7 +10,6 @@ import os
 import random
 import re
 from collections import Counter
-from datetime import date, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from importlib.metadata import version
@@ -20,7 +19,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from fake_hub import build_cache
-from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
 from kit import hub, paths, suite
 from kit.families import FAMILIES
@@ -389,96 +387,23 @@ def exact(expression: str) -> Decimal:
     return value(ast.parse(expression, mode="eval").body)
 
 
-def solves(question: str, answer: str) -> bool:
-    left, right = question.removeprefix("Solve for x: ").split(" = ")
-    return exact(left.replace("x", f"({answer})")) == exact(right)
-
-
-def legs(question: str) -> int:
-    pairs = re.findall(r"(\d+) ([a-z ]+?)(?= and | have)", question)
-    return sum(int(n) * ANIMALS[name if n == "1" else name[:-1]] for n, name in pairs)
-
-
-def relation(question: str) -> set[str]:
-    """What person one is to person two, read off the story; both sexes where it is not told."""
-    spouse, sex, children, one = {}, {}, {}, None
-    for sentence in question.split(". "):
-        if married := re.match(r"(\w+) is married to (\w+)", sentence):
-            one, other = married.groups()
-            spouse |= {one: other, other: one}
-            sex |= {one: 0, other: 1}
-        elif called := re.match(r"They have (?:a child|children) called (.*)", sentence):
-            for parent in (one, spouse[one]):
-                children[parent] = re.split(r", | and ", called[1])
-    first, second = re.search(r"What relation is (\w+) to (\w+)\?", question).groups()
-    sexes = [sex[first]] if first in sex else [0, 1]
-
-    def pick(*words: str) -> set[str]:
-        return {words[sex] for sex in sexes}
-
-    if spouse.get(first) == second:
-        return pick("husband", "wife")
-    if second in children.get(first, []):
-        return pick("father", "mother")
-    if first in children.get(second, []):
-        return pick("son", "daughter")
-    if any(second in children.get(child, []) for child in children.get(first, [])):
-        return pick("grandfather", "grandmother")
-    if any({first, second} <= set(some) for some in children.values()):
-        return pick("brother", "sister")
-    return set()
-
-
-def weekday(question: str) -> str:
-    words = re.search(r"Today is \w+, (.*?)\. .*?(\d+) days( ago)?\?", question)
-    day = suite_date(words[1]) + timedelta(days=int(words[2]) * (-1 if words[3] else 1))
-    return f"{day:%A}"
-
-
-def suite_date(text: str) -> date:
-    month, day, year = re.fullmatch(r"(\w+) (\d+), (\d+)", text).groups()
-    months = [f"{date(2000, m, 1):%B}" for m in range(1, 13)]
-    return date(int(year), months.index(month) + 1, int(day))
-
-
-def numbers(question: str) -> list[Decimal]:
-    return [Decimal(x) for x in re.findall(r"-?\d+(?:\.\d+)?", question)]
-
-
-def angle(question: str) -> int:
-    sides, *known = map(int, numbers(question))
-    assert len(known) == sides - 1
-    return 180 * (sides - 2) - sum(known)
+def numbers(question: str) -> list[int]:
+    return [int(x) for x in re.findall(r"-?\d+", question)]
 
 
 def expression(question: str) -> Decimal:
-    return exact(question.removeprefix("What is ").removesuffix("?"))
-
-
-def needle(question: str) -> list[str]:
-    story, deed = question.removesuffix("?").split("Who ")
-    return [s.removesuffix(" " + deed) for s in story.split(". ") if s.endswith(" " + deed)]
+    return exact(question.removeprefix("Calculate ").removesuffix("."))
 
 
 ORACLES = {
     "chain_sum": lambda q, a: expression(q) == Decimal(a),
-    "basic_arithmetic": lambda q, a: expression(q) == Decimal(a),
     "products": lambda q, a: expression(q) == Decimal(a),
-    "decimal_chain_sum": lambda q, a: expression(q) == Decimal(a) and not a.endswith(".0"),
-    "gcd": lambda q, a: math.gcd(*map(int, numbers(q))) == int(a),
-    "lcm": lambda q, a: math.lcm(*map(int, numbers(q))) == int(a),
-    "fraction_simplification": lambda q, a: str(Fraction(*map(int, numbers(q)))) == a,
-    "simple_equations": solves,
+    "gcd": lambda q, a: math.gcd(*numbers(q)) == int(a),
+    "lcm": lambda q, a: math.lcm(*numbers(q)) == int(a),
+    "fraction_simplification": lambda q, a: str(Fraction(*numbers(q))) == a,
+    "simple_equations": lambda q, a: math.prod([numbers(q)[0], int(a)]) == numbers(q)[1],
     "letter_counting": lambda q, a: q.split('"')[3].lower().count(q.split('"')[1]) == int(a),
-    "spell_backward": lambda q, a: "".join(reversed(q.split('"')[1])) == a,
-    "leg_counting": lambda q, a: legs(q) == int(a),
-    "calendar_arithmetic": lambda q, a: weekday(q) == a,
-    "simple_geometry": lambda q, a: angle(q) == int(a) and 0 < int(a) < 180,
-    "number_format": lambda q, a: (max if "largest" in q else min)(numbers(q)) == Decimal(a),
-    "family_relationships": lambda q, a: a in relation(q),
-    "needle_haystack": lambda q, a: needle(q) == [a],
 }
-NO_ORACLE = {"gsm_symbolic", "number_sequence"}  # their rule is known to the generator alone
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -490,8 +415,7 @@ def test_generated_golds_are_right_and_questions_plain(family):
             assert not re.search(
                 r"(?i)final answer|reply only|respond (only|with)|example:|your task", p.question
             )
-            if family not in NO_ORACLE:
-                assert ORACLES[family](p.question, p.answer), (p.question, p.answer)
+            assert ORACLES[family](p.question, p.answer), (p.question, p.answer)
 
 
 def test_the_frozen_suite_has_right_golds_and_disjoint_splits():
@@ -502,7 +426,7 @@ def test_the_frozen_suite_has_right_golds_and_disjoint_splits():
     assert len({p.id for p in everything}) == len(everything)
     assert len({" ".join(sorted(p.question.split())) for p in everything}) == len(everything)
     for p in everything:
-        assert p.family in NO_ORACLE or ORACLES[p.family](p.question, p.answer), p
+        assert ORACLES[p.family](p.question, p.answer), p
     families = {p.family for p in everything}
     assert len(families) >= 6
     for family, one in itertools.product(families, sets):
@@ -525,7 +449,7 @@ def test_freezing_writes_what_load_reads_and_a_changed_file_is_refused(tmp_path,
         load("laptop")
     sizes = {"train": 4, "validation": 2, "test": 3}
     manifest = suite.freeze(["chain_sum", "gcd"], sizes, tmp_path / "problems", seed=9)
-    assert manifest["counts"] == {"train": 28, "validation": 14, "test": 21}
+    assert manifest["counts"] == {"train": 16, "validation": 8, "test": 12}
     assert load("laptop", "train").fingerprint == manifest["fingerprints"]["train"]
     assert load("laptop").revision.startswith("reasoning-gym 0.1.25, seed 9")
     file = tmp_path / "problems" / "laptop.jsonl"
@@ -536,11 +460,11 @@ def test_freezing_writes_what_load_reads_and_a_changed_file_is_refused(tmp_path,
 
 def test_neighbouring_seeds_share_no_problems_and_small_families_say_so():
     """reasoning-gym itself repeats 99 of 100 items between seeds 0 and 1."""
-    one, other = (suite.generate("chain_sum", 4, 60, seed) for seed in (0, 1))
+    one, other = (suite.generate("chain_sum", 2, 60, seed) for seed in (0, 1))
     assert not {p.question for p in one} & {p.question for p in other}
-    assert suite.generate("chain_sum", 4, 60, 0) == one
-    with pytest.raises(ValueError, match="chain_sum level 1 has 1.. distinct problems"):
+    assert suite.generate("chain_sum", 2, 60, 0) == one
+    with pytest.raises(ValueError, match="chain_sum level 1 has [0-9]+ distinct problems"):
         suite.generate("chain_sum", 1, 120, seed=0)
     for family, level in (("sudoku", 1), ("gcd", 9)):
-        with pytest.raises(ValueError, match="no family 'sudoku'|gcd has levels 1 to 3, not 9"):
+        with pytest.raises(ValueError, match="no family 'sudoku'|gcd has levels 1 to 2, not 9"):
             suite.generate(family, level, 1, seed=0)

@@ -1,0 +1,40 @@
+"""The two models that several test files share: the bundled one, and a tiny one that can talk."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """The bundled real model in float32."""
+    from kit import models
+
+    return models.load(models.BUNDLED, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, bundled) -> Path:
+    """A saved Llama of 1.6 M random weights with the bundled model's tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    config = LlamaConfig(**shape, **heads, vocab_size=49152, eos_token_id=2, initializer_range=0.3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    weights.save_pretrained(folder)
+    bundled.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """That model, loaded."""
+    from kit import models
+
+    return dataclasses.replace(models.load(str(tiny_folder), dtype="float32"), name="tiny")
