@@ -28,6 +28,7 @@ else
 	$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock torch
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
 endif
+	@$(PY) -c 'import os, site; open(site.getsitepackages()[0] + "/kit.pth", "w").write(os.getcwd())'
 	$(PY) -m kit.models
 	@touch $@
 

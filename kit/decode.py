@@ -108,6 +108,11 @@ def slots_attached(model: Model) -> Iterator[None]:
     """The model's attention goes through the slot cache inside this block."""
     before = model.weights.config._attn_implementation
     model.weights.set_attn_implementation("kit_slots")
+    if model.weights.config._attn_implementation != "kit_slots":  # transformers only warns
+        raise ValueError(
+            f"{type(model.weights).__name__} has an attention of its own that the slot cache "
+            f"cannot replace; choose another model."
+        )
     try:
         yield
     finally:

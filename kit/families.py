@@ -52,14 +52,14 @@ def _equation(entry: Entry) -> str:
 
 
 def _small(entry: Entry, level: int) -> bool:
-    """A coefficient times the unknown; level 1: from 2 to 12, level 2: larger."""
+    """A coefficient times the unknown; level 1: from 2 to 9, level 2: larger."""
     found = re.match(r"(\d+)\*[a-z] = ", entry["metadata"]["equation"])
-    return bool(found) and (2 <= int(found[1]) <= 12) == (level == 1) and int(found[1]) > 1
+    return bool(found) and (2 <= int(found[1]) <= 9) == (level == 1) and int(found[1]) > 1
 
 
 _TWO_TERMS = _range("terms", 2, 2)
 _EQUATIONS = _TWO_TERMS | {
-    **_range("value", 1, 12),
+    **_range("value", 1, 9),
     "operators": ("*",),
     "operators_weights": [1.0],
 }

@@ -85,7 +85,7 @@ def accuracy_by_family(tables: dict[str, pd.DataFrame]) -> Picture:
             _intervals(axes, heights, np.array([*table["accuracy"]]), number, arm)
         axes.axhline(0.5, color="black", linewidth=0.6)
         axes.set_xlim(-2, 102)
-        axes.set_xlabel("accuracy, percent, with 95% interval over problems")
+        axes.set_xlabel("accuracy, percent, 95% interval")
         names = [f"{family.replace('_', ' ')} {level}".strip() for family, level in rows]
         _finish(picture, axes, np.array([*at.values()]), names, "prompt")
     said = []

@@ -160,10 +160,7 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"Cannot load {name!r} from {folder} ({why.strip()}); fetch or save it again."
-        ) from error
+        raise _unreadable(name, folder, error) from error
     if report["missing_keys"]:  # transformers would draw them at random
         raise ModelError(
             f"The weights in {folder} lack {len(report['missing_keys'])} tensors that its "
@@ -173,13 +170,22 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
     return Model(name, weights.to(device).eval(), tokenizer, weights_hash[:12], revision)
 
 
+def _unreadable(name: str, folder, error: Exception) -> ModelError:
+    """One sentence from the first line of what transformers says."""
+    why = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    return ModelError(f"Cannot load {name!r} from {folder} ({why}); fetch or save it again.")
+
+
 def _random(name: str, dtype, device, seed: int) -> Model:
     """A real architecture with random weights drawn from `seed`; no tokenizer."""
     shape = name.removeprefix("random:")
     if shape in RANDOM:
         config = RANDOM[shape]()
     elif (Path(shape) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(name, shape, error) from error
     else:
         raise ModelError(
             f"No random model {name!r}; use one of {sorted(RANDOM)} or a folder with config.json."

@@ -128,8 +128,8 @@ def _baseline(model: str, records: pd.DataFrame) -> dict:
 
 def _arms(model: str, by_arm: pd.DataFrame, change: pd.DataFrame) -> Table:
     """One column per arm, which a phone can show, and the paired difference beside them."""
-    texts = {name: tables.cell_text("difference", cell)
-             for name, cell in zip(change["measure"], change["difference"], strict=True)}  # fmt: skip
+    pairs = zip(change["measure"], change["difference"], strict=True)
+    texts = {measure: tables.cell_text("difference", cell) for measure, cell in pairs}
     columns = ["measure", *by_arm.index] + [f"{ARM} − {CONTROL}, points"] * bool(texts)
     rows = []
     for name in by_arm.columns.drop("model"):

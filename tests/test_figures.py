@@ -1,0 +1,159 @@
+"""Figures: what is drawn is what the table says, nothing overlaps, the bytes repeat."""
+
+import base64
+import re
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from kit import claims, figures, tables
+
+
+def family_table(rows: list[tuple]) -> pd.DataFrame:
+    """What `tables.by_family` gives, as far as the figure reads it."""
+    table = pd.DataFrame(rows, columns=["family", "level", "accuracy"])
+    return table.astype({"level": object})
+
+
+def many(shift: float) -> pd.DataFrame:
+    rows = [(f"family_relationships_{i}", level, (20 + shift, 10 + shift, 40 + shift))
+            for i in range(12) for level in (1, 2, 3)]  # fmt: skip
+    return family_table([*rows, ("all", "", (20 + shift, 18 + shift, 22 + shift))])
+
+
+def small() -> dict[str, pd.DataFrame]:
+    plain = [("gcd", 1, (50.0, 20.0, 80.0)), ("sums", 2, (0.0, 1e-15, 30.0))]
+    form = [("gcd", 1, (60.0, 30.0, 90.0)), ("sums", 2, (100.0, 70.0, 100.0 - 1e-13))]
+    return {
+        "plain": family_table([*plain, ("all", "", (25.0, 20.0, 30.0))]),
+        "format": family_table([*form, ("all", "", (80.0, 75.0, 85.0))]),
+    }
+
+
+def drawn(picture: figures.Picture) -> dict[str, list[tuple]]:
+    """By legend label the (x, low, high, name of the row) of every point."""
+    (axes,) = picture.axes
+    ticks, texts = axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()]
+    found = {}
+    for container in axes.containers:
+        line, _, (bars,) = container
+        points = []
+        for x, y, segment in zip(line.get_xdata(), line.get_ydata(), bars.get_segments()):
+            name = texts[int(np.argmin(np.abs(ticks - y)))]
+            points.append((x, segment[0][0], segment[1][0], name))
+        found[container.get_label()] = points
+    return found
+
+
+def boxes(picture: figures.Picture):
+    """Drawn extents of axes, legend, row names and the whole, in pixels."""
+    renderer = FigureCanvasAgg(picture).get_renderer()
+    picture.draw(renderer)
+    (axes,), (legend,) = picture.axes, picture.legends
+    names = [label.get_window_extent(renderer) for label in axes.get_yticklabels()]
+    around = [axes.xaxis.label.get_window_extent(renderer), *names]
+    return axes.get_window_extent(), legend.get_window_extent(renderer), names, around, picture.bbox
+
+
+@cache
+def audits_of_all() -> pd.DataFrame:
+    return tables.audits(claims.load())
+
+
+def test_accuracy_draws_the_table():
+    points = drawn(figures.accuracy_by_family(small()))
+    assert [*points] == ["plain", "format"]
+    for arm, table in small().items():
+        assert [name for *_, name in points[arm]] == ["gcd 1", "sums 2", "all"]
+        for (*numbers, _), expected in zip(points[arm], table["accuracy"], strict=True):
+            assert numbers == pytest.approx(expected)
+
+
+def test_arms_with_different_families_share_their_rows():
+    plain = small()["plain"]
+    form = family_table([("words", 1, (5.0, 0.0, 9.0)), ("all", "", (5.0, 0.0, 9.0))])
+    points = drawn(figures.accuracy_by_family({"plain": plain, "format": form}))
+    assert [name for *_, name in points["plain"]] == ["gcd 1", "sums 2", "all"]
+    assert [name for *_, name in points["format"]] == ["words 1", "all"]
+
+
+def test_effects_are_the_differences_with_counts_and_split_at_zero():
+    audits = audits_of_all()
+    points = drawn(figures.published_effects(audits))
+    rows = audits[audits["p"].notna()]
+    assert sum(map(len, points.values())) == len(rows) > 20
+    (clear, ends), (unclear, _) = points.items()
+    assert clear == f"excludes zero ({len(ends)})" and unclear.startswith("includes zero")
+    assert all(low > 0 or high < 0 for _, low, high, _ in ends)
+    assert all(low <= 0 <= high for _, low, high, _ in points[unclear])
+    by_claim = rows.set_index("claim")
+    for x, low, high, name in ends + points[unclear]:
+        expected = by_claim.loc[name, ["estimate", "low", "high"]].to_list()
+        assert [x, low, high] == pytest.approx(expected)
+
+
+def test_effects_leave_out_other_units():
+    audits = audits_of_all().query("claim == 'rbslm-memory-gain'")
+    other = audits.assign(claim="steps", published="8 against 9 steps")
+    points = drawn(figures.published_effects(pd.concat([audits, other])))
+    assert [name for found in points.values() for *_, name in found] == ["rbslm-memory-gain"]
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        lambda: figures.accuracy_by_family(small()),
+        lambda: figures.accuracy_by_family({"plain": many(0)}),
+        lambda: figures.accuracy_by_family({str(i): many(10 * i) for i in range(4)}),
+        lambda: figures.published_effects(audits_of_all()),
+        lambda: figures.published_effects(audits_of_all().query("claim == 'rbslm-memory-gain'")),
+    ],
+    ids=["small", "one arm", "four arms", "all claims", "one claim"],
+)
+def test_nothing_overlaps_or_is_cut_off(picture):
+    axes, legend, names, around, whole = boxes(picture())
+    assert not legend.overlaps(axes)
+    for above, below in zip(names, names[1:]):
+        assert not above.overlaps(below)
+    for box in [*around, legend]:
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 and box.y1 <= whole.y1
+    assert axes.width > 0.3 * whole.width  # long names leave room for the data
+
+
+def test_alt_text_says_the_overall_numbers():
+    assert figures.accuracy_by_family(small()).alt == (
+        "Accuracy by problem family and level. Over all problems: "
+        "plain 25% (20% to 30%); format 80% (75% to 85%)."
+    )
+    audits = audits_of_all().query("claim in ['rbslm-memory-gain', 'rbslm-format-compliance']")
+    alt = figures.published_effects(audits).alt
+    assert alt.startswith("Of 2 published differences") and alt.endswith("of 1 includes it.")
+    assert "of 1 excludes zero" in alt
+
+
+def test_svg_repeats_is_self_contained_and_escapes():
+    first, second = (figures.accuracy_by_family(small()) for _ in range(2))
+    assert figures.svg(first) == figures.svg(second)
+    first.alt = '"><script>alert(1)</script>'
+    tag = figures.svg(first)
+    assert "<script>" not in tag and tag.count("<") == 1
+    source = base64.b64decode(re.search(r'base64,([^"]+)"', tag)[1]).decode()
+    assert source.count("<svg") == 1 and "<text" not in source  # letters are shapes
+    links = re.findall(r'(?:xlink:href|href|src)="([^"]*)"', source)
+    assert links and all(link.startswith("#") for link in links)
+
+
+def test_notebooks_show_a_picture_with_its_text():
+    data, _ = DisplayFormatter().format(figures.accuracy_by_family(small()))
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert data["text/plain"].startswith("Accuracy by problem family")
+
+
+def test_series_differ_in_colour_and_in_marker():
+    colours, markers = zip(*figures.SERIES)
+    assert len({*colours}) == len({*markers}) == len(figures.SERIES)

@@ -1,0 +1,150 @@
+"""The run store: what is appended is read back, once, and its hash speaks of content alone."""
+
+import dataclasses
+import random
+import typing
+
+import lancedb
+import pyarrow
+import pytest
+
+from kit.schema import Record
+from kit.store import SCHEMA, Store
+
+TYPES = typing.get_type_hints(Record)
+EXAMPLE = {str: "text", int: 7, float: 0.1, bool: True}
+HARD_TEXTS = (
+    "",
+    "é ∑ 漢字 😀 \u202e right to left",
+    "nul \0 in the middle, \x1b escape, \r\n, \ufffd, \ufeff",
+    '\'; drop table records; -- "quoted" \\ back',
+    "NaN",
+    "None",
+    " leading and trailing \n\n",
+    "long " * 1_000_000,
+)
+
+
+def record(key: str, **changes) -> Record:
+    values = {name: EXAMPLE[kind] for name, kind in TYPES.items()}
+    return dataclasses.replace(Record(**values | {"key": key}), **changes)
+
+
+def back(frame) -> list[Record]:
+    return [Record(**row) for row in frame.to_dict("records")]
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    records = [
+        record(
+            f"k{i}",
+            text=text,
+            question=text,
+            level=-i,
+            seed=2**62,
+            seconds=1 / 3,
+            correct=i % 2 == 0,
+        )
+        for i, text in enumerate(HARD_TEXTS)
+    ]
+    Store(tmp_path / "a" / "store").append(records)
+    again = back(Store(tmp_path / "a" / "store").table())
+    assert again == records
+    for one in again:
+        assert {name: type(value) for name, value in dataclasses.asdict(one).items()} == TYPES
+
+
+def test_an_empty_store_has_every_column_and_a_hash(tmp_path):
+    store = Store(tmp_path)
+    store.append([])
+    assert store.keys() == set() and len(store.table()) == 0
+    assert list(store.table().columns) == [field.name for field in dataclasses.fields(Record)]
+    assert store.logical_hash() == Store(tmp_path / "other").logical_hash()
+
+
+def test_a_key_is_stored_once_and_the_first_record_stays(tmp_path):
+    store = Store(tmp_path)
+    store.append([record("a", text="first"), record("b"), record("a", text="first")])
+    store.append([record("b", text="second"), record("c")])
+    table = store.table()
+    assert table["key"].tolist() == ["a", "b", "c"]
+    assert table["text"].tolist() == ["first", "text", "text"]
+    before = store.logical_hash()
+    store.append([record("c"), record("a")])
+    assert store.logical_hash() == before
+
+
+def test_the_table_is_sorted_and_can_be_limited_to_keys(tmp_path):
+    store = Store(tmp_path)
+    store.append([record("b"), record("d")])
+    store.append([record("c"), record("a")])
+    assert store.table()["key"].tolist() == ["a", "b", "c", "d"]
+    assert store.table({"d", "b", "unknown"})["key"].tolist() == ["b", "d"]
+    assert store.table(set()).empty
+    assert store.keys() == {"a", "b", "c", "d"}
+
+
+def test_more_records_than_a_query_returns_by_default(tmp_path):
+    store = Store(tmp_path)
+    store.append([record(f"{i:05}") for i in range(2500)])
+    assert len(store.keys()) == len(store.table()) == 2500
+
+
+def test_the_hash_does_not_depend_on_order_groups_or_seconds(tmp_path):
+    records = [record(f"k{i:04}", text=f"text {i}" * (i % 50), level=i) for i in range(1500)]
+    whole = Store(tmp_path / "whole")
+    whole.append(records)
+    parts = Store(tmp_path / "parts")
+    shuffled = random.Random(0).sample(records, len(records))
+    cuts = [0, 1, 3, 700, 1500]
+    for first, end in zip(cuts, cuts[1:]):
+        timed = [dataclasses.replace(r, seconds=r.seconds + first) for r in shuffled[first:end]]
+        Store(tmp_path / "parts").append(timed)
+    assert parts.logical_hash() == whole.logical_hash()
+    assert not parts.table().equals(whole.table()), "the seconds do differ"
+
+
+def test_the_hash_changes_with_every_other_column(tmp_path):
+    base = Store(tmp_path / "base")
+    base.append([record("a"), record("b")])
+    hashes = {base.logical_hash()}
+    other = {str: "text ", int: 8, float: 0.1 + 1e-16, bool: False}
+    names = [name for name in TYPES if name != "seconds"]
+    for name in names:
+        store = Store(tmp_path / name)
+        changed = dataclasses.replace(record("b"), **{name: other[TYPES[name]]})
+        store.append([record("a"), changed])
+        hashes.add(store.logical_hash())
+    assert len(hashes) == 1 + len(names)
+
+
+def test_text_cannot_move_between_columns_unseen(tmp_path):
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    one.append([record("a", text="xy", finish="")])
+    two.append([record("a", text="x", finish="y")])
+    assert one.logical_hash() != two.logical_hash()
+
+
+def test_two_stores_on_one_folder_see_each_other(tmp_path):
+    one, two = Store(tmp_path), Store(tmp_path)
+    one.append([record("a")])
+    assert two.keys() == {"a"}
+    two.append([record("a"), record("b")])
+    one.append([record("b"), record("c")])
+    assert one.table().equals(two.table()) and len(one.table()) == 3
+    assert one.logical_hash() == two.logical_hash() == Store(tmp_path).logical_hash()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [pyarrow.field("key", pyarrow.string())],
+        [*SCHEMA, pyarrow.field("more", pyarrow.string())],
+        [pyarrow.field(f.name, pyarrow.float32()) if f.name == "level" else f for f in SCHEMA],
+    ],
+)
+def test_a_store_with_other_columns_is_refused_in_one_sentence(tmp_path, fields):
+    lancedb.connect(tmp_path).create_table("records", schema=pyarrow.schema(fields))
+    with pytest.raises(ValueError, match="another version of the kit.*move that folder") as caught:
+        Store(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
