@@ -24,7 +24,7 @@ ifeq ($(ENV),conda)
 else
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "The kit needs Python 3.11, found $$($(PYTHON) -V): make env PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv --clear $(PREFIX)
+	$(PYTHON) -m venv $(PREFIX)
 	$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock torch
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
 endif

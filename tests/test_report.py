@@ -171,6 +171,15 @@ def test_measured_claims_stand_before_the_others(page):
     assert all(claims.RULES[rule] in page.text for rule in rules)
 
 
+def test_measured_claims_are_ordered_by_their_word():
+    verdicts = claims.measured_table(PUBLISHED, pd.DataFrame(), "laptop")
+    words = [word for word in claims.WORDS if word != "out of reach here"]
+    verdicts.loc[: len(words) - 1, "verdict"] = words[::-1]
+    page = Page(report.write("laptop", pd.DataFrame(), verdicts, AUDITS, {}))
+    found = [a["class"].removeprefix("badge ") for a in page.all("span") if "class" in a]
+    assert found[: len(words)] == [word.replace(" ", "-") for word in words]
+
+
 def test_nothing_measured_says_how_to():
     page = Page(write(pd.DataFrame()))
     assert "Nothing has been measured yet." in page.text
@@ -188,7 +197,7 @@ def test_one_arm_alone_has_no_difference():
 
 def test_two_models_have_a_section_each():
     names = ("hub:Qwen/Qwen3-1.7B", "hub:Qwen/Qwen3-4B-Instruct-2507")
-    records = pd.concat(map(baseline, names)).query("family == 'gcd'")
+    records = pd.concat(map(baseline, names)).query("family == 'gcd' and level == 1")
     page = Page(write(records, profile="workstation"))
     assert len(page.all("img")) == 3
     assert all(f"{name} without memory solves" in page.text for name in names)
@@ -232,7 +241,9 @@ def test_no_folder_of_this_machine():
     home, inside = Path.home() / "weights" / "tiny", paths.ROOT / "models" / "small"
     elsewhere = "/mnt/data/llm/Big-1B"
     names = map(str, (home, inside, elsewhere))
-    records = pd.concat(baseline(name, ("plain",)).query("family == 'gcd'") for name in names)
+    records = pd.concat(
+        baseline(name, ("plain",)).query("family == 'gcd' and level == 1") for name in names
+    )
     verdicts = claims.measured_table(PUBLISHED, pd.DataFrame(), "laptop")
     verdicts["reason"] = f"see {paths.ROOT}/outputs and {Path.home()}/x"
     path = report.write("laptop", records, verdicts, AUDITS, {})

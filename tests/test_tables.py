@@ -18,6 +18,10 @@ BASE = Record(
 )  # fmt: skip
 
 
+PUBLISHED = claims.load()
+AUDITS = tables.audits(PUBLISHED)
+
+
 def frame(*rows: dict) -> pd.DataFrame:
     """Records that differ from BASE as given; a wrong one extracts "9"."""
     base = vars(BASE)
@@ -137,11 +141,9 @@ def test_answers_against_crosstab():
 
 
 def test_audits_of_all_published_claims():
-    published = claims.load()
-    table = tables.audits(published)
-    assert [*table["claim"]] == [claim.id for claim in published]
-    assert {"system", "statement", "published", "reading", "source", "grade"} < {*table}
-    rows = table.set_index("claim")
+    assert [*AUDITS["claim"]] == [claim.id for claim in PUBLISHED]
+    assert {"system", "statement", "published", "reading", "source", "grade"} < {*AUDITS}
+    rows = AUDITS.set_index("claim")
     gain = rows.loc["rbslm-memory-gain"]
     assert gain["published"] == "48 against 40 percent"
     assert gain["estimate"] == pytest.approx(8)
@@ -153,7 +155,7 @@ def test_audits_of_all_published_claims():
     silent = rows.loc["dms-delayed-eviction"]  # neither a size nor counts were published
     assert silent["published"] == "direction" and silent["reading"] == "no counts published"
     assert silent[["estimate", "low", "high", "p"]].isna().all()
-    for claim in published:  # the same words in both tables of the report
+    for claim in PUBLISHED:  # the same words in both tables of the report
         shown = claims.measured_table([claim], pd.DataFrame(), "laptop")["published"].iloc[0]
         assert rows.loc[claim.id, "published"] == shown
 
@@ -181,7 +183,7 @@ def test_cell_text(name, cell, expected):
 
 
 def test_text_names_units_and_changes_no_number_of_rows():
-    shown = tables.text(tables.audits(claims.load())[["claim", "p", "n_needed"]])
+    shown = tables.text(AUDITS[["claim", "p", "n_needed"]])
     assert [*shown] == ["claim", "p", "n needed"]
     gain = shown[shown["claim"] == "rbslm-memory-gain"].iloc[0]
     assert (gain["p"], gain["n needed"]) == ("0.15", "292")
