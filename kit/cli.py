@@ -20,6 +20,7 @@ from kit.provenance import gpus
 from kit.stages import PREFLIGHT, Refused
 
 GB = 10**9
+UNMEASURED = "not measured yet"
 EXIT_CODES = """exit status:
   0    everything asked for is up to date
   1    a stage failed, the disk is full, or preflight found too little disk
@@ -168,15 +169,15 @@ def print_verdicts(profile: str) -> None:
     columns = ["claim", "system", "published", "measured", "verdict", "reason"]
     measured = [row for row in verdicts if row["measured"] not in (None, "")]
     others = [row for row in verdicts if row["measured"] in (None, "")]
-    counts = Counter(row["verdict"] for row in verdicts)
+    counts = Counter(row["verdict"] or UNMEASURED for row in verdicts)
     print("\nVerdicts: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
     rows = [[row[column] for column in columns] for row in measured]
     if rows:
         print(tabulate(rows, columns, maxcolwidths=[30, 16, 16, 16, 16, 36], disable_numparse=True))
-    for verdict, n in Counter(row["verdict"] for row in others).most_common():
-        systems = Counter(row["system"] for row in others if row["verdict"] == verdict)
-        each = ", ".join(f"{system} {k}" for system, k in sorted(systems.items()))
-        print(f"Not measured, {verdict}: {n} ({each})")
+    for verdict, n in Counter(row["verdict"] or UNMEASURED for row in others).most_common():
+        alike = [row["system"] for row in others if (row["verdict"] or UNMEASURED) == verdict]
+        each = ", ".join(f"{system} {k}" for system, k in sorted(Counter(alike).items()))
+        print(f"{verdict}: {n} ({each})")
 
 
 def print_paths(profile: str) -> None:

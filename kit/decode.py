@@ -54,7 +54,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> tor
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / sampling.temperature
+    logits = logits / sampling.temperature
     wide = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     top = logits.topk(min(wide, HEAD), sorted=True)
     if sampling.top_k and wide <= HEAD:
@@ -63,7 +63,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> tor
         total = logits.topk(wide).values.logsumexp(-1, keepdim=True)
     else:
         total = logits.logsumexp(-1, keepdim=True)
-    mass = (top.values - total).exp().cumsum(-1)  # [N, <= HEAD]
+    mass = (top.values - total).double().exp().cumsum(-1)  # [N, <= HEAD]
     # Top-p keeps the shortest head whose mass reaches top_p, at least one token.
     kept = torch.where(mass >= sampling.top_p, mass, torch.inf).amin(-1)
     kept = torch.where(kept.isinf() & (mass.shape[-1] == wide), mass[:, -1], kept)
@@ -83,7 +83,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> tor
 def _draw_sorted(logits, wide: int, top_p: float, uniform) -> torch.Tensor:
     """`draw` for the rows whose head of HEAD tokens is too short: sorts the vocabulary."""
     top = logits.topk(wide, sorted=True)
-    mass = top.values.softmax(-1).cumsum(-1)
+    mass = top.values.double().softmax(-1).cumsum(-1)
     end = (mass < top_p).sum(-1, keepdim=True).clamp(max=wide - 1)
     target = uniform.unsqueeze(1) * mass.gather(1, end)
     pick = torch.searchsorted(mass, target, right=True).clamp(max=wide - 1)

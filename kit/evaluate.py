@@ -20,7 +20,7 @@ from kit.schema import Generation, Prompt, Record, Sampling, digest
 from kit.store import Store
 
 # The code whose change makes stored tokens, or stored grades, out of date.
-DECODE_SOURCES = ("kv", "decode")
+DECODE_SOURCES = ("slots", "kv", "decode")
 GRADE_SOURCES = ("latex", "equality", "workers", "grade")
 
 

@@ -17,97 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-MASKED = -1e30  # finite, so that a fully masked block gets weight 0 and not nan
-
-
-class Table:
-    """Which slot of the pool holds which token of which sequence.
-
-    position: [n, Z] logical position of the token in a slot, -1 where the slot is free
-    owner:    [n] sequence that owns the block
-    """
-
-    def __init__(self, block: int, window: int | None, device):
-        self.block, self.window, self.device = block, window, device
-        self.position = torch.empty(0, block, dtype=torch.long, device=device)
-        self.owner = torch.empty(0, dtype=torch.long, device=device)
-
-    def _append(self, owner: torch.Tensor) -> None:
-        fresh = torch.full((len(owner), self.block), -1, device=self.device)
-        self.position = torch.cat([self.position, fresh])
-        self.owner = torch.cat([self.owner, owner])
-
-    def kept(self, length: int) -> int:
-        """How many tokens of a prompt of `length` stay live."""
-        return length if self.window is None else min(length, self.window)
-
-    def extend(self, sequence: int, length: int) -> torch.Tensor:
-        """Slots for the last tokens of a prompt of `length`: flat slots [kept]."""
-        kept = self.kept(length)
-        first = len(self.owner) * self.block
-        blocks = -(-kept // self.block)
-        self._append(torch.full((blocks,), sequence, device=self.device))
-        slots = torch.arange(first, first + kept, device=self.device)
-        self.position.view(-1)[slots] = torch.arange(length - kept, length, device=self.device)
-        return slots
-
-    def claim(self, sequences: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """One free slot for the next token of each of the N live sequences: flat slots [N]."""
-        room = (self.position < 0).any(1)
-        count = int(sequences.max()) + 1
-        where = torch.full((count,), len(self.owner), device=self.device)
-        candidates = torch.arange(len(self.owner), device=self.device)[room]
-        where.scatter_reduce_(0, self.owner[room], candidates, "amin")
-        block = where[sequences]
-        needy = block == len(self.owner)
-        if needy.any():
-            fresh = len(self.owner) + torch.arange(int(needy.sum()), device=self.device)
-            self._append(sequences[needy])
-            block[needy] = fresh
-        slots = block * self.block + (self.position[block] < 0).int().argmax(1)
-        self.position.view(-1)[slots] = positions
-        return slots
-
-    def slide(self, next_position: torch.Tensor) -> None:
-        """Free the slots that the window has passed. next_position: [sequences]."""
-        if self.window is not None and len(self.owner):
-            oldest = next_position[self.owner] - self.window
-            self.position[self.position <= oldest.unsqueeze(1)] = -1
-
-    def compact(self, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drop the blocks where `keep` [n] is false: returns (to, from) block moves."""
-        total = int(keep.sum())
-        to = (~keep[:total]).nonzero().flatten()
-        source = keep[total:].nonzero().flatten() + total
-        self.owner[to], self.position[to] = self.owner[source], self.position[source]
-        self.owner, self.position = self.owner[:total], self.position[:total]
-        return to, source
-
-    def live_tokens(self, count: int) -> torch.Tensor:
-        """Valid slots of each of the sequences 0 .. count-1: [count]."""
-        live = torch.zeros(count, dtype=torch.long, device=self.device)
-        return live.index_add_(0, self.owner, (self.position >= 0).sum(1))
-
-
-class Step:
-    """What one decode step needs of one table, computed once for all of its layers."""
-
-    def __init__(self, table: Table, sequences: torch.Tensor, slots: torch.Tensor, dtype):
-        self.slots = slots  # [N] flat slot of each new token
-        count, n = len(sequences), len(table.owner)
-        row_of = torch.full((int(sequences.max()) + 1,), -1, device=table.device)
-        row_of[sequences] = torch.arange(count, device=table.device)
-        self.row = row_of[table.owner]  # [n] row of this step that a block answers to
-        self.masked = max(MASKED, torch.finfo(dtype).min / 2)  # float16 ends at -65504
-        bias = torch.zeros(n, table.block, dtype=dtype, device=table.device)
-        self.bias = bias.masked_fill_(table.position < 0, self.masked)[:, None, None]  # [n,1,1,Z]
-        # [N, M] blocks of each row, padded with n: the index of an empty partial result.
-        order = torch.argsort(self.row, stable=True)
-        per_row = torch.bincount(self.row, minlength=count)
-        start = per_row.cumsum(0) - per_row
-        rank = torch.arange(n, device=table.device) - start[self.row[order]]
-        self.blocks = torch.full((count, int(per_row.max())), n, device=table.device)
-        self.blocks[self.row[order], rank] = order
+from kit.slots import MASKED, Step, Table
 
 
 class SlotCache:
@@ -119,12 +29,10 @@ class SlotCache:
 
     def __init__(self, model: PreTrainedModel, capacity: int, block: int = 32):
         config = model.config.get_text_config()
-        self.dtype, self.device, self.capacity, self.block = (
-            model.dtype,
-            model.device,
-            capacity,
-            block,
-        )
+        self.dtype, self.device = model.dtype, model.device
+        self.capacity, self.block = capacity, block
+        # Scores and sums are at least float32, as in fused attention kernels.
+        self.precise = torch.promote_types(self.dtype, torch.float32)
         self.heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
@@ -188,7 +96,7 @@ class SlotCache:
         for table in self.tables:
             table.slide(self.next_position)
             slots = table.claim(index, positions)
-            self._steps.append(Step(table, index, slots, self.dtype))
+            self._steps.append(Step(table, index, slots))
         self.next_position[index] += 1
         self._grow()
         return positions.unsqueeze(0)
@@ -203,19 +111,21 @@ class SlotCache:
         step = self._steps[self.table_of[layer]]
         self._store(layer, step.slots, key[0], value[0])
         n, (_, wide, count, _) = len(step.row), query.shape
-        q = (query[0] * scale).view(self.heads, wide // self.heads, count, self.head_dim)
+        q = (query[0].to(self.precise) * scale).view(
+            self.heads, wide // self.heads, count, self.head_dim
+        )
         q = q.permute(2, 0, 1, 3)[step.row]  # [n, H, G, D]
-        keys, values = self.keys[layer][:n], self.values[layer][:n]
+        keys, values = (pool[layer][:n].to(self.precise) for pool in (self.keys, self.values))
         scores = (q @ keys.transpose(-1, -2)).add_(step.bias)  # [n, H, G, Z]
         top = scores.amax(-1, keepdim=True)  # [n, H, G, 1]
         weight = scores.sub_(top).exp_()
         # Partial results of the blocks are joined per row with their softmax weights.
         part = torch.cat([weight @ values, weight.sum(-1, keepdim=True)], -1)  # [n, H, G, D+1]
         part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, 1))[step.blocks]  # [N, M, H, G, D+1]
-        top = F.pad(top, (0, 0, 0, 0, 0, 0, 0, 1), value=step.masked)[step.blocks]
+        top = F.pad(top, (0, 0, 0, 0, 0, 0, 0, 1), value=MASKED)[step.blocks]
         joined = (part * (top - top.amax(1, keepdim=True)).exp_()).sum(1)  # [N, H, G, D+1]
         out = joined[..., :-1] / joined[..., -1:]
-        return out.reshape(1, count, wide, self.head_dim)
+        return out.reshape(1, count, wide, self.head_dim).to(query.dtype)
 
     def _attend_prompts(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Causal attention inside each packed prompt; only what stays live is stored."""

@@ -1,9 +1,13 @@
 """The two models that several test files share: the bundled one, and a tiny one that can talk."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
+
+# As the Makefile has it: threads that spin while they wait slow everything else down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

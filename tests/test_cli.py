@@ -56,7 +56,7 @@ def test_reproduce_ends_with_verdicts_and_paths_and_repeats_nothing(project):
     assert "Verdicts: 2 out of reach here, 1 inconclusive" in first.stdout
     table = first.stdout[first.stdout.index("Verdicts:") :]
     assert "+1.2 [-2, 4]" in table
-    assert "Not measured, out of reach here: 2 (DMS 2)" in table
+    assert "out of reach here: 2 (DMS 2)" in table
     assert "Notebooks: outputs/tour/notebooks" in table
     assert "Report:" not in table
 

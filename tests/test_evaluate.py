@@ -227,7 +227,8 @@ def test_strings_that_are_not_docstrings_change_the_version(version):
 
 
 def test_the_named_sources_exist_and_differ():
-    assert len({code_version((name,)) for name in DECODE_SOURCES + GRADE_SOURCES}) == 6
+    names = DECODE_SOURCES + GRADE_SOURCES
+    assert len({code_version((name,)) for name in names}) == len(names)
     assert code_version(DECODE_SOURCES) != code_version(DECODE_SOURCES[::-1])
 
 
@@ -271,7 +272,8 @@ WORKER = textwrap.dedent(
     # killed. What is imported before the fork is what makes a fresh start slow; LanceDB,
     # which does not survive a fork, is imported after it.
     import os, sys
-    from kit import decode, models, prompts
+    import pandas, pyarrow
+    from kit import decode, grade, models, prompts
     from kit.schema import Problem, Sampling
 
     model = models.load(sys.argv[1], dtype="float32")
@@ -279,13 +281,14 @@ WORKER = textwrap.dedent(
     asked = prompts.build(prompts.plain, problems)
     sampling = Sampling(max_new_tokens=40, temperature=1.0, top_p=0.9, seed=1)
     for line in sys.stdin:
-        print("started", pid := os.fork(), flush=True)
+        pid = os.fork()
         if pid == 0:
             from kit.evaluate import evaluate
             from kit.store import Store
             evaluate(model, asked, sampling, Store(line.strip()), samples=2, batch_size=3,
                      group_size=2, report=lambda text: print(text, flush=True))
             os._exit(0)
+        print("started", pid, flush=True)
         print("ended", os.waitpid(pid, 0)[1], flush=True)
     """
 )
