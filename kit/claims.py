@@ -293,8 +293,6 @@ def measured_table(
         found = verdict(claim, m, profile)
         base = "" if claim.baseline is None else f" against {claim.baseline:g}"
         shown = f"{claim.value:g}{base} {claim.unit}" if claim.value is not None else "direction"
-        measured = "" if m is None else f"{m.estimate:.4g} {m.unit}"
-        interval = "" if m is None else f"{m.low:.4g} to {m.high:.4g}"
-        row = (claim.id, claim.system, shown, measured, interval, m and m.n)
+        row = (claim.id, claim.system, shown, *(m.texts() if m else ("", "")), m and m.n)
         rows.append((*row, found.word or "", found.reason))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"n": "Int64"})

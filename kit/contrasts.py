@@ -37,6 +37,12 @@ class Measurement:
     records: int = 0  # rows of the store behind it
     origin: str = ""  # notebook or method
 
+    def texts(self) -> tuple[str, str]:
+        """Estimate with its unit, and interval, as a table shows them."""
+        digits = ".1f" if self.unit in ("percent", "points") else ".4g"
+        estimate, low, high = (f"{x:{digits}}" for x in (self.estimate, self.low, self.high))
+        return f"{estimate} {self.unit}", f"{low} to {high}"
+
 
 def check(contrast: Mapping) -> None:
     """ValueError if a contrast is not one that `compute` understands.
