@@ -45,9 +45,10 @@ lint: env
 	$(PREFIX)/bin/ruff format --check kit tests
 	$(PREFIX)/bin/lint-imports
 unit: env
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --ignore tests/test_workstation.py
 notebooks: env
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider notebooks
+	$(PY) -m pytest tests/test_workstation.py
 
 lab: env ## open JupyterLab on the notebooks
 	$(PREFIX)/bin/jupyter lab notebooks

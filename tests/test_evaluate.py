@@ -1,6 +1,7 @@
 """From prompts to records: nothing is computed twice, and a killed run ends as one that was not."""
 
 import dataclasses
+import functools
 import os
 import random
 import signal
@@ -57,12 +58,12 @@ def test_a_second_evaluation_decodes_nothing(bundled, tmp_path, decoded):
     assert frame["key"].is_unique and sorted(frame["problem_id"]) == [p.id for p in SUMS]
 
 
-def test_a_record_says_what_was_asked_said_and_graded(bundled, tmp_path, decoded):
+def test_a_record_says_what_was_asked_said_and_graded(tiny, tmp_path, decoded):
     asked = [prompts.format_only(p) for p in SUMS]
-    frame, _ = run(bundled, Store(tmp_path), asked, samples=1)
+    frame, _ = run(tiny, Store(tmp_path), asked)
     (requests,) = decoded
     expected = {}
-    for request, g in zip(requests, decode.decode(bundled, requests, SHORT, 64)):
+    for request, g in zip(requests, decode.decode(tiny, requests, SHORT, 64)):
         expected[request.problem_id] = g
     for row in frame.itertuples():
         (problem,) = (p for p in SUMS if p.id == row.problem_id)
@@ -75,7 +76,7 @@ def test_a_record_says_what_was_asked_said_and_graded(bundled, tmp_path, decoded
             problem.answer,
             problem.level,
         )
-        assert (row.model, row.weights_hash) == (bundled.name, bundled.weights_hash)
+        assert (row.model, row.weights_hash) == (tiny.name, tiny.weights_hash)
         assert (row.arm, row.policy, row.source, row.sample) == ("format", "full", "test", 0)
         verdict = evaluate.grade.grade(row.text, problem.answer, prompts.FORM)
         assert dataclasses.asdict(verdict).items() <= row._asdict().items()
@@ -324,16 +325,17 @@ class Runs:
         return int(self.line("ended").split()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def runs(tiny_folder):
+    """Started with the first test of this file, so that it imports while others run."""
     runs = Runs(tiny_folder)
-    # A worker that hangs is an end of its output after two minutes, and not a test that hangs.
-    watchdog = threading.Timer(120, os.killpg, (runs.process.pid, signal.SIGKILL))
+    kill = functools.partial(os.killpg, runs.process.pid, signal.SIGKILL)
+    watchdog = threading.Timer(300, kill)  # a worker that hangs must not hang the tests
     watchdog.start()
     yield runs
-    runs.process.stdin.close()
-    runs.process.wait()
     watchdog.cancel()
+    kill()
+    runs.process.communicate()
 
 
 def test_a_run_killed_three_times_ends_as_one_that_was_not(runs, tmp_path):

@@ -226,7 +226,7 @@ class Crowd:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attend_equals_dense_softmax_while_sequences_come_and_go(wide, shape):
     crowd = Crowd(wide[shape], seed=1)
-    for _ in range(70):
+    for _ in range(45):
         act, room = crowd.rng.random(), len(crowd.lengths) < crowd.PLACES
         if not crowd.lengths or (room and act < 0.15):
             crowd.prefill()
@@ -237,7 +237,7 @@ def test_attend_equals_dense_softmax_while_sequences_come_and_go(wide, shape):
         else:
             crowd.step()
         assert crowd.cache.live_tokens().tolist() == crowd.live()
-    assert crowd.restored > 3
+    assert crowd.restored > 1
 
 
 @pytest.mark.parametrize("shape", ["llama", "gemma3"])

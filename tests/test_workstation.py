@@ -1,8 +1,8 @@
 """The workstation profile to its end, on a local hub cache with tiny files under the real names.
 
 The models are Qwen3 networks of two small layers with the bundled tokenizer. Their head is zero,
-so that every token is equally likely, and an eighth of the vocabulary ends an answer: the 16,384
-new tokens of the profile are never reached.
+so that every token is equally likely, and half of the vocabulary ends an answer: the 16,384 new
+tokens of the profile are never reached.
 """
 
 import io
@@ -33,23 +33,22 @@ def tiny_qwen3(folder, tokenizer, seed: int) -> dict[str, bytes]:
     torch.manual_seed(seed)
     weights = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.nn.init.zeros_(weights.lm_head.weight)
-    weights.generation_config = GenerationConfig(eos_token_id=list(range(0, 49152, 8)))
+    weights.generation_config = GenerationConfig(eos_token_id=list(range(0, 49152, 2)))
     weights.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def math_rows(subject: str) -> bytes:
-    """A parquet file of two problems per level of one subject, in the published columns."""
+    """A parquet file of one problem per level of one subject, in the published columns."""
     rows = [
         {
-            "problem": f"In {subject}, what is ${level} + {k} \\cdot {len(subject)}$?",
+            "problem": f"In {subject}, what is ${level} + {len(subject)}$?",
             "level": f"Level {level}",
             "type": subject.replace("_", " ").title(),
-            "solution": f"It is $\\boxed{{{level + k * len(subject)}}}$.",
+            "solution": f"It is $\\boxed{{{level + len(subject)}}}$.",
         }
         for level in range(1, 6)
-        for k in (1, 2)
     ]
     buffer = io.BytesIO()
     pandas.DataFrame(rows).to_parquet(buffer)
@@ -84,7 +83,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     records = Store(outputs / "workstation" / "store").table()
     assert set(records["model"]) == {f"hub:{repo}" for repo in MODELS}
     assert set(records["level"]) == {3, 4} and records["family"].nunique() == 7
-    assert len(records) == 2 * 2 * 3 * 28 and (records["finish"] == "stop").all()
+    assert len(records) == 2 * 2 * 3 * 14 and (records["finish"] == "stop").all()
     pinned = json.loads((cache / "revisions.json").read_text())
     assert set(pinned.values()) == {"a" * 40} and len(pinned) == 3
     again = kit("reproduce", "--profile", "workstation", **environment)
