@@ -20,6 +20,7 @@ from kit.models import Model
 from kit.schema import Generation, Prompt, Sampling
 
 HEAD = 256  # most likely tokens looked at before the whole vocabulary is sorted
+PREFILL_TOKENS = 4096  # prompts are read in packs of at most so many tokens, or one by one
 
 
 @dataclass(frozen=True)
@@ -209,17 +210,28 @@ def _admit(model: Model, cache: SlotCache, running, places, shared, after):
     if shared and shared[0] == groups[0][0]:
         cache.restore(groups[0][1], len(shared[0]), shared[1])
         rows = [shared[2]]
-    unread = groups[len(rows) :]
-    if unread:
-        lengths = [len(ids) for ids, _ in unread]
-        positions = cache.prefill([group for _, group in unread], lengths)
+    for pack in _packs(groups[len(rows) :]):
+        lengths = [len(ids) for ids, _ in pack]
+        positions = cache.prefill([group for _, group in pack], lengths)
         last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-        packed = [token for ids, _ in unread for token in ids]
+        packed = [token for ids, _ in pack for token in ids]
         rows += _forward(model, cache, packed, positions, last).unbind()
     ids, group = groups[-1]
     keep = (ids, cache.read(group[0]), rows[-1]) if ids == after else None
     repeats = torch.tensor([len(group) for _, group in groups], device=model.device)
     return torch.stack(rows).repeat_interleave(repeats, 0), keep
+
+
+def _packs(groups: list) -> list[list]:
+    """Groups cut into packs whose prompts together have at most PREFILL_TOKENS tokens."""
+    packs, size = [], PREFILL_TOKENS
+    for ids, group in groups:
+        size += len(ids)
+        if size > PREFILL_TOKENS:
+            packs.append([])
+            size = len(ids)
+        packs[-1].append((ids, group))
+    return packs
 
 
 def _step(model: Model, cache: SlotCache, places: list[int], last_ids: list[int]):
@@ -231,14 +243,13 @@ def _advance(model, cache, running, places, logits, sampling: Sampling, done) ->
     """Draw a token for each of `places`, count its reads, and finish what has ended."""
     steps = [running[p].uniform[len(running[p].new_ids)] for p in places]
     tokens = draw(logits, sampling, torch.tensor(steps, device=logits.device)).tolist()
-    live = cache.live_tokens().tolist()
-    ended = []
+    live, stop_ids, ended = cache.live_tokens().tolist(), model.stop_ids, []
     for place, token in zip(places, tokens):
         sequence = running[place]
         sequence.new_ids.append(token)
         sequence.reads += live[place]
         sequence.peak = max(sequence.peak, live[place])
-        stopped = token in model.stop_ids
+        stopped = token in stop_ids
         if stopped or len(sequence.new_ids) == sampling.max_new_tokens:
             done[sequence.index] = _finish(model, cache, sequence, stopped)
             ended.append(place)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from kit import decode as decode_module
 from kit import models, prompts
 from kit.decode import HEAD, Request, decode, draw, tokenise, uniforms
 from kit.kv import SlotCache
@@ -63,6 +64,23 @@ def test_greedy_tokens_are_those_of_transformers(families, greedy, shape, batch_
     assert [g.prompt_tokens for g in out] == list(LENGTHS)
     assert {(g.new_tokens, g.finish) for g in out} == {(NEW, "length")}
     assert families[shape].weights.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("limit", [1, 70])
+def test_prompts_read_in_small_packs_say_the_same(families, greedy, limit, monkeypatch):
+    monkeypatch.setattr(decode_module, "PREFILL_TOKENS", limit)
+    requests = [request(n, i) for i, n in enumerate(LENGTHS)]
+    read = []
+    forward = decode_module._forward
+
+    def watched(model, cache, ids, *rest):
+        read.append(len(ids))
+        return forward(model, cache, ids, *rest)
+
+    monkeypatch.setattr(decode_module, "_forward", watched)
+    out = decode(families["gemma3"], requests, Sampling(max_new_tokens=NEW), 16)
+    assert [list(g.token_ids) for g in out] == greedy["gemma3"]
+    assert max(read) <= max(limit, *LENGTHS) and sum(read[: len(LENGTHS)]) >= sum(LENGTHS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
