@@ -17,7 +17,7 @@ from kit.schema import Generation, Problem, Sampling
 SHAPES = sorted(models.RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
 WINDOW = 24  # of gemma3's sliding layers: prompts below are shorter and longer
 LENGTHS = (3, 61, 24, 1, 35, 10, 23)
-NEW = 30
+NEW = 20
 
 
 def request(length: int, seed: int, sample: int = 0) -> Request:
@@ -122,9 +122,9 @@ def test_one_new_token_is_the_first_of_many(families, greedy):
 def test_many_samples_of_one_prompt_are_each_what_they_are_alone(families, greedy):
     """A prompt is read once for all of its samples, also for those that wait for a place."""
     for shape in SHAPES:
-        requests = [request(n, i, s) for s in range(5) for i, n in enumerate(LENGTHS[:3])]
+        requests = [request(n, i, s) for s in range(4) for i, n in enumerate(LENGTHS[:3])]
         out = decode(families[shape], requests, Sampling(max_new_tokens=NEW), batch_size=4)
-        assert [list(g.token_ids) for g in out] == greedy[shape][:3] * 5
+        assert [list(g.token_ids) for g in out] == greedy[shape][:3] * 4
         assert {g.prompt_tokens for g in out} == set(LENGTHS[:3])
         assert len({(g.prompt_tokens, g.kv_reads_tokens, g.kv_peak_bytes) for g in out}) == 3
 
@@ -142,7 +142,6 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(families, monkeypatch):
 CHATS = (
     "What is the capital of France? Answer with one word.",
     "Compute 12 + 30.",
-    "List three colours, one a line.",
     "Tom has 3 apples and buys 4 more, then gives 2 to Ann. How many apples does Tom have now?",
 )
 
@@ -173,7 +172,7 @@ def test_the_prompt_is_the_chat_template_up_to_the_answer(bundled, chats):
 
 
 def test_text_leaves_out_a_stop_token_in_the_middle(bundled, chats, monkeypatch):
-    one, whole = chats[3]
+    one, whole = chats[2]
     stop = whole.token_ids[8]
     at = whole.token_ids.index(stop)
     monkeypatch.setattr(bundled.weights.generation_config, "eos_token_id", [2, stop])

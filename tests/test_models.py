@@ -87,7 +87,6 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_folder):
 
 
 def test_a_changed_weight_changes_the_hash(folder, tiny):
-    assert models.load(str(folder)).weights_hash == tiny.weights_hash
     flip_byte(folder / "model.safetensors", -2)
     assert models.load(str(folder)).weights_hash != tiny.weights_hash
 
