@@ -6,12 +6,15 @@ the whole job only, an interrupted run ends with the same tokens as an undisturb
 """
 
 import ast
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 
 import pandas
+import torch
+import transformers
 
 from kit import decode, grade, paths
 from kit.models import Model
@@ -56,8 +59,11 @@ def plan(
 
     So a change of the grader leaves the groups, and with them the tokens, as they were.
     """
-    reads = [model.weights_hash, str(model.dtype), model.tokenizer.chat_template]
-    base = [*reads, sorted(model.stop_ids), asdict(sampling), "full", batch_size]
+    config = {k: v for k, v in model.weights.config.to_diff_dict().items() if k[0] != "_"}
+    reads = [model.weights_hash, json.dumps(config, sort_keys=True, default=str)]
+    reads += [model.tokenizer.chat_template, sorted(model.stop_ids)]
+    runs = [str(model.dtype), model.device.type, torch.__version__, transformers.__version__]
+    base = [*reads, *runs, asdict(sampling), "full", batch_size]
     jobs = []
     for prompt in prompts:
         for sample in range(samples):
