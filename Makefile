@@ -8,8 +8,8 @@ ENV ?= venv
 PREFIX := $(if $(filter conda,$(ENV)),.conda,.venv)
 PY := $(PREFIX)/bin/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Threads that spin while they wait make two model processes on one machine ten times slower.
-export OMP_WAIT_POLICY := PASSIVE
+# Threads that spin long while they wait make two model processes on one machine many times slower.
+export GOMP_SPINCOUNT := 20000
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export JUPYTER_PLATFORM_DIRS := 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 # As the Makefile has it: threads that spin while they wait slow everything else down.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 @pytest.fixture(scope="session")
