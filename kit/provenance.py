@@ -210,7 +210,7 @@ def scrubber(
 
 def _folder_rule(folder: Path, mark: str) -> tuple[str, re.Pattern, str]:
     before = r"(^|[^\w+/]|\x1b\[[\d;]*m|://)"  # a path starts here; colour codes end in a letter
-    after = r"(?![\w-]|\.\w)"  # /work/kit is not a prefix of /work/kit2
+    after = r"(?![\w-]|\.\w)"  # a folder kit is no prefix of kit2
     return str(folder), re.compile(before + re.escape(str(folder)) + after, re.MULTILINE), mark
 
 
