@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export JUPYTER_PLATFORM_DIRS := 1
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(PREFIX)/ready ## create the environment (ENV=conda uses environment.yml) and fetch the bundled model
 $(PREFIX)/ready: requirements.lock environment.yml
@@ -55,6 +55,18 @@ lab: env ## open JupyterLab on the notebooks
 
 bench: env ## run the benchmarks (ONLY=name for one), write outputs/bench.json
 	@$(PY) -m tests.bench $(ONLY)
+
+# kvpress caps transformers below 5.3, hence an environment of its own (1.4 GB).
+.PHONY: bench-peers
+PEERS := $(or $(KIT_OUTPUTS),outputs)/peers
+bench-peers: env .venv-peers/ready ## compare eviction with kvpress, write outputs/peers.json
+	@$(PY) -m tests.peers.compare prepare
+	@.venv-peers/bin/python tests/peers/kvpress_kept.py $(PEERS)/job.json $(PEERS)/kept.json
+	@$(PY) -m tests.peers.compare
+.venv-peers/ready: tests/peers/requirements.txt | $(PREFIX)/ready
+	$(PY) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
 
 clean: ## delete outputs and caches; the environment and the fetched model stay
 	rm -rf outputs .pytest_cache .ruff_cache .import_linter_cache

@@ -44,6 +44,22 @@ class Measurement:
         return f"{estimate} {self.unit}", f"{low} to {high}"
 
 
+def exact(value: float, unit: str, origin: str = "") -> Measurement:
+    """What is computed without sampling, as a number of steps or bytes."""
+    return Measurement(value, value, value, 1, unit, (value, value), origin=origin)
+
+
+def mean_of(values: Iterable[float], unit: str, origin: str = "", seed: int = 0) -> Measurement:
+    """Mean of independent values, such as differences per problem or sequence: bootstrap."""
+    values = np.asarray(list(values), dtype=float)
+    outer, inner = (
+        stats.cluster_bootstrap(values, np.random.default_rng(seed), level)
+        for level in (0.95, 0.90)
+    )
+    ends = outer.estimate, outer.low, outer.high
+    return Measurement(*ends, outer.n, unit, (inner.low, inner.high), origin=origin)
+
+
 def check(contrast: Mapping) -> None:
     """ValueError if a contrast is not one that `compute` understands.
 
@@ -51,7 +67,7 @@ def check(contrast: Mapping) -> None:
     `control_measure` both sides are the same arm. `within` counts an answer only if prompt and
     new tokens fit into that context. `model` names parts of model names, any of which may match;
     `prompt` names the prompt's arm where `by` is another column; `sampled` keeps only what was
-    sampled (true) or greedy (false).
+    sampled (true) or greedy (false). Unless `policy` is named or told apart, the KV cache is full.
     """
     unknown = set(contrast) - KEYS
     if unknown:
@@ -103,6 +119,8 @@ def _select(contrast: Mapping, arm: str, records: pd.DataFrame) -> pd.DataFrame:
     if records.empty:
         return records
     rows = records[records[contrast.get("by", "arm")] == arm]
+    if "policy" not in contrast and contrast.get("by") != "policy":
+        rows = rows[rows["policy"] == "full"]
     for key, column in FILTERS.items():
         if key not in contrast:
             continue

@@ -17,6 +17,8 @@ import torch
 
 from kit.kv import SlotCache
 from kit.models import Model
+from kit.policies import Full
+from kit.quantise import Quantised
 from kit.schema import Generation, Prompt, Sampling
 
 HEAD = 256  # most likely tokens looked at before the whole vocabulary is sorted
@@ -127,25 +129,22 @@ def decode(
     sampling: Sampling,
     batch_size: int = 64,
     on_done: Callable[[int, int], None] | None = None,
+    policy: Full = Full(),  # noqa: B008 (frozen)
+    quantised: Quantised | None = None,
 ) -> list[Generation]:
     """Continue every request; results in the order of `requests`.
 
-    `batch_size` sequences run at once. `on_done(finished, new_tokens)` is called as
-    sequences end. Raises ValueError for a request that does not fit the model's context.
+    `batch_size` sequences run at once, on a KV cache that forgets by `policy` and stores as
+    `quantised` says. `on_done(finished, new_tokens)` is called as sequences end. Raises
+    ValueError for a request that does not fit the model's context.
     """
     _check(model, requests, sampling)
     done: list[Generation | None] = [None] * len(requests)
-    # Longest prompts first, so that the batch does not end on a long one; equal prompts stand
-    # together, so that each is read once for all of its samples.
-    order = sorted(
-        range(len(requests)),
-        key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids, -i),
-    )
-    waiting = [(i, requests[i]) for i in order]
-    cache = SlotCache(model.weights, batch_size)
+    waiting = _queue(requests)
+    cache = SlotCache(model.weights, batch_size, policy, quantised=quantised)
     running: dict[int, _Running] = {}  # place in the cache -> sequence
     shared = None  # a prompt that has been read and that waiting requests will need again
-    with slots_attached(model):
+    with slots_attached(model), policy.attached(model.weights):
         while waiting or running:
             free = [place for place in range(batch_size) if place not in running]
             places = free[: len(waiting)]
@@ -179,6 +178,19 @@ def _check(model: Model, requests: list[Request], sampling: Sampling) -> None:
                 f"Problem {request.problem_id!r} needs {need} tokens (prompt and "
                 f"{sampling.max_new_tokens} new), the model reads {limit}; lower max_new_tokens."
             )
+
+
+def _queue(requests: list[Request]) -> list[tuple[int, Request]]:
+    """Requests with their index, the next one last.
+
+    Longest prompts come first, so that the batch does not end on a long one; equal prompts stand
+    together, so that each is read once for all of its samples.
+    """
+    order = sorted(
+        range(len(requests)),
+        key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids, -i),
+    )
+    return [(i, requests[i]) for i in order]
 
 
 def _forward(model: Model, cache: SlotCache, ids: list[int], positions, keep) -> torch.Tensor:
@@ -243,11 +255,12 @@ def _advance(model, cache, running, places, logits, sampling: Sampling, done) ->
     """Draw a token for each of `places`, count its reads, and finish what has ended."""
     steps = [running[p].uniform[len(running[p].new_ids)] for p in places]
     tokens = draw(logits, sampling, torch.tensor(steps, device=logits.device)).tolist()
-    live, stop_ids, ended = cache.live_tokens().tolist(), model.stop_ids, []
+    attended, live = cache.attended.tolist(), cache.live_tokens().tolist()
+    stop_ids, ended = model.stop_ids, []
     for place, token in zip(places, tokens):
         sequence = running[place]
         sequence.new_ids.append(token)
-        sequence.reads += live[place]
+        sequence.reads += attended[place]
         sequence.peak = max(sequence.peak, live[place])
         stopped = token in stop_ids
         if stopped or len(sequence.new_ids) == sampling.max_new_tokens:

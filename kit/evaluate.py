@@ -18,12 +18,15 @@ import transformers
 
 from kit import decode, grade, paths
 from kit.models import Model
+from kit.policies import DMS, Full
 from kit.prompts import FORM
+from kit.quantise import Quantised
 from kit.schema import Generation, Prompt, Record, Sampling, digest
 from kit.store import Store
 
 # The code whose change makes stored tokens, or stored grades, out of date.
-DECODE_SOURCES = ("slots", "kv", "decode")
+DECODE_SOURCES = ("quantise", "slots", "attention", "policies", "eviction", "blocks", "parts")
+DECODE_SOURCES += ("kv", "evictor", "decode")
 GRADE_SOURCES = ("latex", "equality", "workers", "grade")
 
 
@@ -52,18 +55,47 @@ def code_version(modules: tuple[str, ...]) -> str:
     return digest(trees, 16)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What the KV cache keeps, and how: an eviction policy and a quantisation."""
+
+    policy: Full = Full()
+    quantised: Quantised | None = None
+
+    @property
+    def name(self) -> str:
+        """For the column `policy` of the records."""
+        names = [self.policy.name, *([self.quantised.name] if self.quantised else [])]
+        return " + ".join(names)
+
+    @property
+    def key(self) -> list:
+        """For record keys."""
+        return [self.policy.key, asdict(self.quantised) if self.quantised else None]
+
+
 def plan(
-    model: Model, prompts: list[Prompt], sampling: Sampling, samples: int, batch_size: int
+    model: Model,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    samples: int,
+    batch_size: int,
+    memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> list[Job]:
     """Every sample of every prompt with its key, sorted by what determines the tokens.
 
     So a change of the grader leaves the groups, and with them the tokens, as they were.
     """
+    if isinstance(memory.policy, DMS) and memory.policy.evictor.base_hash != model.weights_hash:
+        raise ValueError(
+            f"{memory.name} was trained for weights {memory.policy.evictor.base_hash}, "
+            f"{model.name} has {model.weights_hash}; load an evictor of this model."
+        )
     config = {k: v for k, v in model.weights.config.to_diff_dict().items() if k[0] != "_"}
     reads = [model.weights_hash, json.dumps(config, sort_keys=True, default=str)]
     reads += [model.tokenizer.chat_template, sorted(model.stop_ids)]
     runs = [str(model.dtype), model.device.type, torch.__version__, transformers.__version__]
-    base = [*reads, *runs, asdict(sampling), "full", batch_size]
+    base = [*reads, *runs, asdict(sampling), memory.key, batch_size]
     jobs = []
     for prompt in prompts:
         for sample in range(samples):
@@ -85,9 +117,10 @@ def evaluate(
     batch_size: int = 64,
     group_size: int = 256,
     report: Callable[[str], None] = print,
+    memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> pandas.DataFrame:
     """Records of all samples of all prompts; only what is missing is computed."""
-    jobs = plan(model, prompts, sampling, samples, batch_size)
+    jobs = plan(model, prompts, sampling, samples, batch_size, memory)
     stored = store.keys()
     todo = sum(job.key not in stored for job in jobs)
     report(f"{len(jobs)} samples, {len(jobs) - todo} already stored")
@@ -96,7 +129,7 @@ def evaluate(
         group = [job for job in jobs[first : first + group_size] if job.key not in stored]
         if not group:
             continue
-        store.append(_complete(model, group, sampling, batch_size, store))
+        store.append(_complete(model, group, sampling, batch_size, store, memory))
         finished += len(group)
         took = time.perf_counter() - started
         left = took / finished * (todo - finished)
@@ -104,10 +137,11 @@ def evaluate(
     return store.table({job.key for job in jobs})
 
 
-def _complete(model: Model, group: list[Job], sampling, batch_size, store: Store) -> list[Record]:
+def _complete(
+    model: Model, group: list[Job], sampling, batch_size, store: Store, memory: Memory
+) -> list[Record]:
     """Decode and grade one group. Text stored under another grader is graded, not decoded."""
-    old = store.table()
-    old = old[old["generation_key"].isin({job.generation_key for job in group})]
+    old = store.generated({job.generation_key for job in group})
     known = {row.generation_key: row for row in old.itertuples()}
     fresh = [job for job in group if job.generation_key not in known]
     requests = [
@@ -115,16 +149,18 @@ def _complete(model: Model, group: list[Job], sampling, batch_size, store: Store
         for job in fresh
     ]
     generations = dict(known)
-    done = decode.decode(model, requests, sampling, batch_size) if fresh else []
+    how = dict(policy=memory.policy, quantised=memory.quantised)
+    done = decode.decode(model, requests, sampling, batch_size, **how) if fresh else []
     generations.update((job.generation_key, g) for job, g in zip(fresh, done))
     ordered = [generations[job.generation_key] for job in group]
     grades = grade.grade_many(
         [g.text for g in ordered], [job.prompt.problem.answer for job in group], FORM
     )
-    return [_record(model, job, sampling, g, v) for job, g, v in zip(group, ordered, grades)]
+    rows = zip(group, ordered, grades)
+    return [_record(model, job, sampling, memory.name, g, v) for job, g, v in rows]
 
 
-def _record(model: Model, job: Job, sampling: Sampling, generation: Generation, verdict) -> Record:
+def _record(model: Model, job: Job, sampling, policy: str, generation: Generation, verdict):
     problem = job.prompt.problem
     return Record(
         key=job.key,
@@ -132,7 +168,7 @@ def _record(model: Model, job: Job, sampling: Sampling, generation: Generation, 
         model=model.name,
         weights_hash=model.weights_hash,
         arm=job.prompt.arm,
-        policy="full",
+        policy=policy,
         source=problem.source,
         problem_id=problem.id,
         family=problem.family,

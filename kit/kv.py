@@ -1,23 +1,39 @@
-"""The slot cache: keys and values in pooled blocks, one pool per layer.
+"""The slot cache: the live keys and values of a batch of sequences, and attention over them.
 
-A sequence owns blocks of `block` slots. A new token takes a free slot of its sequence,
-else a fresh block; a finished or evicted block is handed back by moving the last block
-into the hole, so what is allocated follows what is live. Slots carry the logical position
-of their token, so RoPE never sees where a token is stored, and there is no padding:
-prompts of any length stand packed in one row of tokens.
+Keys and values lie in pooled blocks (`blocks`); `slots` books which slot holds which token,
+`eviction` which token a new one replaces, as the policy (`policies`) ranks them. Memory that is
+evicted is used again at once, memory that is not needed is not allocated. Slots carry the
+logical position of their token, so RoPE never sees where a token is stored, and there is no
+padding: prompts of any length stand packed in one row of tokens.
 
-Layers that attend alike share one Table. Sliding-window layers have their own, from which
-tokens are evicted as the window passes them; other eviction policies fit the same place.
+Layers with sliding-window attention keep their window and are no affair of the policy.
 
-Axes: N sequences in this step, T tokens of a prompt, n blocks in use, Z slots per block,
-      H KV heads, G query heads per KV head, D head size.
+Axes: N sequences in this step, T tokens of a prompt, H KV heads, G query heads per KV head,
+      D head size; u units, Hs heads per unit (see `slots`; u * Hs = N * H).
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from kit.slots import MASKED, Step, Table
+from kit import blocks, parts
+from kit.attention import evicting_attention
+from kit.eviction import Delayed, Lowest
+from kit.parts import Part
+from kit.policies import Full
+from kit.quantise import Quantised
+from kit.slots import MASKED
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Copy of one sequence of a SlotCache: its tokens and what the policy knows of them."""
+
+    attended: torch.Tensor
+    booked: list  # per part: per plane [counts, positions, scores], and the rule's state
+    rows: dict  # per layer: what the slots hold, and the pool's exact newest tokens
 
 
 class SlotCache:
@@ -25,12 +41,22 @@ class SlotCache:
 
     `prefill` or `step` announces the tokens of the next forward pass; the model's attention
     layers then call `attend`, which stores their keys and values and attends to what is live.
+    `block` is the number of slots in a block; None chooses by what the policy keeps apart.
+    `attended` [capacity] float64: entries that the last query of each sequence attended to,
+    mean over layers and heads.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, block: int = 32):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        policy: Full = Full(),  # noqa: B008 (frozen)
+        block: int | None = None,
+        quantised: Quantised | None = None,
+    ):
         config = model.config.get_text_config()
-        self.dtype, self.device = model.dtype, model.device
-        self.capacity, self.block = capacity, block
+        self.dtype, self.device, self.policy = model.dtype, model.device, policy
+        self.capacity, self.quantised = capacity, quantised
         # Scores and sums are at least float32, as in fused attention kernels.
         self.precise = torch.promote_types(self.dtype, torch.float32)
         self.heads = config.num_key_value_heads
@@ -38,68 +64,62 @@ class SlotCache:
             config.hidden_size // config.num_attention_heads
         )
         windows = layer_windows(config)
-        kinds = sorted(set(windows), key=str)
-        self.tables = [Table(block, window, self.device) for window in kinds]
-        self.table_of = [kinds.index(window) for window in windows]  # layer -> table
-        empty = torch.empty(
-            0, self.heads, block, self.head_dim, dtype=self.dtype, device=self.device
-        )
-        self.keys = [empty for _ in windows]  # per layer [capacity of the pool, H, Z, D]
-        self.values = [empty for _ in windows]
+        full = tuple(i for i, window in enumerate(windows) if window is None)
+        policy.check(config.max_position_embeddings, full)
+        shape = capacity, block, self.device
+        self.parts = [
+            parts.sliding([i for i, w in enumerate(windows) if w == window], window, *shape)
+            for window in sorted({window for window in windows if window is not None})
+        ]
+        if full:
+            self.parts.append(parts.full(list(full), policy, self.heads, *shape, self.precise))
+        self.part_of = [next(p for p in self.parts if i in p.layers) for i in range(len(windows))]
+        self.pools = [self._pool(part) for part in self.part_of]
         self.next_position = torch.zeros(capacity, dtype=torch.long, device=self.device)
-        self._segments, self._steps, self._slots = None, None, None
+        self.attended = torch.zeros(capacity, dtype=torch.float64, device=self.device)
+        self._segments = self._evicted = None
+
+    def _pool(self, part: Part) -> blocks.Pool:
+        heads, units = self.heads // part.split, part.table.filled.shape[1]
+        shape = heads, part.table.block, self.head_dim, self.dtype, self.device
+        if self.quantised is None:
+            return blocks.Pool(*shape)
+        return blocks.QuantisedPool(*shape, self.quantised, units)
 
     def prefill(self, groups: list[list[int]], lengths: list[int]) -> torch.Tensor:
         """Announce whole prompts, packed one after the other: position ids [1, sum T].
 
         Each prompt is read once for all the sequences of its group.
         """
-        self._steps, self._segments = None, (groups, lengths)
-        self._slots = [self._extend(table, groups, lengths) for table in self.tables]
-        self._grow()
+        self._segments = [
+            (torch.tensor(group, device=self.device), t) for group, t in zip(groups, lengths)
+        ]
+        for part in self.parts:
+            part.stored = []
+        for group, length in self._segments:
+            self.next_position[group], self.attended[group] = length, 0.0
         return torch.cat([torch.arange(t, device=self.device) for t in lengths]).unsqueeze(0)
-
-    def _extend(self, table: Table, groups, lengths) -> torch.Tensor:
-        """Slots in one table for the prompts of all groups, sequence by sequence: flat."""
-        slots = []
-        for group, length in zip(groups, lengths):
-            slots += [table.extend(sequence, length) for sequence in group]
-            self.next_position[group] = length
-        return torch.cat(slots)
-
-    def read(self, sequence: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Copy of the live keys and values of one sequence, per layer [H, kept, D]."""
-        copies = []
-        for layer, number in enumerate(self.table_of):
-            table = self.tables[number]
-            mine = (table.owner[:, None] == sequence) & (table.position >= 0)
-            slots = mine.flatten().nonzero().flatten()
-            slots = slots[table.position.view(-1)[slots].argsort()]
-            block, offset = slots // self.block, slots % self.block
-            pools = self.keys[layer], self.values[layer]
-            copies.append(tuple(pool[block, :, offset].transpose(0, 1) for pool in pools))
-        return copies
-
-    def restore(self, group: list[int], length: int, copies) -> None:
-        """Give every sequence of `group` the prompt of `length` tokens that `read` returned."""
-        slots = [self._extend(table, [group], [length]) for table in self.tables]
-        self._grow()
-        for layer, (key, value) in enumerate(copies):
-            repeated = (torch.cat([x] * len(group), 1) for x in (key, value))
-            self._store(layer, slots[self.table_of[layer]], *repeated)
 
     def step(self, sequences: list[int]) -> torch.Tensor:
         """Announce one new token for each of the N live sequences: position ids [1, N]."""
-        index = torch.tensor(sequences, device=self.device)
+        self._segments, index = None, torch.tensor(sequences, device=self.device)
         positions = self.next_position[index]
-        self._segments, self._steps = None, []
-        for table in self.tables:
-            table.slide(self.next_position)
-            slots = table.claim(index, positions)
-            self._steps.append(Step(table, index, slots))
+        for part in self.parts:
+            part.announce(index, positions)
         self.next_position[index] += 1
-        self._grow()
+        self.attended = self.live_tokens()
         return positions.unsqueeze(0)
+
+    def decide(self, layer: int, logits: torch.Tensor) -> None:
+        """Hear an evictor's logits [1, tokens, H] on the announced tokens, before `attend`.
+
+        Token t+1 decides for token t; above 0 evicts.
+        """
+        self._evicted = logits[0] > 0
+        if self._segments is None:
+            part = self.part_of[layer]
+            units, positions = part.step.units, part.step.positions
+            part.rule.mark(part.plane(layer), units, positions, self._evicted.flatten())
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Store the announced tokens of this layer and attend.
@@ -107,91 +127,155 @@ class SlotCache:
         query [1, H*G, N, D]; key, value [1, H, N, D]; returns [1, N, H*G, D].
         """
         if self._segments is not None:
-            return self._attend_prompts(layer, query, key, value, scale)
-        step = self._steps[self.table_of[layer]]
-        self._store(layer, step.slots, key[0], value[0])
-        n, (_, wide, count, _) = len(step.row), query.shape
-        q = (query[0].to(self.precise) * scale).view(
-            self.heads, wide // self.heads, count, self.head_dim
-        )
-        q = q.permute(2, 0, 1, 3)[step.row]  # [n, H, G, D]
-        keys, values = (pool[layer][:n].to(self.precise) for pool in (self.keys, self.values))
-        scores = (q @ keys.transpose(-1, -2)).add_(step.bias)  # [n, H, G, Z]
-        top = scores.amax(-1, keepdim=True)  # [n, H, G, 1]
-        weight = scores.sub_(top).exp_()
-        # Partial results of the blocks are joined per row with their softmax weights.
-        part = torch.cat([weight @ values, weight.sum(-1, keepdim=True)], -1)  # [n, H, G, D+1]
-        part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, 1))[step.blocks]  # [N, M, H, G, D+1]
-        top = F.pad(top, (0, 0, 0, 0, 0, 0, 0, 1), value=MASKED)[step.blocks]
-        joined = (part * (top - top.amax(1, keepdim=True)).exp_()).sum(1)  # [N, H, G, D+1]
-        out = joined[..., :-1] / joined[..., -1:]
-        return out.reshape(1, count, wide, self.head_dim).to(query.dtype)
+            return self._attend_prompts(layer, query[0], key[0], value[0], scale)
+        part, pool, step = self.part_of[layer], self.pools[layer], self.part_of[layer].step
+        plane, count = part.plane(layer), query.shape[2]
+        shape = len(step.units), self.heads // part.split, -1, self.head_dim  # u, Hs, G, D
+        key, value = (x[0].transpose(0, 1).reshape(shape).squeeze(2) for x in (key, value))
+        slots = step.slots[plane]
+        pool.reserve(part.table.used[plane])
+        pool.write(slots, key, value)
+        if self.quantised is not None:
+            pool.remember(step.units, step.positions + 1, key[:, None], value[:, None])
+        ranks = isinstance(part.rule, Lowest)
+        if ranks:
+            part.rule.arrive(plane, layer, step, part.split, key.to(self.precise))
+        query = (query[0].to(self.precise) * scale).transpose(0, 1).reshape(shape)
+        watch = ranks and self.policy.watches
+        out, probability = blocks.attend(query, pool, step, plane, watch)
+        if watch:
+            part.rule.watch(plane, probability)
+        return out.reshape(1, count, -1, self.head_dim).to(self.dtype)
 
     def _attend_prompts(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """Causal attention inside each packed prompt; only what stays live is stored."""
-        table = self.tables[self.table_of[layer]]
-        out, stored, first = [], [], 0
-        for group, length in zip(*self._segments):
-            end = first + length
-            q, k, v = (x[:, :, first:end] for x in (query, key, value))
-            mask = None
-            if table.kept(length) < length:
+        """Attention inside each packed prompt; only what the policy keeps is stored.
+
+        query [H*G, sum T, D]; key, value [H, sum T, D]; returns [1, sum T, H*G, D].
+        """
+        part, pool, out, rows, first = self.part_of[layer], self.pools[layer], [], [], 0
+        shared = len(part.table.used) == 1 and part.stored
+        part.stored = shared or []
+        for number, (group, length) in enumerate(self._segments):
+            q, k, v = (x[:, first : first + length] for x in (query, key, value))
+            evicted = None
+            if isinstance(part.rule, Delayed):
+                # Token t+1 decides for t; on the last token the next step has the word.
+                evicted = self._evicted[first : first + length].T.roll(-1, 1)
+            out.append(self._read_prompt(part, group, q, k, v, scale, evicted))
+            if not shared:
+                part.keep(layer, group, q.to(self.precise) * scale, k.to(self.precise), evicted)
+            # [units of a sequence, T, Hs, D], of which the stored ones are taken for each copy
+            k, v = (x.unflatten(0, (part.split, -1)).transpose(1, 2) for x in (k, v))
+            stored, copies = part.stored[number][0], len(group)
+            rows.append([x[stored].repeat(copies, 1, 1) for x in (k, v)])
+            if self.quantised is not None:
+                pool.remember(part.units(group), length, k, v)
+            first += length
+        pool.reserve(part.table.used[part.plane(layer)])
+        pool.write(torch.cat([slots for _, slots in part.stored]), *map(torch.cat, zip(*rows)))
+        return torch.cat(out, 1).transpose(0, 1).unsqueeze(0)
+
+    def _read_prompt(self, part: Part, group, query, key, value, scale: float, evicted):
+        """Attention [H*G, T, D] of one prompt, and how many entries its last token attended to."""
+        length, seen, mask = key.shape[1], key.shape[1], None
+        query, key, value = query[None], key[None], value[None]
+        if evicted is not None:
+            window, log_keep = part.rule.window, evicted[None].float() * MASKED
+            out = evicting_attention(query, key, value, log_keep, window, scale)
+            seen = length - evicted[:, : max(0, length - 1 - window)].sum(1).double().mean()
+        else:
+            if part.window is not None and length > part.window:
                 at = torch.arange(length, device=self.device)
                 ago = at[:, None] - at[None, :]
-                mask = (ago >= 0) & (ago < table.window)
-            out.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-                )
+                mask, seen = (ago >= 0) & (ago < part.window), part.window
+            out = F.scaled_dot_product_attention(
+                *(query, key, value),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=True,
             )
-            stored += [slice(end - table.kept(length), end)] * len(group)
-            first = end
-        both = (torch.cat([x[0][:, s] for s in stored], 1) for x in (key, value))
-        self._store(layer, self._slots[self.table_of[layer]], *both)
-        return torch.cat(out, 2).transpose(1, 2)
+        self.attended[group] += seen / len(self.pools)
+        return out[0]
 
-    def _store(self, layer: int, slots: torch.Tensor, key, value) -> None:
-        """Write key and value [H, N, D] into flat slots [N] of the layer's pool."""
-        block, offset = slots // self.block, slots % self.block
-        self.keys[layer][block, :, offset] = key.transpose(0, 1)
-        self.values[layer][block, :, offset] = value.transpose(0, 1)
+    def read(self, sequence: int) -> Saved:
+        """Copy of one sequence, for `restore`."""
+        index, rows, booked = torch.tensor([sequence], device=self.device), {}, []
+        for part in self.parts:
+            booked.append(part.read(index))
+            for plane, (slots, *_) in enumerate(booked[-1][0]):
+                for layer in part.layers_of(plane):
+                    pool = self.pools[layer]
+                    rows[layer] = pool.rows(slots), [x[part.units(index)] for x in pool.state]
+        return Saved(self.attended[sequence].clone(), booked, rows)
+
+    def restore(self, group: list[int], length: int, saved: Saved) -> None:
+        """Give every sequence of `group` the `length` tokens of the sequence that was `read`."""
+        index, copies = torch.tensor(group, device=self.device), len(group)
+        self.next_position[index], self.attended[index] = length, saved.attended
+        for part, booked in zip(self.parts, saved.booked):
+            for plane, slots in enumerate(part.restore(index, booked)):
+                for layer in part.layers_of(plane):
+                    pool, (rows, exact) = self.pools[layer], saved.rows[layer]
+                    pool.reserve(part.table.used[plane])
+                    pool.put(slots, [x.repeat(copies, *[1] * (x.dim() - 1)) for x in rows])
+                    for mine, theirs in zip(pool.state, exact):
+                        mine[part.units(index)] = theirs.repeat(copies, 1, 1, 1)
+
+    def fill(self, count: int, length: int, live_per_unit: int | None = None) -> None:
+        """Random keys and values instead of `count` prompts of `length` tokens, for measurements;
+        of the full-attention layers each unit keeps `live_per_unit` tokens at random."""
+        index = torch.arange(count, device=self.device)
+        for part in self.parts:
+            units = part.units(index)
+            live = min(length, part.window or live_per_unit or length)
+            random = torch.rand(len(units), length, device=self.device)
+            positions = random.topk(live).indices.sort().values.flatten()
+            counts = torch.full_like(units, live)
+            for plane in range(len(part.table.used)):
+                slots = part.table.extend(plane, units, counts, positions)
+                for layer in part.layers_of(plane):
+                    pool, shape = self.pools[layer], (len(slots), self.heads // part.split)
+                    pool.reserve(part.table.used[plane])
+                    kind = dict(dtype=self.dtype, device=self.device)
+                    pool.write(slots, *torch.randn(2, *shape, self.head_dim, **kind))
+        self.next_position[index] = length
+        self.attended = self.live_tokens()
 
     def release(self, sequences: list[int]) -> None:
         """Forget finished sequences and hand their blocks back."""
         index = torch.tensor(sequences, device=self.device)
-        for number, table in enumerate(self.tables):
-            to, source = table.compact(~torch.isin(table.owner, index))
-            for pool in self._pools(number):
-                pool[to] = pool[source]
+        self.attended[index] = 0.0
+        for part in self.parts:
+            for plane, moves in enumerate(part.table.release(part.units(index))):
+                for layer in part.layers_of(plane):
+                    self.pools[layer].move(*moves)
 
-    def _pools(self, table: int):
-        layers = [i for i, t in enumerate(self.table_of) if t == table]
-        return [self.keys[i] for i in layers] + [self.values[i] for i in layers]
-
-    def _grow(self) -> None:
-        """Give every pool room for the blocks its table uses, an eighth more at a time."""
-        for layer, number in enumerate(self.table_of):
-            need, have = len(self.tables[number].owner), len(self.keys[layer])
-            if need > have:
-                more = max(need, have + have // 8) - have
-                for pools in (self.keys, self.values):
-                    # Fresh blocks are zeroed: a free slot has weight 0, and 0 x nan is nan.
-                    pools[layer] = F.pad(pools[layer], (0, 0, 0, 0, 0, 0, 0, more))
+    def kept(self, sequence: int) -> list[list[torch.Tensor]]:
+        """Positions of the live tokens of one sequence, ascending, per layer and KV head."""
+        index, found = torch.tensor([sequence], device=self.device), []
+        for layer, part in enumerate(self.part_of):
+            found.append(part.kept(part.plane(layer), index) * (self.heads // part.split))
+        return found
 
     def live_tokens(self) -> torch.Tensor:
         """Live KV entries of each sequence, mean over layers and heads: [capacity] float64."""
-        per_table = [table.live_tokens(self.capacity).double() for table in self.tables]
-        return sum(per_table[number] for number in self.table_of) / len(self.table_of)
+        total = torch.zeros(self.capacity, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            filled = part.table.filled.double().unflatten(1, (self.capacity, part.split)).mean(2)
+            total += filled.mean(0) * len(part.layers)
+        return total / len(self.pools)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values of one token over all layers and heads."""
-        size = torch.empty(0, dtype=self.dtype).element_size()
-        return 2 * len(self.table_of) * self.heads * self.head_dim * size
+        if self.quantised is not None:
+            return self.quantised.bytes_per_token(self.head_dim, self.heads, len(self.pools))
+        return 2 * len(self.pools) * self.heads * self.head_dim * self.dtype.itemsize
 
     def nbytes(self) -> int:
-        """Allocated bytes of all pools, used or not."""
-        return sum(pool.nbytes for pool in [*self.keys, *self.values])
+        """Allocated bytes of all pools, used or not, and of the bookkeeping."""
+        return sum(x.nbytes() for x in [*self.pools, *self.parts])
 
 
 def layer_windows(config) -> list[int | None]:

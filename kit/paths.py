@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"  # small frozen inputs: problems, claims, manifest
-NOTEBOOKS = ROOT / "notebooks"  # the notebooks, in running order
+NOTEBOOKS = Path(os.environ.get("KIT_NOTEBOOKS", ROOT / "notebooks"))  # in running order
 PROFILES = NOTEBOOKS / "profiles"  # one TOML per size of run
 OUTPUTS = Path(os.environ.get("KIT_OUTPUTS", ROOT / "outputs"))  # all that a run writes
 CACHE = Path(os.environ.get("KIT_CACHE", ROOT / ".cache"))  # weights, rebuilt when deleted

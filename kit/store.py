@@ -60,9 +60,17 @@ class Store:
             frame = frame[frame["key"].isin(keys)]
         return frame.sort_values("key", ignore_index=True)
 
-    def _read(self, columns: list[str] | None) -> pandas.DataFrame:
+    def generated(self, generation_keys: set[str]) -> pandas.DataFrame:
+        """Records with these generation keys, whatever grader judged them, sorted by key."""
+        wanted = ", ".join(f"'{key}'" for key in sorted(generation_keys))  # hex digits only
+        frame = self._read(None, f"generation_key IN ({wanted})")
+        return frame.sort_values("key", ignore_index=True)
+
+    def _read(self, columns: list[str] | None, where: str | None = None) -> pandas.DataFrame:
         self._table.checkout_latest()
         query = self._table.search()
+        if where:
+            query = query.where(where)
         if columns:
             query = query.select(columns)
         return query.limit(None).to_pandas()

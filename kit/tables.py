@@ -7,9 +7,10 @@ rounded before `text`, which gives the cells that a reader sees. `style` is that
 
 from numbers import Integral
 
+import numpy as np
 import pandas as pd
 
-from kit import contrasts
+from kit import contrasts, stats
 from kit.claims import Claim, audit
 from kit.schema import digest
 
@@ -27,6 +28,13 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "seconds": "seconds, mean",
     "difference": "difference, points",
     "n_needed": "n needed",
+    "compression_x": "compression, x",
+    "live_tokens": "live tokens, mean",
+    "kept_fraction": "kept fraction",
+    "kl": "KL, nats per token",
+    "excess_kl": "KL less that of dms",
+    "kv_bytes": "KV allocated, mean",
+    "on_frontier": "on the frontier",
 }
 
 
@@ -78,6 +86,33 @@ def difference(records: pd.DataFrame, arm: str, control: str, measures=MEASURES)
     return pd.DataFrame(rows, columns=["model", "measure", "difference", "problems"])
 
 
+def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms") -> pd.DataFrame:
+    """KL and perplexity of each policy at each compression, and its KL less the baseline's.
+
+    `frames` holds per (policy, nominal compression) what `kit.quality.forced` gives; rows are
+    paired by sequence. A positive `excess_kl` means worse than the baseline.
+    """
+    rows = []
+    for (name, compression), frame in frames.items():
+        rng = np.random.default_rng(0)
+        kl = stats.cluster_bootstrap(frame["kl"].to_numpy(), rng)
+        row = {"policy": name, "compression_x": compression, "sequences": len(frame)}
+        row |= {"live_tokens": frame["live_tokens"].mean()}
+        row |= {"kept_fraction": frame["kept_fraction"].mean(), "kl": _numbers(kl)}
+        row |= {"perplexity": float(np.exp(frame["nats"].mean())), "excess_kl": None}
+        row |= {"kv_bytes": frame["kv_bytes"].mean()}
+        if name != baseline and (baseline, compression) in frames:
+            ours = frames[baseline, compression]["kl"].to_numpy()
+            excess = stats.cluster_bootstrap(frame["kl"].to_numpy() - ours, rng)
+            row["excess_kl"] = _numbers(excess)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _numbers(interval: stats.Interval) -> tuple[float, float, float]:
+    return interval.estimate, interval.low, interval.high
+
+
 def answers(records: pd.DataFrame) -> pd.DataFrame:
     """Where the grader found the answers: share of samples per model and arm, percent."""
     counts = records.groupby(["model", "arm", "method"]).size().unstack(fill_value=0)
@@ -116,10 +151,14 @@ def text(table: pd.DataFrame) -> pd.DataFrame:
 def cell_text(name: str, cell) -> str:
     """One value of the column `name`: rounded, with its interval, "–" where there is none."""
     if isinstance(cell, tuple):
+        if name.endswith("kl"):
+            return f"{cell[0]:.3f} [{cell[1]:.3f}, {cell[2]:.3f}]"
         sign = "+" if name == "difference" else ""
         return f"{cell[0]:{sign}.1f} [{cell[1]:.1f}, {cell[2]:.1f}]"
     if cell is None or pd.isna(cell):
         return "–"
+    if name in ("kept_fraction", "membership"):
+        return f"{cell:.2f}"
     if name == "p":
         return f"{cell:.2g}" if cell >= 0.001 else "< 0.001"
     if name.endswith("bytes"):

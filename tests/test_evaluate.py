@@ -13,9 +13,11 @@ import time
 
 import pytest
 
-from kit import decode, evaluate, paths, prompts
-from kit.evaluate import DECODE_SOURCES, GRADE_SOURCES, code_version, plan
+from kit import decode, evaluate, evictor, paths, prompts
+from kit.evaluate import DECODE_SOURCES, GRADE_SOURCES, Memory, code_version, plan
+from kit.policies import DMS, Full, Window
 from kit.prompts import FORMAT_INSTRUCTION
+from kit.quantise import Quantised
 from kit.schema import Problem, Prompt, Sampling, digest
 from kit.store import Store
 
@@ -26,6 +28,7 @@ SUMS = [
 PLAIN = prompts.build(prompts.plain, SUMS)
 SHORT = Sampling(max_new_tokens=8)
 WARM = Sampling(max_new_tokens=8, temperature=1.0, seed=5)
+THICK = Memory()
 
 
 @pytest.fixture
@@ -33,9 +36,9 @@ def decoded(monkeypatch) -> list[list[decode.Request]]:
     """The requests that reach the decode loop, one list per call."""
     calls, real = [], decode.decode
 
-    def counted(model, requests, *rest):
+    def counted(model, requests, *rest, **options):
         calls.append(requests)
-        return real(model, requests, *rest)
+        return real(model, requests, *rest, **options)
 
     monkeypatch.setattr(decode, "decode", counted)
     return calls
@@ -132,8 +135,8 @@ def renew(monkeypatch, sources: tuple[str, ...]) -> None:
 
 
 def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
-    def keys(model=tiny, asked=PLAIN, sampling=WARM, batch_size=64) -> set[str]:
-        jobs = plan(model, asked, sampling, 1, batch_size)
+    def keys(model=tiny, asked=PLAIN, sampling=WARM, batch_size=64, memory=THICK) -> set[str]:
+        jobs = plan(model, asked, sampling, 1, batch_size, memory)
         return {key for job in jobs for key in (job.key, job.generation_key)}
 
     base = keys()
@@ -150,6 +153,10 @@ def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
     assert keys(asked=[dataclasses.replace(p, arm="other") for p in PLAIN]).isdisjoint(base)
     moved = [dataclasses.replace(p, source="other") for p in SUMS]
     assert keys(asked=prompts.build(prompts.plain, moved)).isdisjoint(base)
+    memories = [Window(kept_tokens=8), Window(kept_tokens=9), Window(kept_tokens=9, sinks=0)]
+    memories = [Memory(policy) for policy in memories] + [Memory(quantised=Quantised(4, 16))]
+    found = [keys(memory=memory) for memory in memories]
+    assert len(base.union(*found)) == 12 * 5 and keys(memory=Memory(Full())) == base
 
 
 def test_the_chat_template_and_the_stop_tokens_are_in_the_keys(tiny, monkeypatch):
@@ -166,6 +173,22 @@ def test_the_gold_answer_is_in_the_key_of_the_grade_alone(tiny):
     other = prompts.plain(dataclasses.replace(SUMS[0], answer="7"))
     (two,) = plan(tiny, [other], WARM, 1, 64)
     assert one.generation_key == two.generation_key and one.key != two.key
+
+
+def test_records_say_what_the_cache_kept(tiny, tmp_path):
+    store, thin = Store(tmp_path), Memory(Window(kept_tokens=8), Quantised(4, 16, 4))
+    full, _ = run(tiny, store)
+    kept = evaluate.evaluate(tiny, PLAIN, WARM, store, memory=thin, report=lambda line: None)
+    assert set(full["policy"]) == {"full"}
+    assert set(kept["policy"]) == {"window 8 + kv 4-bit g16 r4"}
+    assert (kept["kv_peak_tokens"] <= 9).all() and (full["kv_peak_tokens"] > 9).all()
+    assert (kept["kv_reads_tokens"] < full["kv_reads_tokens"].min()).all()
+
+
+def test_an_evictor_of_other_weights_is_refused(tiny, tmp_path):
+    made = evictor.Evictor(tiny.weights, evictor.LAPTOP, "other")
+    with pytest.raises(ValueError, match="was trained for weights other, tiny has"):
+        evaluate.evaluate(tiny, PLAIN, WARM, Store(tmp_path), memory=Memory(DMS(made)))
 
 
 def test_the_same_prompt_twice_is_refused(tiny, tmp_path):

@@ -1,5 +1,7 @@
 """Tables against hand-computed cases, pandas and statsmodels."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -196,3 +198,25 @@ def test_style_escapes_and_repeats():
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert page == tables.style(table).to_html()
     assert page != tables.style(table.assign(samples=2)).to_html()
+
+
+def test_quality_pairs_policies_by_sequence():
+    rng = np.random.default_rng(0)
+    hard = rng.random(40)  # a sequence is hard or easy for every policy
+    base = {"nats": np.full(40, 1.0), "live_tokens": 20.0, "kept_fraction": 0.25, "kv_bytes": 100.0}
+    frames = {
+        ("dms", 4): pd.DataFrame({**base, "kl": hard}),
+        ("window", 4): pd.DataFrame({**base, "kl": hard + 0.1 + 0.01 * rng.random(40)}),
+        ("window", 8): pd.DataFrame({**base, "kl": hard + 0.5}),
+    }
+    found = tables.quality(frames).set_index(["policy", "compression_x"])
+    estimate, low, high = found.loc[("window", 4), "excess_kl"]
+    assert 0.1 < low < estimate < high < 0.11, "paired: far narrower than either KL alone"
+    wide = found.loc[("window", 4), "kl"]
+    assert wide[2] - wide[1] > 10 * (high - low)
+    assert (
+        found.loc[("dms", 4), "excess_kl"] is None and found.loc[("window", 8), "excess_kl"] is None
+    )
+    assert found["perplexity"].tolist() == pytest.approx([np.e] * 3)
+    shown = tables.text(found.reset_index())
+    assert re.fullmatch(r"0\.10\d \[0\.10\d, 0\.1[01]\d\]", shown["KL less that of dms"][1])

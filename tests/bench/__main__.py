@@ -15,6 +15,13 @@ from kit import paths, provenance
 FIGURES = {
     "bench_decode": ("decode_vs_transformers", "decode_vs_llamacpp"),
     "bench_grade": ("grade_per_s",),
+    "bench_dms": (
+        "dms8_decode_vs_full_8000",
+        "dms8_decode_vs_transformers_8000",
+        "dms8_kv_bytes_vs_full",
+        "dms_train_s_per_step",
+    ),
+    "bench_kernels": ("gpu_attention_bandwidth_share", "gpu_dms8_decode_vs_sdpa_32k"),
 }
 
 
@@ -38,10 +45,10 @@ def main(only: str | None) -> int:
 
 def _line(figure: str, found: dict) -> str:
     if "skipped" in found:
-        return f"{figure:24} skipped: {found['skipped']}"
+        return f"{figure:32} skipped: {found['skipped']}"
     low, high = found["spread"]
     value = f"{found['value']:.3g} {found['unit']} [{low:.3g}, {high:.3g}]"
-    return f"{figure:24} {value:28} against {found['against']}, n = {found['n']}"
+    return f"{figure:32} {value:28} against {found['against']}, n = {found['n']}"
 
 
 if __name__ == "__main__":
