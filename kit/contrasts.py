@@ -67,7 +67,7 @@ def check(contrast: Mapping) -> None:
     `control_measure` both sides are the same arm. `within` counts an answer only if prompt and
     new tokens fit into that context. `model` names parts of model names, any of which may match;
     `prompt` names the prompt's arm where `by` is another column; `sampled` keeps only what was
-    sampled (true) or greedy (false). Unless `policy` is named or told apart, the KV cache is full.
+    sampled (true) or greedy (false).
     """
     unknown = set(contrast) - KEYS
     if unknown:
@@ -119,8 +119,6 @@ def _select(contrast: Mapping, arm: str, records: pd.DataFrame) -> pd.DataFrame:
     if records.empty:
         return records
     rows = records[records[contrast.get("by", "arm")] == arm]
-    if "policy" not in contrast and contrast.get("by") != "policy":
-        rows = rows[rows["policy"] == "full"]
     for key, column in FILTERS.items():
         if key not in contrast:
             continue

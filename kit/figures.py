@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 WIDTH = 4.6  # inches
 SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
@@ -131,10 +132,10 @@ def published_effects(audits: pd.DataFrame) -> Picture:
 
 
 def _plain_numbers(axis) -> None:
-    """Numbers on a logarithmic axis without powers of ten, for which fonts may be missing."""
+    """1, 2, 5, 10 on a logarithmic axis; powers of ten need fonts that may be missing."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("{x:g}")
-    axis.set_tick_params(which="minor", labelsize=7)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def training(history: list[dict], title: str = "") -> Picture:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from kit import distil, dms, evictor, gates, models, problems
+from kit import distil, dms, evictor, gates, models, paths, problems
 from kit.decode import Request, decode, slots_attached
 from kit.kv import SlotCache, layer_windows
 from kit.policies import DMS
@@ -254,6 +254,33 @@ def test_training_text_is_the_models_own_and_never_the_test_split(tiny, tmp_path
         dms.pack(model, chats[:1], 5000)
     with pytest.raises(ValueError, match="fewer than a batch"):
         dms.Training(model, ids[:1], LAPTOP, tmp_path)
+
+
+SHIPPED = sorted((paths.DATA / "evictors").glob("*.safetensors"))
+
+
+def test_shipped_evictors_stand_beside_their_hashes():
+    readme = (paths.DATA / "evictors" / "README.md").read_text()
+    assert len(SHIPPED) >= 3
+    for file in SHIPPED:
+        assert f"{models.hash_files([file])}  {file.name}" in readme and file.stat().st_size < 1e6
+
+
+def test_a_shipped_evictor_beats_a_window_of_the_same_size(bundled):
+    """On a text it has not seen, hard eviction at about 3x against the newest tokens and sinks."""
+    text = "Question: Tom has 12 apples and buys 7 more. Then he eats 4. How many are left? "
+    text += "Answer: He has 12 + 7 = 19 apples, and 19 - 4 = 15 are left. " * 2
+    ids = torch.tensor(bundled.tokenizer(text * 3)["input_ids"][:150])[None]
+    made = evictor.load(paths.DATA / "evictors" / "smollm2-135m-seed0-4x.safetensors", bundled)
+    found = gates.measure(bundled, made, ids).iloc[0]
+    assert found["kept_fraction"] < 0.6
+    always = evictor.Evictor(bundled.weights, LAPTOP, bundled.weights_hash)
+    window = int(found["live_tokens"]) + 1
+    always.window = window
+    for linear in always.linear:
+        torch.nn.init.constant_(linear.bias, 10.0)  # every token goes when the window has passed
+    rival = gates.measure(bundled, always, ids).iloc[0]
+    assert found["kl"] < rival["kl"] / 2
 
 
 def test_one_step_on_the_real_model(bundled, tmp_path):
