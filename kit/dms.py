@@ -34,6 +34,7 @@ from kit.problems import ProblemSet, load
 from kit.schema import Sampling, digest
 from kit.store import Store
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, per parameter
 SAVE_EVERY_S = 60  # seconds between two saved states
 
 
@@ -201,11 +202,12 @@ class Training:
 
     def save(self) -> None:
         """Write parameters, moments and the log of steps; complete or not at all."""
-        tensors = {}
+        tensors, finished = {}, len(self.history) >= self.recipe.steps
         for name, parameter in self.named.items():
             state = self.optimiser.state[parameter]
             tensors[f"{name}|value"] = parameter.detach()
-            tensors |= {f"{name}|{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+            if not finished:  # three times the size, and of no more use
+                tensors |= {f"{name}|{key}": state[key] for key in MOMENTS}
         meta = {"history": json.dumps(self.history)}
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / "state.part"
@@ -220,9 +222,10 @@ class Training:
             self.history = json.loads(handle.metadata()["history"])
             for name, parameter in self.named.items():
                 parameter.data.copy_(handle.get_tensor(f"{name}|value"))
-                moments = {k: handle.get_tensor(f"{name}|{k}") for k in ("exp_avg", "exp_avg_sq")}
-                step = torch.tensor(float(len(self.history)))
-                self.optimiser.state[parameter] = {"step": step, **moments}
+                if len(self.history) < self.recipe.steps:
+                    moments = {key: handle.get_tensor(f"{name}|{key}") for key in MOMENTS}
+                    step = torch.tensor(float(len(self.history)))
+                    self.optimiser.state[parameter] = {"step": step, **moments}
 
 
 def hash_ids(ids: torch.Tensor) -> str:
