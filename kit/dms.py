@@ -248,6 +248,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="training problems (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try:
+        _train(args)
+    except ValueError as error:  # unknown names, too little text: one sentence says it
+        parser.exit(2, f"{error}\n")
+
+
+def _train(args: argparse.Namespace) -> None:
     model, recipe = models.load(args.model), RECIPES[args.recipe]
     store = Store(args.out / "traces")
     texts = {

@@ -256,6 +256,19 @@ def test_training_text_is_the_models_own_and_never_the_test_split(tiny, tmp_path
         dms.Training(model, ids[:1], LAPTOP, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(["--model", "nowhere"], "No model at 'nowhere'"), (["--problems", "none"], "no problem set")],
+)
+def test_the_command_says_in_one_sentence_what_is_wrong(
+    arguments, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["dms", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as exit:
+        dms.main()
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith(said)
+
+
 SHIPPED = sorted((paths.DATA / "evictors").glob("*.safetensors"))
 
 
