@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from kit import stats
 
@@ -49,15 +50,14 @@ def exact(value: float, unit: str, origin: str = "") -> Measurement:
     return Measurement(value, value, value, 1, unit, (value, value), origin=origin)
 
 
-def mean_of(values: Iterable[float], unit: str, origin: str = "", seed: int = 0) -> Measurement:
-    """Mean of independent values, such as differences per problem or sequence: bootstrap."""
+def mean_of(values: Iterable[float], unit: str, origin: str = "") -> Measurement:
+    """Mean of independent values that are no proportions, as KL per sequence: Student's t."""
     values = np.asarray(list(values), dtype=float)
-    outer, inner = (
-        stats.cluster_bootstrap(values, np.random.default_rng(seed), level)
-        for level in (0.95, 0.90)
-    )
-    ends = outer.estimate, outer.low, outer.high
-    return Measurement(*ends, outer.n, unit, (inner.low, inner.high), origin=origin)
+    n, estimate = len(values), float(values.mean())
+    error = float(values.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
+    outer, inner = (error * float(t.ppf((1 + level) / 2, max(1, n - 1))) for level in (0.95, 0.90))
+    ends = estimate, estimate - outer, estimate + outer
+    return Measurement(*ends, n, unit, (estimate - inner, estimate + inner), origin=origin)
 
 
 def check(contrast: Mapping) -> None:

@@ -245,13 +245,13 @@ def frontier(table: pd.DataFrame, budget: str, label: str) -> Picture:
         axes = picture.subplots()
         for number, (name, rows) in enumerate(table.groupby("compression", sort=False)):
             colour, marker = SERIES[number % len(SERIES)]
-            axes.plot(rows[budget], 100 * rows["accuracy"], marker, color=colour, label=name)
+            axes.plot(rows[budget], rows["accuracy"], marker, color=colour, label=name)
         best = table[table["on_frontier"]].sort_values(budget)
-        axes.step(best[budget], 100 * best["accuracy"], where="post", color="black", linewidth=0.8)
+        axes.step(best[budget], best["accuracy"], where="post", color="black", linewidth=0.8)
         axes.set_xscale("log")
         _plain_numbers(axes.xaxis)
         axes.set_xlabel(label)
-        axes.set_ylim(0, max(5.0, 110 * table["accuracy"].max()))
+        axes.set_ylim(0, max(5.0, 1.1 * table["accuracy"].max()))
         axes.set_ylabel("accuracy, percent")
         picture.legend(loc="outside upper center", ncols=4, frameon=False)
     names = [f"{r.length}-{r.width}-{r.compression}" for r in best.itertuples()]

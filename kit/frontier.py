@@ -23,14 +23,14 @@ SUBSETS = 2_000  # of a problem's samples: up to so many are enumerated, else so
 def table(
     configurations: pd.DataFrame, budget: str, outcomes: np.ndarray, rng: np.random.Generator
 ) -> pd.DataFrame:
-    """`configurations`, cheapest first, with accuracy, on_frontier and membership added.
+    """`configurations`, cheapest first, with accuracy (percent), on_frontier and membership added.
 
     Row i of `outcomes` belongs to row i of the frame; `budget` names its column.
     """
     budgets, outcomes = _checked(configurations[budget].to_numpy(), outcomes)
     accuracy = outcomes.mean(axis=1)
     added = configurations.assign(
-        accuracy=accuracy,
+        accuracy=100 * accuracy,
         on_frontier=pareto(budgets, accuracy),
         membership=membership(budgets, outcomes, rng),
     )

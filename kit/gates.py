@@ -7,6 +7,9 @@ gradients through; hard gates do what the slot cache does, for all tokens at onc
 Sources: arXiv 2506.05345; NVIDIA/Model-Optimizer experimental/dms at a2fbac7.
 """
 
+import copy
+from dataclasses import replace
+
 import pandas
 import torch
 import torch.nn.functional as F
@@ -105,15 +108,44 @@ def measure(
     for part in ids.to(model.device).split(batch):
         with slots_attached(teacher):
             theirs = hidden(teacher.weights, part, Gates(windows))
-        gates = Gates(windows, evictor.window)
-        with slots_attached(model), evictor.attached(model.weights):
-            ours = hidden(model.weights, part, gates)
+        ours, live = _hard(model, evictor, part)
         flat = ours[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1)
         found = distil.compare(*flat, *heads, part[:, 1:].flatten())
         found = {k: v.view(len(part), -1).double().mean(1) for k, v in found.items()}
-        live = gates.live_tokens().double().mean(1)
         frames.append(pandas.DataFrame({k: v.cpu() for k, v in found.items()}))
         frames[-1]["live_tokens"] = live.cpu()
     frame = pandas.concat(frames, ignore_index=True)
     frame["kept_fraction"] = frame["live_tokens"] / ((ids.shape[1] + 1) / 2)
     return frame
+
+
+@torch.inference_mode()
+def at_fraction(
+    model: Model, evictor: Evictor, ids: torch.Tensor, kept_fraction: float, tolerance=0.005
+) -> Evictor:
+    """The evictor with its threshold moved until it keeps `kept_fraction` of `ids` [S, T].
+
+    Evictors that close different shares are compared at equal memory that way. The nearest
+    that 12 bisections of the offset find, where `tolerance` cannot be met.
+    """
+    low, high, ids = -64.0, 64.0, ids.to(model.device)
+    found = []
+    for _ in range(12):
+        shift = (low + high) / 2
+        moved = copy.copy(evictor)  # shares its parameters
+        moved.recipe = replace(evictor.recipe, logit_offset=evictor.recipe.logit_offset + shift)
+        kept = float(_hard(model, moved, ids)[1].mean()) / ((ids.shape[1] + 1) / 2)
+        found.append((abs(kept - kept_fraction), moved))
+        if found[-1][0] < tolerance:
+            break
+        low, high = (shift, high) if kept > kept_fraction else (low, shift)
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _hard(model: Model, evictor: Evictor, ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states [S, T, hidden size] under hard gates and live tokens per sequence [S]."""
+    windows = layer_windows(model.weights.config.get_text_config())
+    gates = Gates(windows, evictor.window)
+    with slots_attached(model), evictor.attached(model.weights):
+        states = hidden(model.weights, ids, gates)
+    return states, gates.live_tokens().double().mean(1)

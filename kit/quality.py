@@ -6,6 +6,8 @@ it took. Policies are compared at equal live tokens, the delay window of DMS cou
 """
 
 import dataclasses
+import os
+from pathlib import Path
 
 import numpy
 import pandas
@@ -13,9 +15,11 @@ import torch
 
 from kit import distil
 from kit.decode import slots_attached
+from kit.evaluate import DECODE_SOURCES, code_version
 from kit.kv import SlotCache
 from kit.models import Model
 from kit.policies import Full
+from kit.schema import digest
 
 
 @torch.inference_mode()
@@ -60,6 +64,19 @@ def forced(
     frame["live_tokens"] = torch.stack(live).double().mean(0).cpu().numpy()
     frame["kept_fraction"] = frame["live_tokens"] / numpy.arange(prompt + 1, length).mean()
     return frame.assign(kv_bytes=cache.nbytes() / count, policy=policy.name)
+
+
+def stored(folder: Path, model: Model, ids, policy: Full, prompt: int = 32) -> pandas.DataFrame:
+    """What `forced` finds, kept in `folder` as Parquet and read back when it is asked for again."""
+    runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
+    code = code_version((*DECODE_SOURCES, "distil", "quality"))
+    file = Path(folder) / f"{digest([*runs, code, policy.key, prompt, ids.tolist()])}.parquet"
+    if not file.is_file():
+        frame = forced(model, ids, policy, prompt)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(part := file.with_suffix(".part"))
+        os.replace(part, file)
+    return pandas.read_parquet(file)
 
 
 @torch.inference_mode()

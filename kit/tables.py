@@ -94,22 +94,20 @@ def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms"
     """
     rows = []
     for (name, compression), frame in frames.items():
-        rng = np.random.default_rng(0)
-        kl = stats.cluster_bootstrap(frame["kl"].to_numpy(), rng)
+        kl = contrasts.mean_of(frame["kl"], "nats")
         row = {"policy": name, "compression_x": compression, "sequences": len(frame)}
         row |= {"live_tokens": frame["live_tokens"].mean()}
         row |= {"kept_fraction": frame["kept_fraction"].mean(), "kl": _numbers(kl)}
         row |= {"perplexity": float(np.exp(frame["nats"].mean())), "excess_kl": None}
         row |= {"kv_bytes": frame["kv_bytes"].mean()}
         if name != baseline and (baseline, compression) in frames:
-            ours = frames[baseline, compression]["kl"].to_numpy()
-            excess = stats.cluster_bootstrap(frame["kl"].to_numpy() - ours, rng)
-            row["excess_kl"] = _numbers(excess)
+            excess = frame["kl"] - frames[baseline, compression]["kl"]
+            row["excess_kl"] = _numbers(contrasts.mean_of(excess, "nats"))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _numbers(interval: stats.Interval) -> tuple[float, float, float]:
+def _numbers(interval: stats.Interval | contrasts.Measurement) -> tuple[float, float, float]:
     return interval.estimate, interval.low, interval.high
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import multinomial
+from scipy.stats import multinomial, ttest_1samp
 
 from kit import claims, contrasts, stats
 from kit.paths import DATA, ROOT
@@ -476,3 +476,14 @@ def test_claims_need_no_model_library():
     )
     assert done.stdout.strip() == "set()"
     assert (DATA / "claims.toml").exists()
+
+
+def test_a_mean_of_values_has_students_interval():
+    values = [0.3, 0.1, 0.5, 0.2, 0.9]
+    found = contrasts.mean_of(values, "nats")
+    for level, ends in ((0.95, (found.low, found.high)), (0.90, found.inner)):
+        expected = ttest_1samp(values, 0).confidence_interval(level)
+        assert ends == pytest.approx((expected.low, expected.high))
+    assert (found.estimate, found.n) == (pytest.approx(0.4), 5)
+    alone = contrasts.mean_of([0.3], "nats")
+    assert (alone.low, alone.high) == (-np.inf, np.inf), "one value says nothing of its spread"

@@ -114,7 +114,7 @@ def test_table_keeps_rows_and_outcomes_together():
     outcomes = np.array([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=float)
     found = frontier.table(frame, "reads", outcomes, rng()).set_index("name")
     assert found.index.tolist() == ["cheap", "dear", "waste"]
-    assert found["accuracy"].tolist() == [0.25, 0.75, 0.0]
+    assert found["accuracy"].tolist() == [25.0, 75.0, 0.0]
     assert found["on_frontier"].tolist() == [True, True, False]
     assert found.loc["cheap", "membership"] == 1 and found.loc["waste", "membership"] == 0
 

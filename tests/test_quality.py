@@ -61,3 +61,25 @@ def test_kept_is_what_a_window_keeps():
 def test_a_prompt_longer_than_the_text_is_refused():
     with pytest.raises(ValueError, match="prompt is 29; the sequences have 30 tokens"):
         quality.forced(toy(), tokens(1, 30), prompt=29)
+
+
+def test_what_was_measured_is_read_back(tmp_path, monkeypatch):
+    model, ids = toy(), tokens(2, 30)
+    window, other = policies.Window(kept_tokens=8), policies.Window(kept_tokens=9)
+    first = quality.stored(tmp_path, model, ids, window, 10)
+    found = quality.forced(model, ids, window, 10)
+    assert first.equals(found), "the file says something else than was measured"
+    assert not quality.stored(tmp_path, model, ids, other, 10).equals(first)
+    assert len(list(tmp_path.iterdir())) == 2, "another policy is another file, and no part is left"
+    monkeypatch.setattr(quality, "forced", None)  # a second measurement would fail
+    assert quality.stored(tmp_path, model, ids, window, 10).equals(first)
+
+
+@pytest.mark.parametrize("wanted", [0.6, 0.7, 0.95])
+def test_an_evictor_is_moved_to_a_kept_fraction(wanted):
+    model, ids = toy("qwen3"), tokens(4, 50)
+    made = drawn(model)
+    before = gates.measure(model, made, ids)["kept_fraction"].mean()
+    found = gates.measure(model, gates.at_fraction(model, made, ids, wanted), ids)
+    assert abs(found["kept_fraction"].mean() - wanted) < 0.01 < abs(before - wanted)
+    assert gates.measure(model, made, ids)["kept_fraction"].mean() == before, "the original moved"

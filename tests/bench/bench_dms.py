@@ -93,7 +93,7 @@ def _transformers(model, length: int, batch: int) -> float:
         clock.append(time.perf_counter())
         return torch.zeros(batch, dtype=torch.bool)
 
-    ids = torch.zeros(batch, length + 1, dtype=torch.long)
+    ids = torch.ones(batch, length + 1, dtype=torch.long)
     stop = dict(max_new_tokens=STEPS + 2, do_sample=False, eos_token_id=None, pad_token_id=0)
     model.weights.generate(ids, past_key_values=cache, stopping_criteria=[watch], **stop)
     seconds = [b - a for a, b in zip(clock, clock[1:])]
