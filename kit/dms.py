@@ -263,6 +263,7 @@ def _train(args: argparse.Namespace) -> None:
     }
     data, held_out = (pack(model, texts[split], recipe.context) for split in texts)
     training = Training(model, data, recipe, args.out / f"seed{args.seed}", args.seed)
+    print(f"{len(training.evictor.layers)} of {len(training.windows)} layers have full attention")
     steps = tqdm(total=recipe.steps, initial=len(training.history), unit="step")
 
     def show(figures: dict) -> None:

@@ -61,6 +61,13 @@ def grid(
     return pd.DataFrame(rows), np.array(outcomes)
 
 
+def kept_share(records: pd.DataFrame) -> float:
+    """KV reads of `records` over what full attention reads for the same prompts and lengths."""
+    first, count = records["prompt_tokens"], records["new_tokens"]
+    full = count * first + count * (count - 1) / 2  # the first new token reads the prompt
+    return float(records["kv_reads_tokens"].sum() / full.sum())
+
+
 def gaps(
     configurations: pd.DataFrame,
     outcomes: np.ndarray,

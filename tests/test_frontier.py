@@ -375,3 +375,11 @@ def test_gaps_find_a_family_that_is_better_at_every_budget():
     for budget in ("reads", "peak"):
         estimate, low, high = found[f"gap at equal {budget}"][0]
         assert 5 < low < estimate < high < 35  # two doublings, 10 points each
+
+
+def test_the_kept_share_is_counted_against_full_attention():
+    frame = pd.DataFrame(
+        {"prompt_tokens": [5, 5], "new_tokens": [4, 4], "kv_reads_tokens": [26.0, 26.0]}
+    )  # 5 + 6 + 7 + 8 reads in full
+    assert frontier.kept_share(frame) == 1
+    assert frontier.kept_share(frame.assign(kv_reads_tokens=[13.0, 0.0])) == 0.25
