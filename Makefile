@@ -17,7 +17,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env: $(PREFIX)/ready ## create the environment (ENV=conda uses environment.yml) and fetch the bundled model
+env: $(PREFIX)/ready ## create the environment (ENV=conda uses environment.yml) and fetch the bundled models
 $(PREFIX)/ready: requirements.lock environment.yml
 ifeq ($(ENV),conda)
 	conda env create --yes --prefix $(PREFIX) --file environment.yml
@@ -30,6 +30,7 @@ else
 endif
 	@$(PY) -c 'import os, site; open(site.getsitepackages()[0] + "/kit.pth", "w").write(os.getcwd())'
 	$(PY) -m kit.models
+	$(PY) -m kit.embed
 	@touch $@
 
 reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|laptop|workstation FROM=03 ONLY=02 FORCE=1)

@@ -81,6 +81,33 @@ def check(contrast: Mapping) -> None:
 
 def compute(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> Measurement | None:
     """The contrast on these records; None when an arm is absent or no problem is in both."""
+    values, rows = _values(contrast, records)
+    if not values:
+        return None
+    interval = stats.paired_interval if len(values) == 2 else stats.mean_interval
+    outer, inner = (
+        interval(*values, rng=np.random.default_rng(seed), level=level) for level in (0.95, 0.90)
+    )
+    return Measurement(
+        *(100 * number for number in (outer.estimate, outer.low, outer.high)),
+        n=outer.n,
+        unit="points" if len(values) == 2 else "percent",
+        inner=(100 * inner.low, 100 * inner.high),
+        records=rows,
+        origin=outer.method,
+    )
+
+
+def p_value(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> float | None:
+    """Two-sided p of a difference, the two sides permuted within problems; None as `compute`."""
+    values, _ = _values(contrast, records)
+    if len(values) < 2:
+        return None
+    return stats.paired_permutation(*values, rng=np.random.default_rng(seed))
+
+
+def _values(contrast: Mapping, records: pd.DataFrame) -> tuple[list[np.ndarray], int]:
+    """Problems x samples of each side over the problems that all have, and the records behind."""
     check(contrast)
     arm, measure = contrast["arm"], contrast["measure"]
     sides = [(arm, measure)]
@@ -88,26 +115,15 @@ def compute(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> Measurem
         sides.append((contrast.get("control", arm), contrast.get("control_measure", measure)))
     rows = {arm: _select(contrast, arm, records) for arm, _ in sides}
     if any(selected.empty for selected in rows.values()):
-        return None
+        return [], 0
     for arm, selected in rows.items():
         _refuse_pooling(arm, selected)
     tables = [_table(rows[arm], measure, contrast.get("within")) for arm, measure in sides]
     problems = set(tables[0].index) & set(tables[-1].index)
     if not problems:
-        return None
-    values = [table.loc[sorted(problems)].to_numpy() for table in tables]
-    interval = stats.paired_interval if len(sides) == 2 else stats.mean_interval
-    outer, inner = (
-        interval(*values, rng=np.random.default_rng(seed), level=level) for level in (0.95, 0.90)
-    )
-    return Measurement(
-        *(100 * number for number in (outer.estimate, outer.low, outer.high)),
-        n=outer.n,
-        unit="points" if len(sides) == 2 else "percent",
-        inner=(100 * inner.low, 100 * inner.high),
-        records=sum(problem in problems for r in rows.values() for problem in _problem(r)),
-        origin=outer.method,
-    )
+        return [], 0
+    count = sum(problem in problems for r in rows.values() for problem in _problem(r))
+    return [table.loc[sorted(problems)].to_numpy() for table in tables], count
 
 
 def _problem(rows: pd.DataFrame) -> Iterable[tuple[str, str]]:

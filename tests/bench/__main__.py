@@ -21,6 +21,8 @@ FIGURES = {
         "dms8_kv_bytes_vs_full",
         "dms_train_s_per_step",
     ),
+    "bench_engine": ("dspy_batching",),
+    "bench_bank": ("bank_search_p50_ms", "bank_recall_at_5", "bank_add_10k_s"),
     "bench_kernels": ("gpu_attention_bandwidth_share", "gpu_dms8_decode_vs_sdpa_32k"),
 }
 

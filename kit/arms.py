@@ -1,0 +1,144 @@
+"""The arms of the strategy study: prompts that differ in what memory says, and in nothing else.
+
+Every arm with memory stands under the same instructions as the format-only control and within
+the same budget of tokens; what the guard of the bank kept back is counted in each prompt.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas
+
+from kit.adapter import Lines
+from kit.agent import Revise, Solve, shown
+from kit.lessons import Found, Strategy, refusal
+from kit.schema import Problem, Prompt, digest
+from kit.strategies import Bank
+
+BUDGET = 1500  # tokens that memory may take in a prompt
+
+
+def prompt(problem: Problem, arm: str, memory: str = "", found: Found | None = None) -> Prompt:
+    """The question under the instructions of `agent.Solve`, with `memory` below them."""
+    messages = Lines().format(Solve, [], {"strategies": memory, "question": problem.question})
+    given = tuple((message["role"], message["content"]) for message in messages)
+    found = found or Found((), (), {})
+    ids = tuple(item.id for item in found.strategies)
+    return Prompt(problem, arm, given, retrieved=ids, refused=len(found.refused))
+
+
+def format_only(problems: Sequence[Problem]) -> list[Prompt]:
+    """The same instructions and no memory: what retrieved strategies are compared with."""
+    return [prompt(problem, "format-only") for problem in problems]
+
+
+def retrieved(bank: Bank, problems, k: int = 2, arm: str = "retrieved", **search) -> list[Prompt]:
+    """The `k` strategies that `bank.search(problem, k, **search)` finds."""
+    prompts = []
+    for problem in problems:
+        found = bank.search(problem, k, **search)
+        prompts.append(prompt(problem, arm, shown(found.strategies), found))
+    return prompts
+
+
+def drawn(bank: Bank, problems, k: int = 2, seed: int = 0, arm: str = "random") -> list[Prompt]:
+    """`k` strategies drawn at random for each problem, the guard passed."""
+    items, prompts = bank.strategies(), []
+    for problem in problems:
+        order = random.Random(f"{seed} {problem.id}").sample(items, len(items))
+        found = _allowed(order, problem, k)
+        prompts.append(prompt(problem, arm, shown(found.strategies), found))
+    return prompts
+
+
+def shuffled(bank: Bank, problems, k: int = 2, seed: int = 0, **search) -> list[Prompt]:
+    """What another problem, of another family where there is one, retrieved."""
+    found = {problem.id: bank.search(problem, k, **search) for problem in problems}
+    prompts = []
+    for problem in problems:
+        others = [p for p in problems if p.family != problem.family] or [
+            p for p in problems if p.id != problem.id
+        ]
+        other = random.Random(f"{seed} {problem.id}").choice(others or [problem])
+        theirs = _allowed(found[other.id].strategies, problem, k)
+        prompts.append(prompt(problem, "shuffled", shown(theirs.strategies), theirs))
+    return prompts
+
+
+def irrelevant(like: Sequence[Prompt], text: str, tokenizer) -> list[Prompt]:
+    """Prose that has nothing to do with the problem, as many tokens of it as each of `like` has."""
+    ids, prompts = tokenizer(text, add_special_tokens=False)["input_ids"], []
+    for each in like:
+        bare = prompt(each.problem, "irrelevant")
+        memory = each.messages[0][1].removeprefix(bare.messages[0][1]).strip()
+        count = len(tokenizer(memory, add_special_tokens=False)["input_ids"])
+        start = int(digest(each.problem.id, 8), 16) % max(1, len(ids) - count)
+        words = tokenizer.decode(ids[start : start + count]).strip()
+        prompts.append(prompt(each.problem, "irrelevant", words))
+    return prompts
+
+
+def hint(problems: Sequence[Problem]) -> list[Prompt]:
+    """The gold answer stands in the prompt: what the best conceivable memory could give."""
+    text = "A note says that the answer is {}."
+    return [prompt(p, "gold-hint", text.format(p.answer)) for p in problems]
+
+
+def revised(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Sequential MaTTS: the answers in `records` to `prompts`, to be checked and written again."""
+    answers = dict(zip(records["problem_id"], records["text"], strict=True))
+    made = []
+    for each in prompts:
+        given = {"question": each.problem.question, "solution": answers[each.problem.id].strip()}
+        messages = Lines().format(Revise, [], given)
+        given = tuple((message["role"], message["content"]) for message in messages)
+        made.append(replace(each, arm="matts-sequential", messages=given))
+    return made
+
+
+def subset(bank: Bank, size: int, folder) -> Bank:
+    """A bank of `size` of the strategies in `bank`, in `folder`; of all where there are fewer."""
+    made = Bank(folder, bank.embedder)
+    made.add(sorted(bank.strategies(), key=lambda item: item.id)[:size])
+    return made
+
+
+def contribution(treated: pandas.DataFrame, control: pandas.DataFrame) -> pandas.DataFrame:
+    """Per strategy: prompts it stood in, and by how much those were answered better than under
+    `control` (points, mean over problems). Sorted by points, then id."""
+    by = treated.set_index("problem_id")
+    gain = 100.0 * (by["correct"].astype(float) - control.set_index("problem_id")["correct"])
+    rows = by.assign(gain=gain)["retrieved"].str.split().explode().dropna()
+    table = pandas.DataFrame({"id": rows, "points": gain.reindex(rows.index)})
+    found = table.groupby("id")["points"].agg(prompts="size", points="mean").reset_index()
+    return found.sort_values(["points", "id"], ascending=[False, True], ignore_index=True)
+
+
+def within(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGET) -> list[Prompt]:
+    """The same prompts; ValueError naming the first whose memory is longer than `tokens`."""
+    for each in prompts:
+        if each.messages[0][0] != "system":
+            continue  # the plain arm
+        bare = prompt(each.problem, each.arm).messages[0][1]
+        memory = each.messages[0][1].removeprefix(bare)
+        count = len(tokenizer(memory, add_special_tokens=False)["input_ids"])
+        if count > tokens:
+            raise ValueError(
+                f"Arm {each.arm!r} gives problem {each.problem.id} {count} tokens of memory, the "
+                f"budget is {tokens} (items {', '.join(each.retrieved) or 'none'}); raise the "
+                f"budget, lower k or forget the item."
+            )
+    return list(prompts)
+
+
+def _allowed(items: Sequence[Strategy], problem: Problem, k: int) -> Found:
+    kept, refused = [], {}
+    for item in items:
+        if len(kept) == k:
+            break
+        if reason := refusal(item, problem):
+            refused[item.id] = reason
+        else:
+            kept.append(item)
+    return Found(tuple(kept), (0.0,) * len(kept), refused)
