@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy
 import torch
 
+from kit import batching
 from kit.kv import SlotCache
 from kit.models import Model
 from kit.policies import Full
@@ -22,7 +23,6 @@ from kit.quantise import Quantised
 from kit.schema import Generation, Prompt, Sampling
 
 HEAD = 256  # most likely tokens looked at before the whole vocabulary is sorted
-PREFILL_TOKENS = 4096  # prompts are read in packs of at most so many tokens, or one by one
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,16 @@ class _Running:
     peak: float = 0.0
 
 
+@dataclass
+class _Read:
+    """What has been read and will be needed again."""
+
+    prefixes: dict[tuple[int, ...], int]  # prompt -> tokens of it that its neighbours share
+    prompt: tuple | None = None  # ids, their keys and values, their logits
+    prefix: tuple[int, ...] = ()
+    rows: list | None = None  # keys and values of the prefix, per layer
+
+
 @contextmanager
 def slots_attached(model: Model) -> Iterator[None]:
     """The model's attention goes through the slot cache inside this block."""
@@ -140,10 +150,11 @@ def decode(
     """
     _check(model, requests, sampling)
     done: list[Generation | None] = [None] * len(requests)
-    waiting = _queue(requests)
+    prompts = [request.prompt_ids for request in requests]
+    waiting = [(i, requests[i]) for i in batching.queue(prompts)]
     cache = SlotCache(model.weights, batch_size, policy, quantised=quantised)
     running: dict[int, _Running] = {}  # place in the cache -> sequence
-    shared = None  # a prompt that has been read and that waiting requests will need again
+    read = _Read(batching.prefixes(prompts) if cache.shares_prefixes else {})
     with slots_attached(model), policy.attached(model.weights):
         while waiting or running:
             free = [place for place in range(batch_size) if place not in running]
@@ -154,7 +165,7 @@ def decode(
                     i, request = waiting.pop()
                     running[place] = _Running(i, request, uniforms(request, sampling), started)
                 after = waiting[-1][1].prompt_ids if waiting else None
-                logits, shared = _admit(model, cache, running, places, shared, after)
+                logits = _admit(model, cache, running, places, read, after)
             else:
                 places = sorted(running)
                 logits = _step(model, cache, places, [running[p].new_ids[-1] for p in places])
@@ -180,20 +191,7 @@ def _check(model: Model, requests: list[Request], sampling: Sampling) -> None:
             )
 
 
-def _queue(requests: list[Request]) -> list[tuple[int, Request]]:
-    """Requests with their index, the next one last.
-
-    Longest prompts come first, so that the batch does not end on a long one; equal prompts stand
-    together, so that each is read once for all of its samples.
-    """
-    order = sorted(
-        range(len(requests)),
-        key=lambda i: (len(requests[i].prompt_ids), requests[i].prompt_ids, -i),
-    )
-    return [(i, requests[i]) for i in order]
-
-
-def _forward(model: Model, cache: SlotCache, ids: list[int], positions, keep) -> torch.Tensor:
+def _forward(model: Model, cache: SlotCache, ids, positions, keep) -> torch.Tensor:
     """Logits of the packed tokens that `keep` selects, in float32: [kept, V]."""
     tokens = torch.tensor([ids], device=model.device)
     out = model.weights(
@@ -206,11 +204,11 @@ def _forward(model: Model, cache: SlotCache, ids: list[int], positions, keep) ->
     return out.logits[0].float()
 
 
-def _admit(model: Model, cache: SlotCache, running, places, shared, after):
-    """Read the prompts of the sequences now in `places`: logits [N, V], prompt to keep.
+def _admit(model: Model, cache: SlotCache, running, places, read: _Read, after) -> torch.Tensor:
+    """Read the prompts of the sequences now in `places`: logits [N, V].
 
-    `shared` is the prompt kept from last time (ids, its keys and values, its logits);
-    `after` the ids of the next waiting prompt. A prompt equal to either is read once.
+    A prompt equal to the last one of before, which `read` holds, is not read again; `after` the
+    ids of the next waiting prompt, for which the last one of now is held.
     """
     groups: list[tuple[tuple[int, ...], list[int]]] = []
     for place in places:
@@ -219,31 +217,26 @@ def _admit(model: Model, cache: SlotCache, running, places, shared, after):
             groups.append((ids, []))
         groups[-1][1].append(place)
     rows = []
-    if shared and shared[0] == groups[0][0]:
-        cache.restore(groups[0][1], len(shared[0]), shared[1])
-        rows = [shared[2]]
-    for pack in _packs(groups[len(rows) :]):
+    if read.prompt and read.prompt[0] == groups[0][0]:
+        cache.restore(groups[0][1], len(groups[0][0]), read.prompt[1])
+        rows = [read.prompt[2]]
+    for prefix, pack in batching.packs(groups[len(rows) :], read.prefixes):
+        if prefix and prefix != read.prefix:
+            place = pack[0][1][0]
+            _forward(model, cache, prefix, cache.prefill([[place]], [len(prefix)]), 1)
+            read.prefix, read.rows = prefix, cache.read_prefix(place)
+            cache.release([place])
         lengths = [len(ids) for ids, _ in pack]
-        positions = cache.prefill([group for _, group in pack], lengths)
-        last = torch.tensor(lengths, device=model.device).cumsum(0) - 1
-        packed = [token for ids, _ in pack for token in ids]
+        known = read.rows if prefix else None
+        positions = cache.prefill([group for _, group in pack], lengths, known)
+        fresh = [length - len(prefix) for length in lengths]
+        last = torch.tensor(fresh, device=model.device).cumsum(0) - 1
+        packed = [token for ids, _ in pack for token in ids[len(prefix) :]]
         rows += _forward(model, cache, packed, positions, last).unbind()
     ids, group = groups[-1]
-    keep = (ids, cache.read(group[0]), rows[-1]) if ids == after else None
+    read.prompt = (ids, cache.read(group[0]), rows[-1]) if ids == after else None
     repeats = torch.tensor([len(group) for _, group in groups], device=model.device)
-    return torch.stack(rows).repeat_interleave(repeats, 0), keep
-
-
-def _packs(groups: list) -> list[list]:
-    """Groups cut into packs whose prompts together have at most PREFILL_TOKENS tokens."""
-    packs, size = [], PREFILL_TOKENS
-    for ids, group in groups:
-        size += len(ids)
-        if size > PREFILL_TOKENS:
-            packs.append([])
-            size = len(ids)
-        packs[-1].append((ids, group))
-    return packs
+    return torch.stack(rows).repeat_interleave(repeats, 0)
 
 
 def _step(model: Model, cache: SlotCache, places: list[int], last_ids: list[int]):

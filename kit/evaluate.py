@@ -26,7 +26,7 @@ from kit.store import Store
 
 # The code whose change makes stored tokens, or stored grades, out of date.
 DECODE_SOURCES = ("quantise", "slots", "attention", "policies", "eviction", "blocks", "parts")
-DECODE_SOURCES += ("kv", "evictor", "decode")
+DECODE_SOURCES += ("kv", "evictor", "batching", "decode")
 GRADE_SOURCES = ("latex", "equality", "workers", "grade")
 
 

@@ -15,16 +15,14 @@ Axes: N sequences in this step, T tokens of a prompt, H KV heads, G query heads 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from kit import blocks, parts
-from kit.attention import evicting_attention
-from kit.eviction import Delayed, Lowest
+from kit.attention import prompt_attention
+from kit.eviction import Delayed, Keep, Lowest
 from kit.parts import Part
 from kit.policies import Full
 from kit.quantise import Quantised
-from kit.slots import MASKED
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class SlotCache:
         self.pools = [self._pool(part) for part in self.part_of]
         self.next_position = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.attended = torch.zeros(capacity, dtype=torch.float64, device=self.device)
-        self._segments = self._evicted = None
+        self._segments = self._evicted = self._prefix = None
 
     def _pool(self, part: Part) -> blocks.Pool:
         heads, units = self.heads // part.split, part.table.filled.shape[1]
@@ -86,19 +84,34 @@ class SlotCache:
             return blocks.Pool(*shape)
         return blocks.QuantisedPool(*shape, self.quantised, units)
 
-    def prefill(self, groups: list[list[int]], lengths: list[int]) -> torch.Tensor:
-        """Announce whole prompts, packed one after the other: position ids [1, sum T].
+    def prefill(self, groups: list[list[int]], lengths: list[int], prefix=None) -> torch.Tensor:
+        """Announce prompts, packed one after the other: position ids [1, sum T].
 
-        Each prompt is read once for all the sequences of its group.
+        Each prompt is read once for all the sequences of its group. `prefix` is what
+        `read_prefix` gave: all prompts begin with its P tokens, which are not read again, so that
+        only the T - P others of each prompt are announced.
         """
         self._segments = [
             (torch.tensor(group, device=self.device), t) for group, t in zip(groups, lengths)
         ]
+        self._prefix, known = prefix, prefix[0][0].shape[1] if prefix else 0
         for part in self.parts:
             part.stored = []
         for group, length in self._segments:
             self.next_position[group], self.attended[group] = length, 0.0
-        return torch.cat([torch.arange(t, device=self.device) for t in lengths]).unsqueeze(0)
+        each = [torch.arange(known, t, device=self.device) for t in lengths]
+        return torch.cat(each).unsqueeze(0)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether prompts may be read after a prefix: where all tokens are kept as they are."""
+        plain = all(type(part.rule) is Keep and part.split == 1 for part in self.parts)
+        return plain and self.quantised is None
+
+    def read_prefix(self, sequence: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [H, P, D] of each layer of one sequence, for `prefill`."""
+        _, slots = self.parts[0].table.held(0, torch.tensor([sequence], device=self.device))
+        return [tuple(x.transpose(0, 1) for x in pool.rows(slots)) for pool in self.pools]
 
     def step(self, sequences: list[int]) -> torch.Tensor:
         """Announce one new token for each of the N live sequences: position ids [1, N]."""
@@ -156,12 +169,19 @@ class SlotCache:
         shared = len(part.table.used) == 1 and part.stored
         part.stored = shared or []
         for number, (group, length) in enumerate(self._segments):
-            q, k, v = (x[:, first : first + length] for x in (query, key, value))
+            known = self._prefix[layer][0].shape[1] if self._prefix else 0
+            last = first + length - known
+            q, k, v = (x[:, first:last] for x in (query, key, value))
+            if known:
+                k, v = (torch.cat(pair, 1) for pair in zip(self._prefix[layer], (k, v)))
             evicted = None
             if isinstance(part.rule, Delayed):
                 # Token t+1 decides for t; on the last token the next step has the word.
                 evicted = self._evicted[first : first + length].T.roll(-1, 1)
-            out.append(self._read_prompt(part, group, q, k, v, scale, evicted))
+            delay = getattr(part.rule, "window", 0)
+            read, seen = prompt_attention(q, k, v, scale, part.window, evicted, delay)
+            self.attended[group] += seen / len(self.pools)
+            out.append(read)
             if not shared:
                 part.keep(layer, group, q.to(self.precise) * scale, k.to(self.precise), evicted)
             # [units of a sequence, T, Hs, D], of which the stored ones are taken for each copy
@@ -170,33 +190,10 @@ class SlotCache:
             rows.append([x[stored].repeat(copies, 1, 1) for x in (k, v)])
             if self.quantised is not None:
                 pool.remember(part.units(group), length, k, v)
-            first += length
+            first = last
         pool.reserve(part.table.used[part.plane(layer)])
         pool.write(torch.cat([slots for _, slots in part.stored]), *map(torch.cat, zip(*rows)))
         return torch.cat(out, 1).transpose(0, 1).unsqueeze(0)
-
-    def _read_prompt(self, part: Part, group, query, key, value, scale: float, evicted):
-        """Attention [H*G, T, D] of one prompt, and how many entries its last token attended to."""
-        length, seen, mask = key.shape[1], key.shape[1], None
-        query, key, value = query[None], key[None], value[None]
-        if evicted is not None:
-            window, log_keep = part.rule.window, evicted[None].float() * MASKED
-            out = evicting_attention(query, key, value, log_keep, window, scale)
-            seen = length - evicted[:, : max(0, length - 1 - window)].sum(1).double().mean()
-        else:
-            if part.window is not None and length > part.window:
-                at = torch.arange(length, device=self.device)
-                ago = at[:, None] - at[None, :]
-                mask, seen = (ago >= 0) & (ago < part.window), part.window
-            out = F.scaled_dot_product_attention(
-                *(query, key, value),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=True,
-            )
-        self.attended[group] += seen / len(self.pools)
-        return out[0]
 
     def read(self, sequence: int) -> Saved:
         """Copy of one sequence, for `restore`."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from kit import batching, models, policies, prompts
 from kit import decode as decode_module
-from kit import models, prompts
 from kit.decode import HEAD, Request, decode, draw, tokenise, uniforms
 from kit.kv import SlotCache
 from kit.models import Model
@@ -68,7 +68,7 @@ def test_greedy_tokens_are_those_of_transformers(families, greedy, shape, batch_
 
 @pytest.mark.parametrize("limit", [1, 70])
 def test_prompts_read_in_small_packs_say_the_same(families, greedy, limit, monkeypatch):
-    monkeypatch.setattr(decode_module, "PREFILL_TOKENS", limit)
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", limit)
     requests = [request(n, i) for i, n in enumerate(LENGTHS)]
     read = []
     forward = decode_module._forward
@@ -81,6 +81,64 @@ def test_prompts_read_in_small_packs_say_the_same(families, greedy, limit, monke
     out = decode(families["gemma3"], requests, Sampling(max_new_tokens=NEW), 16)
     assert [list(g.token_ids) for g in out] == greedy["gemma3"]
     assert max(read) <= max(limit, *LENGTHS) and sum(read[: len(LENGTHS)]) >= sum(LENGTHS)
+
+
+def alike() -> list[Request]:
+    """Two groups of prompts that begin alike, and one that does not; two samples of some."""
+    made = []
+    for seed, common in ((1, 60), (2, 41)):
+        start = request(common, seed).prompt_ids
+        for i, length in enumerate((5, 1, 17, 9)):
+            ids = start + request(length, 10 * seed + i).prompt_ids
+            made += [Request(ids, f"{seed} {i}", sample) for sample in range(1 + i % 2)]
+    return [*made, request(50, 3)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_a_shared_beginning_is_read_once_and_changes_nothing(
+    families, shape, batch_size, monkeypatch
+):
+    requests, model, read = alike(), families[shape], []
+    forward = decode_module._forward
+
+    def watched(model, cache, ids, *rest):
+        read.append(len(ids))
+        return forward(model, cache, ids, *rest)
+
+    monkeypatch.setattr(decode_module, "_forward", watched)
+    out = untimed(decode(model, requests, Sampling(max_new_tokens=NEW), batch_size))
+    tokens = sum(read)
+    oracle = {r.prompt_ids: generate(model, r.prompt_ids, NEW) for r in requests}
+    assert [list(g.token_ids) for g in out] == [oracle[r.prompt_ids] for r in requests]
+    read.clear()
+    monkeypatch.setattr(batching, "PREFIX_TOKENS", 10**6)
+    alone = untimed(decode(model, requests, Sampling(max_new_tokens=NEW), batch_size))
+    assert alone == out, "costs and tokens are the same"
+    assert sum(read) - tokens == 3 * 60 + 3 * 41, "each beginning was read once instead of 4 times"
+
+
+def test_policies_that_drop_tokens_share_no_beginnings(families):
+    made = {}
+    for policy in (policies.Full(), policies.Window(kept_tokens=20), policies.H2O(kept_tokens=20)):
+        cache = SlotCache(families["llama"].weights, 2, policy)
+        made[policy.name] = cache.shares_prefixes
+    assert made == {"full": True, "window 20": False, "h2o 20": False}
+    assert not SlotCache(families["gemma3"].weights, 2).shares_prefixes
+
+
+def test_prefixes_are_what_prompts_share():
+    prompts = [r.prompt_ids for r in alike()]
+    found = batching.prefixes(prompts)
+    assert sorted(found.values()) == [0, 41, 41, 41, 41, 60, 60, 60, 60]
+    rng = random.Random(0)
+    for _ in range(200):
+        prompts = [tuple(rng.choices((1, 2), [9, 1], k=rng.randint(1, 90))) for _ in range(30)]
+        found = batching.prefixes(prompts)
+        for ids, length in found.items():
+            assert length < len(ids) and (length == 0 or length >= batching.PREFIX_TOKENS)
+            others = [o for o in found if o != ids and o[:length] == ids[:length]]
+            assert length == 0 or any(found[o] == length for o in others)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
