@@ -14,12 +14,22 @@ import dspy
 import pandas
 from dspy.utils.exceptions import AdapterParseError
 
+from kit.calculator import Unreadable, calculate
 from kit.lessons import Strategy
 from kit.prompts import FORMAT_INSTRUCTION
 
 ITEMS = 3  # lessons taken from one trajectory, as published
 LEAD = "Lessons from problems solved before. Use what fits; their numbers are not yours."
 FORM = "Title: <a few words>\nWhen: <one sentence>\nLesson: <one to three sentences>"
+
+
+class Express(dspy.Signature):
+    """Write the one arithmetic expression whose value answers the problem. Use numbers, + - * /,
+    gcd(a, b) and lcm(a, b). Write nothing else."""
+
+    question: str = dspy.InputField()
+    expression: str = dspy.OutputField()
+
 
 LABEL = r"^\W*(?:title|when|lesson|question|problem|solution|answer)\W*:"  # a line that starts anew
 LESSON = re.compile(
@@ -174,6 +184,28 @@ class SelfCheck(dspy.Module):
         return dspy.Prediction(answer=steps[-1], steps=steps)
 
 
+class Calculate(dspy.Module):
+    """The model writes an expression, the calculator works it out (the act of ReAct, once)."""
+
+    def __init__(self):
+        super().__init__()
+        self.express = dspy.Predict(Express)
+        self.express.demos = [EXPRESSED]
+
+    def forward(self, question: str, seed: int = 0):
+        expression = _ask(self.express, seed, question=question).expression
+        return dspy.Prediction(expression=expression, answer=worked_out(expression or ""))
+
+
+def worked_out(expression: str) -> str:
+    """What the calculator makes of the first line of `expression`; the text where it cannot."""
+    first = expression.strip().splitlines()[0] if expression.strip() else ""
+    try:
+        return f"{first} = {calculate(first)}\nAnswer: {calculate(first)}"
+    except Unreadable:
+        return expression
+
+
 class BestOf(dspy.Module):
     """Parallel MaTTS: `width` solutions, of which the model chooses one; `steps` holds them all."""
 
@@ -247,6 +279,9 @@ def _demos() -> list[dspy.Example]:
     ]
 
 
+EXPRESSED = dspy.Example(
+    question="A spider has 8 legs. How many legs do 3 spiders have?", expression="8 * 3"
+)
 COPIED = {
     " ".join(demo.lessons.partition("Lesson:")[2].split()) for demo in _demos()
 }  # what the worked examples of the prompts say

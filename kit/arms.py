@@ -11,7 +11,7 @@ from dataclasses import replace
 import pandas
 
 from kit.adapter import Lines
-from kit.agent import Revise, Solve, shown
+from kit.agent import EXPRESSED, Express, Revise, Solve, shown
 from kit.lessons import Found, Strategy, refusal
 from kit.schema import Problem, Prompt, digest
 from kit.strategies import Bank
@@ -83,6 +83,16 @@ def hint(problems: Sequence[Problem]) -> list[Prompt]:
     """The gold answer stands in the prompt: what the best conceivable memory could give."""
     text = "A note says that the answer is {}."
     return [prompt(p, "gold-hint", text.format(p.answer)) for p in problems]
+
+
+def expressions(problems: Sequence[Problem]) -> list[Prompt]:
+    """What `agent.Calculate` asks; `agent.worked_out` makes answers of the replies."""
+    made = []
+    for problem in problems:
+        messages = Lines().format(Express, [EXPRESSED], {"question": problem.question})
+        given = tuple((message["role"], message["content"]) for message in messages)
+        made.append(Prompt(problem, "expression", given))
+    return made
 
 
 def revised(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -137,6 +137,23 @@ def evaluate(
     return store.table({job.key for job in jobs})
 
 
+def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) -> pandas.DataFrame:
+    """Records of `arm` made of others without decoding: their costs, other texts, graded anew.
+
+    What a tool, or a choice between samples, made of each answer. `texts` is in the order of
+    `records`, whose other columns are kept.
+    """
+    grades = grade.grade_many(texts, records["answer"].tolist(), FORM)
+    made = []
+    for row, text, verdict in zip(records.to_dict("records"), texts, grades, strict=True):
+        tokens = digest([row["generation_key"], arm, text])
+        graded = digest([tokens, code_version(GRADE_SOURCES), row["answer"], FORM])
+        row |= {"key": graded, "generation_key": tokens, "arm": arm, "text": text}
+        made.append(Record(**row | asdict(verdict)))
+    store.append(made)
+    return store.table({record.key for record in made})
+
+
 def _complete(
     model: Model, group: list[Job], sampling, batch_size, store: Store, memory: Memory
 ) -> list[Record]:

@@ -6,6 +6,7 @@ import pytest
 from kit.adapter import Lines
 from kit.agent import (
     BestOf,
+    Calculate,
     Compare,
     Extractor,
     Judge,
@@ -122,6 +123,22 @@ def test_self_check_revises_and_best_of_chooses():
         _, _, context = with_replies("a", "b", "c", said)
         with context:
             assert BestOf(width=3)(question="Q").answer == answer
+
+
+@pytest.mark.parametrize(
+    "said, answer",
+    [
+        ("12 * 3 - 1", "12 * 3 - 1 = 35\nAnswer: 35"),
+        ("gcd(12, 18)\nbecause", "gcd(12, 18) = 6\nAnswer: 6"),
+        ("I would add them.", "I would add them."),
+        ("exit()", "exit()"),
+        ("", ""),
+    ],
+)
+def test_the_calculator_works_out_what_the_model_writes(said, answer):
+    _, _, context = with_replies(said)
+    with context:
+        assert Calculate()(question="Q").answer == answer
 
 
 def test_strategies_are_shown_without_their_origin():

@@ -118,3 +118,10 @@ def test_what_a_strategy_contributes_is_paired_by_problem():
         {"id": "b", "prompts": 1, "points": 100.0},
         {"id": "a", "prompts": 2, "points": 0.0},
     ]
+
+
+def test_expressions_are_asked_for_by_example(tests):
+    (prompt,) = arms.expressions(tests[:1])
+    roles = [role for role, _ in prompt.messages]
+    assert roles == ["system", "user", "assistant", "user"] and prompt.arm == "expression"
+    assert prompt.messages[-1][1] == tests[0].question and prompt.messages[2][1] == "8 * 3"

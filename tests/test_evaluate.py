@@ -185,6 +185,19 @@ def test_records_say_what_the_cache_kept(tiny, tmp_path):
     assert (kept["kv_reads_tokens"] < full["kv_reads_tokens"].min()).all()
 
 
+def test_derived_records_keep_their_costs_and_are_graded_anew(tiny, tmp_path):
+    store = Store(tmp_path)
+    first, _ = run(tiny, store)
+    texts = [f"Answer: {answer}" for answer in first["answer"]]
+    found = evaluate.derive(first, texts, "tool", store)
+    assert found["correct"].all() and set(found["arm"]) == {"tool"} and found["compliant"].all()
+    order = found.set_index("problem_id").loc[first["problem_id"]].reset_index()
+    same = ["problem_id", "prompt_id", "new_tokens", "kv_reads_tokens", "seconds", "prompt_tokens"]
+    assert order[same].equals(first[same]) and order["text"].tolist() == texts
+    assert evaluate.derive(first, texts, "tool", store).equals(found)
+    assert len(store.keys()) == 12 and run(tiny, store)[1] == ["6 samples, 6 already stored"]
+
+
 def test_an_evictor_of_other_weights_is_refused(tiny, tmp_path):
     made = evictor.Evictor(tiny.weights, evictor.LAPTOP, "other")
     with pytest.raises(ValueError, match="was trained for weights other, tiny has"):
