@@ -127,10 +127,10 @@ class Bank:
         where = "kind IN ({})".format(", ".join(f"'{kind}'" for kind in kinds))
         while True:
             ranked, complete = self._ranked(problem.question, vector, by, how, where, limit)
-            found = self._guarded(ranked, problem, vector, k, by)
+            found, enough = self._guarded(ranked, problem, vector, k, by)
             # A tie at the last place could hide a better id: look further until it is broken.
-            if complete or (found and found.scores[-1] > ranked["score"].iloc[-1]):
-                return found or Found((), (), {})
+            if complete or (enough and found.scores[-1] > ranked["score"].iloc[-1]):
+                return found
             limit *= 4
 
     def _ranked(self, question, vector, by, how, where, limit) -> tuple[pandas.DataFrame, bool]:
@@ -177,7 +177,7 @@ class Bank:
             self._table.create_index(column, config=config)
 
     def _guarded(self, ranked: pandas.DataFrame, problem: Problem, vector, k: int, by: str):
-        """The first `k` that may be shown; None where there are fewer."""
+        """The first `k` that may be shown, and whether there are as many."""
         found, scores, refused, past = [], [], {}, []
         for row in ranked.itertuples():
             if by == "question" and row.problem_id not in past and len(past) == k:
@@ -193,7 +193,8 @@ class Bank:
             scores.append(row.score)
             if by == "text" and len(found) == k:
                 break
-        return Found(tuple(found), tuple(scores), refused) if found or refused else None
+        enough = len(found if by == "text" else past) == k
+        return Found(tuple(found), tuple(scores), refused), enough
 
     def forget(self, ids: Sequence[str]) -> None:
         """Remove strategies; a tagged state that held them still does."""

@@ -200,6 +200,23 @@ def test_paraphrases_are_the_same_problem_and_other_numbers_another(
     assert (made.search(problem, by="question").refused != {}) == same
 
 
+@pytest.mark.parametrize("by", ["text", "question"])
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_search_goes_on_behind_what_the_guard_keeps_back(tmp_path, minilm, train, by, allowed):
+    """Twelve that give the answer away are nearer than all but `allowed` of the others."""
+    made, rule = Bank(tmp_path, minilm), "Think of the zygote rule."
+    near = [
+        lesson(dataclasses.replace(p, question=f"{rule} Number {i}!"), rule, content="It is 125.")
+        for i, p in enumerate(train[:12])
+    ]
+    same = dataclasses.replace(train[12], question=f"{rule} Number 99!")
+    made.add([*near, *(lesson(p) for p in train[100:140])])
+    made.add([lesson(same, rule, content=rule, description=rule)] * allowed)
+    found = made.search(asked(train[0], question=rule, answer="125"), k=2, by=by)
+    assert len(found.strategies) == 2 and len(found.refused) == 12
+    assert (found.strategies[0].content == rule) == bool(allowed)
+
+
 def test_test_problems_are_not_refused_wholesale(bank):
     """The guard keeps back what repeats a problem, not its family."""
     tests = problems.load("laptop", "test").problems[::10]
