@@ -20,15 +20,8 @@ from kit.prompts import FORMAT_INSTRUCTION
 
 ITEMS = 3  # lessons taken from one trajectory, as published
 LEAD = "Lessons from problems solved before. Use what fits; their numbers are not yours."
+SPIDERS = "A spider has 8 legs. How many legs do 3 spiders have?"  # asked in worked examples
 FORM = "Title: <a few words>\nWhen: <one sentence>\nLesson: <one to three sentences>"
-
-
-class Express(dspy.Signature):
-    """Write the one arithmetic expression whose value answers the problem. Use numbers, + - * /,
-    gcd(a, b) and lcm(a, b). Write nothing else."""
-
-    question: str = dspy.InputField()
-    expression: str = dspy.OutputField()
 
 
 LABEL = r"^\W*(?:title|when|lesson|question|problem|solution|answer)\W*:"  # a line that starts anew
@@ -103,6 +96,14 @@ class Choose(dspy.Signature):
     question: str = dspy.InputField()
     solutions: str = dspy.InputField()
     number: int | None = dspy.OutputField()
+
+
+class Express(dspy.Signature):
+    """Write the one arithmetic expression whose value answers the problem. Use numbers, + - * /,
+    gcd(a, b) and lcm(a, b). Write nothing else."""
+
+    question: str = dspy.InputField()
+    expression: str = dspy.OutputField()
 
 
 def lessons(text: str | None) -> list[dict]:
@@ -201,9 +202,10 @@ def worked_out(expression: str) -> str:
     """What the calculator makes of the first line of `expression`; the text where it cannot."""
     first = expression.strip().splitlines()[0] if expression.strip() else ""
     try:
-        return f"{first} = {calculate(first)}\nAnswer: {calculate(first)}"
+        value = calculate(first)
     except Unreadable:
         return expression
+    return f"{first} = {value}\nAnswer: {value}"
 
 
 class BestOf(dspy.Module):
@@ -258,7 +260,6 @@ def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
 
 def _demos() -> list[dspy.Example]:
     """One worked example per extracting signature, of a family that no problem set has."""
-    question = "A spider has 8 legs. How many legs do 3 spiders have?"
     right = "Each spider has 8 legs, so 3 spiders have 3 * 8 = 24 legs.\nAnswer: 24"
     wrong = "There are 3 spiders and 8 legs, so 3 + 8 = 11 legs.\nAnswer: 11"
     multiply = (
@@ -273,15 +274,13 @@ def _demos() -> list[dspy.Example]:
     )
     both = f"[correct] {right}\n\n[wrong] {wrong}"
     return [
-        dspy.Example(question=question, solution=right, lessons=multiply),
-        dspy.Example(question=question, solution=wrong, lessons=added),
-        dspy.Example(question=question, solutions=both, lessons=multiply),
+        dspy.Example(question=SPIDERS, solution=right, lessons=multiply),
+        dspy.Example(question=SPIDERS, solution=wrong, lessons=added),
+        dspy.Example(question=SPIDERS, solutions=both, lessons=multiply),
     ]
 
 
-EXPRESSED = dspy.Example(
-    question="A spider has 8 legs. How many legs do 3 spiders have?", expression="8 * 3"
-)
+EXPRESSED = dspy.Example(question=SPIDERS, expression="8 * 3")
 COPIED = {
     " ".join(demo.lessons.partition("Lesson:")[2].split()) for demo in _demos()
 }  # what the worked examples of the prompts say

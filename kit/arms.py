@@ -21,11 +21,16 @@ BUDGET = 1500  # tokens that memory may take in a prompt
 
 def prompt(problem: Problem, arm: str, memory: str = "", found: Found | None = None) -> Prompt:
     """The question under the instructions of `agent.Solve`, with `memory` below them."""
-    messages = Lines().format(Solve, [], {"strategies": memory, "question": problem.question})
-    given = tuple((message["role"], message["content"]) for message in messages)
+    given = _messages(Solve, strategies=memory, question=problem.question)
     found = found or Found((), (), {})
     ids = tuple(item.id for item in found.strategies)
     return Prompt(problem, arm, given, retrieved=ids, refused=len(found.refused))
+
+
+def _messages(signature, *demos, **inputs) -> tuple[tuple[str, str], ...]:
+    """What `adapter.Lines` makes of a signature, as a Prompt holds it."""
+    messages = Lines().format(signature, demos, inputs)
+    return tuple((message["role"], message["content"]) for message in messages)
 
 
 def format_only(problems: Sequence[Problem]) -> list[Prompt]:
@@ -89,8 +94,7 @@ def expressions(problems: Sequence[Problem]) -> list[Prompt]:
     """What `agent.Calculate` asks; `agent.worked_out` makes answers of the replies."""
     made = []
     for problem in problems:
-        messages = Lines().format(Express, [EXPRESSED], {"question": problem.question})
-        given = tuple((message["role"], message["content"]) for message in messages)
+        given = _messages(Express, EXPRESSED, question=problem.question)
         made.append(Prompt(problem, "expression", given))
     return made
 
@@ -100,9 +104,8 @@ def revised(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt
     answers = dict(zip(records["problem_id"], records["text"], strict=True))
     made = []
     for each in prompts:
-        given = {"question": each.problem.question, "solution": answers[each.problem.id].strip()}
-        messages = Lines().format(Revise, [], given)
-        given = tuple((message["role"], message["content"]) for message in messages)
+        first = answers[each.problem.id].strip()
+        given = _messages(Revise, question=each.problem.question, solution=first)
         made.append(replace(each, arm="matts-sequential", messages=given))
     return made
 

