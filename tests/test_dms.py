@@ -6,36 +6,18 @@ import json
 import pytest
 import torch
 
-from kit import distil, dms, evictor, gates, models, paths, problems
+from kit import distil, dms, evictor, gates, paths, problems, wheels
 from kit.decode import Request, decode, slots_attached
 from kit.kv import SlotCache, layer_windows
 from kit.policies import DMS
 from kit.schema import Sampling
 from kit.store import Store
+from tests.toys import drawn, tokens, toy
 
 SHAPES = ["llama", "qwen3", "gemma3"]  # GQA groups of 3, 8 and 1; gemma3 has sliding layers
 SMALL = dict(context=48, window=4, ramp_steps=3, hold_steps=3)
 LAPTOP = dataclasses.replace(evictor.LAPTOP, **SMALL)
 PAPER = dataclasses.replace(evictor.PAPER, **SMALL, batch=2, fade_steps=4, learning_rate=1e-4)
-
-
-def toy(shape: str) -> models.Model:
-    return models.load(f"random:{shape}", dtype="float32")
-
-
-def tokens(count: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
-
-
-def drawn(model, window: int = 5, recipe=LAPTOP) -> evictor.Evictor:
-    """An evictor that evicts about half of the tokens, heads and layers differing."""
-    made = evictor.Evictor(model.weights, dataclasses.replace(recipe, window=window), "x")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        for linear in made.linear:
-            torch.nn.init.normal_(linear.weight, std=0.02)
-            torch.nn.init.constant_(linear.bias, 0.17)
-    return made.requires_grad_(False)
 
 
 def masked(model, made, ids: torch.Tensor):
@@ -51,7 +33,7 @@ def masked(model, made, ids: torch.Tensor):
 def test_hard_gates_equal_the_evicting_cache(shape, window):
     """The test that matters: the masked whole sequence and the shrinking cache agree."""
     model, ids = toy(shape), tokens(3, 60)
-    made = drawn(model, window)
+    made = drawn(model, window=window)
     expected, gate = masked(model, made, ids)
     share = float(gate.closed_share())
     assert 0.2 < share < 0.8, share
@@ -83,7 +65,7 @@ def test_hard_gates_equal_the_evicting_cache(shape, window):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_of_the_cache_are_those_of_the_mask(shape):
     model = toy(shape)
-    made = drawn(model)
+    made = drawn(model, window=5)
     requests = [
         Request(tuple(row[: 6 + 5 * i].tolist()), str(i)) for i, row in enumerate(tokens(4, 30))
     ]
@@ -98,7 +80,7 @@ def test_greedy_tokens_of_the_cache_are_those_of_the_mask(shape):
 def test_soft_gates_approach_hard_ones():
     """Without noise and as the temperature falls, training attention becomes the hard mask."""
     model, ids = toy("llama"), tokens(2, 40)
-    made = drawn(model)
+    made = drawn(model, window=5)
     expected, hard = masked(model, made, ids)
     windows = layer_windows(model.weights.config)
     gaps = []
@@ -125,7 +107,7 @@ def test_an_untrained_evictor_is_no_evictor():
 
 def test_only_full_attention_layers_evict():
     model = toy("gemma3")
-    made = drawn(model)
+    made = drawn(model, window=5)
     assert made.layers == (1, 3)
     assert set(masked(model, made, tokens(1, 20))[1].closed) == {1, 3}
 
@@ -276,7 +258,7 @@ def test_shipped_evictors_stand_beside_their_hashes():
     readme = (paths.DATA / "evictors" / "README.md").read_text()
     assert len(SHIPPED) >= 3
     for file in SHIPPED:
-        assert f"{models.hash_files([file])}  {file.name}" in readme and file.stat().st_size < 1e6
+        assert f"{wheels.hash_files([file])}  {file.name}" in readme and file.stat().st_size < 1e6
 
 
 def test_a_shipped_evictor_beats_a_window_of_the_same_size(bundled):

@@ -3,25 +3,8 @@
 import pytest
 import torch
 
-from kit import evictor, gates, models, policies, quality
-
-
-def toy(shape: str = "llama") -> models.Model:
-    return models.load(f"random:{shape}", dtype="float32")
-
-
-def tokens(count: int, length: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(0))
-
-
-def drawn(model) -> evictor.Evictor:
-    made = evictor.Evictor(model.weights, evictor.LAPTOP, model.weights_hash)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        for linear in made.linear:
-            torch.nn.init.normal_(linear.weight, std=0.02)
-            torch.nn.init.constant_(linear.bias, 0.17)
-    return made.requires_grad_(False)
+from kit import gates, policies, quality
+from tests.toys import drawn, tokens, toy
 
 
 def test_full_attention_costs_nothing():

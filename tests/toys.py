@@ -1,0 +1,28 @@
+"""Tiny random models, tokens and evictors for the tests of DMS."""
+
+import dataclasses
+
+import torch
+
+from kit import evictor, models
+
+
+def toy(shape: str = "llama") -> models.Model:
+    return models.load(f"random:{shape}", dtype="float32")
+
+
+def tokens(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(model, recipe=evictor.LAPTOP, **changed) -> evictor.Evictor:
+    """An evictor that evicts about half of the tokens, heads and layers differing."""
+    made = evictor.Evictor(
+        model.weights, dataclasses.replace(recipe, **changed), model.weights_hash
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for linear in made.linear:
+            torch.nn.init.normal_(linear.weight, std=0.02)
+            torch.nn.init.constant_(linear.bias, 0.17)
+    return made.requires_grad_(False)
