@@ -221,10 +221,15 @@ class BestOf(dspy.Module):
             self.solver(question=question, strategies=strategies, seed=seed + i).answer or ""
             for i in range(self.width)
         ]
-        told = "\n\n".join(f"[{i}] {text}" for i, text in enumerate(steps, 1))
+        told = numbered(steps)
         number = _ask(self.choose, seed, question=question, solutions=told).number
         best = steps[number - 1] if number and number <= self.width else steps[0]
         return dspy.Prediction(answer=best, steps=steps)
+
+
+def numbered(texts: Sequence[str]) -> str:
+    """Solutions as `Choose` is shown them."""
+    return "\n\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))
 
 
 def _ask(predict: dspy.Predict, seed: int, **inputs) -> dspy.Prediction:

@@ -11,12 +11,14 @@ from dataclasses import replace
 import pandas
 
 from kit.adapter import Lines
-from kit.agent import EXPRESSED, Express, Revise, Solve, shown
+from kit.agent import EXPRESSED, Choose, Express, Revise, Solve, Solver, numbered, shown
 from kit.lessons import Found, Strategy, refusal
 from kit.schema import Problem, Prompt, digest
 from kit.strategies import Bank
 
 BUDGET = 1500  # tokens that memory may take in a prompt
+SPENT = ["prompt_tokens", "new_tokens", "seconds"]
+SPENT += ["kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes"]  # samples run side by side
 
 
 def prompt(problem: Problem, arm: str, memory: str = "", found: Found | None = None) -> Prompt:
@@ -110,6 +112,37 @@ def revised(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt
     return made
 
 
+def choices(samples: pandas.DataFrame, problems: Sequence[Problem]) -> list[Prompt]:
+    """Parallel MaTTS: all `samples` of a problem, of which one is to be chosen by its number."""
+    made = []
+    for problem in problems:
+        texts = samples[samples["problem_id"] == problem.id].sort_values("sample")["text"]
+        given = _messages(Choose, question=problem.question, solutions=numbered(texts))
+        made.append(Prompt(problem, "matts-choice", given))
+    return made
+
+
+def chosen(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataFrame:
+    """The rows of `samples` that `replies` to `choices` name, the first where one names none;
+    the costs of all samples and of the choice are theirs."""
+    said, read, rows = replies.set_index("problem_id"), Lines().parse, []
+    for problem, tried in samples.sort_values("sample").groupby("problem_id"):
+        number = read(Choose, said["text"][problem])["number"]
+        best = tried.iloc[number - 1 if number and number <= len(tried) else 0].to_dict()
+        spent = tried[SPENT].sum() + said.loc[problem, SPENT]
+        rows.append(best | spent.to_dict())
+    return pandas.DataFrame(rows).astype(samples.dtypes)
+
+
+def programmed(program: Solver, problems: Sequence[Problem], arm: str) -> list[Prompt]:
+    """What a solver asks that `optimise` has given other instructions or worked examples."""
+    ask, made = program.solve, []
+    for problem in problems:
+        given = _messages(ask.signature, *ask.demos, strategies="", question=problem.question)
+        made.append(Prompt(problem, arm, given))
+    return made
+
+
 def subset(bank: Bank, size: int, folder) -> Bank:
     """A bank of `size` of the strategies in `bank`, in `folder`; of all where there are fewer."""
     made = Bank(folder, bank.embedder)
@@ -126,6 +159,16 @@ def contribution(treated: pandas.DataFrame, control: pandas.DataFrame) -> pandas
     table = pandas.DataFrame({"id": rows, "points": gain.reindex(rows.index)})
     found = table.groupby("id")["points"].agg(prompts="size", points="mean").reset_index()
     return found.sort_values(["points", "id"], ascending=[False, True], ignore_index=True)
+
+
+def harmful(treated: pandas.DataFrame, control: pandas.DataFrame) -> list[str]:
+    """The rule of forgetting: strategies whose mean `contribution` is below zero.
+
+    On training problems this is measured without a strategy's own problem, which the guard of
+    the bank keeps apart from it.
+    """
+    found = contribution(treated, control)
+    return found.loc[found["points"] < 0, "id"].tolist()
 
 
 def within(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGET) -> list[Prompt]:

@@ -4,29 +4,46 @@ Problems go through it in groups of fixed size. What a group learnt is added in 
 tagged `step-N`; a killed build goes on at the first group without a tag and ends with the same
 bank, because which prompts are decoded together depends on the group only.
 
+What each step cost and judged stands in the table "steps" beside the bank's.
+
 Offline, as reasoning-bank-slm did it: nothing retrieved, judged by the gold answers, one pass over
 training problems, then frozen. Streaming, as ReasoningBank did it: judged by the model itself,
 each group solved with what the groups before it learnt.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import dspy
 import pandas
+import pyarrow
 
 from kit import arms
 from kit.adapter import Lines
 from kit.agent import Extractor, SelfJudge, lessons
+from kit.embed import Embedder
 from kit.engine import Engine, language_model
-from kit.evaluate import evaluate
+from kit.evaluate import DECODE_SOURCES, code_version, evaluate
 from kit.lessons import Strategy
 from kit.schema import Problem, Sampling, digest
 from kit.store import Store
 from kit.strategies import Bank
 
 JUDGES = ("gold", "self")
+WIDTH = 3  # trajectories, or self-checks, of MaTTS where nothing else is said
+STEP = pyarrow.schema(
+    [
+        ("step", pyarrow.int64()),
+        ("lessons", pyarrow.int64()),
+        ("unread", pyarrow.int64()),  # replies without what was asked for
+        ("prompt_tokens", pyarrow.int64()),
+        ("new_tokens", pyarrow.int64()),
+        ("seconds", pyarrow.float64()),
+        ("judged", pyarrow.list_(pyarrow.bool_())),  # of the attempts, by record key
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +54,9 @@ class Recipe:
     k: int = 0  # retrieved while building; 0 is offline
     by: str = "question"  # what retrieval compares, see Bank.search
     width: int = 1  # trajectories per problem; from 2 on they are contrasted (parallel MaTTS)
-    temperature: float = 0.7  # of solving and extracting
+    temperature: float = 0.7  # of solving
     solve_tokens: int = 128
+    extract_temperature: float = 0.7
     extract_tokens: int = 160
     group: int = 32  # problems between two commits
 
@@ -48,6 +66,23 @@ class Recipe:
                 f"judge is {self.judge!r}, width {self.width}, group {self.group}, k {self.k}; "
                 f"judge is one of {JUDGES}, width and group at least 1, k at least 0."
             )
+
+
+def build(
+    folder,
+    engine: Engine,
+    embedder: Embedder,
+    problems: Sequence[Problem],
+    store: Store,
+    recipe: Recipe,
+) -> tuple[Bank, pandas.DataFrame]:
+    """The bank of `recipe` in a folder of `folder` named by all that determines it, and what
+    `learn` gives."""
+    programs = [Extractor().dump_state(), SelfJudge().dump_state(), code_version(DECODE_SOURCES)]
+    parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(recipe), *programs]
+    name = digest([*parts, [problem.id for problem in problems]], 12)
+    bank = Bank(f"{folder}/{name}", embedder)
+    return bank, learn(bank, engine, problems, store, recipe)
 
 
 def learn(
@@ -65,19 +100,42 @@ def learn(
     with dspy.context(lm=language_model(engine, temperature=recipe.temperature), adapter=adapter):
         if "start" not in bank.tags():
             bank.tag("start")
+        done, tags = steps(bank).set_index("step")["judged"].to_dict(), bank.tags()
         for step, group in enumerate(groups):
+            began, asked, unread = time.perf_counter(), _tokens(engine), len(adapter.failed)
             known = bank.checkout(_tag(step - 1)) if recipe.k else bank
             frame = _solve(known, engine, group, store, recipe)
-            frame["judged"] = _judge(engine, frame, recipe)
             frames.append(frame)
-            if _tag(step) in bank.tags():
+            if _tag(step) in tags:
+                frame["judged"] = list(done[step])
                 continue
-            found = _extract(engine, group, frame, recipe, step)
-            new = bank.add(found)
+            frame["judged"] = _judge(engine, frame, recipe)
+            new = bank.add(_extract(engine, group, frame, recipe, step))
+            cost = {"seconds": time.perf_counter() - began, "unread": len(adapter.failed) - unread}
+            cost |= {name: now - asked[name] for name, now in _tokens(engine).items()}
+            _note(bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost)
             bank.tag(_tag(step))
-            unread = f", {len(adapter.failed)} replies unread" if adapter.failed else ""
-            report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{unread}")
+            said = f", {cost['unread']} replies unread" if cost["unread"] else ""
+            report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{said}")
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+
+
+def steps(bank: Bank) -> pandas.DataFrame:
+    """One row per step of `learn`: lessons, judgements of its attempts, its seconds, and the tokens
+    of judging and extracting (those of the attempts stand in their records)."""
+    if "steps" not in bank.database.list_tables().tables:
+        return pandas.DataFrame({name: [] for name in STEP.names})
+    found = bank.database.open_table("steps").to_pandas()
+    return found.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def _note(bank: Bank, row: dict) -> None:
+    table = bank.database.create_table("steps", schema=STEP, exist_ok=True)
+    table.add(pyarrow.Table.from_pylist([row], schema=STEP))
+
+
+def _tokens(engine: Engine) -> dict[str, int]:
+    return {"prompt_tokens": engine.prompt_tokens, "new_tokens": engine.new_tokens}
 
 
 def _tag(step: int) -> str:
@@ -115,7 +173,9 @@ def _extract(engine: Engine, group, frame, recipe: Recipe, step: int) -> list[St
             about.append((problem, any(correct for _, correct in tried)))
     made_by = digest([extractor.dump_state(), recipe.extract_tokens], 12)
     with dspy.context(
-        lm=language_model(engine, temperature=recipe.temperature, max_tokens=recipe.extract_tokens)
+        lm=language_model(
+            engine, temperature=recipe.extract_temperature, max_tokens=recipe.extract_tokens
+        )
     ):
         results = engine.together(asked)
     return [

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from datetime import timedelta
 
 import lancedb
 import numpy
@@ -27,6 +28,8 @@ from kit.schema import Problem, digest
 
 EXACT_ROWS = 10_000  # below, every vector is compared; from here on an index is
 FUSION = 60  # the constant of reciprocal rank fusion
+SEEN_AFTER = timedelta(seconds=5)  # what another process writes
+SAME = 0.9  # cosine from which two strategies say the same
 WAYS = ("vector", "text", "hybrid")
 
 
@@ -39,15 +42,17 @@ class Bank:
 
     def __init__(self, uri, embedder: Embedder, storage_options: dict | None = None):
         self.uri, self.embedder = str(uri), embedder
-        self._options, self._read_only = storage_options, False
-        self._database = lancedb.connect(self.uri, storage_options=storage_options)
+        self._options, self._read_only, self._indexed = storage_options, False, {}
+        self.database = lancedb.connect(
+            self.uri, storage_options=storage_options, read_consistency_interval=SEEN_AFTER
+        )
         made = {"embedder": embedder.fingerprint, "embedder_name": embedder.name}
         schema = row_schema(embedder.dimension)
-        if "strategies" in self._database.list_tables().tables:
-            self._table = self._database.open_table("strategies")
+        if "strategies" in self.database.list_tables().tables:
+            self._table = self.database.open_table("strategies")
             self._check(schema, made)
         else:
-            self._table = self._database.create_table(
+            self._table = self.database.create_table(
                 "strategies", schema=schema.with_metadata(made), exist_ok=True
             )
 
@@ -119,20 +124,20 @@ class Bank:
             )
         if how != "vector" and by == "question":
             raise ValueError('Past questions are searched by how="vector" only.')
-        total, limit = len(self), max(8, 4 * k)
-        if not (k and total):
+        if not k:
             return Found((), (), {})
-        vector = self.embedder.embed([problem.question], query=True)[0]
-        where = "kind IN ({})".format(", ".join(f"'{kind}'" for kind in kinds))
+        vector, limit = self.embedder.embed([problem.question], query=True)[0], k + 8
+        every = set(kinds) >= set(KINDS)  # then no filter: it would cost as much as the search
+        where = None if every else f"kind IN ({', '.join(map(repr, kinds)) or 'NULL'})"
         while True:
             ranked, complete = self._ranked(problem.question, vector, by, how, where, limit)
             found, enough = self._guarded(ranked, problem, vector, k, by)
             # A tie at the last place could hide a better id: look further until it is broken.
-            if complete or (enough and found.scores[-1] > ranked["score"].iloc[-1]):
+            if complete or (enough and found.scores[-1] > ranked[-1]["score"]):
                 return found
             limit *= 4
 
-    def _ranked(self, question, vector, by, how, where, limit) -> tuple[pandas.DataFrame, bool]:
+    def _ranked(self, question, vector, by, how, where, limit) -> tuple[list[dict], bool]:
         """The first `limit` rows, best first, with `score`; whether these are all there are."""
         parts = []
         if how in ("vector", "hybrid"):
@@ -143,53 +148,56 @@ class Bank:
         complete = all(len(part) < limit for part in parts)
         if len(parts) == 1:
             return parts[0], complete
-        ranks = Counter()
+        ranks, rows = Counter(), {}
         for part in parts:
-            for rank, item in enumerate(part["id"]):
-                ranks[item] += 1 / (FUSION + 1 + rank)
-        both = pandas.concat(parts).drop_duplicates("id").drop(columns="score")
-        return _sorted(both.assign(score=both["id"].map(ranks))), complete
+            for rank, row in enumerate(part):
+                ranks[row["id"]] += 1 / (FUSION + 1 + rank)
+                rows[row["id"]] = row
+        return _sorted([row | {"score": ranks[i]} for i, row in rows.items()]), complete
 
-    def _nearest(self, vector, column: str, where: str, limit: int) -> pandas.DataFrame:
+    def _nearest(self, vector, column: str, where: str | None, limit: int) -> list[dict]:
         exact = len(self) < EXACT_ROWS
         if not exact:
             self._index(column, IvfHnswSq(distance_type="cosine"))
         query = self._table.search(vector, vector_column_name=column).distance_type("cosine")
-        query = query.where(where, prefilter=True).limit(limit)
+        query = query.where(where, prefilter=True) if where else query
         query = query.bypass_vector_index() if exact else query.nprobes(20).refine_factor(4)
-        rows = query.to_pandas()
-        return _sorted(rows.assign(score=1 - rows.pop("_distance").astype(float)))
+        shown = [*_names(), "id", "question_vector", "_distance"]  # reading the rest takes longer
+        rows = query.select(shown).limit(limit).to_list()
+        return _sorted([row | {"score": 1 - row.pop("_distance")} for row in rows])
 
-    def _matching(self, question: str, where: str, limit: int) -> pandas.DataFrame:
+    def _matching(self, question: str, where: str | None, limit: int) -> list[dict]:
         self._index("text", FTS())
         query = self._table.search(MatchQuery(question, column="text"), query_type="fts")
-        rows = query.where(where, prefilter=True).limit(limit).to_pandas()
-        return _sorted(rows.assign(score=rows.pop("_score").astype(float)))
+        query = query.where(where, prefilter=True) if where else query
+        rows = query.limit(limit).to_list()
+        return _sorted([row | {"score": row.pop("_score")} for row in rows])
 
     def _index(self, column: str, config) -> None:
         """Build the index of `column`, or again when rows have come that it does not cover."""
-        if self._read_only:
+        if self._read_only or self._indexed.get(column) == self._table.version:
             return
         stats = self._table.index_stats(f"{column}_idx")
         slack = 0 if isinstance(config, FTS) else 0.1 * len(self)  # those are compared one by one
         if stats is None or stats.num_unindexed_rows > slack:
             self._table.create_index(column, config=config)
+        self._indexed[column] = self._table.version
 
-    def _guarded(self, ranked: pandas.DataFrame, problem: Problem, vector, k: int, by: str):
+    def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, by: str):
         """The first `k` that may be shown, and whether there are as many."""
         found, scores, refused, past = [], [], {}, []
-        for row in ranked.itertuples():
-            if by == "question" and row.problem_id not in past and len(past) == k:
+        for row in ranked:
+            if by == "question" and row["problem_id"] not in past and len(past) == k:
                 break
             item = _strategy(row)
-            reason = refusal(item, problem, float(vector @ row.question_vector))
+            reason = refusal(item, problem, float(vector @ row["question_vector"]))
             if reason:
-                refused[row.id] = reason
+                refused[row["id"]] = reason
                 continue
-            if row.problem_id not in past:
-                past.append(row.problem_id)
+            if item.problem_id not in past:
+                past.append(item.problem_id)
             found.append(item)
-            scores.append(row.score)
+            scores.append(row["score"])
             if by == "text" and len(found) == k:
                 break
         enough = len(found if by == "text" else past) == k
@@ -208,7 +216,7 @@ class Bank:
             values = {"uses": "uses + 1"} | ({"wins": "wins + 1"} if won else {})
             self._table.update(where=f"id IN ({_quoted(ids)})", values_sql=values)
 
-    def merge(self, cosine: float = 0.95) -> list[tuple[str, str]]:
+    def merge(self, cosine: float = SAME) -> list[tuple[str, str]]:
         """Merge strategies of one kind that say the same: pairs (kept id, dropped id).
 
         Texts whose cosine reaches `cosine` count as the same; the one with the smaller step,
@@ -261,7 +269,7 @@ class Bank:
 
     def strategies(self) -> list[Strategy]:
         """Everything in the bank, sorted by id."""
-        return [_strategy(row) for row in self.table().itertuples()]
+        return [_strategy(row) for row in self.table().to_dict("records")]
 
     def nbytes(self) -> int:
         """Bytes of the table in storage, indices not counted."""
@@ -277,12 +285,12 @@ def _names() -> list[str]:
     return [field.name for field in fields(Strategy)]
 
 
-def _strategy(row) -> Strategy:
-    return Strategy(**{name: getattr(row, name) for name in _names()})
+def _strategy(row: dict) -> Strategy:
+    return Strategy(**{name: row[name] for name in _names()})
 
 
-def _sorted(rows: pandas.DataFrame) -> pandas.DataFrame:
-    return rows.sort_values(["score", "id"], ascending=[False, True], ignore_index=True)
+def _sorted(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: (-row["score"], row["id"]))
 
 
 def _quoted(ids: Sequence[str]) -> str:

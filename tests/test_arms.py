@@ -1,9 +1,11 @@
 """The arms of the strategy study differ in what memory says, and in nothing else."""
 
+import dspy
 import pandas as pd
 import pytest
 
 from kit import arms, embed, problems
+from kit.agent import Solver
 from kit.strategies import Bank
 from tests.test_strategies import lesson
 
@@ -97,6 +99,37 @@ def test_a_revision_shows_the_first_answer(bank, tests):
     assert [p.problem for p in again] == [p.problem for p in prompts]
 
 
+def test_one_of_several_samples_is_chosen_by_its_number(tests):
+    samples = pd.DataFrame(
+        [
+            {"problem_id": p.id, "sample": i, "text": f"try {i}", **dict.fromkeys(arms.SPENT, 10.0)}
+            for p in tests[:3]
+            for i in (1, 0, 2)
+        ]
+    )
+    asked = arms.choices(samples, tests[:3])
+    assert asked[0].messages[1][1].endswith("[1] try 0\n\n[2] try 1\n\n[3] try 2")
+    said = zip(tests, ("Number 3.", "The seventh", "4"), strict=False)
+    replies = pd.DataFrame(
+        [{"problem_id": p.id, "text": t, **dict.fromkeys(arms.SPENT, 1.0)} for p, t in said]
+    )
+    found = arms.chosen(samples, replies).set_index("problem_id")
+    assert [found["text"][p.id] for p in tests[:3]] == ["try 2", "try 0", "try 0"]
+    assert (found[arms.SPENT] == 31).all(axis=None), "three answers and a choice were paid for"
+
+
+def test_an_optimised_solver_asks_what_it_was_given(tests):
+    solver = Solver()
+    (bare,) = arms.programmed(solver, tests[:1], "solver")
+    assert bare.messages == arms.format_only(tests[:1])[0].messages and bare.arm == "solver"
+    solver.solve.demos = [dspy.Example(question="What is 1 + 1?", strategies="", answer="Two.")]
+    solver.solve.signature = solver.solve.signature.with_instructions("Be brief.")
+    (made,) = arms.programmed(solver, tests[:1], "solver")
+    said = [*bare.messages]
+    said[:1] = [("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "Two.")]
+    assert made.messages == tuple(said)
+
+
 def test_a_subset_is_part_of_its_bank(bank, tmp_path):
     part = arms.subset(bank, 10, tmp_path / "10")
     assert len(part) == 10 == len(arms.subset(bank, 10, tmp_path / "10"))
@@ -118,6 +151,8 @@ def test_what_a_strategy_contributes_is_paired_by_problem():
         {"id": "b", "prompts": 1, "points": 100.0},
         {"id": "a", "prompts": 2, "points": 0.0},
     ]
+    assert arms.harmful(treated, control) == []
+    assert arms.harmful(treated.assign(correct=False), control) == ["a"]
 
 
 def test_expressions_are_asked_for_by_example(tests):

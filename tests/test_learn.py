@@ -99,6 +99,12 @@ def test_a_killed_build_ends_with_the_same_bank(tmp_path, minilm, teacher, group
     assert done.logical_hash() == whole.logical_hash() and len(done) > 0
     columns = ["problem_id", "text", "judged", "retrieved", "prompt_tokens"]
     assert again[columns].equals(records[columns])
+    noted = learn.steps(done)
+    assert noted["step"].tolist() == [0, 1, 2, 3] and noted["lessons"].sum() == len(done)
+    assert (noted["seconds"] > 0).all()
+    asked = len(teacher.told)
+    built(tmp_path / "cut", minilm, teacher, group, recipe)
+    assert len(teacher.told) == asked, "what was judged is not judged again"
 
 
 def test_streaming_solves_each_group_with_what_came_before(tmp_path, minilm, teacher, group):
@@ -121,6 +127,18 @@ def test_several_trajectories_are_contrasted(tmp_path, minilm, teacher, group):
     recipe = dataclasses.replace(QUICK, width=3)
     bank, frame = built(tmp_path, minilm, teacher, group[:6], recipe)
     assert len(frame) == 18 and len(bank) == 6 and teacher.told == ["extract"] * 6
+
+
+def test_banks_of_other_recipes_and_problems_stand_apart(tmp_path, minilm, teacher, group):
+    store = Store(tmp_path / "store")
+
+    def uri(problems=group[:6], recipe=QUICK):
+        bank, frame = learn.build(tmp_path, teacher, minilm, problems, store, recipe)
+        assert len(bank) == len(frame) == len(problems)
+        return bank.uri
+
+    other = dataclasses.replace(QUICK, temperature=0.2)
+    assert uri() == uri() and len({uri(), uri(group[:5]), uri(recipe=other)}) == 3
 
 
 def test_nothing_to_learn_from_and_wrong_recipes(tmp_path, minilm, teacher):

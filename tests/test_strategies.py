@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import lancedb
 import numpy
@@ -304,6 +305,17 @@ def test_wrong_questions_are_one_sentence(bank, train):
     assert bank.search(train[0], k=0).strategies == ()
 
 
+def test_a_reader_sees_what_another_writes_but_not_at_a_tag(tmp_path, minilm, train, monkeypatch):
+    monkeypatch.setattr(strategies, "SEEN_AFTER", timedelta(0))
+    writer = Bank(tmp_path, minilm)
+    writer.add([lesson(train[0])])
+    writer.tag("one")
+    reader, then = Bank(tmp_path, minilm), writer.checkout("one")
+    writer.add([lesson(train[1])])
+    assert (len(reader), len(then)) == (2, 1)
+    assert len(reader.search(train[2], k=2).strategies) == 2
+
+
 def test_another_embedder_or_schema_is_refused(bank, minilm, tmp_path):
     other = dataclasses.replace(minilm, max_tokens=128, name="short")
     with pytest.raises(ValueError, match=r"embedded by bundled:gt-all.*, not by short"):
@@ -317,6 +329,7 @@ def test_another_embedder_or_schema_is_refused(bank, minilm, tmp_path):
 
 WRITER = """
 import sys
+from datetime import timedelta
 sys.path.insert(0, {root!r})
 from kit import embed, problems
 from kit.strategies import Bank

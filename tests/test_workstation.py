@@ -114,8 +114,9 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     assert set(said["measurements"]) >= {"dms-delayed-eviction", "dms-steps-paper-cr4"}
     said = json.loads((folder / "results" / "02_strategies.json").read_text())
     arms = Store(folder / "store").table(set(said["keys"]))["arm"].value_counts()
-    assert {"plain", "format-only", "irrelevant", "random", "gold-hint"} <= set(arms.index)
-    assert (arms == 14).all() and len(arms) == 17, arms
+    assert {"plain", "format-only", "irrelevant", "random", "streaming"} <= set(arms.index)
+    assert arms.pop("matts-samples") == 3 * 14
+    assert (arms == 14).all() and len(arms) == 23, arms
     pinned = json.loads((cache / "revisions.json").read_text())
     assert set(pinned.values()) == {"a" * 40} and len(pinned) == 4
     again = kit("reproduce", "--profile", "workstation", **environment)

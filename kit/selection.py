@@ -1,0 +1,61 @@
+"""Which checkpoint is meant: chosen on the validation split, never on the test it is reported on.
+
+`stats.best_of_optimism` says what choosing the best of several on the test set flatters by; here
+the published checkpoints of Open-RS are read with that in mind.
+"""
+
+from collections.abc import Mapping
+
+import pandas
+
+from kit import paths, stats
+
+LOGS = paths.DATA / "openrs_checkpoints.csv"
+
+
+def chosen(validation: Mapping[int, float]) -> int:
+    """The step of the best validation accuracy, the earliest of equals."""
+    if not validation:
+        raise ValueError("No checkpoint has a validation accuracy; save and score at least one.")
+    return min(validation, key=lambda step: (-validation[step], step))
+
+
+def published() -> pandas.DataFrame:
+    """Logged checkpoints of the three Open-RS experiments: `accuracy` in percent with interval."""
+    logs = pandas.read_csv(LOGS, comment="#")
+    found = [stats.wilson(row.correct, row.items) for row in logs.itertuples()]
+    shares = [(100 * i.estimate, 100 * i.low, 100 * i.high) for i in found]
+    return logs.assign(accuracy=shares)
+
+
+def against_first(logs: pandas.DataFrame) -> pandas.DataFrame:
+    """Each later checkpoint minus the first of its experiment and benchmark, in points.
+
+    Unpaired, since no answer per item is published; `holm` adjusts `p` over all of `logs`.
+    """
+    rows = []
+    for (experiment, benchmark), group in logs.groupby(["experiment", "benchmark"]):
+        first, *later = group.sort_values("step").itertuples()
+        for row in later:
+            found = stats.unpaired((row.correct, row.items), (first.correct, first.items))
+            gap = found.difference
+            points = (100 * gap.estimate, 100 * gap.low, 100 * gap.high)
+            rows.append((experiment, benchmark, row.step, first.step, points, found.p))
+    table = pandas.DataFrame(
+        rows, columns=["experiment", "benchmark", "step", "first", "difference", "p"]
+    )
+    return table.assign(holm=stats.holm(table["p"]) if len(table) else [])
+
+
+def flattery(logs: pandas.DataFrame) -> pandas.DataFrame:
+    """Per experiment and benchmark: the best checkpoint, the mean of all, and by how many points
+    the best of as many equal checkpoints would exceed their mean by luck alone."""
+    rows = []
+    for (experiment, benchmark), group in logs.groupby(["experiment", "benchmark"]):
+        items, count = int(group["items"].iloc[0]), len(group)
+        mean = group["correct"].sum() / group["items"].sum()
+        best = group["correct"].max() / items
+        luck = stats.best_of_optimism(mean, items, count)
+        rows.append((experiment, benchmark, items, count, *(100 * x for x in (mean, best, luck))))
+    names = ["experiment", "benchmark", "items", "checkpoints", "mean", "best", "luck"]
+    return pandas.DataFrame(rows, columns=names).assign(gain=lambda t: t["best"] - t["mean"])
