@@ -81,10 +81,9 @@ def forest(table: pd.DataFrame) -> Picture:
             if keep.any():
                 intervals(axes, at[keep], numbers[keep], series, label)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel("difference in accuracy, points, 95% interval")
-        names = [f"{row.arm} − {row.control}" for row in table.itertuples()]
-        finish(picture, axes, at, names, "contrast")
-    first = table.iloc[0]
+        first = table.iloc[0]
+        axes.set_xlabel(f"{first['arm']} minus this arm, points")
+        finish(picture, axes, at, [*table["control"]], "accuracy, 95% interval")
     value, low, high = first["difference"]
     picture.alt = (
         f"Accuracy of {first['arm']} minus that of {len(table)} controls; the declared contrast, "

@@ -237,7 +237,7 @@ def test_forest_draws_the_contrasts_and_tells_the_declared_one():
         points["declared"] + points["further"], table.itertuples(), strict=True
     ):
         assert (x, low, high) == pytest.approx(row.difference)
-        assert name == f"retrieved − {row.control}"
+        assert name == row.control
     assert "the declared contrast, retrieved-arm0, is -4.0 points [-6.0, 1.0]" in (
         figures.forest(table).alt
     )
