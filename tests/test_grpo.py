@@ -1,0 +1,201 @@
+"""GRPO: its numbers by hand, a policy that converges, a killed run, and evicting rollouts."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from kit import evictor, grpo, models, prompts, rewards, rollouts
+from kit.decode import Request, decode
+from kit.grpo import Recipe
+from kit.policies import DMS
+from kit.schema import Problem, Sampling
+from kit.tune import history
+from tests.toys import drawn, tokens, toy
+
+QUICK = Recipe(
+    steps=4, groups=2, size=4, micro_batch=4, max_new_tokens=6, learning_rate=1e-3, save_every=2,
+    beta=0.0,
+)  # fmt: skip
+
+
+def asked(count: int = 6):
+    made = [
+        Problem(f"p{i}", f"What is {i} + {i}?", str(2 * i), "sums", 1, "t") for i in range(count)
+    ]
+    return prompts.build(prompts.plain, made)
+
+
+def odd(completion_ids, **_):
+    """1 where the first token is odd: the two arms."""
+    return [float(ids[0] % 2) for ids in completion_ids]
+
+
+@pytest.fixture
+def two_arms(monkeypatch):
+    monkeypatch.setattr(rewards, "odd", odd, raising=False)
+    return dataclasses.replace(QUICK, rewards=("odd",), weights=(1.0,))
+
+
+def test_a_policy_of_two_arms_converges(tiny_folder, tmp_path, two_arms):
+    recipe = dataclasses.replace(two_arms, steps=10, max_new_tokens=1, temperature=0.2)
+    log = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path))
+    assert log[0]["reward"] < 0.8 and all(row["reward"] == 1 for row in log[-3:])
+    assert log[-1]["frac_reward_zero_std"] == 1
+
+
+def test_equal_rewards_change_nothing(tiny, tiny_folder, tmp_path):
+    """No answer of random weights is right: every group has zero variance."""
+    recipe = dataclasses.replace(QUICK, rewards=("accuracy",), weights=(1.0,), steps=2)
+    place = grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path)
+    for row in history(place):
+        assert row["frac_reward_zero_std"] == 1 and row["grad_norm"] == 0 and row["loss"] == 0
+    trained = models.load(str(place), dtype="float32").weights.state_dict()
+    for name, value in tiny.weights.state_dict().items():
+        torch.testing.assert_close(trained[name], value.half().float())
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder, tmp_path, two_arms):
+    class Killed(Exception):
+        pass
+
+    whole = grpo.grpo(str(tiny_folder), asked(), two_arms, tmp_path / "whole")
+
+    def die(figures):
+        if figures["step"] == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        grpo.grpo(str(tiny_folder), asked(), two_arms, tmp_path / "cut", die)
+    seen = []
+    cut = grpo.grpo(str(tiny_folder), asked(), two_arms, tmp_path / "cut", seen.append)
+    assert [figures["step"] for figures in seen] == [3, 4]
+    curves = [
+        [(row["loss"], row["reward"], row["grad_norm"]) for row in history(place)]
+        for place in (whole, cut)
+    ]
+    assert curves[0] == curves[1] and len(curves[0]) == 4
+    wanted = {"rewards/odd/mean", "completions/mean_length", "completions/clipped_ratio"}
+    wanted |= {"frac_reward_zero_std", "grad_norm", "seconds", "reward"}
+    assert wanted <= set(history(cut)[0])
+    assert json.loads((cut / "card.json").read_text())["recipe"]["size"] == 4
+
+
+def trainer(tiny, tmp_path, **settings):
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    config = GRPOConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to=[], num_generations=2, loss_type="grpo",
+        per_device_train_batch_size=2, gradient_checkpointing=False, epsilon=0.2,
+        use_bias_correction_kl=False, **settings,
+    )  # fmt: skip
+    data = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+    make = grpo.trainer_class()
+    return make(tiny.weights, [odd], config, train_dataset=data, processing_class=tiny.tokenizer)
+
+
+def test_loss_clipping_kl_and_mask_by_hand(tiny, tmp_path):
+    """DeepSeekMath, equations 3 and 4, per sequence and then the mean."""
+    made = trainer(tiny, tmp_path, beta=0.04)
+    made.current_gradient_accumulation_steps = 1
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 40_000, (2, 9), generator=draw)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        logits = tiny.weights(ids).logits[:, 3:-1].log_softmax(-1)
+    now = logits.gather(-1, ids[:, 4:, None])[..., 0]
+    old = now + torch.randn(2, 5, generator=draw) * 0.4
+    reference = now + torch.randn(2, 5, generator=draw) * 0.4
+    advantage = torch.tensor([1.3, -0.7])
+    inputs = dict(
+        prompt_ids=ids[:, :4], prompt_mask=torch.ones(2, 4, dtype=torch.long),
+        completion_ids=ids[:, 4:], completion_mask=mask, advantages=advantage,
+        old_per_token_logps=old, ref_per_token_logps=reference,
+    )  # fmt: skip
+    tiny.weights.train()
+    found = made._compute_loss(tiny.weights, inputs)
+    tiny.weights.eval()
+    per_sequence = []
+    for i in range(2):
+        terms = []
+        for t in range(int(mask[i].sum())):
+            ratio = float((now[i, t] - old[i, t]).exp())
+            a = float(advantage[i])
+            gain = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+            d = float(reference[i, t] - now[i, t])
+            terms.append(gain - 0.04 * (torch.tensor(d).exp().item() - d - 1))
+        per_sequence.append(sum(terms) / len(terms))
+    assert float(found) == pytest.approx(-sum(per_sequence) / 2, rel=1e-4)
+
+
+def test_evicting_samples_know_their_probabilities():
+    """Against the evicting cache itself: at temperature 0 each token is the most likely one."""
+    model = toy()
+    model = dataclasses.replace(model, tokenizer=Plain())
+    policy = DMS(drawn(model, window=4))
+    asked = [row.tolist() for row in tokens(3, 20)]
+    made = rollouts.completions(model, asked, Sampling(30, 1.0), policy)
+    assert made["prompt_ids"] == asked and [len(x) for x in made["completion_ids"]] == [30] * 3
+    requests = [Request(tuple(a + b)) for a, b in zip(asked, made["completion_ids"], strict=True)]
+    for cut in (5, 17, 29):  # what the cache says next after so many tokens, sampled again
+        short = [Request(r.prompt_ids[: 20 + cut]) for r in requests]
+        greedy = decode(model, short, Sampling(1), policy=policy)
+        for i, done in enumerate(greedy):
+            (best,) = done.token_ids
+            said = [*made["completion_ids"][i][:cut], best]
+            logps = rollouts.sampled_logps(model, policy, [asked[i]], [said], 1.0)[0]
+            others = [
+                rollouts.sampled_logps(model, policy, [asked[i]], [[*said[:-1], t]], 1.0)[0][-1]
+                for t in range(0, 256, 17)
+            ]
+            assert logps[-1] >= max(others) - 1e-4
+            assert logps[:cut] == pytest.approx(made["logprobs"][i][:cut], abs=1e-3)
+
+
+class Plain:
+    """A tokenizer whose chats are token ids already."""
+
+    eos_token_id = 0
+
+    def apply_chat_template(self, messages, **_):
+        return messages
+
+    def decode(self, ids, **_):
+        return ""
+
+
+def test_the_gap_of_an_evicting_sampler_is_logged_and_corrected(
+    tiny, tiny_folder, tmp_path, two_arms
+):
+    made = drawn(tiny, window=2)
+    recipe = dataclasses.replace(two_arms, max_new_tokens=12, steps=1)
+    dense = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path))
+    evicted = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path, policy=DMS(made)))
+    assert "sampling/logp_gap" not in dense[0] and evicted[0]["sampling/logp_gap"] > 1e-3
+    none = evictor.Evictor(tiny.weights, evictor.LAPTOP, tiny.weights_hash)
+    same = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path, policy=DMS(none)))
+    assert same[0]["sampling/logp_gap"] < 1e-4
+    assert same[0]["grad_norm"] == pytest.approx(dense[0]["grad_norm"], rel=1e-3)
+
+
+def test_wrong_recipes_and_problems_are_one_sentence(tiny_folder, tmp_path):
+    for wrong in (dict(micro_batch=3), dict(size=1), dict(weights=(1.0,))):
+        with pytest.raises(ValueError, match="must divide groups x size"):
+            dataclasses.replace(QUICK, **wrong)
+    for wrong in (dict(rollouts="magic"), dict(rewards=("accuracy", "luck"))):
+        with pytest.raises(ValueError, match="rewards are functions of kit.rewards"):
+            dataclasses.replace(QUICK, **wrong)
+    with pytest.raises(ValueError, match="1 problems are fewer than the 2 of a step"):
+        grpo.grpo(str(tiny_folder), asked(1), QUICK, tmp_path)
+    blank = [dataclasses.replace(asked(1)[0], problem=Problem("p", "q", " ", "f", 1, "t"))] * 2
+    with pytest.raises(ValueError, match="Problem p of t has the gold answer"):
+        grpo.grpo(str(tiny_folder), blank, QUICK, tmp_path)
+
+
+def test_open_rs_is_as_published():
+    """systems.md 3b: 72 completions of 12 problems a step."""
+    for recipe in (grpo.OPEN_RS_1, grpo.OPEN_RS_2, grpo.OPEN_RS_3):
+        assert recipe.groups * recipe.size == 72 and recipe.beta == 0.04 and recipe.steps == 500
+    assert grpo.OPEN_RS_3.weights == (2.0, 1.0) and grpo.OPEN_RS_3.max_new_tokens == 3584
