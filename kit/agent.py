@@ -23,7 +23,6 @@ LEAD = "Lessons from problems solved before. Use what fits; their numbers are no
 SPIDERS = "A spider has 8 legs. How many legs do 3 spiders have?"  # asked in worked examples
 FORM = "Title: <a few words>\nWhen: <one sentence>\nLesson: <one to three sentences>"
 
-
 LABEL = r"^\W*(?:title|when|lesson|question|problem|solution|answer)\W*:"  # a line that starts anew
 LESSON = re.compile(
     rf"^\W*title\W*:(.+?)^\W*when\W*:(.+?)^\W*lesson\W*:(.+?)(?={LABEL}|^\s*$|\Z)",
@@ -223,13 +222,17 @@ class BestOf(dspy.Module):
         ]
         told = numbered(steps)
         number = _ask(self.choose, seed, question=question, solutions=told).number
-        best = steps[number - 1] if number and number <= self.width else steps[0]
-        return dspy.Prediction(answer=best, steps=steps)
+        return dspy.Prediction(answer=steps[picked(number, self.width)], steps=steps)
 
 
 def numbered(texts: Sequence[str]) -> str:
     """Solutions as `Choose` is shown them."""
     return "\n\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))
+
+
+def picked(number: int | None, count: int) -> int:
+    """Index of the solution that `Choose` named, of the first where it named none of `count`."""
+    return number - 1 if number and number <= count else 0
 
 
 def _ask(predict: dspy.Predict, seed: int, **inputs) -> dspy.Prediction:

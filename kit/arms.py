@@ -11,7 +11,7 @@ from dataclasses import replace
 import pandas
 
 from kit.adapter import Lines
-from kit.agent import EXPRESSED, Choose, Express, Revise, Solve, Solver, numbered, shown
+from kit.agent import EXPRESSED, Choose, Express, Revise, Solve, Solver, numbered, picked, shown
 from kit.lessons import Found, Strategy, refusal
 from kit.schema import Problem, Prompt, digest
 from kit.strategies import Bank
@@ -94,11 +94,10 @@ def hint(problems: Sequence[Problem]) -> list[Prompt]:
 
 def expressions(problems: Sequence[Problem]) -> list[Prompt]:
     """What `agent.Calculate` asks; `agent.worked_out` makes answers of the replies."""
-    made = []
-    for problem in problems:
-        given = _messages(Express, EXPRESSED, question=problem.question)
-        made.append(Prompt(problem, "expression", given))
-    return made
+    return [
+        Prompt(p, "expression", _messages(Express, EXPRESSED, question=p.question))
+        for p in problems
+    ]
 
 
 def revised(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -128,7 +127,7 @@ def chosen(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataF
     said, read, rows = replies.set_index("problem_id"), Lines().parse, []
     for problem, tried in samples.sort_values("sample").groupby("problem_id"):
         number = read(Choose, said["text"][problem])["number"]
-        best = tried.iloc[number - 1 if number and number <= len(tried) else 0].to_dict()
+        best = tried.iloc[picked(number, len(tried))].to_dict()
         spent = tried[SPENT].sum() + said.loc[problem, SPENT]
         rows.append(best | spent.to_dict())
     return pandas.DataFrame(rows).astype(samples.dtypes)

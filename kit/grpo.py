@@ -12,8 +12,7 @@ Sources: GRPO, arXiv 2402.03300; Open-RS, arXiv 2503.16219 and its recipes/grpo.
 
 import argparse
 import dataclasses
-import json
-import shutil
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +20,12 @@ from functools import partial, update_wrapper
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
 from kit import models, problems, prompts, rewards, rollouts
 from kit.policies import Full
 from kit.schema import Prompt, Sampling, digest
-from kit.tune import Watch, last_checkpoint, lora, save
+from kit.tune import VERSIONS, Watch, common, lora, train
 
 ROLLOUTS = ("kit", "transformers", "vllm")
 CLIP = 2.0  # most that an importance weight of the sampler's tokens may be, TRL's default
@@ -109,8 +107,7 @@ def grpo(
         raise ValueError(f"{len(asked)} problems are fewer than the {recipe.groups} of a step.")
     model = models.load(base, dtype="float32", device=device)
     data = digest([[p.id, p.problem.answer] for p in asked], 12)
-    versions = [torch.__version__, transformers.__version__]
-    parts = ["grpo", model.weights_hash, data, asdict(recipe), policy.key, versions]
+    parts = ["grpo", model.weights_hash, data, asdict(recipe), policy.key, VERSIONS]
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
@@ -128,17 +125,8 @@ def grpo(
         rollout_func=sampler if recipe.rollouts == "kit" else None,
         callbacks=[Figures(report, place)],
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(place / "checkpoints"))
-    if not trainer.is_world_process_zero():
-        return place / "model"
-    history = [row for row in trainer.state.log_history if "loss" in row]
-    trained = trainer.model.merge_and_unload() if recipe.lora_rank else trainer.model
-    card = {"base": base, "base_hash": model.weights_hash, "data": data, "problems": len(asked)}
-    (place / "history.json").write_text(json.dumps(history))
-    save(trained, model, place, card | {"recipe": asdict(recipe), "versions": versions})
-    shutil.rmtree(place / "checkpoints")
-    return place / "model"
+    card = {"base": base, "data": data, "problems": len(asked)}
+    return train(trainer, model, place, recipe, card)
 
 
 def _name_architecture(model: models.Model, folder: Path) -> None:
@@ -155,17 +143,12 @@ def _name_architecture(model: models.Model, folder: Path) -> None:
 
 def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
     """What TRL is told."""
-    processes = transformers.TrainingArguments(str(place), use_cpu=True).world_size
-    per_step, cpu = recipe.groups * recipe.size, model.device.type == "cpu"
-    return dict(
-        output_dir=str(place / "checkpoints"),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=max(1, per_step // (recipe.micro_batch * processes)),
+    at_once = recipe.micro_batch * int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate
+    return common(recipe, model, place) | dict(
+        gradient_accumulation_steps=max(1, recipe.groups * recipe.size // at_once),
         num_generations=recipe.size,
         max_completion_length=recipe.max_new_tokens,
         temperature=recipe.temperature,
-        learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if "min_lr" in recipe.schedule else {},
         warmup_steps=round(recipe.warmup * recipe.steps),
@@ -174,17 +157,6 @@ def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
         use_bias_correction_kl=False,  # TRL weighs the KL otherwise, the published ones did not
         reward_weights=list(recipe.weights),
         use_vllm=recipe.rollouts == "vllm",
-        bf16=models.default_dtype(model.device) == torch.bfloat16,
-        use_cpu=cpu,
-        gradient_checkpointing=not cpu,
-        dataloader_pin_memory=not cpu,
-        save_steps=recipe.save_every,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        seed=recipe.seed,
-        report_to=[],
-        disable_tqdm=True,
     )
 
 
@@ -275,8 +247,8 @@ def main() -> None:
         steps.update(figures["step"] - steps.n)
 
     try:
-        train = problems.load(args.problems, "train", n=args.count).problems
-        asked = prompts.build(prompts.format_only, train)
+        given = problems.load(args.problems, "train", n=args.count).problems
+        asked = prompts.build(prompts.format_only, given)
         print(grpo(args.model, asked, recipe, args.out, show))
     except ValueError as error:  # unknown names, bad sizes: one sentence says it
         parser.exit(2, f"{error}\n")

@@ -14,7 +14,9 @@ from kit.gates import Gates, hidden
 from kit.kv import layer_windows
 from kit.models import Model
 from kit.policies import DMS, Full
-from kit.schema import Sampling, digest
+from kit.schema import Problem, Prompt, Sampling, digest
+
+NOTHING = Problem("", "", "", "", 0, "")  # a chat alone, whose problem TRL keeps
 
 
 def completions(
@@ -27,11 +29,10 @@ def completions(
     """
     seen, requests = Counter(), []
     for messages in asked:
-        ids = model.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
+        chat = tuple((message["role"], message["content"]) for message in messages)
+        ids = decode.tokenise(model, Prompt(NOTHING, "rollout", chat))
         name = digest(ids, 16)
-        requests.append(decode.Request(tuple(ids), name, seen[name]))
+        requests.append(decode.Request(ids, name, seen[name]))
         seen[name] += 1
     training = model.weights.training
     model.weights.eval()

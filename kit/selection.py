@@ -24,8 +24,11 @@ def published() -> pandas.DataFrame:
     """Logged checkpoints of the three Open-RS experiments: `accuracy` in percent with interval."""
     logs = pandas.read_csv(LOGS, comment="#")
     found = [stats.wilson(row.correct, row.items) for row in logs.itertuples()]
-    shares = [(100 * i.estimate, 100 * i.low, 100 * i.high) for i in found]
-    return logs.assign(accuracy=shares)
+    return logs.assign(accuracy=[_percent(interval) for interval in found])
+
+
+def _percent(interval: stats.Interval) -> tuple[float, float, float]:
+    return 100 * interval.estimate, 100 * interval.low, 100 * interval.high
 
 
 def against_first(logs: pandas.DataFrame) -> pandas.DataFrame:
@@ -38,8 +41,7 @@ def against_first(logs: pandas.DataFrame) -> pandas.DataFrame:
         first, *later = group.sort_values("step").itertuples()
         for row in later:
             found = stats.unpaired((row.correct, row.items), (first.correct, first.items))
-            gap = found.difference
-            points = (100 * gap.estimate, 100 * gap.low, 100 * gap.high)
+            points = _percent(found.difference)
             rows.append((experiment, benchmark, row.step, first.step, points, found.p))
     table = pandas.DataFrame(
         rows, columns=["experiment", "benchmark", "step", "first", "difference", "p"]

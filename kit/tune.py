@@ -21,6 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from kit import models, wheels
 from kit.schema import digest
 
+VERSIONS = [torch.__version__, transformers.__version__]  # with others the same steps differ
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -66,8 +68,7 @@ def sft(
         raise ValueError("No examples to train on; see traces.accepted.")
     model = models.load(base, dtype="float32", device=device)
     data = digest([[e["input_ids"], e["completion_mask"]] for e in examples], 12)
-    versions = [torch.__version__, transformers.__version__]
-    job = digest(["sft", model.weights_hash, data, asdict(recipe), versions], 12)
+    job = digest(["sft", model.weights_hash, data, asdict(recipe), VERSIONS], 12)
     place = Path(folder) / job
     if (place / "model" / "card.json").is_file():
         return place / "model"
@@ -79,30 +80,29 @@ def sft(
         peft_config=lora(recipe.lora_rank) if recipe.lora_rank else None,
         callbacks=[Watch(report, place)],
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(place / "checkpoints"))
-    history = [row for row in trainer.state.log_history if "loss" in row]
-    trained = trainer.model.merge_and_unload() if recipe.lora_rank else trainer.model
-    card = {"base": base, "base_hash": model.weights_hash, "data": data, "examples": len(examples)}
-    save(trained, model, place, card | {"recipe": asdict(recipe), "versions": versions})
-    (place / "history.json").write_text(json.dumps(history))
-    shutil.rmtree(place / "checkpoints")  # three times the size, and of no more use
-    return place / "model"
+    card = {"base": base, "data": data, "examples": len(examples)}
+    return train(trainer, model, place, recipe, card)
 
 
 def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
     """What TRL is told."""
+    return common(recipe, model, place) | dict(
+        gradient_accumulation_steps=recipe.batch // recipe.micro_batch,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+        completion_only_loss=True,
+        max_length=None,
+    )
+
+
+def common(recipe, model: models.Model, place: Path) -> dict:
+    """What TRL is told whatever is trained."""
     cpu = model.device.type == "cpu"
     return dict(
         output_dir=str(place / "checkpoints"),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
-        gradient_accumulation_steps=recipe.batch // recipe.micro_batch,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
-        completion_only_loss=True,
-        max_length=None,
         bf16=models.default_dtype(model.device) == torch.bfloat16,
         use_cpu=cpu,
         gradient_checkpointing=not cpu,
@@ -115,6 +115,21 @@ def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def train(trainer, model: models.Model, place: Path, recipe, card: dict) -> Path:
+    """Run a TRL trainer to its end, from its last checkpoint where it has one; the folder of the
+    trained model. Of several processes the first one saves."""
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(place / "checkpoints"))
+    if trainer.is_world_process_zero():
+        history = [row for row in trainer.state.log_history if "loss" in row]
+        trained = trainer.model.merge_and_unload() if recipe.lora_rank else trainer.model
+        card |= {"base_hash": model.weights_hash, "recipe": asdict(recipe), "versions": VERSIONS}
+        (place / "history.json").write_text(json.dumps(history))
+        save(trained, model, place, card)
+        shutil.rmtree(place / "checkpoints")  # three times the size, and of no more use
+    return place / "model"
 
 
 class Watch(TrainerCallback):

@@ -136,7 +136,8 @@ def test_evicting_samples_know_their_probabilities():
     model = dataclasses.replace(model, tokenizer=Plain())
     policy = DMS(drawn(model, window=4))
     asked = [row.tolist() for row in tokens(3, 20)]
-    made = rollouts.completions(model, asked, Sampling(30, 1.0), policy)
+    chats = [[{"role": "user", "content": ids}] for ids in asked]
+    made = rollouts.completions(model, chats, Sampling(30, 1.0), policy)
     assert made["prompt_ids"] == asked and [len(x) for x in made["completion_ids"]] == [30] * 3
     requests = [Request(tuple(a + b)) for a, b in zip(asked, made["completion_ids"], strict=True)]
     for cut in (5, 17, 29):  # what the cache says next after so many tokens, sampled again
@@ -155,12 +156,12 @@ def test_evicting_samples_know_their_probabilities():
 
 
 class Plain:
-    """A tokenizer whose chats are token ids already."""
+    """A tokenizer whose chats say token ids already."""
 
     eos_token_id = 0
 
     def apply_chat_template(self, messages, **_):
-        return messages
+        return messages[0]["content"]
 
     def decode(self, ids, **_):
         return ""

@@ -329,7 +329,6 @@ def test_another_embedder_or_schema_is_refused(bank, minilm, tmp_path):
 
 WRITER = """
 import sys
-from datetime import timedelta
 sys.path.insert(0, {root!r})
 from kit import embed, problems
 from kit.strategies import Bank
