@@ -82,7 +82,8 @@ def plan(
     batch_size: int,
     memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> list[Job]:
-    """Every sample of every prompt with its key, sorted by what determines the tokens.
+    """Every sample of every prompt with its key, sorted by what determines the tokens, the samples
+    of a prompt together: they share what they read.
 
     So a change of the grader leaves the groups, and with them the tokens, as they were.
     """
@@ -96,13 +97,12 @@ def plan(
     reads += [model.tokenizer.chat_template, sorted(model.stop_ids)]
     runs = [str(model.dtype), model.device.type, torch.__version__, transformers.__version__]
     base = [*reads, *runs, asdict(sampling), memory.key, batch_size]
-    jobs = []
-    for prompt in prompts:
+    jobs, code = [], code_version(DECODE_SOURCES)
+    for prompt in sorted(prompts, key=lambda prompt: digest([base, code, prompt.id, prompt.arm])):
         for sample in range(samples):
-            tokens = digest([base, code_version(DECODE_SOURCES), prompt.id, prompt.arm, sample])
+            tokens = digest([base, code, prompt.id, prompt.arm, sample])
             graded = digest([tokens, code_version(GRADE_SOURCES), prompt.problem.answer, FORM])
             jobs.append(Job(graded, tokens, prompt, sample))
-    jobs.sort(key=lambda job: job.generation_key)
     if len({job.generation_key for job in jobs}) < len(jobs):
         raise ValueError("The same prompt stands twice in one job; give each problem once per arm.")
     return jobs
