@@ -1,9 +1,12 @@
-"""Group relative policy optimisation on graded problems, by TRL.
+r"""Group relative policy optimisation on graded problems, by TRL.
 
     python -m kit.grpo FOLDER --recipe laptop
-    accelerate launch -m kit.grpo FOLDER --recipe open-rs-2 --model hub:ORG/NAME
+    accelerate launch --config_file data/launch/fsdp.yaml -m kit.grpo FOLDER \
+        --recipe open-rs-2 --model hub:ORG/NAME --problems open-rs
 
-Rollouts come from `kit.decode` ("kit"), from transformers, or from vLLM where that is installed.
+Rollouts come from `kit.decode` ("kit"), from transformers, or from vLLM where that is installed:
+in the training processes ("vllm"), or from a server that `trl vllm-serve --model NAME` runs on a
+GPU of its own ("vllm-server").
 Under an eviction policy the sampler is not the model that is trained: the gap between their
 log-probabilities is logged, and corrected by truncated importance weights as TRL does for vLLM.
 
@@ -12,76 +15,24 @@ Sources: GRPO, arXiv 2402.03300; Open-RS, arXiv 2503.16219 and its recipes/grpo.
 
 import argparse
 import dataclasses
+import json
 import os
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial, update_wrapper
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
-from kit import models, problems, prompts, rewards, rollouts
-from kit.policies import Full
-from kit.schema import Prompt, Sampling, digest
-from kit.tune import VERSIONS, Watch, common, lora, train
+from kit import evictor, models, paths, problems, prompts, rewards, rollouts
+from kit.policies import DMS, Full
+from kit.recipes import RECIPES, ROLLOUTS, Recipe, mixed
+from kit.schema import Problem, Prompt, digest
+from kit.tune import VERSIONS, Watch, common, identity, lora, train
 
-ROLLOUTS = ("kit", "transformers", "vllm")
-CLIP = 2.0  # most that an importance weight of the sampler's tokens may be, TRL's default
-ENGLISH = "Reply in English only, do not use other languages"  # the prompt of experiment 3
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way to train. The defaults are those of the laptop."""
-
-    steps: int = 40
-    groups: int = 4  # problems per step
-    size: int = 8  # completions per problem
-    micro_batch: int = 8  # completions read at once in the update
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    learning_rate: float = 1e-5
-    warmup: float = 0.1  # share of the steps
-    schedule: str = "constant_with_warmup"
-    beta: float = 0.04  # weight of the KL to the start
-    rewards: tuple[str, ...] = ("accuracy", "compliance")  # functions of kit.rewards
-    weights: tuple[float, ...] = (1.0, 0.2)
-    longest: int = 64  # of the cosine reward: tokens, or characters as published
-    suffix: str = ""  # added to the instruction
-    lora_rank: int = 0
-    rollouts: str = "kit"
-    save_every: int = 10
-    seed: int = 0
-
-    def __post_init__(self):
-        per_step = self.groups * self.size
-        if per_step % self.micro_batch or self.size < 2 or len(self.rewards) != len(self.weights):
-            raise ValueError(
-                f"groups x size is {per_step}, micro_batch {self.micro_batch}, size {self.size}, "
-                f"rewards {len(self.rewards)}, weights {len(self.weights)}: micro_batch must "
-                f"divide groups x size, size be at least 2, and each reward have a weight."
-            )
-        if self.rollouts not in ROLLOUTS or not all(hasattr(rewards, r) for r in self.rewards):
-            raise ValueError(
-                f"rollouts is {self.rollouts!r}, rewards {self.rewards}: rollouts is one of "
-                f"{ROLLOUTS}, rewards are functions of kit.rewards."
-            )
-
-
-# 12 problems x 6 completions a step: 3 processes x 6 x 4 accumulated, as published.
-OPEN_RS_1 = Recipe(
-    steps=500, groups=12, size=6, micro_batch=6, max_new_tokens=4096, temperature=0.7,
-    learning_rate=1e-6, schedule="cosine_with_min_lr", rewards=("accuracy", "think"),
-    weights=(1.0, 1.0), longest=4096, rollouts="vllm", save_every=50, seed=42,
-)  # fmt: skip
-OPEN_RS_2 = dataclasses.replace(OPEN_RS_1, max_new_tokens=3584, longest=3584)
-OPEN_RS_3 = dataclasses.replace(
-    OPEN_RS_2, rewards=("cosine_published", "think"), weights=(2.0, 1.0), suffix=ENGLISH
-)
-RECIPES = {"laptop": Recipe(), "open-rs-1": OPEN_RS_1}
-RECIPES |= {"open-rs-2": OPEN_RS_2, "open-rs-3": OPEN_RS_3}
+DDP = paths.DATA / "launch" / "ddp.yaml"
 
 
 def grpo(
@@ -107,15 +58,15 @@ def grpo(
         raise ValueError(f"{len(asked)} problems are fewer than the {recipe.groups} of a step.")
     model = models.load(base, dtype="float32", device=device)
     data = digest([[p.id, p.problem.answer] for p in asked], 12)
-    parts = ["grpo", model.weights_hash, data, asdict(recipe), policy.key, VERSIONS]
+    parts = ["grpo", model.weights_hash, data, identity(recipe), policy.key, VERSIONS]
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
     if not model.weights.config.architectures:
-        _name_architecture(model, place / "reference")
+        _name_architecture(model, place / f"reference-{os.environ.get('RANK', 0)}")
     rows = [{"prompt": _chat(p, recipe.suffix), "gold": p.problem.answer} for p in asked]
-    sampler = partial(_rollouts, model, recipe, policy)
-    trainer = trainer_class()(
+    sampler = partial(rollouts.during, model, recipe, policy)
+    trainer = rollouts.trainer_class()(
         model.weights,
         [_reward(name, recipe.longest) for name in recipe.rewards],
         GRPOConfig(**_settings(recipe, model, place)),
@@ -123,7 +74,7 @@ def grpo(
         processing_class=model.tokenizer,
         peft_config=lora(recipe.lora_rank) if recipe.lora_rank else None,
         rollout_func=sampler if recipe.rollouts == "kit" else None,
-        callbacks=[Figures(report, place)],
+        callbacks=[Watch(report, place)],
     )
     card = {"base": base, "data": data, "problems": len(asked)}
     return train(trainer, model, place, recipe, card)
@@ -143,9 +94,15 @@ def _name_architecture(model: models.Model, folder: Path) -> None:
 
 def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
     """What TRL is told."""
-    at_once = recipe.micro_batch * int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate
+    processes, per_step = int(os.environ.get("WORLD_SIZE", 1)), recipe.groups * recipe.size
+    at_once = recipe.micro_batch * processes  # accelerate sets the number of processes
+    if per_step % at_once:
+        raise ValueError(
+            f"A step has {per_step} completions (groups x size), which {processes} processes of "
+            f"micro_batch {recipe.micro_batch} do not divide; change groups or micro_batch."
+        )
     return common(recipe, model, place) | dict(
-        gradient_accumulation_steps=max(1, recipe.groups * recipe.size // at_once),
+        gradient_accumulation_steps=per_step // at_once,
         num_generations=recipe.size,
         max_completion_length=recipe.max_new_tokens,
         temperature=recipe.temperature,
@@ -156,7 +113,8 @@ def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
         loss_type="grpo",
         use_bias_correction_kl=False,  # TRL weighs the KL otherwise, the published ones did not
         reward_weights=list(recipe.weights),
-        use_vllm=recipe.rollouts == "vllm",
+        use_vllm=recipe.rollouts.startswith("vllm"),
+        vllm_mode="server" if recipe.rollouts == "vllm-server" else "colocate",
     )
 
 
@@ -173,58 +131,39 @@ def _reward(name: str, longest: int):
     return update_wrapper(partial(function, longest=longest), function)
 
 
-class Figures(Watch):
-    """Adds seconds and peak memory to each step's figures, and stops a loss that is no number."""
+def launch(
+    base: str,
+    asked: Sequence[Prompt],
+    recipe: Recipe,
+    folder: Path,
+    report: Callable[[dict], None] = lambda figures: None,
+    processes: int = 2,
+) -> Path:
+    """What `grpo` does, in several processes of this machine by `accelerate launch`, followed here.
 
-    def __init__(self, report: Callable[[dict], None], place: Path):
-        super().__init__(report, place)
-        self._began = time.perf_counter()
-
-    def on_step_begin(self, args, state, control, **_):
-        self._began = time.perf_counter()
-
-    def on_log(self, args, state, control, logs=None, **rest):
-        if "loss" in logs:
-            logs["seconds"] = time.perf_counter() - self._began
-            if torch.cuda.is_available():
-                logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-            state.log_history[-1].update(logs)
-        super().on_log(args, state, control, logs, **rest)
-
-
-def _rollouts(model: models.Model, recipe: Recipe, policy: Full, asked: list, trainer) -> dict:
-    """What TRL asks of a rollout function, by `kit.decode` with the weights as they are now."""
-    weights = trainer.accelerator.unwrap_model(trainer.model)
-    weights = weights.get_base_model() if recipe.lora_rank else weights
-    seed = int(digest([recipe.seed, trainer.state.global_step], 7), 16)
-    sampling = Sampling(recipe.max_new_tokens, recipe.temperature, seed=seed)
-    return rollouts.completions(
-        dataclasses.replace(model, weights=weights), asked, sampling, policy
-    )
-
-
-def trainer_class():
-    """GRPOTrainer, corrected for a sampler that is not the model: made here, since importing TRL
-    takes seconds."""
-    from trl import GRPOTrainer
-
-    class Corrected(GRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            made = super()._generate_and_score_completions(inputs)
-            if self.use_vllm or "sampling_per_token_logps" not in made:
-                return made
-            mask, count = made["completion_mask"], made["completion_ids"].size(1)
-            whole = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
-            masks = torch.cat([made["prompt_mask"], mask], dim=1)
-            with torch.no_grad():
-                ours = self._get_per_token_logps_and_entropies(self.model, whole, masks, count)[0]
-            gap = (ours - made["sampling_per_token_logps"]) * mask
-            self._metrics["train"]["sampling/logp_gap"].append(float(gap.abs().sum() / mask.sum()))
-            # The clipped objective is linear in the advantage, so weighing one weighs the other.
-            made["advantages"] = made["advantages"][:, None] * gap.exp().clamp(max=CLIP)
-            return made
-
-    return Corrected
+    RuntimeError with the file of its log where it fails; run again, it goes on.
+    """
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(prompt) for prompt in asked]
+    text = json.dumps({"base": base, "recipe": asdict(recipe), "asked": rows})
+    job, log = folder / "job.json", folder / "job.log"
+    job.write_text(text)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP)]
+    command += ["--num_processes", str(processes), "-m", "kit.grpo", str(folder), "--job", str(job)]
+    said = ""
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=paths.ROOT
+        ) as run,
+    ):
+        for said in run.stdout:
+            if said.startswith("{"):
+                report(json.loads(said))
+    if run.returncode:
+        raise RuntimeError(f"accelerate launch ended with {run.returncode}; see {log}.")
+    return Path(said.strip())
 
 
 def main() -> None:
@@ -234,24 +173,52 @@ def main() -> None:
     parser.add_argument("--model", default=models.BUNDLED)
     parser.add_argument("--recipe", default="laptop", choices=sorted(RECIPES))
     parser.add_argument("--problems", default="laptop", help="problem set, its train split")
-    parser.add_argument("--count", type=int, help="training problems (default: all)")
+    parser.add_argument("--mix", type=int, nargs=2, metavar=("EASY", "HARD"), help="problems")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--rollouts", choices=ROLLOUTS)
+    parser.add_argument("--evictor", type=Path, help="DMS rollouts by this file of kit.dms")
+    parser.add_argument("--job", type=Path, help="a file by grpo.launch, instead of all others")
     args = parser.parse_args()
-    changes = {k: getattr(args, k) for k in ("steps", "seed") if getattr(args, k) is not None}
+    try:
+        place = _job(args) if args.job else _asked_for(args)
+    except ValueError as error:  # unknown names, bad sizes: one sentence says it
+        parser.exit(2, f"{error}\n")
+    if not int(os.environ.get("RANK", 0)):  # of several processes one speaks
+        print(place)
+
+
+def _asked_for(args) -> Path:
+    """What the flags say, with a progress bar."""
+    changes = {name: getattr(args, name) for name in ("steps", "seed", "rollouts")}
+    changes = {name: value for name, value in changes.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
-    steps = tqdm(total=recipe.steps, unit="step")
+    found = problems.load(args.problems, "train").problems
+    asked = prompts.build(prompts.format_only, mixed(found, *args.mix) if args.mix else found)
+    steps = tqdm(total=recipe.steps, unit="step", disable=bool(int(os.environ.get("RANK", 0))))
 
     def show(figures: dict) -> None:
         steps.set_postfix(reward=f"{figures.get('reward', 0):.3f}")
         steps.update(figures["step"] - steps.n)
 
-    try:
-        given = problems.load(args.problems, "train", n=args.count).problems
-        asked = prompts.build(prompts.format_only, given)
-        print(grpo(args.model, asked, recipe, args.out, show))
-    except ValueError as error:  # unknown names, bad sizes: one sentence says it
-        parser.exit(2, f"{error}\n")
+    policy = Full()
+    if args.evictor:
+        policy = DMS(evictor.load(args.evictor, models.load(args.model)))
+    return grpo(args.model, asked, recipe, args.out, show, policy)
+
+
+def _job(args) -> Path:
+    """What a file by `launch` says, the figures of each step printed as JSON."""
+    job = json.loads(args.job.read_text())
+    tuples = {name: tuple(job["recipe"][name]) for name in ("rewards", "weights")}
+    asked = []
+    for row in job["asked"]:
+        messages = tuple((role, content) for role, content in row["messages"])
+        asked.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
+    speaks = not int(os.environ.get("RANK", 0))
+    report = partial(print, flush=True) if speaks else lambda line: None
+    recipe = Recipe(**job["recipe"] | tuples)
+    return grpo(job["base"], asked, recipe, args.out, lambda row: report(json.dumps(row)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ picks both up. Nothing here computes a result.
 import inspect
 import json
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -39,6 +40,29 @@ def banner() -> None:
     devices = [gpu["name"] for gpu in here["hardware"]["gpus"]] or [here["hardware"]["cpu"]]
     size = f"{here['hardware']['cores']} cores, {here['hardware']['ram_gib']} GiB"
     print(f"commit {here['commit'][:10]}{dirty} | {', '.join(packages)} | {devices[0]}, {size}")
+
+
+def follow(total: int, draw: Callable[[list[dict]], object], every: int = 5) -> Callable:
+    """A `report` for a training of `total` steps: a line of progress, and every few steps the
+    figure that `draw` makes of the steps so far, each redrawn in its place."""
+    from IPython.display import DisplayHandle
+
+    rows, began, bar, figure = [], time.perf_counter(), DisplayHandle(), DisplayHandle()
+
+    def report(row: dict) -> None:
+        rows.append(row)
+        each = (time.perf_counter() - began) / len(rows)
+        done = 20 * row["step"] // total
+        line = f"{'█' * done}{'░' * (20 - done)} step {row['step']} of {total}, {each:.1f} s each"
+        line += f", {each * (total - row['step']):.0f} s left"
+        if len(rows) == 1:
+            bar.display({"text/plain": line}, raw=True)
+            figure.display(draw(rows))
+        bar.update({"text/plain": line}, raw=True)
+        if row["step"] % every == 0 or row["step"] == total:
+            figure.update(draw(rows))
+
+    return report
 
 
 def record_fingerprint(name: str, value: str) -> None:

@@ -103,7 +103,7 @@ def hub_files(name: str, split: str = "test") -> list[tuple[str, str]]:
         return []
     source = SOURCES[name]
     halves = ("test",) if split == "test" else ("train", "test")
-    return [(source.repo, file) for half in halves for file in source.files[half]]
+    return [(source.repo, file) for half in halves for file in source.files.get(half, ())]
 
 
 def _check_names(name: str, split: str, path) -> None:
@@ -115,6 +115,8 @@ def _check_names(name: str, split: str, path) -> None:
         raise ValueError("laptop is read from data/problems; path is for published sets")
     if name != "laptop" and split != "test" and "train" not in SOURCES[name].files:
         raise ValueError(f"{name} is published for testing only: ask for split 'test'")
+    if name != "laptop" and split == "test" and "test" not in SOURCES[name].files:
+        raise ValueError(f"{name} is published for training only: ask for split 'train'")
 
 
 # ---- reading --------------------------------------------------------------------------------
@@ -162,10 +164,10 @@ def _read_published(
     held_out = [p for p in found if _is_validation(p)]
     found = held_out if split == "validation" else [p for p in found if not _is_validation(p)]
     against = held_out if split == "train" else []
-    if path is None or test_path is not None:
-        against = against + _read_half(name, "test", test_path)[0]
-    else:
+    if test_path is None and (path is not None or "test" not in SOURCES[name].files):
         revision += ", not checked against a test split (no test_path)"
+    else:
+        against = against + _read_half(name, "test", test_path)[0]
     repeated = {mine.id for mine, _, _ in near_duplicates(found, against)}
     return [p for p in found if p.id not in repeated], rejects, len(repeated), revision
 

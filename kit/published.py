@@ -5,7 +5,8 @@ into problems and rejects (file, line, reason): one bad line never loses the res
 no sampling here, that is `problems`.
 
 File names were checked against stored pages of the hub, not the live hub; those of gpqa and of
-the training halves of math and gsm8k rest on public code that reads them.
+the training halves of math and gsm8k, and the columns of open-rs, rest on public code that reads
+them.
 """
 
 import csv
@@ -126,6 +127,12 @@ def _gpqa(row: Row) -> tuple:
     return "\n".join([question, "", *lines]), gold, _slug(_text(row, "High-level domain")), 0
 
 
+def _open_rs(row: Row, family: str) -> tuple:
+    """`answer` where there is one, else what the solution boxes; level 1 is `Easy`, 2 the rest."""
+    gold = _text(row, "answer").strip("$") if row.get("answer") else _boxed_gold(row)
+    return _text(row, "problem"), gold, family, 1 if row.get("level") == "Easy" else 2
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a published set lies and how a row is read."""
@@ -156,6 +163,10 @@ def _math_files(split: str) -> tuple[str, ...]:
 
 def _test(*files: str) -> dict[str, tuple[str, ...]]:
     return {"test": files}
+
+
+def _train() -> dict[str, tuple[str, ...]]:
+    return {"train": (f"data/train-{_SHARD}",)}
 
 
 SOURCES = {
@@ -189,6 +200,8 @@ SOURCES = {
     "amc23": Source("math-ai/amc23", _test(f"test-{_SHARD}"), _amc, "problems (c) MAA"),
     "minerva": Source("math-ai/minervamath", _test("test.jsonl"), _minerva, "as published"),
     "olympiad": Source("math-ai/olympiadbench", _test("test.jsonl"), _olympiad, "as published"),
+    "open-rs": Source("knoveleng/open-rs", _train(), lambda row: _open_rs(row, "open-rs"), "MIT"),
+    "open-s1": Source("knoveleng/open-s1", _train(), lambda row: _open_rs(row, "open-s1"), "MIT"),
     "gpqa": Source("Idavidrein/gpqa", _test("gpqa_diamond.csv"), _gpqa, "CC-BY-4.0", gated=True),
 }
 

@@ -5,11 +5,12 @@ r"""What GRPO rewards: pure functions of texts, one number per completion.
     cosine_published   Open-RS's cosine of the length, in characters and unclipped: periodic
     cosine             the same as its docstring means it: in tokens, clipped
     drift              minus the share of letters in another script than the prompt's
+    repetition         TRL's penalty: minus the share of 3-token sequences said before
+    overlong           TRL's penalty: from 0 to -1 over the last fifth of the length allowed
 
 Each takes what TRL gives a reward function (`completions`, `completion_ids`, and the columns of the
-data set, of which `gold` is the answer) and ignores what it does not need. Penalties of repetition
-and of overlong answers are TRL's own. Sources: Open-RS (arXiv 2503.16219) and its
-src/open_r1/rewards.py at 2889c47.
+data set, of which `gold` is the answer) and ignores what it does not need. Sources: Open-RS
+(arXiv 2503.16219) and its src/open_r1/rewards.py at 2889c47.
 """
 
 import math
@@ -80,6 +81,23 @@ def drift(prompts: Sequence, completions: Sequence, **_) -> list[float]:
         -_foreign(text, _scripts(asked))
         for text, asked in zip(_texts(completions), map(_text, prompts), strict=True)
     ]
+
+
+def repetition(completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
+    """Minus the share of 3-token sequences that the completion has said before (arXiv 2502.03373,
+    appendix C.2)."""
+    from trl.rewards import get_repetition_penalty_reward  # importing TRL takes seconds
+
+    return get_repetition_penalty_reward()([list(ids) for ids in completion_ids])
+
+
+def overlong(completion_ids: Sequence[Sequence[int]], longest: int = 1000, **_) -> list[float]:
+    """0.0 up to four fifths of `longest` tokens, falling to -1.0 at `longest` and beyond (DAPO,
+    arXiv 2503.14476, section 3.4)."""
+    from trl.rewards import get_soft_overlong_punishment
+
+    punishment = get_soft_overlong_punishment(longest, longest // 5)
+    return punishment([list(ids) for ids in completion_ids])
 
 
 def check_golds(problems: Sequence[Problem]) -> None:

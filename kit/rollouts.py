@@ -6,6 +6,7 @@ log-probability under the sampler; a plain cache samples what the model says and
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from kit.models import Model
 from kit.policies import DMS, Full
 from kit.schema import Problem, Prompt, Sampling, digest
 
+CLIP = 2.0  # most that an importance weight of the sampler's tokens may be, TRL's default
 NOTHING = Problem("", "", "", "", 0, "")  # a chat alone, whose problem TRL keeps
 
 
@@ -66,3 +68,43 @@ def sampled_logps(
         targets = torch.tensor(after, device=logp.device)
         found.append(logp.gather(-1, targets[:, None])[:, 0].tolist())
     return found
+
+
+def during(model: Model, recipe, policy: Full, asked: list, trainer) -> dict[str, list]:
+    """`completions` for a training by `grpo.Recipe`, by the weights as they are now."""
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            'rollouts is "kit", and FSDP shards the weights; take "vllm-server", "vllm" or '
+            '"transformers".'
+        )
+    weights = trainer.accelerator.unwrap_model(trainer.model)
+    weights = weights.get_base_model() if recipe.lora_rank else weights
+    # A group may lie in several processes, which must not say the same.
+    mark = [recipe.seed, trainer.state.global_step, trainer.accelerator.process_index]
+    seed = int(digest(mark, 7), 16)
+    sampling = Sampling(recipe.max_new_tokens, recipe.temperature, seed=seed)
+    return completions(replace(model, weights=weights), asked, sampling, policy)
+
+
+def trainer_class():
+    """GRPOTrainer, corrected for a sampler that is not the model: made here, since importing TRL
+    takes seconds."""
+    from trl import GRPOTrainer
+
+    class Corrected(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            made = super()._generate_and_score_completions(inputs)
+            if self.use_vllm or "sampling_per_token_logps" not in made:
+                return made
+            mask, count = made["completion_mask"], made["completion_ids"].size(1)
+            whole = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
+            masks = torch.cat([made["prompt_mask"], mask], dim=1)
+            with torch.no_grad():
+                ours = self._get_per_token_logps_and_entropies(self.model, whole, masks, count)[0]
+            gap = (ours - made["sampling_per_token_logps"]) * mask
+            self._metrics["train"]["sampling/logp_gap"].append(float(gap.abs().sum() / mask.sum()))
+            # The clipped objective is linear in the advantage, so weighing one weighs the other.
+            made["advantages"] = made["advantages"][:, None] * gap.exp().clamp(max=CLIP)
+            return made
+
+    return Corrected

@@ -35,6 +35,8 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "excess_kl": "KL less that of dms",
     "kv_bytes": "KV allocated, mean",
     "on_frontier": "on the frontier",
+    "families held out": "families held out, %",
+    "joules": "energy, J",
 }
 
 
@@ -42,7 +44,7 @@ def arms(records: pd.DataFrame) -> pd.DataFrame:
     """One row per model and arm: shares with intervals, and what an answer costs."""
     rows = []
     for (model, arm), group in records.groupby(["model", "arm"], sort=True):
-        shares = {measure: _share(group, measure, arm) for measure in MEASURES}
+        shares = {measure: share(group, measure) for measure in MEASURES}
         costs = {cost: group[cost].mean() for cost in COSTS}
         rows.append({"model": model, "arm": arm, **_counts(group), **shares, **costs})
     return pd.DataFrame(rows)
@@ -55,15 +57,16 @@ def by_family(records: pd.DataFrame, arm: str = "plain") -> pd.DataFrame:
     for model, of_model in records[records["arm"] == arm].groupby("model", sort=True):
         groups = [*of_model.groupby(["family", "level"], sort=True), (("all", ""), of_model)]
         for (family, level), group in groups:
-            shares = {measure: _share(group, measure, arm) for measure in measures}
+            shares = {measure: share(group, measure) for measure in measures}
             row = {"model": model, "family": family, "level": level, **_counts(group), **shares}
             rows.append(row | {"new_tokens": group["new_tokens"].mean()})
     return pd.DataFrame(rows)
 
 
-def _share(records: pd.DataFrame, measure: str, arm: str) -> tuple[float, float, float] | None:
-    """Estimate and interval; None where the measure has no value, as a vote of two samples."""
-    found = contrasts.compute({"measure": measure, "arm": arm}, records)
+def share(records: pd.DataFrame, measure: str = "accuracy") -> tuple[float, float, float] | None:
+    """Estimate and interval, percent, of the records of one arm; None where the measure has no
+    value, as a vote of two samples."""
+    found = contrasts.compute({"measure": measure, "arm": records["arm"].iloc[0]}, records)
     return found and (found.estimate, found.low, found.high)
 
 

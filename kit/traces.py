@@ -10,7 +10,7 @@ import pandas
 
 from kit import decode
 from kit.models import Model
-from kit.schema import Prompt, digest
+from kit.schema import Problem, Prompt, digest
 
 
 def accepted(records: pandas.DataFrame, cap: int = 2, seed: int = 0) -> pandas.DataFrame:
@@ -37,6 +37,16 @@ def unfiltered(records: pandas.DataFrame, count: int, seed: int = 0) -> pandas.D
     if len(ended) < count:
         raise ValueError(f"{len(ended)} answers ended, {count} are asked for; sample more.")
     return _drawn(ended, seed).head(count)
+
+
+def learnable(
+    records: pandas.DataFrame, problems: Sequence[Problem], least: int = 1
+) -> list[Problem]:
+    """The problems that some attempts in `records` solved and some did not, all of `problems` where
+    these are fewer than `least`. A group of equal rewards has no gradient."""
+    shares = records.groupby("problem_id")["correct"].mean()
+    found = [problem for problem in problems if 0 < shares.get(problem.id, 0) < 1]
+    return found if len(found) >= least else list(problems)
 
 
 def _drawn(records: pandas.DataFrame, seed: int) -> pandas.DataFrame:

@@ -2,39 +2,46 @@
 
 A training is named by all that determines it. Its folder holds checkpoints while it runs, then
 `model` (safetensors, loaded by `kit.models.load`) with `card.json` beside the weights, and the log
-of its steps in `history.json`. Every arm takes the same number of steps of the same batch.
+of its steps in `history.json`; of the steps that are to be compared on the validation split,
+`step-N` like `model`. Every arm takes the same number of steps of the same batch.
 """
 
 import json
 import math
 import os
+import resource
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from kit import models, wheels
+from kit import energy, models, wheels
 from kit.schema import digest
 
 VERSIONS = [torch.__version__, transformers.__version__]  # with others the same steps differ
+IDLE = 10  # steps of GRPO without a gradient that are worth a warning
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How weights are changed."""
 
-    steps: int = 60
+    steps: int = 32
     batch: int = 8  # sequences per step
     micro_batch: int = 8  # sequences read at once; divides `batch`
-    learning_rate: float = 2e-5
+    learning_rate: float = 5e-5
     warmup: float = 0.1  # share of the steps
     lora_rank: int = 0  # 0 trains all weights
-    save_every: int = 20  # steps
+    save_every: int = 16  # steps
+    keep_every: int = 0  # steps between two models that are kept; 0 keeps the last one only
     seed: int = 0
 
     def __post_init__(self):
@@ -66,10 +73,10 @@ def sft(
 
     if not examples:
         raise ValueError("No examples to train on; see traces.accepted.")
+    datasets.disable_progress_bars()
     model = models.load(base, dtype="float32", device=device)
     data = digest([[e["input_ids"], e["completion_mask"]] for e in examples], 12)
-    job = digest(["sft", model.weights_hash, data, asdict(recipe), VERSIONS], 12)
-    place = Path(folder) / job
+    place = Path(folder) / digest(["sft", model.weights_hash, data, identity(recipe), VERSIONS], 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
     trainer = SFTTrainer(
@@ -82,6 +89,11 @@ def sft(
     )
     card = {"base": base, "data": data, "examples": len(examples)}
     return train(trainer, model, place, recipe, card)
+
+
+def identity(recipe) -> dict:
+    """What of a recipe names its training: not how many sequences are read at once."""
+    return asdict(recipe) | {"micro_batch": None}
 
 
 def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
@@ -120,27 +132,101 @@ def common(recipe, model: models.Model, place: Path) -> dict:
 def train(trainer, model: models.Model, place: Path, recipe, card: dict) -> Path:
     """Run a TRL trainer to its end, from its last checkpoint where it has one; the folder of the
     trained model. Of several processes the first one saves."""
+    if recipe.lora_rank and trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"lora_rank is {recipe.lora_rank} and FSDP shards the weights; train all weights, or "
+            f"LoRA with a copy in each process (data/launch/ddp.yaml)."
+        )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(place / "checkpoints"))
+    card |= {"base_hash": model.weights_hash, "recipe": asdict(recipe), "versions": VERSIONS}
+    trainer.add_callback(Keep(trainer, model, place, recipe.keep_every, card))
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(place / "checkpoints"))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if told := _told(error, trainer, place):
+            raise told from error
+        raise
     if trainer.is_world_process_zero():
         history = [row for row in trainer.state.log_history if "loss" in row]
-        trained = trainer.model.merge_and_unload() if recipe.lora_rank else trainer.model
-        card |= {"base_hash": model.weights_hash, "recipe": asdict(recipe), "versions": VERSIONS}
         (place / "history.json").write_text(json.dumps(history))
-        save(trained, model, place, card)
-        shutil.rmtree(place / "checkpoints")  # three times the size, and of no more use
+    keep(trainer, model, place / "model", card | {"step": recipe.steps})
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)  # three times the size, of no more use
+    trainer.accelerator.wait_for_everyone()
     return place / "model"
 
 
+def _told(error: Exception, trainer, place: Path) -> Exception | None:
+    """The error in one sentence, if it is of memory, or of the disk and not told already."""
+    step, said = trainer.state.global_step, str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
+        return MemoryError(
+            f"Out of memory after step {step} with micro_batch "
+            f"{trainer.args.per_device_train_batch_size}; lower it (the steps stay the same) and "
+            f"run again: the last checkpoint is kept."
+        )
+    full = "No space left" in said or "PytorchStreamWriter" in said  # so torch says it
+    if full and "make room" not in said:
+        return OSError(
+            f"Cannot save a checkpoint of step {step} in {place} ({said.splitlines()[0][:80]}); "
+            f"make room and run again: it goes on at the checkpoint before."
+        )
+    return None
+
+
+def keep(trainer, model: models.Model, folder: Path, card: dict) -> None:
+    """Save what `trainer` trains as it is now. Each of several processes has to call this."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards
+    if trainer.is_world_process_zero():
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(trained, "merge_and_unload"):  # LoRA is put into a copy of the weights
+            trained, weights = deepcopy(trained).merge_and_unload(), None
+        save(trained, model, folder, card, weights)
+
+
+class Keep(TrainerCallback):
+    """Keeps the model of every `every`th step but the last, which `train` keeps without the
+    checkpoint that the Trainer would save there."""
+
+    def __init__(self, trainer, model: models.Model, place: Path, every: int, card: dict):
+        self.trainer, self.model, self.place = trainer, model, place
+        self.every, self.card = every, card
+
+    def on_step_end(self, args, state, control, **_):
+        step = state.global_step
+        if step == state.max_steps:
+            control.should_save = False
+        elif self.every and step % self.every == 0:
+            folder = self.place / f"step-{step:04}"
+            keep(self.trainer, self.model, folder, self.card | {"step": step})
+
+
+def kept(model_folder: Path) -> dict[int, Path]:
+    """The models of a training by their step, the last one among them."""
+    folders = [Path(model_folder), *Path(model_folder).parent.glob("step-*")]
+    found = {json.loads((folder / "card.json").read_text())["step"]: folder for folder in folders}
+    return dict(sorted(found.items()))
+
+
 class Watch(TrainerCallback):
-    """Reports the figures of each step; stops a training whose loss is no number."""
+    """Adds seconds, energy and peak memory to the figures of each step, and reports them; stops a
+    training whose loss is no number."""
 
     def __init__(self, report: Callable[[dict], None], place: Path):
-        self.report, self.place = report, place
+        self.report, self.place, self.equal = report, place, 0
+        self.began, self.counted = time.perf_counter(), energy.joules()
+
+    def on_step_begin(self, args, state, control, **_):
+        self.began, self.counted = time.perf_counter(), energy.joules()
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:
             return
+        logs["seconds"] = time.perf_counter() - self.began
+        logs["joules"] = energy.drawn(self.counted, energy.joules())
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        on_gpu = torch.cuda.is_available()
+        logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else resident
+        state.log_history[-1].update(logs)
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
             kept = last_checkpoint(self.place / "checkpoints")
             raise Unstable(
@@ -148,26 +234,39 @@ class Watch(TrainerCallback):
                 f"{f'the checkpoint {Path(kept).name} is kept' if kept else 'nothing was saved'}"
                 f". Lower learning_rate."
             )
+        self.equal = self.equal + 1 if logs.get("frac_reward_zero_std") == 1 else 0
+        if self.equal == min(IDLE, state.max_steps):
+            warnings.warn(
+                f"In {self.equal} steps every group had equal rewards, so nothing is learnt; take "
+                f"problems that are solved at times (traces.learnable), or larger groups.",
+                stacklevel=2,
+            )
         self.report({"step": state.global_step, **logs})
 
 
-def save(weights, base: models.Model, place: Path, card: dict) -> None:
-    """Weights, tokenizer, hash and card into `place/model`, complete or not at all."""
-    part = place / "model.part"
+def save(trained, base: models.Model, folder: Path, card: dict, weights: dict | None = None):
+    """Weights, tokenizer, hash and card into `folder`, complete or not at all.
+
+    `weights` are those of `trained` where it holds a shard of them only. float32 becomes float16.
+    """
+    part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        weights.to(torch.float16 if weights.dtype == torch.float32 else weights.dtype)
-        weights.save_pretrained(part)
+        weights = trained.state_dict() if weights is None else weights
+        half = {n: w.half() if w.dtype == torch.float32 else w for n, w in weights.items()}
+        trained.save_pretrained(part, state_dict=half)
         base.tokenizer.save_pretrained(part)
         files = sorted(part.glob("*.safetensors"))
         (part / "weights.sha256").write_text(wheels.hash_files(files) + "\n")
         (part / "card.json").write_text(json.dumps(card, indent=1))
-        os.replace(part, place / "model")
-    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(
-            f"Cannot save the trained model in {place} ({error.strerror or error}); make room and "
-            f"run again: the last checkpoint is kept."
+            f"Cannot save the trained model in {folder} "
+            f"({getattr(error, 'strerror', None) or error}); make room and run again: the last "
+            f"checkpoint is kept."
         ) from error
 
 
@@ -176,8 +275,23 @@ def history(model_folder: Path) -> list[dict]:
     return json.loads((Path(model_folder).parent / "history.json").read_text())
 
 
+def cost(model_folder: Path) -> dict[str, float | None]:
+    """What a training took: `steps`, `seconds`, `tokens` seen, `joules` (None where no device
+    counts them)."""
+    log = history(model_folder)
+    drawn = [row["joules"] for row in log]
+    return {
+        "steps": len(log),
+        "seconds": sum(row["seconds"] for row in log),
+        "tokens": log[-1]["num_tokens"],
+        "joules": None if None in drawn else sum(drawn),
+    }
+
+
 def last_checkpoint(checkpoints: Path) -> str | None:
-    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    """The last checkpoint that was saved whole: its state is written after all else."""
+    whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
 
 
 def lora(rank: int):

@@ -10,7 +10,7 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from kit import claims, drawing, figures, tables
+from kit import claims, curves, drawing, figures, selection, tables
 
 
 def family_table(rows: list[tuple]) -> pd.DataFrame:
@@ -259,3 +259,40 @@ def test_the_map_shows_every_strategy_where_its_vector_is():
     colours = {tuple(c.get_facecolor()[0]) for c in axes.collections}
     assert len(colours) == 7, "seven families, seven colours"
     assert picture.alt.startswith("70 strategies of 7 families") and "100%" in picture.alt
+
+
+def test_the_cosine_figure_draws_the_curves_and_counts_the_long_outputs():
+    table = pd.DataFrame(
+        {"ratio": [0.0, 1, 2], "right, published": [1, 0.5, 1], "x": [1, 0.5, 0.5]}
+    )
+    lengths = {"characters": np.array([0.5, 1.5, 2.5, 9.0]), "tokens": np.array([0.5, 1.0, 1.0])}
+    picture = curves.cosine(lengths, table)
+    upper, lower = picture.axes
+    assert [line.get_label() for line in upper.get_lines()] == ["right, published", "x"]
+    assert list(upper.get_lines()[1].get_ydata()) == [1, 0.5, 0.5]
+    shares = [patch.get_data().values.sum() for patch in lower.patches]
+    assert shares == pytest.approx([100, 100]), "what is longer than the axis is in its last bar"
+    assert "characters 75%, tokens 0%" in picture.alt
+
+
+def test_checkpoints_and_rounds_are_drawn_where_the_table_says():
+    logs = selection.published()
+    picture = curves.checkpoints(logs)
+    assert len(picture.axes) == 3 and len(picture.axes[0].containers) == 3
+    drawn_ = picture.axes[0].containers[2].lines[0].get_ydata()
+    wanted = logs.query("experiment == 3 and benchmark == 'aime24'")["accuracy"]
+    assert list(drawn_) == [accuracy[0] for accuracy in wanted]
+    rows = [{"round": r, "way": way, "accuracy": (10.0 * r, 5.0, 40.0)} for r in (0, 1)
+            for way in ("with", "without")]  # fmt: skip
+    picture = curves.rounds(pd.DataFrame(rows))
+    assert picture.alt == "Accuracy by round of training: with 0%, 10%; without 0%, 10%."
+    assert [c.get_label() for c in picture.axes[0].containers] == ["with", "without"]
+
+
+def test_training_curves_have_a_band_over_seeds_and_only_panels_with_numbers():
+    runs = [[{"step": s, "reward": s * seed, "kl": 0.1} for s in (1, 2, 3)] for seed in (1, 3)]
+    picture = curves.training(runs, {"reward": "reward", "none": "none", "kl": "KL"})
+    first, second = [axes for axes in picture.axes if axes.get_visible()]
+    assert list(first.get_lines()[0].get_ydata()) == [2, 4, 6] and first.get_title() == "reward"
+    ends = first.collections[0].get_paths()[0].get_extents()
+    assert (ends.ymin, ends.ymax) == (1, 9) and second.get_title() == "KL"

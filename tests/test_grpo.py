@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from kit import evictor, grpo, models, prompts, rewards, rollouts
+from kit import evictor, grpo, models, prompts, recipes, rewards, rollouts
 from kit.decode import Request, decode
-from kit.grpo import Recipe
 from kit.policies import DMS
+from kit.recipes import Recipe
 from kit.schema import Problem, Sampling
 from kit.tune import history
 from tests.toys import drawn, tokens, toy
@@ -48,7 +48,8 @@ def test_a_policy_of_two_arms_converges(tiny_folder, tmp_path, two_arms):
 def test_equal_rewards_change_nothing(tiny, tiny_folder, tmp_path):
     """No answer of random weights is right: every group has zero variance."""
     recipe = dataclasses.replace(QUICK, rewards=("accuracy",), weights=(1.0,), steps=2)
-    place = grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path)
+    with pytest.warns(UserWarning, match="In 2 steps every group had equal rewards"):
+        place = grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path)
     for row in history(place):
         assert row["frac_reward_zero_std"] == 1 and row["grad_norm"] == 0 and row["loss"] == 0
     trained = models.load(str(place), dtype="float32").weights.state_dict()
@@ -77,7 +78,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder, tmp_path, two_arms)
     ]
     assert curves[0] == curves[1] and len(curves[0]) == 4
     wanted = {"rewards/odd/mean", "completions/mean_length", "completions/clipped_ratio"}
-    wanted |= {"frac_reward_zero_std", "grad_norm", "seconds", "reward"}
+    wanted |= {"frac_reward_zero_std", "grad_norm", "seconds", "reward", "peak_memory_bytes"}
     assert wanted <= set(history(cut)[0])
     assert json.loads((cut / "card.json").read_text())["recipe"]["size"] == 4
 
@@ -92,7 +93,7 @@ def trainer(tiny, tmp_path, **settings):
         use_bias_correction_kl=False, **settings,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
-    make = grpo.trainer_class()
+    make = rollouts.trainer_class()
     return make(tiny.weights, [odd], config, train_dataset=data, processing_class=tiny.tokenizer)
 
 
@@ -195,8 +196,43 @@ def test_wrong_recipes_and_problems_are_one_sentence(tiny_folder, tmp_path):
         grpo.grpo(str(tiny_folder), blank, QUICK, tmp_path)
 
 
+def test_a_step_that_processes_do_not_divide_is_one_sentence(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="8 completions .* which 3 processes of micro_batch 4 do"):
+        grpo.grpo(str(tiny_folder), asked(), QUICK, tmp_path)
+
+
+def test_two_processes_by_accelerate_launch(tiny_folder, tmp_path):
+    """A few steps on 2 CPU processes: as many completions in all, no two processes say the same."""
+    recipe = dataclasses.replace(QUICK, steps=2, micro_batch=2)
+    seen = []
+    place = grpo.launch(str(tiny_folder), asked(), recipe, tmp_path, seen.append, processes=2)
+    assert [row["step"] for row in seen] == [1, 2]
+    log = history(place)
+    assert [row["reward"] for row in log] == [row["reward"] for row in seen]
+    assert models.load(str(place)).weights_hash != models.load(str(tiny_folder)).weights_hash
+    again = []
+    assert grpo.launch(str(tiny_folder), asked(), recipe, tmp_path, again.append) == place
+    assert not again, "trained before"
+    wrong = dataclasses.replace(recipe, groups=1, size=2, micro_batch=2)
+    with pytest.raises(RuntimeError, match=r"accelerate launch ended with 1; see .*job.log"):
+        grpo.launch(str(tiny_folder), asked(), wrong, tmp_path, processes=2)
+    assert "which 2 processes of micro_batch 2 do not divide" in (tmp_path / "job.log").read_text()
+
+
+def test_easy_and_hard_problems_are_mixed_in_the_numbers_asked_for():
+    made = [Problem(f"p{i}", "q", "1", "f", 1 + i % 3, "t") for i in range(30)]
+    found = recipes.mixed(made, 4, 9)
+    assert [p.level == 1 for p in found] == [True] * 4 + [False] * 9
+    assert len({p.id for p in found}) == 13 and recipes.mixed(made[::-1], 4, 9) == found
+    assert recipes.mixed(made, 4, 9, seed=1) != found
+    with pytest.raises(ValueError, match="easy is 11, but only 10 problems are easy"):
+        recipes.mixed(made, 11, 0)
+
+
 def test_open_rs_is_as_published():
     """systems.md 3b: 72 completions of 12 problems a step."""
-    for recipe in (grpo.OPEN_RS_1, grpo.OPEN_RS_2, grpo.OPEN_RS_3):
+    assert recipes.OPEN_RS_1.completions == 36_000
+    for recipe in (recipes.OPEN_RS_1, recipes.OPEN_RS_2, recipes.OPEN_RS_3):
         assert recipe.groups * recipe.size == 72 and recipe.beta == 0.04 and recipe.steps == 500
-    assert grpo.OPEN_RS_3.weights == (2.0, 1.0) and grpo.OPEN_RS_3.max_new_tokens == 3584
+    assert recipes.OPEN_RS_3.weights == (2.0, 1.0) and recipes.OPEN_RS_3.max_new_tokens == 3584

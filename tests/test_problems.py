@@ -195,6 +195,7 @@ def test_nothing_usable_is_an_error(tmp_path):
         ({"name": "mathematics"}, "no problem set 'mathematics'; there are laptop, math"),
         ({"name": "math", "split": "dev"}, "no split 'dev'"),
         ({"name": "aime24", "split": "train"}, "aime24 is published for testing only"),
+        ({"name": "open-rs", "split": "test"}, "open-rs is published for training only"),
         ({"name": "laptop", "path": "x"}, "path is for published sets"),
         ({"name": "laptop", "levels": [1, 9]}, r"no level \[9\]; it has \[1, 2"),
         ({"name": "laptop", "families": ["sudoku"]}, r"no family \['sudoku'\]; it has \["),
@@ -269,6 +270,29 @@ def test_test_sets_load_from_the_hub_cache(cache, name):
     assert found.revision == f"{repo}@{COMMIT[:12]}"
     assert hub.pinned_revision("dataset", repo) == COMMIT
     assert found.problems[0].level == (4 if name == "math500" else 0)
+
+
+def test_training_sets_load_from_the_hub_cache(cache):
+    """The answer where it is published apart, else what the solution boxes; two levels."""
+    rows = [
+        {"problem": "Q1?", "answer": "$7$", "solution": "", "level": "Easy"},
+        {"problem": "Q2?", "answer": "", "solution": r"\boxed{\frac{1}{2}}", "level": "Hard"},
+    ]
+    ((repo, file),) = hub_files("open-rs", "train")
+    cache("open-rs", {file: parquet(rows)})
+    found = [*load("open-rs", "train").problems, *load_if_any("open-rs", "validation")]
+    assert {(p.question, p.answer, p.level) for p in found} == {
+        ("Q1?", "7", 1),
+        ("Q2?", r"\frac{1}{2}", 2),
+    }
+
+
+def load_if_any(name: str, split: str) -> tuple:
+    """Of two rows the validation split may have none."""
+    try:
+        return load(name, split).problems
+    except ValueError:
+        return ()
 
 
 def test_math_from_the_hub_cache_equals_the_local_file(cache, tmp_path):

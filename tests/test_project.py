@@ -74,7 +74,8 @@ def test_the_three_agree_on_python(project, conda):
 
 def test_the_lock_serves_machines_with_and_without_a_gpu(lock):
     assert not any("+" in version for version in lock.values()), "no +cpu or +cu build"
-    assert not any(package.startswith("nvidia-") for package in lock)
+    nvidia = [package for package in lock if package.startswith("nvidia-")]
+    assert nvidia == ["nvidia-ml-py"], "pure Python; the libraries come with the CUDA build"
     with_cuda = "triton==3.7.1"  # required by the CUDA build of torch 2.13.0
     assert lock["torch"] == "2.13.0" and with_cuda == f"triton=={lock['triton']}"
 

@@ -91,3 +91,10 @@ def test_a_gold_that_cannot_be_read_is_an_error_at_load_time():
         bad = Problem("p7", "What?", gold, "f", 1, "mine")
         with pytest.raises(ValueError, match="Problem p7 of mine has the gold answer"):
             rewards.check_golds([bad])
+
+
+def test_repetition_and_overlong_are_small_negative_numbers():
+    """By hand: of the 4 triples in 1 2 1 2 1 2 two are new; the last fifth of 100 is a slope."""
+    assert rewards.repetition([[1, 2, 1, 2, 1, 2], [1, 2, 3, 4], [1]]) == [-0.5, 0, 0]
+    lengths = [[0] * n for n in (10, 80, 90, 100, 300)]
+    assert rewards.overlong(lengths, longest=100) == [0, 0, -0.5, -1, -1]

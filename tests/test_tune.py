@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from kit import models, prompts, traces, tune
+from kit import energy, models, prompts, traces, tune
 from kit.schema import Problem
 from kit.tune import Recipe
 
@@ -50,6 +51,12 @@ def test_nothing_to_learn_from_is_one_sentence():
     with pytest.raises(ValueError, match="10 answers ended, 99 are asked for"):
         traces.unfiltered(RECORDS, 99)
     assert not traces.unfiltered(RECORDS, 10)["correct"].all(), "right or wrong"
+
+
+def test_learnable_problems_are_neither_always_nor_never_solved():
+    known = [problem(name) for name in ("easy", "hard", "long", "never", "unseen")]
+    assert [p.id for p in traces.learnable(RECORDS, known)] == ["hard"]
+    assert traces.learnable(RECORDS, known, least=2) == known
 
 
 def problem(name: str) -> Problem:
@@ -130,6 +137,78 @@ def test_a_killed_training_goes_on_and_ends_the_same(tiny, tiny_folder, tmp_path
     assert tune.sft(str(tiny_folder), data, other, tmp_path / "cut") != cut
 
 
+def test_models_of_several_steps_are_kept_to_choose_from(tiny, tiny_folder, tmp_path):
+    recipe = dataclasses.replace(QUICK, keep_every=2)
+    place = tune.sft(str(tiny_folder), examples(tiny), recipe, tmp_path)
+    kept = tune.kept(place)
+    assert list(kept) == [2, 4, 6] and kept[6] == place
+    weights = [load_file(folder / "model.safetensors") for folder in kept.values()]
+    changed = [
+        sum(float((a[name] - b[name]).abs().sum()) for name in a)
+        for a, b in zip(weights, weights[1:], strict=False)
+    ]
+    assert all(change > 0 for change in changed)
+    assert models.load(str(kept[2])).weights_hash != models.load(str(place)).weights_hash
+    spent = tune.cost(place)
+    assert spent["steps"] == 6 and spent["seconds"] > 0 and spent["tokens"] > 6 * 4 * 8
+
+
+def test_out_of_memory_says_what_to_lower_and_goes_on(tiny, tiny_folder, tmp_path, monkeypatch):
+    data, whole = examples(tiny), tune.sft(str(tiny_folder), examples(tiny), QUICK, tmp_path / "w")
+
+    def full(figures):
+        if figures["step"] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    with pytest.raises(MemoryError, match="after step 3 with micro_batch 2; lower it"):
+        tune.sft(str(tiny_folder), data, QUICK, tmp_path / "cut", full)
+    seen = []
+    small = dataclasses.replace(QUICK, micro_batch=1)
+    cut = tune.sft(str(tiny_folder), data, small, tmp_path / "cut", seen.append)
+    assert [figures["step"] for figures in seen] == [3, 4, 5, 6], "from step 2, which was saved"
+    losses = [[row["loss"] for row in tune.history(place)] for place in (whole, cut)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3), "the steps are the same"
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
+    tiny, tiny_folder, tmp_path, monkeypatch
+):
+    """A full disk at the second checkpoint: one sentence, and the first one is gone on from."""
+    data, saved = examples(tiny), torch.save
+
+    def full(content, file, *rest, **options):
+        if "checkpoint-4" in str(file):
+            Path(file).write_bytes(b"half")
+            raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3")
+        return saved(content, file, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="Cannot save a checkpoint of step 4 .*make room and run"):
+            tune.sft(str(tiny_folder), data, QUICK, tmp_path)
+    (checkpoints,) = tmp_path.glob("*/checkpoints")
+    assert (checkpoints / "checkpoint-4").is_dir()
+    assert tune.last_checkpoint(checkpoints).endswith("checkpoint-2")
+    seen = []
+    tune.sft(str(tiny_folder), data, QUICK, tmp_path, seen.append)
+    assert [figures["step"] for figures in seen] == [3, 4, 5, 6]
+
+
+def test_energy_is_the_sum_of_what_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    assert energy.joules() is None, "nothing counts here"
+    for name, count in (("intel-rapl:0", 2_000_000), ("intel-rapl:1", 3_500_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{count}\n")
+    part = tmp_path / "intel-rapl:0:0"
+    part.mkdir()
+    (part / "energy_uj").write_text("999")
+    assert energy.joules() == 5.5
+    assert energy.drawn(5.5, 7.0) == 1.5
+    assert energy.drawn(7.0, 5.5) is None, "a counter began anew"
+    assert energy.drawn(None, 5.5) is None
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tiny, tiny_folder, tmp_path):
     wild = dataclasses.replace(QUICK, learning_rate=1e38, warmup=0.5, steps=8, save_every=1)
     with pytest.raises(tune.Unstable, match=r"The loss is \S+ at step \d; .*Lower learning_rate"):
@@ -148,5 +227,5 @@ def test_wrong_recipes_and_a_full_disk_are_one_sentence(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(tune.wheels, "hash_files", full)
     with pytest.raises(OSError, match=r"\(No space left on device\); make room and run again"):
-        tune.save(models.load("random:llama").weights, tiny, tmp_path, {})
+        tune.save(models.load("random:llama").weights, tiny, tmp_path / "model", {})
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,11 @@
 """The workstation profile to its end, on a local hub cache with tiny files under the real names.
 
-Only the training of evictors is shortened: a step on 4,096 tokens takes seconds on any model.
+Only the trainings are shortened: a step on thousands of tokens takes seconds on any model.
 
-The models are Qwen3 networks of two small layers with the bundled tokenizer. Their head is zero,
-so that every token is equally likely, and half of the vocabulary ends an answer: the 16,384 new
-tokens of the profile are never reached.
+The models are Qwen3 networks of two small layers with the bundled tokenizer. What they say does not
+depend on what they read: a 3, a 7 or one of two tokens that end the answer, each as likely at any
+temperature. So the thousands of new tokens that the profile allows are never reached, and some
+answers are right.
 """
 
 import io
@@ -24,8 +25,11 @@ from kit import paths, published
 from kit.store import Store
 
 MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B-Instruct-2507")
+REINFORCED = ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",)
+REINFORCED += tuple(f"knoveleng/Open-RS{number}" for number in (1, 2, 3))
 EMBEDDER = "Qwen/Qwen3-Embedding-0.6B"
 MATH = "EleutherAI/hendrycks_math"
+GOLDS = (3, 7)  # all answers, and all that the models say
 
 
 def tiny_qwen3(folder, tokenizer, seed: int) -> dict[str, bytes]:
@@ -37,27 +41,73 @@ def tiny_qwen3(folder, tokenizer, seed: int) -> dict[str, bytes]:
     )  # fmt: skip
     torch.manual_seed(seed)
     weights = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.nn.init.ones_(weights.model.embed_tokens.weight)
     torch.nn.init.zeros_(weights.lm_head.weight)
-    weights.generation_config = GenerationConfig(eos_token_id=list(range(0, 49152, 2)))
+    ends = [0, tokenizer.eos_token_id]
+    said = [*ends, *(tokenizer.convert_tokens_to_ids(str(gold)) for gold in GOLDS)]
+    with torch.no_grad():
+        state = weights.model(torch.tensor([said]))[0][0, 0]
+        weights.lm_head.weight[said] = 20 * state / state.square().sum()
+    weights.generation_config = GenerationConfig(eos_token_id=ends)
     weights.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def math_rows(subject: str) -> bytes:
-    """A parquet file of one problem per level of one subject, in the published columns."""
+def math_rows(subject: str, half: str) -> bytes:
+    """A parquet file of one subject in the published columns: one problem of levels 3 and 4, and of
+    the others as many as it takes for each split to have some."""
     rows = [
         {
-            "problem": f"In {subject}, what is ${level} + {len(subject)}$?",
+            "problem": f"In {half} {subject}, what is ${level + 5 * i} + {gold - level - 5 * i}$?",
             "level": f"Level {level}",
             "type": subject.replace("_", " ").title(),
-            "solution": f"It is $\\boxed{{{level + len(subject)}}}$.",
+            "solution": f"It is $\\boxed{{{gold}}}$.",
         }
         for level in range(1, 6)
+        for i in range(1 if level in (3, 4) else 8)
+        for gold in [GOLDS[level % 2]]
     ]
+    return parquet(rows)
+
+
+def parquet(rows: list[dict]) -> bytes:
     buffer = io.BytesIO()
     pandas.DataFrame(rows).to_parquet(buffer)
     return buffer.getvalue()
+
+
+def benchmark_rows() -> dict[str, tuple[dict, ...]]:
+    """Two rows of each benchmark of Open-RS, and of its training set, in the published columns."""
+    asked = [f"Of {number} apples, all are eaten; how many were there?" for number in GOLDS]
+    rows = zip(asked, GOLDS, strict=True)
+    by_name = {
+        name: [] for name in ("aime24", "amc23", "math500", "minerva", "olympiad", "open-rs")
+    }
+    for question, gold in rows:
+        by_name["aime24"].append({"id": gold, "problem": question, "answer": f"{gold:03}"})
+        by_name["amc23"].append({"id": gold, "question": question, "answer": float(gold)})
+        by_name["math500"].append(
+            {"problem": question, "answer": str(gold), "subject": "Algebra", "level": 3}
+            | {"unique_id": f"test/algebra/{gold}.json"}
+        )
+        by_name["minerva"].append({"question": question, "answer": str(gold)})
+        by_name["olympiad"].append({"question": question, "final_answer": [str(gold)]})
+    for number in range(40):
+        gold, level = GOLDS[number % 2], "Easy" if number % 7 == 0 else "Hard"
+        row = {"problem": f"What is {number} - {number - gold}?", "solution": "", "level": level}
+        by_name["open-rs"].append(row | {"answer": str(gold)})
+    return by_name
+
+
+SHORT = {
+    "03_dms": {"RAMP_STEPS": 2, "CONTEXT": 64, "HELD_OUT": 2, "PROBLEMS": 14},
+    "04_phase2": {
+        "PROBLEMS": "[14, 7, 14]",
+        "SFT": "{ seeds = 2, steps = 2, batch = 2, micro_batch = 1, keep_every = 1 }",
+        "GRPO": "{ seeds = 2, steps = 2, groups = 2, size = 3, micro_batch = 3, keep_every = 1 }",
+    },
+}
 
 
 def shortened(folder):
@@ -65,11 +115,12 @@ def shortened(folder):
     shutil.copytree(paths.ROOT / "notebooks", folder)
     profile = folder / "profiles" / "workstation.toml"
     text = profile.read_text()
-    for knob, short in {"RAMP_STEPS": 2, "CONTEXT": 64, "HELD_OUT": 2, "PROBLEMS": 14}.items():
-        head, table = text.split('["03_dms"]')
-        table, count = re.subn(rf"(?m)^{knob} = \d+$", f"{knob} = {short}", table, count=1)
-        assert count == 1, knob
-        text = f'{head}["03_dms"]{table}'
+    for notebook, knobs in SHORT.items():
+        for knob, short in knobs.items():
+            head, table = text.split(f'["{notebook}"]\n')
+            table, count = re.subn(rf"(?m)^{knob} = .+$", f"{knob} = {short}", table, count=1)
+            assert count == 1, knob
+            text = f'{head}["{notebook}"]\n{table}'
     profile.write_text(text)
     return folder
 
@@ -82,11 +133,16 @@ def kit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     hub, cache, outputs = (tmp_path / name for name in ("hub", "cache", "outputs"))
-    for seed, repo in enumerate([*MODELS, EMBEDDER]):
+    for seed, repo in enumerate([*MODELS, EMBEDDER, *REINFORCED]):
         build_cache(hub, "model", repo, tiny_qwen3(tmp_path / str(seed), bundled.tokenizer, seed))
     names = [n for split in ("test", "train") for n in published.SOURCES["math"].files[split]]
-    files = {name: math_rows(name.split("/")[0] + name.split("/")[1][:5]) for name in names}
+    files = {name: math_rows(*name.split("-")[0].split("/")) for name in names}
     build_cache(hub, "dataset", MATH, files)
+    for name, rows in benchmark_rows().items():
+        ((file,),) = published.SOURCES[name].files.values()
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        made = parquet(rows) if file.endswith("parquet") else lines
+        build_cache(hub, "dataset", published.SOURCES[name].repo, {file: made})
     cache.mkdir()
     (cache / "models").symlink_to(paths.MODELS)
     environment = {
@@ -117,7 +173,20 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     assert {"plain", "format-only", "irrelevant", "random", "streaming"} <= set(arms.index)
     assert arms.pop("matts-samples") == 3 * 14
     assert (arms == 14).all() and len(arms) == 23, arms
+    said = json.loads((folder / "results" / "04_phase2.json").read_text())
+    assert {"own", "kept", "internalised", "unfiltered", "grpo", "grpo base"} <= {
+        row["arm"] for row in said["arms"]
+    }
+    stored = Store(folder / "store").table(set(said["keys"]))
+    per_arm = stored[stored["source"] == "aime24"]["arm"].value_counts()
+    assert per_arm.to_dict() == {
+        arm: 20 for arm in ("r1-distill", "open-rs1", "open-rs2", "open-rs3")
+    }
+    assert {"grpo-step1", "grpo-step2"} <= set(stored[stored["source"] == "math500"]["arm"])
+    verdicts = json.loads((folder / "results" / "07_verdicts.json").read_text())["verdicts"]
+    judged = {row["claim"]: row["verdict"] for row in verdicts if row["system"] == "open-rs"}
+    assert judged["openrs-rs3-aime24-gain"] and judged["openrs-completions"] == "not reproduced"
     pinned = json.loads((cache / "revisions.json").read_text())
-    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 4
+    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 4 + 4 + 6
     again = kit("reproduce", "--profile", "workstation", **environment)
     assert again.returncode == 0 and "done in" not in again.stdout, again.stdout[-2000:]

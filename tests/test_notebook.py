@@ -1,0 +1,38 @@
+"""What a training shows while it runs in a notebook."""
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+
+from kit import notebook
+from kit.drawing import Picture
+
+
+@pytest.fixture
+def shell():
+    """What a notebook has and a script has not."""
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def test_a_training_is_followed_by_one_line_and_one_figure(shell):
+    drawn = []
+
+    def draw(rows: list[dict]) -> Picture:
+        drawn.append([row["step"] for row in rows])
+        return Picture()
+
+    with capture_output() as said:
+        report = notebook.follow(7, draw, every=3)
+        for step in range(1, 8):
+            report({"step": step})
+    assert drawn == [[1], [1, 2, 3], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]]
+    lines = [o.data["text/plain"] for o in said.outputs if "step" in o.data.get("text/plain", "")]
+    steps = [line.split(" step ")[1].split(",")[0] for line in lines]
+    assert steps == ["1 of 7", *(f"{step} of 7" for step in range(1, 8))]
+    assert lines[-1].startswith("█" * 20) and lines[0].count("░") == 18
+
+
+@pytest.mark.parametrize("value, stored", [(float("nan"), None), ((1, 2), [1, 2]), (0.1, 0.1)])
+def test_numbers_that_json_has_not_become_null(value, stored):
+    assert notebook._plain(value, "here") == stored
