@@ -95,8 +95,8 @@ def training(runs: Sequence[Sequence[Mapping]], shown: Mapping[str, str]) -> Pic
         panels = picture.subplots(rows, 2, sharex=True, squeeze=False)
         for axes, (key, label) in zip(panels.flat, here.items()):
             values = pd.concat([frame[key] for frame in frames if key in frame], axis=1)
-            marker = "o" if len(values) < 3 else ""
-            axes.plot(values.index, values.mean(axis=1), marker, color=SERIES[0][0], linestyle="-")
+            line = "o-" if len(values) < 3 else "-"
+            axes.plot(values.index, values.mean(axis=1), line, color=SERIES[0][0])
             if values.shape[1] > 1:
                 low, high = values.min(axis=1), values.max(axis=1)
                 axes.fill_between(values.index, low, high, color=SERIES[0][0], alpha=0.25)

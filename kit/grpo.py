@@ -30,7 +30,8 @@ from kit import evictor, models, paths, problems, prompts, rewards, rollouts
 from kit.policies import DMS, Full
 from kit.recipes import RECIPES, ROLLOUTS, Recipe, mixed
 from kit.schema import Problem, Prompt, digest
-from kit.tune import VERSIONS, Watch, common, identity, lora, train
+from kit.tune import VERSIONS, common, identity, lora, train
+from kit.watch import Watch
 
 DDP = paths.DATA / "launch" / "ddp.yaml"
 

@@ -9,10 +9,7 @@ of its steps in `history.json`; of the steps that are to be compared on the vali
 import json
 import math
 import os
-import resource
 import shutil
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -23,11 +20,11 @@ import transformers
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from kit import energy, models, wheels
+from kit import models, wheels
 from kit.schema import digest
+from kit.watch import Watch, last_checkpoint, told
 
 VERSIONS = [torch.__version__, transformers.__version__]  # with others the same steps differ
-IDLE = 10  # steps of GRPO without a gradient that are worth a warning
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,6 @@ class Recipe:
                 f"batch is {self.batch}, micro_batch {self.micro_batch}, steps {self.steps}: "
                 f"micro_batch must divide batch, and steps be at least 1."
             )
-
-
-class Unstable(RuntimeError):
-    """The loss is no number any more; says at which step, and what was kept."""
 
 
 def sft(
@@ -143,8 +136,8 @@ def train(trainer, model: models.Model, place: Path, recipe, card: dict) -> Path
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(place / "checkpoints"))
     except (OSError, RuntimeError, SafetensorError) as error:
-        if told := _told(error, trainer, place):
-            raise told from error
+        if sentence := told(error, trainer, place):
+            raise sentence from error
         raise
     if trainer.is_world_process_zero():
         history = [row for row in trainer.state.log_history if "loss" in row]
@@ -153,24 +146,6 @@ def train(trainer, model: models.Model, place: Path, recipe, card: dict) -> Path
     shutil.rmtree(place / "checkpoints", ignore_errors=True)  # three times the size, of no more use
     trainer.accelerator.wait_for_everyone()
     return place / "model"
-
-
-def _told(error: Exception, trainer, place: Path) -> Exception | None:
-    """The error in one sentence, if it is of memory, or of the disk and not told already."""
-    step, said = trainer.state.global_step, str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
-        return MemoryError(
-            f"Out of memory after step {step} with micro_batch "
-            f"{trainer.args.per_device_train_batch_size}; lower it (the steps stay the same) and "
-            f"run again: the last checkpoint is kept."
-        )
-    full = "No space left" in said or "PytorchStreamWriter" in said  # so torch says it
-    if full and "make room" not in said:
-        return OSError(
-            f"Cannot save a checkpoint of step {step} in {place} ({said.splitlines()[0][:80]}); "
-            f"make room and run again: it goes on at the checkpoint before."
-        )
-    return None
 
 
 def keep(trainer, model: models.Model, folder: Path, card: dict) -> None:
@@ -205,43 +180,6 @@ def kept(model_folder: Path) -> dict[int, Path]:
     folders = [Path(model_folder), *Path(model_folder).parent.glob("step-*")]
     found = {json.loads((folder / "card.json").read_text())["step"]: folder for folder in folders}
     return dict(sorted(found.items()))
-
-
-class Watch(TrainerCallback):
-    """Adds seconds, energy and peak memory to the figures of each step, and reports them; stops a
-    training whose loss is no number."""
-
-    def __init__(self, report: Callable[[dict], None], place: Path):
-        self.report, self.place, self.equal = report, place, 0
-        self.began, self.counted = time.perf_counter(), energy.joules()
-
-    def on_step_begin(self, args, state, control, **_):
-        self.began, self.counted = time.perf_counter(), energy.joules()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs:
-            return
-        logs["seconds"] = time.perf_counter() - self.began
-        logs["joules"] = energy.drawn(self.counted, energy.joules())
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        on_gpu = torch.cuda.is_available()
-        logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else resident
-        state.log_history[-1].update(logs)
-        if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
-            kept = last_checkpoint(self.place / "checkpoints")
-            raise Unstable(
-                f"The loss is {logs['loss']} at step {state.global_step}; "
-                f"{f'the checkpoint {Path(kept).name} is kept' if kept else 'nothing was saved'}"
-                f". Lower learning_rate."
-            )
-        self.equal = self.equal + 1 if logs.get("frac_reward_zero_std") == 1 else 0
-        if self.equal == min(IDLE, state.max_steps):
-            warnings.warn(
-                f"In {self.equal} steps every group had equal rewards, so nothing is learnt; take "
-                f"problems that are solved at times (traces.learnable), or larger groups.",
-                stacklevel=2,
-            )
-        self.report({"step": state.global_step, **logs})
 
 
 def save(trained, base: models.Model, folder: Path, card: dict, weights: dict | None = None):
@@ -286,12 +224,6 @@ def cost(model_folder: Path) -> dict[str, float | None]:
         "tokens": log[-1]["num_tokens"],
         "joules": None if None in drawn else sum(drawn),
     }
-
-
-def last_checkpoint(checkpoints: Path) -> str | None:
-    """The last checkpoint that was saved whole: its state is written after all else."""
-    whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
 
 
 def lora(rank: int):

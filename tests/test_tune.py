@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kit import energy, models, prompts, traces, tune
+from kit import energy, models, prompts, traces, tune, watch
 from kit.schema import Problem
 from kit.tune import Recipe
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(
             tune.sft(str(tiny_folder), data, QUICK, tmp_path)
     (checkpoints,) = tmp_path.glob("*/checkpoints")
     assert (checkpoints / "checkpoint-4").is_dir()
-    assert tune.last_checkpoint(checkpoints).endswith("checkpoint-2")
+    assert watch.last_checkpoint(checkpoints).endswith("checkpoint-2")
     seen = []
     tune.sft(str(tiny_folder), data, QUICK, tmp_path, seen.append)
     assert [figures["step"] for figures in seen] == [3, 4, 5, 6]
@@ -211,7 +211,7 @@ def test_energy_is_the_sum_of_what_counts(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tiny, tiny_folder, tmp_path):
     wild = dataclasses.replace(QUICK, learning_rate=1e38, warmup=0.5, steps=8, save_every=1)
-    with pytest.raises(tune.Unstable, match=r"The loss is \S+ at step \d; .*Lower learning_rate"):
+    with pytest.raises(watch.Unstable, match=r"The loss is \S+ at step \d; .*Lower learning_rate"):
         tune.sft(str(tiny_folder), examples(tiny), wild, tmp_path)
 
 
