@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce status test lint unit notebooks lab bench clean
+.PHONY: help env cluster reproduce status bundle test lint unit notebooks lab bench clean
 
 ENV ?= venv
 PREFIX := $(if $(filter conda,$(ENV)),.conda,.venv)
@@ -33,6 +33,11 @@ endif
 	$(PY) -m kit.embed
 	@touch $@
 
+cluster: $(PREFIX)/cluster ## add Ray, which the sweep of 06 runs on with WORKERS=N or RAY_ADDRESS
+$(PREFIX)/cluster: $(PREFIX)/ready cluster.lock
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r cluster.lock
+	@touch $@
+
 reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|laptop|workstation FROM=03 ONLY=02 FORCE=1)
 	@$(PY) -m kit reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(FROM),--from $(FROM)) \
 	  $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force)
@@ -45,11 +50,14 @@ lint: env
 	$(PREFIX)/bin/ruff check kit tests notebooks
 	$(PREFIX)/bin/ruff format --check kit tests
 	$(PREFIX)/bin/lint-imports
-unit: env
+unit: env cluster
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --ignore tests/test_workstation.py
 notebooks: env
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider notebooks
 	$(PY) -m pytest tests/test_workstation.py
+
+bundle: env ## pack a run into outputs/PROFILE/bundle.zip, to attach to a paper
+	@$(PY) -m kit bundle $(if $(PROFILE),--profile $(PROFILE))
 
 lab: env ## open JupyterLab on the notebooks
 	$(PREFIX)/bin/jupyter lab notebooks

@@ -18,7 +18,12 @@ from kit.strategies import Bank
 
 BUDGET = 1500  # tokens that memory may take in a prompt
 SPENT = ["prompt_tokens", "new_tokens", "seconds"]
-SPENT += ["kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes"]  # samples run side by side
+SPENT += [
+    "kv_reads_tokens",
+    "kv_peak_tokens",
+    "kv_peak_bytes",
+    "joules",
+]  # samples run side by side
 
 
 def prompt(problem: Problem, arm: str, memory: str = "", found: Found | None = None) -> Prompt:

@@ -1,4 +1,4 @@
-"""The terminal: `python -m kit reproduce` and `python -m kit status`.
+"""The terminal: `python -m kit reproduce | status | advise | report | bundle | verify | diff`.
 
 Turns flags into calls and results into plain text. `make reproduce` hands PROFILE, FROM, ONLY
 and FORCE on as flags. Decides nothing about results: verdicts come from
@@ -15,11 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from kit import pipeline, stages
-from kit.paths import NOTEBOOKS, OUTPUTS, run_dir
-from kit.provenance import gpus
-from kit.stages import PREFLIGHT, Refused
+from kit.paths import PUBLISHED, run_dir
+from kit.preflight import preflight
+from kit.stages import Refused
 
-GB = 10**9
 UNMEASURED = "not measured yet"
 EXIT_CODES = """exit status:
   0    everything asked for is up to date
@@ -59,77 +58,6 @@ def default_profile() -> str:
     return "laptop"
 
 
-def preflight(profile: str, *, force: bool = False, notebooks_dir: Path = NOTEBOOKS) -> None:
-    """Print what a profile downloads and needs; refuse when the disk has too little room.
-
-    Reads the [preflight] table: downloads = [[name, GB], ...], disk_gb, gpu_memory_gb, hours,
-    note. What already lies in the hub cache is not counted again, so that a resumed run passes.
-    """
-    needs = _needs(profile, notebooks_dir)
-    if not needs:
-        return
-    from kit.hub import cache_dir
-
-    cache = Path(cache_dir())
-    here = {name: min(gb, _cached_gb(cache, name)) for name, gb in needs["downloads"]}
-    print(f"profile {profile} needs")
-    for name, gb in needs["downloads"]:
-        print(f"  download    {name}, {gb:g} GB" + f", {here[name]:.1f} here" * (here[name] > 0))
-    total, room = sum(gb for _, gb in needs["downloads"]), min(_free_gb(cache), _free_gb(OUTPUTS))
-    missing = max(0.0, needs["disk_gb"] - sum(here.values()))
-    print(f"  in total    {total:g} GB, to {cache}")
-    print(f"  disk        {needs['disk_gb']:g} GB, {missing:.1f} still to fill, {room:.1f} free")
-    memory = [gpu["memory_mib"] * 2**20 / GB for gpu in gpus() if gpu["memory_mib"]]
-    seen = f"the largest here has {max(memory):.0f} GB" if memory else "there is none here"
-    print(f"  GPU memory  {needs['gpu_memory_gb']:g} GB; {seen}")
-    print(f"  time        about {needs['hours']:g} hours")
-    if needs["note"]:
-        print(f"  {needs['note']}")
-    if room < missing:
-        print(f"warning: {missing:.1f} GB still to fill and {room:.1f} GB free", flush=True)
-        if not force:
-            raise Refused("too little room on the disk: free some, or start all the same with "
-                          "FORCE=1", 1)  # fmt: skip
-
-
-def _needs(profile: str, notebooks_dir: Path) -> dict:
-    """The checked [preflight] table with its defaults; empty where a profile has none."""
-    table = stages.read_profile(profile, notebooks_dir).get(PREFLIGHT)
-    if table is None:
-        return {}
-    numbers = {"disk_gb": 0, "gpu_memory_gb": 0, "hours": 0}
-    known = {"downloads": [], "note": "", **numbers}
-    where = f"{profile}.toml, table {PREFLIGHT}"
-    for key in table:
-        if key not in known:
-            raise Refused(f"{where}: there is no key {key}; there are: {', '.join(known)}")
-    needs = known | table
-    if not all(isinstance(needs[key], int | float) for key in numbers):
-        raise Refused(f"{where}: {', '.join(numbers)} must be numbers")
-    for entry in needs["downloads"]:
-        match entry:
-            case [str(), int() | float()]:
-                continue
-        raise Refused(f"{where}: downloads must hold pairs [name, GB], not {entry!r}")
-    return needs
-
-
-def _cached_gb(cache: Path, name: str) -> float:
-    """What the hub cache already holds of a model or data set."""
-    label = name.replace("/", "--")
-    folders = [cache / f"{kind}--{label}" for kind in ("models", "datasets")]
-    files = [file for folder in folders for file in folder.rglob("*")]
-    return (
-        sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink()) / GB
-    )
-
-
-def _free_gb(folder: Path) -> float:
-    """Free space on the disk where `folder` is or will be."""
-    there = next(place for place in [folder, *folder.parents] if place.exists())
-    return shutil.disk_usage(there).free / GB
-
-
 def _reproduce(profile: str, args: argparse.Namespace) -> int:
     print(f"profile {profile}", flush=True)
     every = stages.load_stages(profile)
@@ -139,11 +67,12 @@ def _reproduce(profile: str, args: argparse.Namespace) -> int:
     code = pipeline.run(profile, from_=args.from_, only=args.only, force=args.force)
     if code == 0:
         print_verdicts(profile)
+        print_reference(profile)
         print_paths(profile)
     return code
 
 
-def _status(profile: str, _: argparse.Namespace) -> int:
+def _status(profile: str, args: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     rows, earlier = [], []
@@ -153,8 +82,97 @@ def _status(profile: str, _: argparse.Namespace) -> int:
         wall = pipeline.clock(done["wall_seconds"]) if done else ""
         rows.append([stage.name, word, why, wall, done.get("finished", "")])
         earlier.append(stage)
+    heads = ["stage", "state", "why", "wall time", "finished (UTC)"]
+    if args.json:
+        print(json.dumps([dict(zip(heads, row)) for row in rows], indent=1))
+        return 0
     print(f"profile {profile}")
-    print(tabulate(rows, ["stage", "state", "why", "wall time", "finished (UTC)"]))
+    print(tabulate(rows, heads))
+    return 0
+
+
+def _advise(profile: str, args: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from kit import advise, budget, hub
+
+    try:
+        memory, context = advise.size(args.memory), advise.tokens(args.context)
+        sizes = advise.sizes(args.model)
+        rows = advise.load(run_dir(profile), args.model)
+        found = advise.measured(sizes, context, rows) if rows else advise.options(sizes, context)
+        chosen, why = advise.choose(found, memory)
+    except (ValueError, hub.HubError) as error:
+        raise Refused(str(error), 2) from error
+    print(f"{args.model} at {context:,} tokens in {budget.text(memory)}\n")
+    shown = advise.table(found if rows else advise.narrow(found, chosen), memory)
+    print(
+        tabulate(
+            shown, ["configuration", "GiB", "fits", "accuracy, percent"], disable_numparse=True
+        )
+    )
+    print(f"\nRun: {chosen.name}\nWhy: {why}\n")
+    print("\n".join(advise.arithmetic(chosen)))
+    return 0
+
+
+def _report(profile: str, _: argparse.Namespace) -> int:
+    """Bring notebook 07, which writes the page, up to date."""
+    code = pipeline.run(profile, only="07")
+    if code == 0:
+        print_paths(profile)
+    return code
+
+
+def _bundle(profile: str, _: argparse.Namespace) -> int:
+    from kit import bundle
+
+    try:
+        made = bundle.write(profile)
+    except ValueError as error:
+        raise Refused(str(error), 2) from error
+    print(f"{pipeline.short(made)}, {made.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _verify(_: str, args: argparse.Namespace) -> int:
+    from kit import bundle
+
+    try:
+        wrong, left = bundle.verify(args.file)
+    except bundle.Damaged as error:
+        raise Refused(str(error), 2) from error
+    if args.json:
+        print(json.dumps({"differs": wrong, "not_recomputed": left}, indent=1))
+    else:
+        print("\n".join(wrong) or "every hash, verdict and table that follows from records agrees")
+        if left:
+            print(f"not made again, its hash alone checked: {'; '.join(left)}")
+    return int(bool(wrong))
+
+
+def _diff(_: str, args: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from kit import bundle
+
+    try:
+        runs = [bundle.read(place if place.exists() else run_dir(str(place)))
+                for place in (args.one, args.other)]  # fmt: skip
+    except bundle.Damaged as error:
+        raise Refused(str(error), 2) from error
+    found = bundle.diff(*runs)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    names = [str(place) for place in (args.one, args.other)]
+    heads = {"numbers": ["claim", *names, "moved"], "verdicts": ["claim", *names]}
+    heads["environment"] = ["what", *names]
+    for part, rows in found.items():
+        print(f"{part}: {len(rows)} differ")
+        if rows:
+            wide = [34] * len(heads[part])
+            print(tabulate(rows, heads[part], maxcolwidths=wide, disable_numparse=True))
     return 0
 
 
@@ -178,6 +196,28 @@ def print_verdicts(profile: str) -> None:
         alike = [row["system"] for row in others if (row["verdict"] or UNMEASURED) == verdict]
         each = ", ".join(f"{system} {k}" for system, k in sorted(Counter(alike).items()))
         print(f"{verdict}: {n} ({each})")
+
+
+def print_reference(profile: str, published: Path = PUBLISHED) -> None:
+    """How this run differs from the published one of its profile, where there is one."""
+    if not (published / profile).is_dir():
+        return
+    from kit import bundle
+
+    reference, here = bundle.read(published / profile), bundle.read(run_dir(profile))
+    found = bundle.diff(reference, here)
+    both = [claim for claim, row in reference.verdicts.items()
+            if row["measured"] and here.verdicts.get(claim, {}).get("measured")]  # fmt: skip
+    beyond = [row for row in found["numbers"] if row[3] == "beyond noise"]
+    changed = found["verdicts"]
+    print(
+        f"\nAgainst the published run of this profile: of {len(both)} claims measured in both, "
+        f"{len(beyond)} moved beyond noise, {len(changed)} verdicts differ"
+    )
+    for claim, theirs, ours, _ in beyond:
+        print(f"  {claim}: {theirs} there, {ours} here")
+    for claim, theirs, ours in changed:
+        print(f"  {claim}: {theirs} there, {ours} here")
 
 
 def print_paths(profile: str) -> None:
@@ -206,7 +246,36 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.set_defaults(command=_reproduce)
     status = commands.add_parser("status", help="say which notebooks are up to date, and why not")
     status.set_defaults(command=_status)
-    for command in (reproduce, status):
+    advise = commands.add_parser("advise", help="say what of a model fits into a memory, and why")
+    advise.set_defaults(command=_advise)
+    advise.add_argument("--memory", required=True, help="of the device: 24GiB, or 24GB")
+    advise.add_argument("--model", required=True, help="hub:ORG/NAME, a folder, or the bundled one")
+    advise.add_argument("--context", required=True, help="tokens of a question and its answer: 32k")
+    report = commands.add_parser("report", help="write the page again from what has been measured")
+    report.set_defaults(command=_report)
+    bundle = commands.add_parser("bundle", help="pack a run into one zip for a paper")
+    bundle.set_defaults(command=_bundle)
+    verify = commands.add_parser(
+        "verify",
+        help="check a bundle: hashes, and verdicts and tables from its records; no model needed",
+        epilog="example: python -m kit verify bundle.zip\n"
+        "exit status: 0 nothing differs, 1 something does, 2 no bundle",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.set_defaults(command=_verify, profile="laptop")
+    verify.add_argument("file", type=Path)
+    diff = commands.add_parser(
+        "diff",
+        help="say where two runs differ: numbers beyond noise, verdicts, environment",
+        epilog="example: python -m kit diff laptop theirs.zip",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    diff.set_defaults(command=_diff, profile="laptop")
+    for name in ("one", "other"):
+        diff.add_argument(name, type=Path, help="a bundle, a folder of outputs, or a profile")
+    for command in (status, verify, diff):
+        command.add_argument("--json", action="store_true", help="for a script")
+    for command in (reproduce, status, advise, report, bundle):
         command.add_argument("--profile", help="laptop, workstation, tour, ... (default: by GPU)")
     reproduce.add_argument("--from", dest="from_", metavar="NN", help="run again from here on")
     reproduce.add_argument("--only", metavar="NN", help="bring only this notebook up to date")

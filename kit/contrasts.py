@@ -50,6 +50,12 @@ def exact(value: float, unit: str, origin: str = "") -> Measurement:
     return Measurement(value, value, value, 1, unit, (value, value), origin=origin)
 
 
+def points(found: stats.Interval, origin: str = "") -> Measurement:
+    """A difference of shares, in points."""
+    ends = (100 * x for x in (found.estimate, found.low, found.high))
+    return Measurement(*ends, found.n, "points", origin=origin)
+
+
 def mean_of(values: Iterable[float], unit: str, origin: str = "") -> Measurement:
     """Mean of independent values that are no proportions, as KL per sequence: Student's t."""
     values = np.asarray(list(values), dtype=float)

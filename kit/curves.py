@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from kit.drawing import SERIES, STYLE, WIDTH, Picture
+from kit.drawing import SERIES, STYLE, WIDTH, Picture, line
 
 
 def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:
@@ -21,8 +20,8 @@ def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:
         picture = Picture(figsize=(WIDTH, 3.6), layout="constrained")
         upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for number, name in enumerate(column for column in table if column != "ratio"):
-            colour, line = SERIES[number // 2][0], ("-", "--")[number % 2]
-            upper.plot(table["ratio"], table[name], line, color=colour, label=name)
+            colour, dash = SERIES[number // 2][0], ("-", "--")[number % 2]
+            upper.plot(table["ratio"], table[name], dash, color=colour, label=name)
         upper.set_ylabel("reward")
         picture.legend(loc="outside upper center", ncols=2, frameon=False)
         edges = np.linspace(0, table["ratio"].max(), 61)
@@ -50,7 +49,7 @@ def checkpoints(logs: pd.DataFrame) -> Picture:
             for number, (experiment, rows) in enumerate(logs.groupby("experiment")):
                 here = rows[rows["benchmark"] == name]
                 steps = here["step"] + 8 * (number - 1)  # side by side
-                _line(axes, steps, [*here["accuracy"]], number, f"experiment {experiment}")
+                line(axes, steps, [*here["accuracy"]], number, f"experiment {experiment}")
             axes.set_ylabel(f"{name}, %")
         panels[-1].set_xlabel("step")
         lines = panels[0].get_legend_handles_labels()
@@ -69,7 +68,7 @@ def rounds(table: pd.DataFrame) -> Picture:
         axes = picture.subplots()
         for number, (way, rows) in enumerate(table.groupby("way", sort=False)):
             offset = 0.06 * (number - (table["way"].nunique() - 1) / 2)
-            _line(axes, rows["round"] + offset, [*rows["accuracy"]], number, way)
+            line(axes, rows["round"] + offset, [*rows["accuracy"]], number, way)
         axes.set_xticks(sorted(table["round"].unique()))
         axes.set_xlabel("rounds of training")
         axes.set_ylabel("accuracy, percent, 95% interval")
@@ -95,8 +94,8 @@ def training(runs: Sequence[Sequence[Mapping]], shown: Mapping[str, str]) -> Pic
         panels = picture.subplots(rows, 2, sharex=True, squeeze=False)
         for axes, (key, label) in zip(panels.flat, here.items()):
             values = pd.concat([frame[key] for frame in frames if key in frame], axis=1)
-            line = "o-" if len(values) < 3 else "-"
-            axes.plot(values.index, values.mean(axis=1), line, color=SERIES[0][0])
+            form = "o-" if len(values) < 3 else "-"
+            axes.plot(values.index, values.mean(axis=1), form, color=SERIES[0][0])
             if values.shape[1] > 1:
                 low, high = values.min(axis=1), values.max(axis=1)
                 axes.fill_between(values.index, low, high, color=SERIES[0][0], alpha=0.25)
@@ -112,13 +111,3 @@ def training(runs: Sequence[Sequence[Mapping]], shown: Mapping[str, str]) -> Pic
         f"{', '.join(last)}."
     )
     return picture
-
-
-def _line(axes: Axes, at: pd.Series, numbers: list[tuple], series: int, label: str) -> None:
-    """A line through points with vertical error bars; `numbers` is (estimate, low, high) each."""
-    value, low, high = np.array(numbers, dtype=float).reshape(-1, 3).T
-    colour, marker = SERIES[series % len(SERIES)]
-    error = np.clip([value - low, high - value], 0, None)
-    axes.errorbar(
-        at, value, yerr=error, color=colour, marker=marker, linewidth=1, elinewidth=0.8, label=label
-    )

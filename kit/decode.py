@@ -6,23 +6,24 @@ the request, its seed, and on which requests are decoded together (batch shape c
 bits), so callers cut a job into fixed groups and give one group at a time to `decode`.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import numpy
 import torch
 
-from kit import batching
-from kit.kv import SlotCache
+from kit import batching, energy
+from kit.draw import draw, uniforms
+from kit.forcing import NEVER, Forcing
+from kit.kv import Saved, SlotCache
 from kit.models import Model
+from kit.parametric import Bank
 from kit.policies import Full
 from kit.quantise import Quantised
 from kit.schema import Generation, Prompt, Sampling
-
-HEAD = 256  # most likely tokens looked at before the whole vocabulary is sorted
+from kit.widen import Wider
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     problem_id: str = ""
     sample: int = 0
+    path: tuple[int, ...] = ()  # of what it fetches from a bank
 
 
 def tokenise(model: Model, prompt: Prompt) -> tuple[int, ...]:
@@ -43,56 +45,6 @@ def tokenise(model: Model, prompt: Prompt) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def uniforms(request: Request, sampling: Sampling) -> numpy.ndarray:
-    """One uniform number per step, from (problem, sample, run seed) alone: [max_new_tokens]."""
-    text = f"{request.problem_id}\0{request.sample}\0{sampling.seed}"
-    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
-    return numpy.random.Generator(numpy.random.Philox(key=key)).random(sampling.max_new_tokens)
-
-
-def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
-    """Next tokens [N] from logits [N, V]: temperature, then top-k, then top-p, then inverse CDF.
-
-    `uniform` [N] in [0, 1) picks the token, most likely first; greedy ignores it.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    wide = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    top = logits.topk(min(wide, HEAD), sorted=True)
-    if sampling.top_k and wide <= HEAD:
-        total = top.values.logsumexp(-1, keepdim=True)
-    elif sampling.top_k:
-        total = logits.topk(wide).values.logsumexp(-1, keepdim=True)
-    else:
-        total = logits.logsumexp(-1, keepdim=True)
-    mass = (top.values - total).double().exp().cumsum(-1)  # [N, <= HEAD]
-    # Top-p keeps the shortest head whose mass reaches top_p, at least one token.
-    kept = torch.where(mass >= sampling.top_p, mass, torch.inf).amin(-1)
-    kept = torch.where(kept.isinf() & (mass.shape[-1] == wide), mass[:, -1], kept)
-    short = kept.isinf()  # the head is not enough to know where top-p ends
-    if sampling.top_p == 1.0:
-        kept, short = torch.ones_like(kept), mass[:, -1] <= uniform
-        short &= mass.shape[-1] < wide
-    pick = torch.searchsorted(
-        mass, (uniform * kept.nan_to_num(posinf=1.0)).unsqueeze(1), right=True
-    )
-    tokens = top.indices.gather(1, pick.clamp(max=mass.shape[-1] - 1)).squeeze(1)
-    if short.any():
-        tokens[short] = _draw_sorted(logits[short], wide, sampling.top_p, uniform[short])
-    return tokens
-
-
-def _draw_sorted(logits, wide: int, top_p: float, uniform) -> torch.Tensor:
-    """`draw` for the rows whose head of HEAD tokens is too short: sorts the vocabulary."""
-    top = logits.topk(wide, sorted=True)
-    mass = top.values.double().softmax(-1).cumsum(-1)
-    end = (mass < top_p).sum(-1, keepdim=True).clamp(max=wide - 1)
-    target = uniform.unsqueeze(1) * mass.gather(1, end)
-    pick = torch.searchsorted(mass, target, right=True).clamp(max=wide - 1)
-    return top.indices.gather(1, torch.minimum(pick, end)).squeeze(1)
-
-
 @dataclass
 class _Running:
     """One sequence in flight."""
@@ -101,6 +53,10 @@ class _Running:
     request: Request
     uniform: numpy.ndarray
     started: float
+    limit: int  # of new tokens
+    waits: int = 0  # stops that are still to be replaced
+    cut: int | None = None  # where it was asked for an answer
+    said: list[int] = field(default_factory=list)  # to be its next tokens, whatever is drawn
     new_ids: list[int] = field(default_factory=list)
     reads: float = 0.0
     peak: float = 0.0
@@ -141,47 +97,80 @@ def decode(
     on_done: Callable[[int, int], None] | None = None,
     policy: Full = Full(),  # noqa: B008 (frozen)
     quantised: Quantised | None = None,
+    bank: Bank | None = None,
+    forcing: Forcing = NEVER,
 ) -> list[Generation]:
     """Continue every request; results in the order of `requests`.
 
     `batch_size` sequences run at once, on a KV cache that forgets by `policy` and stores as
-    `quantised` says. `on_done(finished, new_tokens)` is called as sequences end. Raises
-    ValueError for a request that does not fit the model's context.
+    `quantised` says, each wider by what its path fetches from `bank`. `on_done(finished,
+    new_tokens)` is called as sequences end. What `forcing` asks for stands in `forced` of each
+    Generation. Raises ValueError for a request that does not fit the model's context.
     """
-    _check(model, requests, sampling)
-    done: list[Generation | None] = [None] * len(requests)
+    _check(model, requests, sampling, forcing)
+    done: dict[tuple[int, int | None], Generation] = {}  # (request, cut)
     prompts = [request.prompt_ids for request in requests]
     waiting = [(i, requests[i]) for i in batching.queue(prompts)]
     cache = SlotCache(model.weights, batch_size, policy, quantised=quantised)
     running: dict[int, _Running] = {}  # place in the cache -> sequence
-    read = _Read(batching.prefixes(prompts) if cache.shares_prefixes else {})
-    with slots_attached(model), policy.attached(model.weights):
-        while waiting or running:
+    cut: list[tuple[_Running, Saved]] = []  # to be asked for an answer
+    counted = energy.joules()
+    read = _Read(batching.prefixes(prompts) if cache.shares_prefixes and not bank else {})
+    wider = Wider.empty(model.weights, bank.shape, batch_size) if bank else None
+    memory = wider.attached() if bank else nullcontext()
+    with slots_attached(model), policy.attached(model.weights), memory:
+        while waiting or running or cut:
             free = [place for place in range(batch_size) if place not in running]
-            places = free[: len(waiting)]
+            for place, (sequence, saved) in zip(free, cut):
+                cache.restore([place], _length(sequence), saved)
+                running[place] = sequence
+            taken = min(len(free), len(cut))
+            cut, places = cut[taken:], free[taken:][: len(waiting)]
+            for place in places:
+                i, request = waiting.pop()
+                running[place] = _begun(i, request, sampling, forcing)
+            if bank:
+                for place in free[: taken + len(places)]:
+                    wider.put(place, bank.fetch(running[place].request.path))
+                if places and waiting:
+                    bank.prefetch(waiting[-1][1].path)
             if places:
-                started = time.perf_counter()
-                for place in places:
-                    i, request = waiting.pop()
-                    running[place] = _Running(i, request, uniforms(request, sampling), started)
                 after = waiting[-1][1].prompt_ids if waiting else None
                 logits = _admit(model, cache, running, places, read, after)
             else:
                 places = sorted(running)
                 logits = _step(model, cache, places, [running[p].new_ids[-1] for p in places])
-            _advance(model, cache, running, places, logits, sampling, done)
+            cut += _advance(model, cache, running, places, logits, sampling, forcing, done)
             if on_done and len(running) < batch_size:
-                finished = [g for g in done if g is not None]
+                finished = [g for (_, at), g in done.items() if at is None]
                 on_done(len(finished), sum(g.new_tokens for g in finished))
-    return done
+    done = _charged(done, energy.drawn(counted, energy.joules()))
+    return [
+        replace(done[i, None], forced=tuple(done.get((i, at)) for at in forcing.cuts))
+        for i in range(len(requests))
+    ]
 
 
-def _check(model: Model, requests: list[Request], sampling: Sampling) -> None:
+def _charged(done: dict, drawn: float | None) -> dict:
+    """Each Generation with its tokens' share of the joules that all decoded tokens drew."""
+    if not drawn:
+        return done
+    each = drawn / sum(g.new_tokens - (cut or 0) for (_, cut), g in done.items())
+    return {key: replace(g, joules=each * g.new_tokens) for key, g in done.items()}
+
+
+def _check(model: Model, requests: list[Request], sampling: Sampling, forcing: Forcing) -> None:
+    forcing.check(sampling.max_new_tokens)
     if sampling.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {sampling.max_new_tokens}; ask for at least one.")
-    limit = model.weights.config.get_text_config().max_position_embeddings
+    limit, paths = model.weights.config.get_text_config().max_position_embeddings, {}
     for request in requests:
-        need = len(request.prompt_ids) + sampling.max_new_tokens
+        if paths.setdefault(request.prompt_ids, request.path) != request.path:
+            raise ValueError(
+                f"Problem {request.problem_id!r} has a prompt that stands there with another path; "
+                f"decode the two apart."
+            )
+        need = len(request.prompt_ids) + sampling.max_new_tokens + forcing.more
         if not request.prompt_ids:
             raise ValueError(f"Problem {request.problem_id!r} has an empty prompt.")
         if need > limit:
@@ -244,25 +233,47 @@ def _step(model: Model, cache: SlotCache, places: list[int], last_ids: list[int]
     return _forward(model, cache, last_ids, cache.step(places), 0)
 
 
-def _advance(model, cache, running, places, logits, sampling: Sampling, done) -> None:
-    """Draw a token for each of `places`, count its reads, and finish what has ended."""
+def _begun(index: int, request: Request, sampling: Sampling, forcing: Forcing) -> _Running:
+    limit, seed = sampling.max_new_tokens, sampling.seed
+    drawn = uniforms(request.problem_id, request.sample, seed, limit + forcing.more)
+    return _Running(index, request, drawn, time.perf_counter(), limit, forcing.waits)
+
+
+def _length(sequence: _Running) -> int:
+    """Tokens of it that have been read: all but the last."""
+    return len(sequence.request.prompt_ids) + len(sequence.new_ids) - 1
+
+
+def _advance(model, cache, running, places, logits, sampling: Sampling, forcing: Forcing, done):
+    """Draw a token for each of `places`, count its reads, and finish what has ended; what is to be
+    asked for an answer, with its copy of the cache."""
     steps = [running[p].uniform[len(running[p].new_ids)] for p in places]
     tokens = draw(logits, sampling, torch.tensor(steps, device=logits.device)).tolist()
     attended, live = cache.attended.tolist(), cache.live_tokens().tolist()
-    stop_ids, ended = model.stop_ids, []
+    ended, cut = [], []
     for place, token in zip(places, tokens):
         sequence = running[place]
-        sequence.new_ids.append(token)
+        stopped = token in model.stop_ids and not sequence.said
+        if stopped and sequence.waits and len(sequence.new_ids) < forcing.cuts[-1]:
+            stopped, sequence.said, sequence.waits = False, [*forcing.wait], sequence.waits - 1
+        sequence.new_ids.append(sequence.said.pop(0) if sequence.said else token)
         sequence.reads += attended[place]
         sequence.peak = max(sequence.peak, live[place])
-        stopped = token in stop_ids
-        if stopped or len(sequence.new_ids) == sampling.max_new_tokens:
-            done[sequence.index] = _finish(model, cache, sequence, stopped)
+        count = len(sequence.new_ids)
+        if count in forcing.cuts and not stopped and sequence.cut is None:
+            ids, ask = [*sequence.new_ids], [*forcing.ask]
+            asked = replace(
+                sequence, cut=count, said=ask, new_ids=ids, limit=count + forcing.more, waits=0
+            )
+            cut.append((asked, cache.read(place)))
+        if stopped or count == sequence.limit:
+            done[sequence.index, sequence.cut] = _finish(model, cache, sequence, stopped)
             ended.append(place)
     for place in ended:
         del running[place]
     if ended:
         cache.release(ended)
+    return cut
 
 
 def _finish(model: Model, cache: SlotCache, sequence: _Running, stopped: bool) -> Generation:

@@ -11,19 +11,15 @@ Sources: arXiv 2506.05345; NVIDIA/Model-Optimizer experimental/dms at a2fbac7.
 import argparse
 import copy
 import dataclasses
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from kit import distil, models, prompts
+from kit import distil, models, prompts, resume
 from kit.decode import slots_attached
 from kit.evaluate import evaluate
 from kit.evictor import RECIPES, Evictor, Recipe, read_card
@@ -33,9 +29,6 @@ from kit.models import Model
 from kit.problems import ProblemSet, load
 from kit.schema import Sampling, digest
 from kit.store import Store
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, per parameter
-SAVE_EVERY_S = 60  # seconds between two saved states
 
 
 def own_traces(
@@ -97,7 +90,7 @@ class Training:
         self.model, self.data, self.recipe = model, data, recipe
         self.seed, self.history = seed, []
         everything = recipe.trains == "all"
-        weights = copy.deepcopy(model.weights) if everything else model.weights
+        weights = models.twin(model.weights) if everything else model.weights
         self.student = dataclasses.replace(model, weights=weights)
         self.evictor = Evictor(weights, recipe, model.weights_hash)
         weights.requires_grad_(everything)
@@ -112,7 +105,7 @@ class Training:
         self.job = digest([asdict(recipe), model.weights_hash, seed, hash_ids(data)], 12)
         self.folder = Path(folder) / self.job
         self._teacher: dict[int, torch.Tensor] = {}  # sequence -> its final hidden states
-        self._resume()
+        self.history = resume.load(self.folder / "state.safetensors", self.named, self.optimiser)
 
     def batch(self, step: int) -> list[int]:
         """Sequences of one step: the data in a new order in each epoch."""
@@ -181,7 +174,7 @@ class Training:
             done = len(self.history)
             if done in wanted:
                 self._publish(files[wanted[done]], held_out)
-            if done in wanted or time.monotonic() - saved > SAVE_EVERY_S:
+            if done in wanted or time.monotonic() - saved > resume.SAVE_EVERY_S:
                 self.save()
                 saved = time.monotonic()
         return files
@@ -201,31 +194,10 @@ class Training:
         evictor.save(file, dict(self.student.weights.named_parameters()) if trained else None)
 
     def save(self) -> None:
-        """Write parameters, moments and the log of steps; complete or not at all."""
-        tensors, finished = {}, len(self.history) >= self.recipe.steps
-        for name, parameter in self.named.items():
-            state = self.optimiser.state[parameter]
-            tensors[f"{name}|value"] = parameter.detach()
-            if not finished:  # three times the size, and of no more use
-                tensors |= {f"{name}|{key}": state[key] for key in MOMENTS}
-        meta = {"history": json.dumps(self.history)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "state.part"
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata=meta)
-        os.replace(part, self.folder / "state.safetensors")
-
-    def _resume(self) -> None:
-        file = self.folder / "state.safetensors"
-        if not file.is_file():
-            return
-        with safe_open(file, "pt", device=str(self.model.device)) as handle:
-            self.history = json.loads(handle.metadata()["history"])
-            for name, parameter in self.named.items():
-                parameter.data.copy_(handle.get_tensor(f"{name}|value"))
-                if len(self.history) < self.recipe.steps:
-                    moments = {key: handle.get_tensor(f"{name}|{key}") for key in MOMENTS}
-                    step = torch.tensor(float(len(self.history)))
-                    self.optimiser.state[parameter] = {"step": step, **moments}
+        """Write what `run` needs to go on."""
+        finished = len(self.history) >= self.recipe.steps
+        state = self.folder / "state.safetensors"
+        resume.save(state, self.named, None if finished else self.optimiser, self.history)
 
 
 def hash_ids(ids: torch.Tensor) -> str:

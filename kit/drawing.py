@@ -8,9 +8,11 @@ readable letters.
 import base64
 import html
 import io
+from pathlib import Path
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,6 +27,7 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "lines.markersize": 4,
+    "pdf.fonttype": 42,  # letters embedded, as journals ask for
     "svg.fonttype": "path",  # the same letters where the font is missing
     "svg.hashsalt": "kit",  # the same ids, so the same bytes, each time
 }
@@ -61,6 +64,18 @@ def intervals(axes: Axes, at: np.ndarray, numbers: np.ndarray, series: int, labe
     )  # fmt: skip
 
 
+def line(axes: Axes, at, numbers: list[tuple], series: int, label: str) -> None:
+    """A line through points with vertical error bars; `numbers` is (estimate, low, high) each.
+    Colours begin again after seven series, then hollow and dashed."""
+    value, low, high = np.array(numbers, dtype=float).reshape(-1, 3).T
+    colour, marker = SERIES[series % len(SERIES)]
+    again = dict(linestyle="--", markerfacecolor="white") if series >= len(SERIES) else {}
+    axes.errorbar(
+        at, value, yerr=np.clip([value - low, high - value], 0, None), color=colour, marker=marker,
+        linewidth=1.2, elinewidth=1, label=label, **again,
+    )  # fmt: skip
+
+
 def finish(picture: Picture, axes: Axes, at: np.ndarray, names: list[str], title: str) -> None:
     """Names down the left side, the legend above the data, where it hides nothing."""
     axes.set_yticks(at, names, fontsize=8)
@@ -74,5 +89,14 @@ def svg(picture: Picture) -> str:
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         picture.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(picture.alt)}" src="data:image/svg+xml;base64,{data}">'
+    return _image(buffer.getvalue(), picture.alt)
+
+
+def image(file: Path, alt: str) -> Markup:
+    """An SVG file as one <img>."""
+    return Markup(_image(file.read_bytes(), alt))
+
+
+def _image(data: bytes, alt: str) -> str:
+    data = base64.b64encode(data).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'

@@ -4,7 +4,10 @@ NVIDIA GPUs count since the driver was loaded (NVML, from Volta on), Intel and A
 RAPL where the files may be read, which most systems leave to root.
 """
 
+from functools import cache
 from pathlib import Path
+
+import pynvml
 
 RAPL = Path("/sys/class/powercap")
 
@@ -34,11 +37,16 @@ def _packages() -> list[float]:
 
 
 def _gpus() -> list[float]:
-    import pynvml
+    try:
+        return [pynvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3 for h in _handles()]
+    except pynvml.NVMLError:
+        return []
 
+
+@cache
+def _handles() -> list:
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [pynvml.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3 for h in handles]
-    except pynvml.NVMLError:
+        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:  # no GPU, or no driver
         return []

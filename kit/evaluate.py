@@ -17,7 +17,9 @@ import torch
 import transformers
 
 from kit import decode, grade, paths
+from kit.forcing import NEVER
 from kit.models import Model
+from kit.parametric import Bank
 from kit.policies import DMS, Full
 from kit.prompts import FORM
 from kit.quantise import Quantised
@@ -26,7 +28,17 @@ from kit.store import Store
 
 # The code whose change makes stored tokens, or stored grades, out of date.
 DECODE_SOURCES = ("quantise", "slots", "attention", "policies", "eviction", "blocks", "parts")
-DECODE_SOURCES += ("kv", "evictor", "batching", "decode")
+DECODE_SOURCES += (
+    "kv",
+    "evictor",
+    "batching",
+    "clusters",
+    "parametric",
+    "widen",
+    "draw",
+    "forcing",
+)
+DECODE_SOURCES += ("decode",)
 GRADE_SOURCES = ("latex", "equality", "workers", "grade")
 
 
@@ -57,10 +69,12 @@ def code_version(modules: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the KV cache keeps, and how: an eviction policy and a quantisation."""
+    """What the KV cache keeps, and how: an eviction policy and a quantisation; and the bank that
+    each question fetches from."""
 
     policy: Full = Full()
     quantised: Quantised | None = None
+    bank: Bank | None = None  # feed-forward blocks fetched by the question
 
     @property
     def name(self) -> str:
@@ -71,7 +85,8 @@ class Memory:
     @property
     def key(self) -> list:
         """For record keys."""
-        return [self.policy.key, asdict(self.quantised) if self.quantised else None]
+        kept = [self.policy.key, asdict(self.quantised) if self.quantised else None]
+        return [*kept, self.bank.key] if self.bank else kept
 
 
 def plan(
@@ -87,7 +102,7 @@ def plan(
 
     So a change of the grader leaves the groups, and with them the tokens, as they were.
     """
-    if isinstance(memory.policy, DMS) and memory.policy.evictor.base_hash != model.weights_hash:
+    if isinstance(memory.policy, DMS) and memory.policy.evictor.base_hash not in model.hashes:
         raise ValueError(
             f"{memory.name} was trained for weights {memory.policy.evictor.base_hash}, "
             f"{model.name} has {model.weights_hash}; load an evictor of this model."
@@ -121,7 +136,7 @@ def evaluate(
 ) -> pandas.DataFrame:
     """Records of all samples of all prompts; only what is missing is computed."""
     jobs = plan(model, prompts, sampling, samples, batch_size, memory)
-    stored = store.keys()
+    stored = store.keys(job.key for job in jobs)
     todo = sum(job.key not in stored for job in jobs)
     report(f"{len(jobs)} samples, {len(jobs) - todo} already stored")
     started, finished = time.perf_counter(), 0
@@ -161,23 +176,33 @@ def _complete(
     old = store.generated({job.generation_key for job in group})
     known = {row.generation_key: row for row in old.itertuples()}
     fresh = [job for job in group if job.generation_key not in known]
-    requests = [
-        decode.Request(decode.tokenise(model, job.prompt), job.prompt.problem.id, job.sample)
-        for job in fresh
-    ]
     generations = dict(known)
-    how = dict(policy=memory.policy, quantised=memory.quantised)
-    done = decode.decode(model, requests, sampling, batch_size, **how) if fresh else []
+    done = generate(model, fresh, sampling, batch_size, memory) if fresh else []
     generations.update((job.generation_key, g) for job, g in zip(fresh, done))
     ordered = [generations[job.generation_key] for job in group]
     grades = grade.grade_many(
         [g.text for g in ordered], [job.prompt.problem.answer for job in group], FORM
     )
     rows = zip(group, ordered, grades)
-    return [_record(model, job, sampling, memory.name, g, v) for job, g, v in rows]
+    return [record(model, job, sampling, memory.name, g, v) for job, g, v in rows]
 
 
-def _record(model: Model, job: Job, sampling, policy: str, generation: Generation, verdict):
+def generate(
+    model: Model, jobs: list[Job], sampling, batch_size: int, memory: Memory, forcing=NEVER
+) -> list[Generation]:
+    """What `model` with `memory` says to each of `jobs`."""
+    questions = [job.prompt.problem.question for job in jobs]
+    paths = memory.bank.paths(questions) if memory.bank else [()] * len(jobs)
+    requests = [
+        decode.Request(decode.tokenise(model, job.prompt), job.prompt.problem.id, job.sample, path)
+        for job, path in zip(jobs, paths)
+    ]
+    how = dict(policy=memory.policy, quantised=memory.quantised, bank=memory.bank)
+    return decode.decode(model, requests, sampling, batch_size, forcing=forcing, **how)
+
+
+def record(model: Model, job: Job, sampling, policy: str, generation: Generation, verdict):
+    """What was said and how it was graded, as it is stored."""
     problem = job.prompt.problem
     return Record(
         key=job.key,
@@ -206,6 +231,7 @@ def _record(model: Model, job: Job, sampling, policy: str, generation: Generatio
         kv_reads_tokens=generation.kv_reads_tokens,
         kv_peak_tokens=generation.kv_peak_tokens,
         kv_peak_bytes=generation.kv_peak_bytes,
+        joules=generation.joules,
         correct=verdict.correct,
         extracted=verdict.extracted,
         reason=verdict.reason,

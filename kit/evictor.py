@@ -217,10 +217,11 @@ def load(file: Path, model) -> Evictor:
     """The evictor in `file` for `model`, a kit Model.
 
     An "all" recipe changes the base: its trained weights are copied into `model.weights`.
-    Raises ValueError when it was trained for other weights.
+    Raises ValueError when it was trained for other weights than these, or than those that these
+    were quantised from.
     """
     card = read_card(file)
-    if card["base_hash"] != model.weights_hash:
+    if card["base_hash"] not in model.hashes:
         raise ValueError(
             f"{file} was trained for weights {card['base_hash']}, {model.name} has "
             f"{model.weights_hash}; load the model it belongs to or train an evictor for this one."

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from kit.drawing import SERIES, STYLE, WIDTH, Picture, finish, intervals, rows_of
+from kit.drawing import SERIES, STYLE, WIDTH, Picture, finish, intervals, line, rows_of
 
 
 def accuracy_by_family(tables: dict[str, pd.DataFrame]) -> Picture:
@@ -185,12 +185,7 @@ def quality(table: pd.DataFrame) -> Picture:
         axes = picture.subplots()
         for number, (name, rows) in enumerate(table.groupby("policy", sort=False)):
             rows = rows.sort_values("kept_fraction")
-            value, low, high = np.array([*rows["kl"]]).T
-            colour, marker = SERIES[number % len(SERIES)]
-            axes.errorbar(
-                rows["kept_fraction"], value, yerr=np.clip([value - low, high - value], 0, None),
-                color=colour, marker=marker, linewidth=1.2, elinewidth=1, label=name,
-            )  # fmt: skip
+            line(axes, rows["kept_fraction"], [*rows["kl"]], number, name)
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
         axes.set_xlim(0, 1.02)

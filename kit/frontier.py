@@ -48,16 +48,11 @@ def grid(
     """
     rows, outcomes = [], []
     for (length, compression), frame in records.items():
-        groups = [group.sort_values("sample") for _, group in frame.groupby("problem_id")]
         cost = frame[["kv_reads_tokens", "kv_peak_tokens"]].mean()
         for width in widths:
             row = {"length": length, "width": width, "compression": f"{compression:g}x"}
             rows.append(row | {"reads": width * cost.iloc[0], "peak": width * cost.iloc[1]})
-            votes = (
-                vote_accuracy([*group["extracted"]], [*group["correct"]], width, rng)
-                for group in groups
-            )
-            outcomes.append(list(votes))
+            outcomes.append(votes(frame, width, rng))
     return pd.DataFrame(rows), np.array(outcomes)
 
 
@@ -229,6 +224,12 @@ def representatives(answers: Sequence[str], equal: Callable[[str, str], bool] = 
 def majority(answers: Sequence[str], equal: Callable[[str, str], bool] = eq) -> str:
     """Most frequent answer under `equal`, ties to the earliest; "" only if all are ""."""
     return stats.majority(representatives(answers, equal))
+
+
+def votes(records: pd.DataFrame, width: int, rng: np.random.Generator) -> list[float]:
+    """`vote_accuracy` of each problem in `records`, by its id."""
+    groups = [group.sort_values("sample") for _, group in records.groupby("problem_id")]
+    return [vote_accuracy([*g["extracted"]], [*g["correct"]], width, rng) for g in groups]
 
 
 def vote_accuracy(

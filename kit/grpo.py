@@ -211,14 +211,13 @@ def _asked_for(args) -> Path:
 def _job(args) -> Path:
     """What a file by `launch` says, the figures of each step printed as JSON."""
     job = json.loads(args.job.read_text())
-    tuples = {name: tuple(job["recipe"][name]) for name in ("rewards", "weights")}
     asked = []
     for row in job["asked"]:
         messages = tuple((role, content) for role, content in row["messages"])
         asked.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
     speaks = not int(os.environ.get("RANK", 0))
     report = partial(print, flush=True) if speaks else lambda line: None
-    recipe = Recipe(**job["recipe"] | tuples)
+    recipe = Recipe(**job["recipe"])
     return grpo(job["base"], asked, recipe, args.out, lambda row: report(json.dumps(row)))
 
 

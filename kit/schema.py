@@ -68,6 +68,8 @@ class Generation:
     kv_reads_tokens: float  # sum over steps of live KV entries attended, mean over layers and heads
     kv_peak_tokens: float  # largest number of live KV entries, mean over layers and heads
     kv_peak_bytes: int  # the same in bytes, summed over layers and heads
+    joules: float = 0.0  # its new tokens' share of what the devices drew; 0 where none counts
+    forced: tuple["Generation | None", ...] = ()  # at each cut, None where it had ended before
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,4 @@ class Record:
     compliant: bool
     retrieved: str = ""  # ids of the strategies in the prompt, joined by spaces
     refused: int = 0  # strategies kept back because they would have given something away
+    joules: float = 0.0  # its new tokens' share of what the devices drew; 0 where none counts

@@ -7,6 +7,7 @@ what the table says, not its files: LanceDB names files at random.
 
 import hashlib
 import typing
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -24,30 +25,42 @@ _ARROW = {
 }
 _TYPES = typing.get_type_hints(Record)
 SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)])
-VOLATILE = ("seconds",)  # differs between two runs of the same work
+ADDED = {"joules": "cast(0 as double)"}  # columns that older stores lack, the last ones
+VOLATILE = ("seconds", "joules")  # differs between two runs of the same work
+
+
+def _any(column: str, keys: Iterable[str]) -> str:
+    """The condition that `column` is one of `keys`, which are hex digits."""
+    wanted = ", ".join(f"'{key}'" for key in sorted(keys))
+    return f"{column} IN ({wanted})" if wanted else "false"
 
 
 class Store:
-    """Records under `folder`, which is created when missing."""
+    """Records under `folder`, which is created when missing, or at a URI that LanceDB opens."""
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str):
+        self.folder = folder if "://" in str(folder) else Path(folder)
         database = lancedb.connect(self.folder)
         try:
             self._table = database.create_table("records", schema=SCHEMA, exist_ok=True)
         except ValueError as error:
-            raise ValueError(
-                f"The store in {folder} was written by another version of the kit (its columns "
-                f"differ); move that folder away and run again."
-            ) from error
+            self._table = database.open_table("records")
+            if self._table.schema != pyarrow.schema(list(SCHEMA)[: -len(ADDED)]):
+                raise ValueError(
+                    f"The store in {folder} was written by another version of the kit (its columns "
+                    f"differ); move that folder away and run again."
+                ) from error
+            self._table.add_columns(ADDED)
+            self._table.alter_columns(*({"path": name, "nullable": True} for name in ADDED))
 
-    def keys(self) -> set[str]:
-        """Keys of everything stored."""
-        return set(self._read(["key"])["key"])
+    def keys(self, among: Iterable[str] | None = None) -> set[str]:
+        """Keys of everything stored, or of what is stored of `among`."""
+        where = None if among is None else _any("key", among)
+        return set(self._read(["key"], where)["key"])
 
     def append(self, records: list[Record]) -> None:
         """Add records in one commit; keys already stored are left out."""
-        known = self.keys()
+        known = self.keys(record.key for record in records)
         fresh = {record.key: record for record in records if record.key not in known}
         rows = [asdict(record) for record in fresh.values()]
         if rows:
@@ -55,15 +68,12 @@ class Store:
 
     def table(self, keys: set[str] | None = None) -> pandas.DataFrame:
         """All records, or those with the given keys, sorted by key."""
-        frame = self._read(None)
-        if keys is not None:
-            frame = frame[frame["key"].isin(keys)]
+        frame = self._read(None, None if keys is None else _any("key", keys))
         return frame.sort_values("key", ignore_index=True)
 
     def generated(self, generation_keys: set[str]) -> pandas.DataFrame:
         """Records with these generation keys, whatever grader judged them, sorted by key."""
-        wanted = ", ".join(f"'{key}'" for key in sorted(generation_keys))  # hex digits only
-        frame = self._read(None, f"generation_key IN ({wanted})")
+        frame = self._read(None, _any("generation_key", generation_keys))
         return frame.sort_values("key", ignore_index=True)
 
     def _read(self, columns: list[str] | None, where: str | None = None) -> pandas.DataFrame:

@@ -37,6 +37,10 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "on_frontier": "on the frontier",
     "families held out": "families held out, %",
     "joules": "energy, J",
+    "held_bytes": "held",
+    "read_bytes": "read per query",
+    "prompt_tokens": "prompt tokens, mean",
+    "nats": "nats per token",
 }
 
 
@@ -67,7 +71,7 @@ def share(records: pd.DataFrame, measure: str = "accuracy") -> tuple[float, floa
     """Estimate and interval, percent, of the records of one arm; None where the measure has no
     value, as a vote of two samples."""
     found = contrasts.compute({"measure": measure, "arm": records["arm"].iloc[0]}, records)
-    return found and (found.estimate, found.low, found.high)
+    return found and _numbers(found)
 
 
 def _counts(records: pd.DataFrame) -> dict[str, int]:
@@ -84,8 +88,7 @@ def difference(records: pd.DataFrame, arm: str, control: str, measures=MEASURES)
             contrast = {"measure": measure, "arm": arm, "control": control}
             found = contrasts.compute(contrast, of_model)
             if found is not None:
-                interval = (found.estimate, found.low, found.high)
-                rows.append((model, measure, interval, found.n))
+                rows.append((model, measure, _numbers(found), found.n))
     return pd.DataFrame(rows, columns=["model", "measure", "difference", "problems"])
 
 
@@ -100,10 +103,9 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
         contrast = {"measure": "accuracy", "arm": arm, "control": control}
         found = contrasts.compute(contrast, records)
         if found is not None:
-            interval = (found.estimate, found.low, found.high)
-            p = contrasts.p_value(contrast, records)
-            rows.append({"arm": arm, "control": control, "difference": interval, "p": p})
-            rows[-1] |= {"problems": found.n, "primary": control == primary}
+            row = {"arm": arm, "control": control, "difference": _numbers(found)}
+            row |= {"p": contrasts.p_value(contrast, records), "problems": found.n}
+            rows.append(row | {"primary": control == primary})
     table = pd.DataFrame(rows, columns=["arm", "control", "difference", "p", "problems", "primary"])
     others = ~table["primary"].astype(bool)
     table["holm"] = table["p"].astype(float)
@@ -183,6 +185,8 @@ def cell_text(name: str, cell) -> str:
         return "–"
     if name in ("kept_fraction", "membership"):
         return f"{cell:.2f}"
+    if name == "dollars":
+        return f"{cell:.4f}"
     if name in ("p", "holm"):
         return f"{cell:.2g}" if cell >= 0.001 else "< 0.001"
     if name.endswith("bytes"):
@@ -195,7 +199,7 @@ def cell_text(name: str, cell) -> str:
 def style(table: pd.DataFrame):
     """`text(table)` as a Styler: numbers right, words left, no index, markup as plain text."""
     shown = text(table)
-    words = [LABELS.get(name, name) for name in table if _is_words(table[name])]
+    words = [LABELS.get(name, name) for name in table if is_words(table[name])]
     return (
         shown.style.set_uuid(digest(shown.to_dict("list"), 8))  # random ids would never repeat
         .format(escape="html")
@@ -205,5 +209,6 @@ def style(table: pd.DataFrame):
     )
 
 
-def _is_words(column: pd.Series) -> bool:
+def is_words(column: pd.Series) -> bool:
+    """Whether a column is set left: all texts."""
     return all(isinstance(cell, str) for cell in column)

@@ -150,11 +150,12 @@ def train(trainer, model: models.Model, place: Path, recipe, card: dict) -> Path
 
 def keep(trainer, model: models.Model, folder: Path, card: dict) -> None:
     """Save what `trainer` trains as it is now. Each of several processes has to call this."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards
+    trained, weights = trainer.accelerator.unwrap_model(trainer.model), None
+    if hasattr(trained, "merge_and_unload"):  # LoRA is put into a copy of the weights
+        trained = deepcopy(trained).merge_and_unload()
+    else:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards
     if trainer.is_world_process_zero():
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        if hasattr(trained, "merge_and_unload"):  # LoRA is put into a copy of the weights
-            trained, weights = deepcopy(trained).merge_and_unload(), None
         save(trained, model, folder, card, weights)
 
 
@@ -191,7 +192,8 @@ def save(trained, base: models.Model, folder: Path, card: dict, weights: dict | 
     shutil.rmtree(part, ignore_errors=True)
     try:
         weights = trained.state_dict() if weights is None else weights
-        half = {n: w.half() if w.dtype == torch.float32 else w for n, w in weights.items()}
+        once = {n: w for n, w in weights.items() if n not in trained.all_tied_weights_keys}
+        half = {n: w.half() if w.dtype == torch.float32 else w for n, w in once.items()}
         trained.save_pretrained(part, state_dict=half)
         base.tokenizer.save_pretrained(part)
         files = sorted(part.glob("*.safetensors"))

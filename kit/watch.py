@@ -25,7 +25,6 @@ class Watch(TrainerCallback):
 
     def __init__(self, report: Callable[[dict], None], place: Path):
         self.report, self.place, self.equal = report, place, 0
-        self.began, self.counted = time.perf_counter(), energy.joules()
 
     def on_step_begin(self, args, state, control, **_):
         self.began, self.counted = time.perf_counter(), energy.joules()

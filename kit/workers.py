@@ -13,7 +13,7 @@ import os
 import resource
 import signal
 import threading
-from concurrent.futures import TimeoutError
+from concurrent.futures import TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
 
@@ -88,7 +88,10 @@ class _Workers:
                 self._end()
             if self.pool is None:
                 self.pool = ProcessPool(WORKERS, initializer=_start_worker, context=_Context())
-            return self.pool.schedule(_judge, args=(*pair, CPU_SECONDS), timeout=WALL_SECONDS)
+            args = (*pair, CPU_SECONDS)
+            future = self.pool.schedule(_judge, args=args, timeout=WALL_SECONDS)
+            future.pool = self.pool
+            return future
 
     def stop(self) -> None:
         with self.lock:
@@ -121,6 +124,9 @@ def compare(pairs: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 def _verdict(pair: tuple[str, str], future, retry: bool = True) -> str:
     try:
+        while not wait([future], timeout=1).done:
+            if not future.pool.active:  # it broke as the pair was scheduled, and forgot it
+                raise BrokenProcessPool
         return future.result()
     except TimeoutError:
         return "timeout"

@@ -10,6 +10,18 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, and no network."""
+    from kit import paths
+
+    monkeypatch.setattr(paths, "REVISIONS", tmp_path / "kit" / "revisions.json")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "hub"
+
+
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled real model in float32."""

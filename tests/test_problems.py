@@ -230,14 +230,11 @@ GPQA_CSV = (
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(hub_cache):
     """Put tiny files under the real names of one set into an otherwise empty hub cache."""
-    monkeypatch.setattr(paths, "REVISIONS", tmp_path / "revisions.json")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def put(name: str, make: dict[str, bytes]) -> None:
-        build_cache(tmp_path / "hub", "dataset", SOURCES[name].repo, make, COMMIT)
+        build_cache(hub_cache, "dataset", SOURCES[name].repo, make, COMMIT)
 
     return put
 

@@ -1,6 +1,10 @@
 """The report page: self-contained, valid, safe against hostile text, repeatable."""
 
+import html
+import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit import claims, paths, provenance, report, stages, tables
+from kit import claims, exhibits, figures, paths, provenance, report, stages, tables
 from kit.schema import Record
 
 EVIL = "<script>alert(1)</script>\"'><img src=//evil.example/x onerror=alert(2)>{{ 7*7 }}"
@@ -107,7 +111,7 @@ def test_page_loads_nothing_from_anywhere(page):
             value = attributes.get(name, "#")
             assert value.startswith(("#", "data:")), (tag, name, value)
         assert not [name for name in attributes if name.startswith("on")]
-    assert not page.all("script") and not page.all("iframe")
+    assert page.all("script") == [{}] and not page.all("iframe")
     assert not re.search(r"@import|url\(", page.source)
     (policy,) = [m["content"] for m in page.all("meta") if "http-equiv" in m]
     assert policy.startswith("default-src 'none'")
@@ -209,7 +213,7 @@ def test_hostile_text_stays_text():
     verdicts = claims.measured_table([hostile], records, "laptop")
     results = {"01_baseline": {"problems": EVIL}}
     page = Page(report.write("laptop", records, verdicts, tables.audits([hostile]), results))
-    assert not page.all("script") and "evil.example" in page.text and "{{ 7*7 }}" in page.text
+    assert page.all("script") == [{}] and "evil.example" in page.text and "{{ 7*7 }}" in page.text
     assert all(image["src"].startswith("data:") for image in page.all("img"))
     assert not [name for _, a in page.elements for name in a if name.startswith("on")]
     assert f"claim-{EVIL}" in page.ids
@@ -291,3 +295,70 @@ def test_colours_of_words_reach_contrast_in_both_modes():
         for pair in pairs:
             low, high = sorted(colours[name] for name in pair)
             assert (high + 0.05) / (low + 0.05) >= 4.5, pair  # WCAG 2.2, 1.4.3
+
+
+def test_each_notebook_shows_its_tables_and_figures():
+    frame = pd.DataFrame({"arm": [EVIL, "plain"], "accuracy": [(50.0, 40.0, 60.0), None]})
+    table = pd.DataFrame({"arm": ["a"], "control": ["b"], "difference": [(1.0, -1.0, 3.0)]})
+    drawn = {"Against its control": figures.forest(table.assign(primary=True))}
+    for stage in ("01_baseline", "05_parametric"):
+        place = paths.run_dir("laptop") / "exhibits" / stage
+        exhibits.save(place, {"Who knows what": frame, "More of it": frame}, drawn)
+    page = Page(write(pd.DataFrame()))
+    assert page.ids.count("stage-05_parametric") == 1 and "stage-01_baseline" not in page.ids
+    assert "fetch the weights that the context needs" in page.text
+    assert "make reproduce PROFILE=laptop ONLY=05" in page.text and "50.0 [40.0" in page.text
+    (image,) = [image for image in page.all("img") if "declared contrast, b" in image["alt"]]
+    assert image["src"].startswith("data:image/svg+xml") and page.all("script") == [{}]
+    links = {a["href"] for a in page.all("a")}
+    assert "#stage-05_parametric" in links and {link[1:] for link in links} <= {*page.ids}
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+PROBE = """<script>
+const only = document.querySelectorAll("fieldset input")[1];
+only.click();
+const heads = [...document.querySelectorAll("#audit thead th")];
+const head = heads.find(th => th.textContent == "n needed");
+const rows = head.closest("table").tBodies[0];
+head.click();
+document.title = JSON.stringify({
+  sort: head.getAttribute("aria-sort"),
+  order: [...rows.rows].map(row => row.cells[head.cellIndex].textContent),
+  shown: [...document.querySelectorAll("tr[data-word]")].map(
+    row => [row.dataset.word == only.id.slice(5), getComputedStyle(row).display != "none"]),
+  wide: document.documentElement.scrollWidth > innerWidth,
+});
+</script></body>"""
+
+
+def browsed(file: Path, tmp_path: Path, width: int = 1280) -> tuple[str, str]:
+    """What a headless browser makes of a page, and what it logs."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'browser'}"]
+    command += [f"--window-size={width},900"]
+    done = subprocess.run(
+        [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser_nothing_fails_and_tables_are_sorted(width, tmp_path):
+    path = write(baseline())
+    shown, log = browsed(path, tmp_path, width)
+    assert "What does memory buy" in shown
+    assert "CONSOLE" not in log, log[-2000:]  # where a load that the policy refuses is told too
+    probed = path.with_name("probed.html")  # the page, clicked by a script that its policy refuses
+    source = re.sub(r"<meta http-equiv.*?>", "", path.read_text()).replace("</body>", PROBE)
+    probed.write_text(source)
+    shown, log = browsed(probed, tmp_path, width)
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shown)[1]))
+    numbers = [int(text.replace(",", "")) for text in found["order"] if text != "–"]
+    assert found["sort"] == "ascending" and numbers == sorted(numbers) and len(numbers) > 9
+    assert not found["wide"] and "CONSOLE" not in log
+    assert all(is_word == visible for is_word, visible in found["shown"])
+    assert any(is_word for is_word, _ in found["shown"])

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 
 from kit.schema import Record
-from kit.store import SCHEMA, Store
+from kit.store import SCHEMA, VOLATILE, Store
 
 TYPES = typing.get_type_hints(Record)
 EXAMPLE = {str: "text", int: 7, float: 0.1, bool: True}
@@ -109,7 +109,7 @@ def test_the_hash_changes_with_every_other_column(tmp_path):
     base.append([record("a"), record("b")])
     hashes = {base.logical_hash()}
     other = {str: "text ", int: 8, float: 0.1 + 1e-16, bool: False}
-    names = [name for name in TYPES if name != "seconds"]
+    names = [name for name in TYPES if name not in VOLATILE]
     for name in names:
         store = Store(tmp_path / name)
         changed = dataclasses.replace(record("b"), **{name: other[TYPES[name]]})
@@ -148,3 +148,26 @@ def test_a_store_with_other_columns_is_refused_in_one_sentence(tmp_path, fields)
     with pytest.raises(ValueError, match="another version of the kit.*move that folder") as caught:
         Store(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_store_at_a_uri_and_keys_among_some(tmp_path):
+    store = Store(f"file://{tmp_path}/there")
+    store.append([record(f"{i}") for i in range(3)])
+    store.append([record("2"), record("3")])
+    known = store.keys()
+    assert len(known) == 4 and Store(tmp_path / "there").keys() == known
+    some = {min(known), "0" * 64}
+    assert store.keys(some) == {min(known)} and store.keys([]) == set()
+    assert store.table(some)["key"].tolist() == [min(known)] and store.table(set()).empty
+
+
+def test_a_store_from_before_joules_were_kept_goes_on(tmp_path):
+    old = pyarrow.schema([column for column in SCHEMA if column.name != "joules"])
+    row = dataclasses.asdict(record("a"))
+    row.pop("joules")
+    table = lancedb.connect(tmp_path).create_table("records", schema=old)
+    table.add(pyarrow.Table.from_pylist([row], schema=old))
+    store = Store(tmp_path)
+    store.append([record("b", joules=3.0)])
+    assert back(store.table()) == [record("a", joules=0.0), record("b", joules=3.0)]
+    assert Store(tmp_path).keys() == {"a", "b"}

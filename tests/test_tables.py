@@ -177,6 +177,7 @@ def test_audits_of_all_published_claims():
         ("samples", np.int64(1200), "1,200"),
         ("kv_peak_bytes", 1.5 * 2**20, "1.50 MiB"),
         ("seconds", 12428.06, "12,428.1"),
+        ("dollars", 0.00749, "0.0075"),
         ("level", "", ""),
     ],
 )

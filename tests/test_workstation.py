@@ -21,12 +21,14 @@ import torch
 from fake_hub import build_cache
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from kit import paths, published
+from kit import articles, paths, published
 from kit.store import Store
 
 MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B-Instruct-2507")
+KNOWING = "Qwen/Qwen2.5-0.5B"
 REINFORCED = ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",)
 REINFORCED += tuple(f"knoveleng/Open-RS{number}" for number in (1, 2, 3))
+SWEPT = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B")
 EMBEDDER = "Qwen/Qwen3-Embedding-0.6B"
 MATH = "EleutherAI/hendrycks_math"
 GOLDS = (3, 7)  # all answers, and all that the models say
@@ -107,6 +109,22 @@ SHORT = {
         "SFT": "{ seeds = 2, steps = 2, batch = 2, micro_batch = 1, keep_every = 1 }",
         "GRPO": "{ seeds = 2, steps = 2, groups = 2, size = 3, micro_batch = 3, keep_every = 1 }",
     },
+    "06_memory_budget": {
+        "PROBLEMS": '["aime24", 2]',
+        "GRID": '{ bits = [16, 4], policies = ["full", "window 48"], kv_bits = [16, 4], '
+        "tokens = [4, 8], widths = [1, 2], waits = 1 }",
+        "SAMPLES": 2,
+        "RECIPE": "{ batch = 4, context = 192 }",
+    },
+    "05_parametric": {
+        "FACTS": '{ families = ["cities", "capitals", "elements", "symbols"], cities = 20 }',
+        "TOLD": "[60, 4]",
+        "QUESTIONS": 12,
+        "SEEDS": "[2, 1]",
+        "ARMS": '["wrong", "generic", "flat", "continued", "co-trained", "lora-vo", "kv", '
+        '"fetched-early", "fetched-uniform"]',
+        "ELSEWHERE": "[2, 4]",
+    },
 }
 
 
@@ -133,7 +151,7 @@ def kit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     hub, cache, outputs = (tmp_path / name for name in ("hub", "cache", "outputs"))
-    for seed, repo in enumerate([*MODELS, EMBEDDER, *REINFORCED]):
+    for seed, repo in enumerate(sorted({*MODELS, *SWEPT, KNOWING, EMBEDDER, *REINFORCED})):
         build_cache(hub, "model", repo, tiny_qwen3(tmp_path / str(seed), bundled.tokenizer, seed))
     names = [n for split in ("test", "train") for n in published.SOURCES["math"].files[split]]
     files = {name: math_rows(*name.split("-")[0].split("/")) for name in names}
@@ -143,6 +161,10 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         made = parquet(rows) if file.endswith("parquet") else lines
         build_cache(hub, "dataset", published.SOURCES[name].repo, {file: made})
+    pages = [
+        {"title": f"Town {i}", "text": f"It has {i} streets and a mill. " * 400} for i in range(4)
+    ]
+    build_cache(hub, "dataset", articles.REPO, {articles.FILE: parquet(pages)})
     cache.mkdir()
     (cache / "models").symlink_to(paths.MODELS)
     environment = {
@@ -183,10 +205,26 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
         arm: 20 for arm in ("r1-distill", "open-rs1", "open-rs2", "open-rs3")
     }
     assert {"grpo-step1", "grpo-step2"} <= set(stored[stored["source"] == "math500"]["arm"])
+    said = json.loads((folder / "results" / "05_parametric.json").read_text())
+    stored = Store(folder / "store").table(set(said["keys"]))
+    seeds = stored.groupby("arm")["seed"].nunique().to_dict()
+    once = {"plain", "blocked", "rag", "rag 5", "rag + fetched", "rag 5 + fetched"}
+    once |= {"continued", "co-trained"}  # the second of SEEDS
+    assert {arm for arm, count in seeds.items() if count == 1} == once
+    assert {"generic", "flat", "kv", "lora-vo", "fetched-early"} < set(seeds)
+    assert set(said["elsewhere"][0]) == {"arm", "accuracy", "questions", "prose", "told", "unseen"}
+    assert {"hier-fetched-parameters", "hier-late-over-early"} < set(said["measurements"])
+    said = json.loads((folder / "results" / "06_memory_budget.json").read_text())
+    assert {row["model"] for row in said["scenarios"]} == {f"hub:{repo}" for repo in SWEPT}
+    assert len(said["scenarios"]) == 3 * 8 * 4 and said["generations"] == 3 * 8 * 2 * 2
+    assert {"nab-eviction-over-quantisation", "nab-scale-threshold", "nab-weights-4b-8bit"} < set(
+        said["measurements"]
+    )
+    assert set(said["keys"]) <= Store(folder / "store").keys()
     verdicts = json.loads((folder / "results" / "07_verdicts.json").read_text())["verdicts"]
     judged = {row["claim"]: row["verdict"] for row in verdicts if row["system"] == "open-rs"}
     assert judged["openrs-rs3-aime24-gain"] and judged["openrs-completions"] == "not reproduced"
     pinned = json.loads((cache / "revisions.json").read_text())
-    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 4 + 4 + 6
+    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 1 + 4 + 4 + 6 + 1 + 2
     again = kit("reproduce", "--profile", "workstation", **environment)
     assert again.returncode == 0 and "done in" not in again.stdout, again.stdout[-2000:]

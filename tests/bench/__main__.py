@@ -23,6 +23,15 @@ FIGURES = {
     ),
     "bench_engine": ("dspy_batching",),
     "bench_bank": ("bank_search_p50_ms", "bank_recall_at_5", "bank_add_10k_s"),
+    "bench_tune": ("sft_s_per_step", "grpo_s_per_step", "grpo_kit_vs_transformers"),
+    "bench_parametric": (
+        "bank_fetch_p99_ms_cold",
+        "bank_fetch_p99_ms_warm",
+        "bank_resident_mib",
+        "parametric_decode_overhead",
+    ),
+    "bench_clusters": ("assign_1m_s",),
+    "bench_sweep": ("sweep_overhead_ms",),
     "bench_kernels": ("gpu_attention_bandwidth_share", "gpu_dms8_decode_vs_sdpa_32k"),
 }
 

@@ -1,0 +1,160 @@
+"""Balanced hierarchical k-means: which block of each level a context fetches.
+
+`branching` clusters on the first level, each parted into as many on the next, and so on. A context
+goes down the tree by the nearest centroid of each level, from its question alone.
+
+Source: arXiv 2510.02375, section 3.2: k-means++ start, minibatch EM, no cluster above 1.5 /
+branching of the mass, greedy descent by L2.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+CAP = 1.5  # a cluster holds at most this many times its fair share
+CHUNK = 65_536  # vectors assigned at once
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Centroids of all levels.
+
+    `levels[l]` is [branching**l, branching, dimensions]: the children of each node of level l.
+    """
+
+    levels: tuple[np.ndarray, ...]
+
+    @property
+    def branching(self) -> int:
+        return self.levels[0].shape[1]
+
+    @property
+    def dimensions(self) -> int:
+        return self.levels[0].shape[2]
+
+    def assign(self, vectors: np.ndarray) -> np.ndarray:
+        """The node of each level that each vector [N, dimensions] falls into: [N, levels].
+
+        Node n of one level has the children n * branching + 0, 1, ... of the next.
+        """
+        vectors = np.asarray(vectors, dtype=np.float32)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimensions:
+            raise ValueError(
+                f"The vectors are {list(vectors.shape)}, the tree has {self.dimensions} "
+                f"dimensions; embed with the embedder that the tree was made with."
+            )
+        found = np.zeros((len(vectors), len(self.levels)), dtype=np.int64)
+        for first in range(0, len(vectors), CHUNK):
+            rows = slice(first, first + CHUNK)
+            node = np.zeros(len(vectors[rows]), dtype=np.int64)
+            for level, centroids in enumerate(self.levels):
+                node = node * self.branching + _nearest(vectors[rows], centroids, node)
+                found[rows, level] = node
+        return found
+
+    def save(self, file: Path) -> None:
+        """One .npz file."""
+        arrays = {f"level{number}": level for number, level in enumerate(self.levels)}
+        np.savez(file, **arrays)
+
+
+def load(file: Path) -> Tree:
+    """The tree of `save`; ValueError where the file is none."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return Tree(tuple(arrays[f"level{number}"] for number in range(len(arrays.files))))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is no tree of clusters ({error}); fit it anew.") from error
+
+
+def fit(
+    vectors: np.ndarray,
+    branching: int,
+    levels: int,
+    steps: int = 20,
+    batch: int = 6400,
+    seed: int = 0,
+) -> Tree:
+    """A tree over `vectors` [N, dimensions], each node parted by `steps` steps of minibatch EM on
+    `batch` of its vectors. Equal seeds give equal trees."""
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if branching < 1 or levels < 1 or len(vectors) < branching:
+        raise ValueError(
+            f"branching is {branching}, levels {levels}, and there are {len(vectors)} vectors: "
+            f"branching is at least 1, levels at least 1, vectors at least as many as branching."
+        )
+    made, members = [], [np.arange(len(vectors))]
+    for level in range(levels):
+        centroids, parts = [], []
+        for node, rows in enumerate(members):
+            rng = np.random.default_rng([seed, level, node])
+            children = _part(vectors[rows], branching, steps, batch, rng, made, node)
+            labels = _scores(vectors[rows], children).argmax(1)
+            centroids.append(children)
+            parts += [rows[labels == child] for child in range(branching)]
+        made.append(np.stack(centroids))
+        members = parts
+    return Tree(tuple(made))
+
+
+def _part(x: np.ndarray, count: int, steps: int, batch: int, rng, above, node: int) -> np.ndarray:
+    """Centroids [count, dimensions] of balanced k-means; of few vectors some are repeated."""
+    if len(x) == 0:  # nothing fell here: whatever does later stays together
+        parent = above[-1].reshape(-1, above[-1].shape[2])[node]
+        return np.repeat(parent[None], count, 0)
+    if len(x) <= count:
+        return x[np.arange(count) % len(x)]
+    drawn = x[rng.permutation(len(x))[: max(batch, count)]]
+    centroids = _far_apart(drawn, count, rng)
+    for step in range(steps):
+        drawn = x[rng.permutation(len(x))[:batch]]
+        labels = _balanced(_scores(drawn, centroids), int(np.ceil(CAP * len(drawn) / count)))
+        sums = np.zeros_like(centroids)
+        np.add.at(sums, labels, drawn)
+        sizes = np.bincount(labels, minlength=count)
+        means = np.where(sizes[:, None] > 0, sums / np.maximum(sizes, 1)[:, None], centroids)
+        rate = 1.0 if len(drawn) == len(x) else 1 / (1 + step / 4)
+        centroids = (1 - rate) * centroids + rate * means
+    return centroids.astype(np.float32)
+
+
+def _far_apart(x: np.ndarray, count: int, rng) -> np.ndarray:
+    """k-means++: each next centroid drawn by its squared distance to those there are."""
+    chosen = [x[rng.integers(len(x))]]
+    gaps = np.full(len(x), np.inf)
+    while len(chosen) < count:
+        gaps = np.minimum(gaps, ((x - chosen[-1]) ** 2).sum(1))
+        weights = gaps.astype(float) if gaps.any() else np.ones(len(x))
+        chosen.append(x[rng.choice(len(x), p=weights / weights.sum())])
+    return np.stack(chosen)
+
+
+def _scores(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Larger is nearer: minus half the squared distance, up to what all centroids share."""
+    return x @ centroids.T - 0.5 * (centroids**2).sum(1)
+
+
+def _balanced(scores: np.ndarray, most: int) -> np.ndarray:
+    """The best cluster of each row so that none has more than `most`: where one has, the rows
+    nearest to it stay and the others go on to their next."""
+    scores = scores.copy()
+    while True:
+        labels = scores.argmax(1)
+        sizes = np.bincount(labels, minlength=scores.shape[1])
+        if sizes.max() <= most:
+            return labels
+        full = int(sizes.argmax())
+        rows = np.flatnonzero(labels == full)
+        away = rows[np.argsort(-scores[rows, full], kind="stable")[most:]]
+        scores[away, full] = -np.inf
+
+
+def _nearest(x: np.ndarray, centroids: np.ndarray, node: np.ndarray) -> np.ndarray:
+    """The nearest child of each vector's node: [N]."""
+    found = np.empty(len(x), dtype=np.int64)
+    order = np.argsort(node, kind="stable")
+    nodes, starts = np.unique(node[order], return_index=True)
+    for one, rows in zip(nodes, np.split(order, starts[1:]), strict=True):
+        found[rows] = _scores(x[rows], centroids[one]).argmax(1)
+    return found

@@ -1,0 +1,61 @@
+"""How the next token is drawn: temperature, top-k, top-p, and one uniform number per step."""
+
+import hashlib
+
+import numpy
+import torch
+
+from kit.schema import Sampling
+
+HEAD = 256  # most likely tokens looked at before the whole vocabulary is sorted
+
+
+def uniforms(problem_id: str, sample: int, seed: int, steps: int) -> numpy.ndarray:
+    """One uniform number per step, from problem, sample and run seed alone: [steps]; fewer steps
+    have the first of them."""
+    text = f"{problem_id}\0{sample}\0{seed}"
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    return numpy.random.Generator(numpy.random.Philox(key=key)).random(steps)
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """Next tokens [N] from logits [N, V]: temperature, then top-k, then top-p, then inverse CDF.
+
+    `uniform` [N] in [0, 1) picks the token, most likely first; greedy ignores it.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / sampling.temperature
+    wide = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    top = logits.topk(min(wide, HEAD), sorted=True)
+    if sampling.top_k and wide <= HEAD:
+        total = top.values.logsumexp(-1, keepdim=True)
+    elif sampling.top_k:
+        total = logits.topk(wide).values.logsumexp(-1, keepdim=True)
+    else:
+        total = logits.logsumexp(-1, keepdim=True)
+    mass = (top.values - total).double().exp().cumsum(-1)  # [N, <= HEAD]
+    # Top-p keeps the shortest head whose mass reaches top_p, at least one token.
+    kept = torch.where(mass >= sampling.top_p, mass, torch.inf).amin(-1)
+    kept = torch.where(kept.isinf() & (mass.shape[-1] == wide), mass[:, -1], kept)
+    short = kept.isinf()  # the head is not enough to know where top-p ends
+    if sampling.top_p == 1.0:
+        kept, short = torch.ones_like(kept), mass[:, -1] <= uniform
+        short &= mass.shape[-1] < wide
+    pick = torch.searchsorted(
+        mass, (uniform * kept.nan_to_num(posinf=1.0)).unsqueeze(1), right=True
+    )
+    tokens = top.indices.gather(1, pick.clamp(max=mass.shape[-1] - 1)).squeeze(1)
+    if short.any():
+        tokens[short] = _draw_sorted(logits[short], wide, sampling.top_p, uniform[short])
+    return tokens
+
+
+def _draw_sorted(logits, wide: int, top_p: float, uniform) -> torch.Tensor:
+    """`draw` for the rows whose head of HEAD tokens is too short: sorts the vocabulary."""
+    top = logits.topk(wide, sorted=True)
+    mass = top.values.double().softmax(-1).cumsum(-1)
+    end = (mass < top_p).sum(-1, keepdim=True).clamp(max=wide - 1)
+    target = uniform.unsqueeze(1) * mass.gather(1, end)
+    pick = torch.searchsorted(mass, target, right=True).clamp(max=wide - 1)
+    return top.indices.gather(1, torch.minimum(pick, end)).squeeze(1)

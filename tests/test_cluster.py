@@ -1,0 +1,77 @@
+"""The sweep on a local Ray cluster, workers killed, against the same sweep in one process."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from kit import cluster, models, problems, prompts, sweep
+from kit.store import Store
+from kit.sweep import Grid, Run
+
+SUMS = problems.load("laptop", "test", families=["chain_sum"], levels=[1]).problems[:6]
+GRID = Grid(bits=(16,), policies=("full", "window 12", "tova 12"), tokens=(4, 16), widths=(1, 2))
+ASKED = {False: prompts.build(prompts.plain, SUMS), True: []}
+HOW = dict(batch_size=4)
+
+
+def test_killed_workers_are_replaced_and_the_store_ends_the_same(tiny_folder, tmp_path):
+    pytest.importorskip("ray")
+    said, shared = [], tmp_path / "shared"
+
+    def kill(pids: list[int]) -> None:
+        """One before it has begun, another one in the middle of the work."""
+        os.kill(pids[0], signal.SIGKILL)
+
+        def later() -> None:
+            while not len(Store(shared).keys()):
+                time.sleep(0.1)
+            os.kill(pids[1], signal.SIGKILL)
+
+        threading.Thread(target=later, daemon=True).start()
+
+    how = dict(report=said.append, started=kill, **HOW)
+    base = models.load(str(tiny_folder), "float32")
+    failed = cluster.generate(base, GRID, ASKED, Store(shared), 2, workers=2, **how)
+    assert not failed and any("its worker died; a new one goes on" in line for line in said)
+    store = Store(tmp_path / "alone")
+    alone = sweep.sweep(base, GRID, ASKED, store, 2, said.append, **HOW)
+    assert Store(shared).logical_hash() == store.logical_hash()
+    keys = Store(shared).table()["key"]
+    assert keys.is_unique and len(keys) == len(GRID.runs) * 6 * 2 * 2
+    again = sweep.sweep(base, GRID, ASKED, Store(shared), 2, said.append, **HOW)
+    assert again[0].drop(columns="seconds").equals(alone[0].drop(columns="seconds"))
+
+
+def test_a_run_that_has_no_room_is_told_by_the_worker(tiny_folder, tmp_path, monkeypatch):
+    worker = cluster.Worker(str(tiny_folder), "float32", str(tmp_path))
+
+    def full(*args, **how):
+        raise MemoryError("No memory for 9 slots")
+
+    monkeypatch.setattr(sweep, "generate", full)
+    assert worker.generate(Run(), GRID, ASKED[False], 2, HOW) == (
+        "out of memory: No memory for 9 slots"
+    )
+
+
+def test_the_environment_says_how_many(monkeypatch):
+    for name in ("WORKERS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert cluster.wanted() == 0
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster.wanted() == 1
+    monkeypatch.setenv("WORKERS", "4")
+    assert cluster.wanted() == 4
+    monkeypatch.setenv("WORKERS", "many")
+    with pytest.raises(ValueError, match="WORKERS is 'many'; give a number of processes"):
+        cluster.wanted()
+
+
+def test_without_ray_it_says_how_to_get_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ModuleNotFoundError, match="an extra: run `make cluster`, or unset them"):
+        cluster.generate(tiny, GRID, ASKED, Store(tmp_path), 2, workers=2)

@@ -1,0 +1,95 @@
+"""Weights in fewer bits: packed against unpacked, against plain rounding, and their bytes."""
+
+import copy
+
+import pytest
+import torch
+
+from kit import budget, decode, models, precision, quantise
+from kit.budget import Packing
+from kit.decode import Request
+from kit.schema import Sampling
+
+IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+TEXTS = (
+    "Lagos is the largest city of Nigeria, and its port is one of the busiest in Africa.",
+    "To add two fractions, bring them to a common denominator and add the numerators.",
+    "The atomic number of an element is the number of protons in the nucleus of its atom.",
+)
+
+
+@pytest.mark.parametrize("bits", precision.BITS)
+@pytest.mark.parametrize("family", models.RANDOM)
+def test_packed_weights_say_what_they_unpack_to(family, bits):
+    model = models.load(f"random:{family}")
+    packed = precision.quantise(model, bits, group=32)
+    plain = precision.quantise(model, bits, group=32, packed=False)
+    assert torch.equal(packed.weights(IDS).logits, plain.weights(IDS).logits)
+    assert packed.weights_hash == plain.weights_hash != model.weights_hash
+    asked, how = [Request((1, 2, 3)), Request((4, 5))], Sampling(max_new_tokens=8)
+    assert not torch.equal(model.weights(IDS).logits, plain.weights(IDS).logits)
+    said = [[g.token_ids for g in decode.decode(m, asked, how)] for m in (packed, plain)]
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("bits", precision.BITS)
+def test_each_weight_is_near_what_it_was(bits):
+    """No further than a step of plain rounding, whose zero HQQ moves."""
+    model = models.load("random:llama")
+    found = precision.quantise(model, bits, group=32, packed=False)
+    for before, after in zip(model.weights.base_model.layers, found.weights.base_model.layers):
+        old, new = before.mlp.down_proj.weight, after.mlp.down_proj.weight
+        groups = old.view(-1, 32)
+        step = (groups.amax(1) - groups.amin(1)) / (2**bits - 1)
+        error = (old - new).view(-1, 32).abs().amax(1)
+        assert 0 < error.max() and (error <= 1.6 * step).all()
+    assert torch.equal(found.weights.lm_head.weight, model.weights.lm_head.weight)
+
+
+def nearest(model, bits: int, group: int):
+    """Plain rounding between the least and the largest of each group, by the cache's packing."""
+    weights = copy.deepcopy(model.weights)
+    for linear in weights.base_model.layers.modules():
+        if type(linear) is torch.nn.Linear:
+            packed = quantise.pack(linear.weight.data, bits, group, iterations=0)
+            linear.weight.data = quantise.unpack(*packed, bits)
+    return weights
+
+
+@torch.no_grad()
+def divergence(model, weights) -> float:
+    """KL from the model to `weights` on TEXTS, nats per token."""
+    total, count = 0.0, 0
+    for said in TEXTS:
+        ids = torch.tensor([model.tokenizer(said)["input_ids"]])
+        p, q = (m(ids).logits[0].float().log_softmax(-1) for m in (model.weights, weights))
+        total, count = total + float((p.exp() * (p - q)).sum()), count + ids.shape[1]
+    return total / count
+
+
+def test_the_bundled_model_at_four_bits_loses_less_than_by_plain_rounding(bundled):
+    four = precision.quantise(bundled, 4)
+    assert "4-bit g64" in four.name
+    mine, plain = divergence(bundled, four.weights), divergence(bundled, nearest(bundled, 4, 64))
+    assert 0 < mine < plain < 2
+    native = 8 * bundled.dtype.itemsize
+    how = Packing(4, 64, native, native, index_bits=0, native_bits=native)
+    formula = budget.weights(budget.architecture(bundled.weights.config), how)
+    measured = budget.measured_weights(four.weights)
+    assert sum(measured.values()) == pytest.approx(sum(formula.values()), rel=0.05)
+    assert measured["linear weights"] < 0.2 * 106e6 * bundled.dtype.itemsize * 2
+
+
+def test_other_bits_are_refused_and_groups_divide_what_is_read():
+    model = models.load("random:llama")
+    assert precision.quantise(model, 16) is model
+    with pytest.raises(ValueError, match="weights of 3 bit cannot be made; use 16, 8 or 4"):
+        precision.quantise(model, 3)
+    made = precision.quantise(model, 4, packed=False).weights.base_model.layers[0].mlp
+    groups = made.gate_proj.weight.view(-1, 32)  # 96 numbers are read: 32 is what 64 shares with it
+    assert max(len(group.unique()) for group in groups) <= 16
+
+
+def test_eight_bits_are_rounded_and_lose_next_to_nothing(bundled):
+    eight = precision.quantise(bundled, 8, packed=False)
+    assert 0 < divergence(bundled, eight.weights) < 0.01

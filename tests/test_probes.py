@@ -1,0 +1,113 @@
+"""What a model knows: likelihoods against one text at a time, records, surprisal, passages."""
+
+import numpy as np
+import pytest
+import torch
+
+from kit import facts, probes, widen
+from kit.passages import Passages
+from kit.schema import Problem
+from kit.store import Store
+
+ASKED = [
+    Problem("a", "Which nation does Lagos belong to?", "Nigeria", "cities", 1, "facts"),
+    Problem("b", "Who rules, and from which of the many cities?", "Lima", "capitals", 2, "facts"),
+    Problem("c", "Why?", "Because of it", "capitals", 3, "facts"),
+]
+OPTIONS = [["Peru", "Nigeria", "Democratic Republic of the Congo", "China"],
+           ["Lima", "Oslo", "Port-aux-Francais", "Rome"],
+           ["No reason", "Because of it", "A", "B"]]  # fmt: skip
+
+
+class Each:
+    """A bank that gives each question the blocks of its number."""
+
+    key = "each"
+
+    def __init__(self, model):
+        self.shape = widen.shape(model.weights, "ffn", (0, 1), (4,), 3)
+        rng = torch.Generator().manual_seed(0)
+        self.blocks = torch.randn(3, *self.shape.block(0), generator=rng)
+
+    def paths(self, questions):
+        return [([p.question for p in ASKED].index(question),) for question in questions]
+
+    def fetch(self, path):
+        return [self.blocks[path[0]]]
+
+
+def alone(model, prompt: str, option: str) -> float:
+    """Log-probability of one option, by one forward pass of the whole text."""
+    read = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    said = model.tokenizer(f" {option}", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logp = model.weights(torch.tensor([read + said])).logits[0].log_softmax(-1)
+    return sum(float(logp[len(read) + i - 1, token]) for i, token in enumerate(said))
+
+
+@pytest.mark.parametrize("memory", (False, True))
+def test_options_are_as_likely_as_one_by_one(tiny, memory):
+    bank = Each(tiny) if memory else None
+    prompts = [probes.text(problem) for problem in ASKED]
+    with probes.fetched(tiny, [p.question for p in ASKED], bank):
+        found = probes.likelihoods(tiny, prompts, OPTIONS)
+    for number, (problem, prompt) in enumerate(zip(ASKED, prompts, strict=True)):
+        with probes.fetched(tiny, [problem.question], bank):
+            expected = [alone(tiny, prompt, option) for option in OPTIONS[number]]
+        assert found[number] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_choice_is_a_graded_record_and_is_made_once(tiny, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    how = (tiny, ASKED, OPTIONS, store)
+    found = probes.choose(*how, "plain").set_index("problem_id")
+    for problem, options in zip(ASKED, OPTIONS, strict=True):
+        likely = max(options, key=lambda option: alone(tiny, probes.text(problem), option))
+        row = found.loc[problem.id]
+        assert row["extracted"] == likely and row["correct"] == (likely == problem.answer)
+        assert row["prompt_tokens"] > 5 and row["level"] == problem.level
+    wide = probes.choose(*how, "fetched", Each(tiny))
+    assert set(wide["key"]).isdisjoint(found["key"])
+    read = probes.choose(*how, "rag", passages=[["Lagos is in Nigeria."], [], []])
+    assert read.set_index("problem_id")["prompt_tokens"]["a"] > found["prompt_tokens"]["a"]
+    monkeypatch.setattr(probes, "likelihoods", lambda *args: 1 / 0)
+    assert (probes.choose(*how, "plain")["key"] == found["key"].sort_values().to_numpy()).all()
+
+
+def test_a_free_answer_is_one_line_and_graded(bundled, tmp_path):
+    asked = [Problem("f", "What is the capital of France?", "Paris", "capitals", 1, "facts")]
+    told = [["The capital of Spain is Madrid.", "The capital of France is Paris."]]
+    found = probes.complete(bundled, asked, Store(tmp_path), "rag", passages=told).iloc[0]
+    ids = bundled.tokenizer(probes.text(asked[0], told[0]), return_tensors="pt")["input_ids"]
+    out = bundled.weights.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    said = bundled.tokenizer.decode(out, skip_special_tokens=True).strip()
+    assert found["text"] == f"Answer: {said.splitlines()[0]}" and "Paris" in said
+    assert 0 < found["new_tokens"] <= 12
+
+
+def test_surprisal_is_the_loss_of_each_text_alone(tiny):
+    texts = ["The cat sat on the mat.", "Short text", "A much longer text, with more words in it."]
+    expected = []
+    for text in texts:
+        ids = torch.tensor([tiny.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            expected.append(float(tiny.weights(ids, labels=ids).loss))
+    assert probes.surprisal(tiny, texts) == pytest.approx(expected, rel=1e-4)
+    wide = probes.surprisal(tiny, texts, Each(tiny), [p.question for p in ASKED])
+    assert not np.allclose(wide, expected)
+
+
+def test_passages_are_found_by_meaning(tmp_path):
+    from kit import embed
+
+    known = facts.load(["cities", "elements"], cities=300)
+    told = [f"{facts.TELL[f.family][0].format(f.subject)} {f.answer}." for f in known]
+    found = Passages(tmp_path, told, embed.load())
+    again = Passages(tmp_path, told, embed.load())
+    for passages in (found, again):
+        (nearest, three) = (
+            passages.search(["Which nation does Lagos belong to?"], k)[0] for k in (1, 3)
+        )
+        assert nearest == ["Lagos is a city in Nigeria."]
+        assert len(three) == 3 and three[-1] == nearest[0], "the nearest stands last"
+    assert found.nbytes()["vectors"] == 4 * 384 * len(set(told))
