@@ -103,9 +103,9 @@ class Bank:
     """A bank in `folder`, opened for `model`, its contexts read by `embedder`. `cache_bytes` of
     blocks stay in memory, the least recently used go first.
 
-    For controls, `turn` fetches the path of the subtree so many further instead, and the subtrees
-    in `without` have no effect. BankError where the bank is of another base or embedder, or a file
-    is missing, cut short or altered.
+    For controls, `turn` fetches the path of the subtree so many further instead, and what lies
+    under the nodes in `without`, each given by the path to it, has no effect. BankError where the
+    bank is of another base or embedder, or a file is missing, cut short or altered.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class Bank:
         embedder: Embedder | None = None,
         cache_bytes: int = 2**28,
         turn: int = 0,
-        without: Sequence[int] = (),
+        without: Sequence[Sequence[int]] = (),
     ):
         self.folder, self.cache_bytes = Path(folder), cache_bytes
-        self.turn, self.without = turn, tuple(without)
+        self.turn, self.without = turn, [tuple(start) for start in without]
         card = self._card()
         if card["base_hash"] != model.weights_hash:
             raise BankError(
@@ -180,7 +180,9 @@ class Bank:
     def fetch(self, path: Sequence[int]) -> list[torch.Tensor]:
         """The block of each level on `path`, [layers, units, row], in the model's dtype."""
         found = [self._block(level, node) for level, node in enumerate(path)]
-        return [torch.zeros_like(block) for block in found] if path[0] in self.without else found
+        blocked = [len(node) for node in self.without if tuple(path[: len(node)]) == node]
+        kept = min(blocked, default=len(found) + 1) - 1
+        return [*found[:kept], *(torch.zeros_like(block) for block in found[kept:])]
 
     def prefetch(self, path: Sequence[int]) -> None:
         """Begin to read what `fetch` of this path will need, in the background."""

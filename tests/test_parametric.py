@@ -90,8 +90,11 @@ def test_paths_come_from_the_question_alone_and_controls_turn_or_block_them(made
     for path, other in zip(paths, turned, strict=True):
         assert other[0] == (path[0] + 1) % 3
         assert all(other[i + 1] // 3 == other[i] for i in range(2)), "still a path"
-    blocked = Bank(folder, tiny, minilm, without=[paths[0][0]])
+    blocked = Bank(folder, tiny, minilm, without=[paths[0][:1]])
     assert not any(block.any() for block in blocked.fetch(paths[0]))
+    *above, leaf = Bank(folder, tiny, minilm, without=[paths[0]]).fetch(paths[0])
+    assert all(torch.equal(a, b) for a, b in zip(above, bank.fetch(paths[0])))
+    assert bank.fetch(paths[0])[-1].any() and not leaf.any(), "a leaf alone, and not its parents"
     free = next(node for node in range(3) if node != paths[0][0])
     assert blocked.fetch((free, 3 * free, 9 * free))[0].any()
     assert len({bank.key, blocked.key, Bank(folder, tiny, turn=1).key}) == 3

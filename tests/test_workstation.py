@@ -208,7 +208,8 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     said = json.loads((folder / "results" / "05_parametric.json").read_text())
     stored = Store(folder / "store").table(set(said["keys"]))
     seeds = stored.groupby("arm")["seed"].nunique().to_dict()
-    once = {"plain", "blocked", "rag", "rag 5", "rag + fetched", "rag 5 + fetched"}
+    once = {"plain", "without leaf", "without subtree"}
+    once |= {"rag", "rag 5", "rag + fetched", "rag 5 + fetched"}
     once |= {"continued", "co-trained"}  # the second of SEEDS
     assert {arm for arm, count in seeds.items() if count == 1} == once
     assert {"generic", "flat", "kv", "lora-vo", "fetched-early"} < set(seeds)
