@@ -20,7 +20,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from kit import claims, contrasts, exhibits, provenance, tables
+from kit import claims, exhibits, provenance, tables
 from kit.paths import DATA, ROOT, run_dir
 
 SUMS, RECORDS, VERDICTS = "SHA256SUMS", "records.parquet", "results/07_verdicts.json"
@@ -225,26 +225,25 @@ def verify(place: Path) -> tuple[list[str], list[str]]:
         return [*wrong, f"records, results or claims cannot be read: {error}"], []
 
 
-def _judged(run: Run) -> list[str]:
-    """Verdicts that come out otherwise when they are made again."""
+def rejudged(run: Run) -> pd.DataFrame:
+    """Every claim's verdict made again from the records and measurements of `run`."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "claims.toml"
         file.write_bytes(run.files["claims.toml"])
         published = claims.load(file)
-    profile, by_stage, found = _profile(run), run.records, []
-    for stage in dict.fromkeys(claim.notebook for claim in published):
-        said = run.results.get(stage, {}).get("measurements", {})
-        given = {name: contrasts.Measurement(**numbers) for name, numbers in said.items()}
-        mine = [claim for claim in published if claim.notebook == stage]
-        records = by_stage.get(stage, next(iter(by_stage.values())).iloc[:0])
-        again = claims.measured_table(mine, records, profile, given).to_dict("records")
-        for row in again:
-            before = run.verdicts.get(row["claim"], {})
-            for key in ("measured", "interval", "verdict"):
-                if before.get(key) != row[key]:
-                    found.append(f"{row['claim']}: {key} is {before.get(key)!r} in the results, "
-                                 f"{row[key]!r} from the records")  # fmt: skip
-    return found
+    return tables.verdicts(published, run.results, run.records, _profile(run))
+
+
+def _judged(run: Run) -> list[str]:
+    """Verdicts that come out otherwise when they are made again."""
+    return [
+        f"{row['claim']}: {key} is {before.get(key)!r} in the results, "
+        f"{row[key]!r} from the records"
+        for row in rejudged(run).to_dict("records")
+        for before in [run.verdicts.get(row["claim"], {})]
+        for key in ("measured", "interval", "verdict")
+        if before.get(key) != row[key]
+    ]
 
 
 def _profile(run: Run) -> str:

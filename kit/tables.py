@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from kit import contrasts, stats
-from kit.claims import Claim, audit
+from kit.claims import Claim, audit, measured_table
+from kit.contrasts import Measurement
 from kit.schema import digest
 
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
@@ -166,6 +167,18 @@ def audits(claims: list[Claim]) -> pd.DataFrame:
     columns += ["n_needed", "reading", "source", "grade", "rule", "notebook"]
     numbers = dict.fromkeys(["estimate", "low", "high", "p"], float) | {"n_needed": "Int64"}
     return pd.DataFrame(rows, columns=columns).astype(numbers)
+
+
+def verdicts(published: list[Claim], results: dict, records: dict, profile: str) -> pd.DataFrame:
+    """`claims.measured_table` of all claims, each judged on what its notebook left: by stage its
+    results and its records."""
+    parts = []
+    for stage in dict.fromkeys(claim.notebook for claim in published):
+        mine = [claim for claim in published if claim.notebook == stage]
+        said = results.get(stage, {}).get("measurements", {})
+        given = {name: Measurement(**numbers) for name, numbers in said.items()}
+        parts.append(measured_table(mine, records.get(stage, pd.DataFrame()), profile, given))
+    return pd.concat(parts, ignore_index=True)
 
 
 def text(table: pd.DataFrame) -> pd.DataFrame:
