@@ -1,4 +1,4 @@
-"""One zip of a run to attach to a paper, checked without models, and what two runs differ in.
+"""One zip of a run to attach to a paper, checked without models.
 
 A bundle holds executed notebooks (ipynb and HTML), records as Parquet, results, exhibits, the
 report, claims, lock, licences, evictors, SHA256SUMS, and RO-Crate metadata of the Process Run Crate
@@ -84,11 +84,16 @@ class Run:
         return found
 
     @cached_property
-    def records(self) -> dict[str, pd.DataFrame]:
-        """By stage, those that its results name."""
+    def every(self) -> pd.DataFrame:
+        """All records."""
         if RECORDS not in self.files:
             raise ValueError(f"{RECORDS} is missing")
-        every = pd.read_parquet(io.BytesIO(self.files[RECORDS]))
+        return pd.read_parquet(io.BytesIO(self.files[RECORDS]))
+
+    @cached_property
+    def records(self) -> dict[str, pd.DataFrame]:
+        """By stage, those that its results name."""
+        every = self.every
         return {stage: every[every["key"].isin(found.get("keys", []))].reset_index(drop=True)
                 for stage, found in self.results.items()}  # fmt: skip
 
@@ -99,6 +104,7 @@ def read(place: Path) -> Run:
     if place.is_dir():
         wanted = ("results", "exhibits", "notebooks", "status", "paper")
         files = [file for name in wanted for file in sorted((place / name).rglob("*"))]
+        files.append(place / RECORDS)  # of a published run
         files = [file for file in files if file.is_file() and file.name.count(".") == 1]
         return Run({f.relative_to(place).as_posix(): f.read_bytes() for f in files})
     try:
@@ -264,35 +270,3 @@ def _tables(run: Run, wrong: list[str]) -> list[str]:
             elif exhibits.as_table(row["caption"], make(records[stage])).rows != row["rows"]:
                 wrong.append(f"{stage}, table {row['caption']!r} is not what the records say")
     return left
-
-
-def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
-    """Where two runs differ: `numbers` of claims, `verdicts`, `environment`.
-
-    A number moved beyond noise where the two 95% intervals, taken as normal and independent, differ
-    by more than 1.96 standard errors of the difference.
-    """
-    numbers, words = [], []
-    for claim in [claim for claim in one.verdicts if claim in other.verdicts]:
-        pair = one.verdicts[claim], other.verdicts[claim]
-        if pair[0]["verdict"] != pair[1]["verdict"]:
-            words.append([claim, *(row["verdict"] or "not measured yet" for row in pair)])
-        if all(row["measured"] for row in pair) and pair[0]["measured"] != pair[1]["measured"]:
-            texts = [f"{row['measured']} [{row['interval']}]" for row in pair]
-            numbers.append([claim, *texts, "beyond noise" if _moved(*pair) else "within noise"])
-    left, right = one.environment, other.environment
-    changed = [
-        [key, left.get(key, "absent"), right.get(key, "absent")]
-        for key in sorted({*left, *right})
-        if left.get(key) != right.get(key)
-    ]
-    return {"numbers": numbers, "verdicts": words, "environment": changed}
-
-
-def _moved(one: dict, other: dict) -> bool:
-    at, error = [], 0.0
-    for row in (one, other):
-        low, high = (float(end) for end in row["interval"].split(" to "))
-        at.append(float(row["measured"].split()[0]))
-        error += ((high - low) / 2) ** 2  # in units of 1.96 standard errors
-    return abs(at[0] - at[1]) > error**0.5

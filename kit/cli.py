@@ -154,14 +154,14 @@ def _verify(_: str, args: argparse.Namespace) -> int:
 def _diff(_: str, args: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from kit import bundle
+    from kit import bundle, reference
 
     try:
         runs = [bundle.read(place if place.exists() else run_dir(str(place)))
                 for place in (args.one, args.other)]  # fmt: skip
     except bundle.Damaged as error:
         raise Refused(str(error), 2) from error
-    found = bundle.diff(*runs)
+    found = reference.diff(*runs)
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -202,11 +202,11 @@ def print_reference(profile: str, published: Path = PUBLISHED) -> None:
     """How this run differs from the published one of its profile, where there is one."""
     if not (published / profile).is_dir():
         return
-    from kit import bundle
+    from kit import bundle, reference
 
-    reference, here = bundle.read(published / profile), bundle.read(run_dir(profile))
-    found = bundle.diff(reference, here)
-    both = [claim for claim, row in reference.verdicts.items()
+    there, here = bundle.read(published / profile), bundle.read(run_dir(profile))
+    found = reference.diff(there, here)
+    both = [claim for claim, row in there.verdicts.items()
             if row["measured"] and here.verdicts.get(claim, {}).get("measured")]  # fmt: skip
     beyond = [row for row in found["numbers"] if row[3] == "beyond noise"]
     changed = found["verdicts"]

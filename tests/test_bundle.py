@@ -14,7 +14,19 @@ import pandas as pd
 import pytest
 from rocrate.rocrate import ROCrate
 
-from kit import bundle, claims, cli, exhibits, figures, notebook, paths, provenance, report, tables
+from kit import (
+    bundle,
+    claims,
+    cli,
+    exhibits,
+    figures,
+    notebook,
+    paths,
+    provenance,
+    reference,
+    report,
+    tables,
+)
 from kit.schema import Record
 from kit.store import Store
 
@@ -200,15 +212,15 @@ def test_the_crate_is_a_process_run(tmp_path):
 
 def test_two_runs_differ_in_what_moved_and_in_what_made_them():
     one, other = ran("laptop"), ran("workstation", seed=1, gain=-0.2, commit="c1")
-    found = bundle.diff(bundle.read(one), bundle.read(other))
+    found = reference.diff(bundle.read(one), bundle.read(other))
     moved = {row[0]: row[3] for row in found["numbers"]}
     assert moved["rbslm-format-accuracy"] == "beyond noise"
     assert ["commit", "c0", "c1"] in found["environment"]
     assert "rbslm-format-accuracy" in {row[0] for row in found["verdicts"]}
-    same = bundle.diff(bundle.read(one), bundle.read(bundle.write("laptop")))
+    same = reference.diff(bundle.read(one), bundle.read(bundle.write("laptop")))
     assert same == {"numbers": [], "verdicts": [], "environment": []}
     again = replace(bundle.read(one), files=bundle.read(one).files)
-    assert bundle.diff(again, again)["numbers"] == []
+    assert reference.diff(again, again)["numbers"] == []
 
 
 def test_a_run_is_held_against_the_published_one(tmp_path, capsys):
@@ -225,6 +237,43 @@ def test_a_run_is_held_against_the_published_one(tmp_path, capsys):
     cli.print_reference("workstation", tmp_path / "published")
     said = capsys.readouterr().out
     assert "1 moved beyond noise" in said and "  rbslm-format-accuracy: " in said
+
+
+def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
+    here, into = ran(), tmp_path / "published"
+    place = reference.publish("laptop", into)
+    first = bundle.read(place)
+    assert {"records.parquet", "results/01_baseline.json", "exhibits/01_baseline/exhibits.json",
+            "notebooks/01_baseline.ipynb"} < set(first.files)  # fmt: skip
+    assert not any(name.endswith(".html") for name in first.files) and len(first.every) == 224
+    assert first.verdicts == bundle.read(here).verdicts
+    # On another machine only another stage has run; what was published of the first one stays.
+    kept = {one: row for one, row in first.verdicts.items() if row["measured"]}
+    other = tmp_path / "elsewhere"
+    monkeypatch.setattr(paths, "OUTPUTS", other)
+    folder = ran(seed=1, gain=-0.3)
+    (folder / "results" / "01_baseline.json").unlink()
+    given = {"hier-bank-parameters": {"estimate": 4.62, "low": 4.62, "high": 4.62, "n": 1,
+                                      "unit": "billion", "origin": "computed"}}  # fmt: skip
+    notebook.save_results("05_parametric", {"keys": [], "measurements": given}, "laptop")
+    both = bundle.read(reference.publish("laptop", into))
+    measured = {one: row for one, row in both.verdicts.items() if row["measured"]}
+    assert {one: measured.pop(one) for one in kept} == kept and len(both.every) == 224
+    assert [*measured] == ["hier-bank-parameters"]
+    again = bundle.read(reference.publish("laptop", into))
+    assert again.files == both.files and sorted(into.iterdir()) == [into / "laptop"]
+    page = reference.text(into)
+    line = next(line for line in page.splitlines() if "ONLY=05" in line)
+    assert "4.62 billion" in line and "*reproduced*" in line
+    assert "18.8" in page or "accuracy" in page  # the key table of the stage
+
+
+def test_the_readme_says_what_was_published():
+    file = paths.ROOT / "README.md"
+    readme = file.read_text(encoding="utf-8")
+    assert reference.renewed(readme) == readme, "stale: run `python -m kit.reference`"
+    with pytest.raises(ValueError, match="README.md lacks the lines"):
+        reference.renewed(readme.replace(reference.END, ""))
 
 
 def test_the_commands(tmp_path, capsys, monkeypatch):
