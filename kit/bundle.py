@@ -137,7 +137,9 @@ def write(profile: str) -> Path:
     records = records.assign(model=records["model"].map(scrub), policy=records["policy"].map(scrub))
     records.to_parquet(buffer, index=False)
     files[RECORDS] = buffer.getvalue()
-    files["report.html"] = (folder / "report.html").read_bytes()
+    page = (folder / "report.html").read_text(encoding="utf-8")  # its notebooks are pages here
+    page = re.sub(r'(href="notebooks/\w+)\.ipynb"', r'\1.html#Verdict"', page)
+    files["report.html"] = page.encode()
     files |= {name: file.read_bytes() for name, file in BESIDE.items()}
     evictors = [*(DATA / "evictors").iterdir(), *folder.glob("evictors/**/*.safetensors")]
     files |= {f"evictors/{file.name}": file.read_bytes() for file in evictors}

@@ -104,6 +104,14 @@ def _advise(profile: str, args: argparse.Namespace) -> int:
         chosen, why = advise.choose(found, memory)
     except (ValueError, hub.HubError) as error:
         raise Refused(str(error), 2) from error
+    if args.json:
+        totals = {each: each.configuration.total() for each in found}
+        rows = [
+            {"name": each.name, "bytes": total, "fits": total <= memory, "accuracy": each.accuracy}
+            for each, total in totals.items()
+        ]
+        print(json.dumps({"run": chosen.name, "why": why, "configurations": rows}, indent=1))
+        return 0
     print(f"{args.model} at {context:,} tokens in {budget.text(memory)}\n")
     shown = advise.table(found if rows else advise.narrow(found, chosen), memory)
     print(
@@ -204,20 +212,8 @@ def print_reference(profile: str, published: Path = PUBLISHED) -> None:
         return
     from kit import bundle, reference
 
-    there, here = bundle.read(published / profile), bundle.read(run_dir(profile))
-    found = reference.diff(there, here)
-    both = [claim for claim, row in there.verdicts.items()
-            if row["measured"] and here.verdicts.get(claim, {}).get("measured")]  # fmt: skip
-    beyond = [row for row in found["numbers"] if row[3] == "beyond noise"]
-    changed = found["verdicts"]
-    print(
-        f"\nAgainst the published run of this profile: of {len(both)} claims measured in both, "
-        f"{len(beyond)} moved beyond noise, {len(changed)} verdicts differ"
-    )
-    for claim, theirs, ours, _ in beyond:
-        print(f"  {claim}: {theirs} there, {ours} here")
-    for claim, theirs, ours in changed:
-        print(f"  {claim}: {theirs} there, {ours} here")
+    runs = bundle.read(published / profile), bundle.read(run_dir(profile))
+    print("\n" + "\n".join(reference.against(*runs)))
 
 
 def print_paths(profile: str) -> None:
@@ -229,55 +225,51 @@ def print_paths(profile: str) -> None:
     print(f"Notebooks: {pipeline.short(run_dir(profile) / 'notebooks')}")
 
 
+COMMANDS = {  # name: function, what it does, an example, what its exit status means
+    "reproduce": (_reproduce, "run every notebook whose result is not up to date, then print the "
+                  "verdicts", "reproduce --profile laptop --only 05", EXIT_CODES),
+    "status": (_status, "say which notebooks are up to date, and why not", "status --json", ""),
+    "advise": (_advise, "say what of a model fits into a memory, and why", "advise --memory 24GiB "
+               "--model hub:Qwen/Qwen3-4B-Instruct-2507 --context 32k", ""),
+    "report": (_report, "write the page again from what has been measured", "report", ""),
+    "bundle": (_bundle, "pack a run into one zip for a paper", "bundle --profile laptop", ""),
+    "verify": (_verify, "check a bundle: hashes, and verdicts and tables from its records; no "
+               "model needed", "verify bundle.zip",
+               "exit status: 0 nothing differs, 1 something does, 2 no bundle"),
+    "diff": (_diff, "say where two runs differ: numbers beyond noise, verdicts, environment",
+             "diff laptop theirs.zip", ""),
+}  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m kit",
         description="What does memory buy a small language model, per byte?",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=raw,
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
-    reproduce = commands.add_parser(
-        "reproduce",
-        help="run every notebook whose result is not up to date, then print the verdicts",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    reproduce.set_defaults(command=_reproduce)
-    status = commands.add_parser("status", help="say which notebooks are up to date, and why not")
-    status.set_defaults(command=_status)
-    advise = commands.add_parser("advise", help="say what of a model fits into a memory, and why")
-    advise.set_defaults(command=_advise)
-    advise.add_argument("--memory", required=True, help="of the device: 24GiB, or 24GB")
-    advise.add_argument("--model", required=True, help="hub:ORG/NAME, a folder, or the bundled one")
-    advise.add_argument("--context", required=True, help="tokens of a question and its answer: 32k")
-    report = commands.add_parser("report", help="write the page again from what has been measured")
-    report.set_defaults(command=_report)
-    bundle = commands.add_parser("bundle", help="pack a run into one zip for a paper")
-    bundle.set_defaults(command=_bundle)
-    verify = commands.add_parser(
-        "verify",
-        help="check a bundle: hashes, and verdicts and tables from its records; no model needed",
-        epilog="example: python -m kit verify bundle.zip\n"
-        "exit status: 0 nothing differs, 1 something does, 2 no bundle",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verify.set_defaults(command=_verify, profile="laptop")
-    verify.add_argument("file", type=Path)
-    diff = commands.add_parser(
-        "diff",
-        help="say where two runs differ: numbers beyond noise, verdicts, environment",
-        epilog="example: python -m kit diff laptop theirs.zip",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    diff.set_defaults(command=_diff, profile="laptop")
-    for name in ("one", "other"):
-        diff.add_argument(name, type=Path, help="a bundle, a folder of outputs, or a profile")
-    for command in (status, verify, diff):
-        command.add_argument("--json", action="store_true", help="for a script")
-    for command in (reproduce, status, advise, report, bundle):
-        command.add_argument("--profile", help="laptop, workstation, tour, ... (default: by GPU)")
+    commands, made = parser.add_subparsers(required=True, metavar="command"), {}
+    for name, (command, does, example, ends) in COMMANDS.items():
+        epilog = f"example: python -m kit {example}\n\n{ends}"
+        made[name] = commands.add_parser(name, help=does, epilog=epilog, formatter_class=raw)
+        made[name].set_defaults(command=command)
+        if name in ("verify", "diff"):
+            made[name].set_defaults(profile="laptop")
+        else:
+            made[name].add_argument("--profile", help="laptop, workstation, ... (default: by GPU)")
+        if name in ("status", "advise", "verify", "diff"):
+            made[name].add_argument("--json", action="store_true", help="for a script")
+    reproduce, advise = made["reproduce"], made["advise"]
     reproduce.add_argument("--from", dest="from_", metavar="NN", help="run again from here on")
     reproduce.add_argument("--only", metavar="NN", help="bring only this notebook up to date")
     reproduce.add_argument("--force", action="store_true", help="run again what is up to date")
+    advise.add_argument("--memory", required=True, help="of the device: 24GiB, or 24GB")
+    advise.add_argument("--model", required=True, help="hub:ORG/NAME, a folder, or the bundled one")
+    advise.add_argument("--context", required=True, help="tokens of a question and its answer: 32k")
+    made["verify"].add_argument("file", type=Path)
+    for name in ("one", "other"):
+        made["diff"].add_argument(
+            name, type=Path, help="a bundle, a folder of outputs, or a profile"
+        )
     return parser

@@ -93,9 +93,25 @@ def _moved(one: dict, other: dict) -> bool:
     return abs(at[0] - at[1]) > error**0.5
 
 
+def against(there: Run, here: Run) -> list[str]:
+    """How a run, `here`, differs from the published one, `there`, in what both measured: lines."""
+    found = diff(there, here)
+    both = [claim for claim, row in there.verdicts.items()
+            if row["measured"] and here.verdicts.get(claim, {}).get("measured")]  # fmt: skip
+    beyond = [row for row in found["numbers"] if row[3] == "beyond noise"]
+    changed = [row for row in found["verdicts"] if row[0] in both]
+    head = (f"Against the published run of this profile: of {len(both)} claims measured in both, "
+            f"{len(beyond)} moved beyond noise, {len(changed)} verdicts differ")  # fmt: skip
+    lines = [f"  {claim}: {theirs} there, {ours} here"
+             for claim, theirs, ours, *_ in beyond + changed]  # fmt: skip
+    return [head, *lines]
+
+
 def text(published: Path = PUBLISHED) -> str:
     """What the README says of all published runs, in Markdown."""
-    return "\n".join(_section(place) for place in sorted(published.iterdir()) if place.is_dir())
+    return "\n".join(
+        _section(file.parent.parent) for file in sorted(published.glob(f"*/{VERDICTS}"))
+    )
 
 
 def _section(place: Path) -> str:

@@ -45,7 +45,7 @@ def write(
     """
     folder = run_dir(profile)
     every = stages.load_stages(profile, outputs=folder.parent)
-    rows = _verdict_rows(verdicts, audits, every)
+    rows = _verdict_rows(verdicts, audits, every, results)
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -93,9 +93,12 @@ def _command(stage: stages.Stage) -> str:
     return f"make reproduce PROFILE={stage.profile} ONLY={stage.number}"
 
 
-def _verdict_rows(verdicts: pd.DataFrame, audits: pd.DataFrame, every: list) -> list[dict]:
+def _verdict_rows(
+    verdicts: pd.DataFrame, audits: pd.DataFrame, every: list, results: dict[str, dict]
+) -> list[dict]:
     """Every claim with what a reader may ask about it, ordered by its verdict."""
     commands = {stage.name: _command(stage) for stage in every}
+    executed = {stage.name for stage in every if stage.executed.is_file()}
     about = audits[["claim", "statement", "source", "grade", "rule", "notebook"]]
     rows = verdicts.merge(about, on="claim", validate="one_to_one").to_dict("records")
     for row in rows:
@@ -104,6 +107,9 @@ def _verdict_rows(verdicts: pd.DataFrame, audits: pd.DataFrame, every: list) -> 
         row["sentence"] = RULES[row["rule"]]
         row["command"] = commands.get(row["notebook"])  # None for a notebook yet to be written
         row["n"] = tables.cell_text("n", row["n"])
+        row["records"] = None  # where links to them would not resolve
+        if row["measured"] and row["notebook"] in executed & results.keys():
+            row["records"] = f"{len(results[row['notebook']].get('keys', [])):,}"
     return sorted(rows, key=lambda row: WORD_ORDER.index(row["word"]))
 
 

@@ -100,6 +100,11 @@ def test_the_command_shows_what_fits_and_why(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "hub:Qwen/Qwen3-8B at 32,000 tokens in 24 GiB (25.8 GB)" in said
     assert "published, not measured here" in said and "GiB too much" in said and "in all" in said
+    assert cli.main([*ask, "--memory", "24GiB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] in said and found["why"] in said
+    fits = {row["name"]: row["fits"] for row in found["configurations"]}
+    assert fits[found["run"]] and {*fits.values()} == {True, False}
     assert cli.main([*ask, "--memory", "2GB"]) == 2
     assert "nothing fits into 1.86 GiB (2 GB)" in capsys.readouterr().err
     results = tmp_path / "laptop" / "results"

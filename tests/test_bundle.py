@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -49,7 +50,7 @@ def record(arm: str, number: int, correct: bool) -> Record:
 def executed(folder: Path, stage: str, profile: str, commit: str) -> None:
     """A notebook as the pipeline leaves it, its output naming a folder of this machine."""
     output = nbformat.v4.new_output("stream", text=f"read {paths.ROOT}/data/claims.toml\n")
-    cells = [nbformat.v4.new_markdown_cell("# title"),
+    cells = [nbformat.v4.new_markdown_cell("# title"), nbformat.v4.new_markdown_cell("## Verdict"),
              nbformat.v4.new_code_cell("1", outputs=[output])]  # fmt: skip
     made = nbformat.v4.new_notebook(cells=cells)
     stamp = {"profile": profile, "commit": commit, "lock_sha256": "l", "kit_sha256": "k",
@@ -83,11 +84,11 @@ def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str =
     columns = ["claim", "system", "published", "measured", "interval", "verdict", "reason"]
     rows = {"verdicts": verdicts[columns].to_dict("records")}
     notebook.save_results("07_verdicts", rows, profile)
-    report.write(profile, frame, verdicts, tables.audits(published), notebook.load_results(profile))
     for stage in ("01_baseline", "07_verdicts"):
         executed(folder, stage, profile, commit)
         done = {"started": "2026-11-22T00:00:00+00:00", "finished": "2026-11-22T00:01:00+00:00"}
         provenance.write_json(folder / "status" / f"{stage}.json", done)
+    report.write(profile, frame, verdicts, tables.audits(published), notebook.load_results(profile))
     return folder
 
 
@@ -124,6 +125,18 @@ def test_a_bundle_holds_what_a_paper_needs_and_verifies():
     assert wrong == [] and left == []  # the one table follows from the records
     first = made.read_bytes()
     assert bundle.write("laptop").read_bytes() == first
+
+
+def test_verdicts_link_to_their_records_and_to_the_cell_that_made_them():
+    folder = ran()
+    links = re.findall(r'href="(\w[^":#]+)"', (folder / PAGE).read_text())
+    assert {*links} == {"results/01_baseline.json", "notebooks/01_baseline.ipynb"}
+    assert len(links) == 4 and all((folder / link).is_file() for link in links)
+    files = bundle.read(bundle.write("laptop")).files
+    packed = re.findall(r'href="(\w+/\w+\.\w+)(#\w+)?"', files[PAGE].decode())
+    assert {*packed} == {("results/01_baseline.json", ""),
+                         ("notebooks/01_baseline.html", "#Verdict")}  # fmt: skip
+    assert b'id="Verdict"' in files["notebooks/01_baseline.html"]
 
 
 def test_a_bundle_names_neither_folder_nor_user_nor_host(tmp_path):
