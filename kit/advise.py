@@ -136,7 +136,9 @@ def _kept(row: dict, context: int) -> float:
 def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
     """The option to run within `memory` bytes, and why; Misfit where none fits.
 
-    By accuracy where it was measured, of equal ones the smallest; else by the published findings.
+    Where accuracy was measured, the smallest within one standard error of the most accurate: the
+    best of many is so in part by luck (the one-standard-error rule, Breiman et al. 1984, section
+    3.4.3). Else by the published findings.
     """
     fits = [option for option in found if option.configuration.total() <= memory]
     if not fits:
@@ -148,10 +150,15 @@ def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
             f"shorter context"
         )
     if all(option.accuracy for option in fits):
-        best = max(fits, key=lambda o: (round(o.accuracy[0], 9), -o.configuration.total()))
+        top = max(fits, key=lambda option: option.accuracy[0])
+        estimate, low, _ = top.accuracy
+        enough = estimate - (estimate - low) / 1.96 - 1e-9
+        close = [option for option in fits if option.accuracy[0] >= enough]
+        best = min(close, key=lambda o: (o.configuration.total(), -o.accuracy[0]))
         return best, (
-            f"the most accurate that fits, measured here with answers of at most {best.answered} "
-            f"tokens; of equal ones the smallest"
+            f"measured here with answers of at most {best.answered} tokens; the smallest of "
+            f"{len(close)} within one standard error of the most accurate of {len(fits)} that fit "
+            f"({top.name}, {estimate:.1f} percent), whose lead is in part luck"
         )
     a = fits[0].configuration.architecture
     large = sum(budget.weights(a, Packing(8)).values()) >= SWITCH

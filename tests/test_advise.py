@@ -59,6 +59,10 @@ def test_what_was_measured_decides_and_of_equals_the_smallest():
     option, why = advise.choose(found, 24 * GIB)
     assert option.name == "weights 8-bit, cache full at 16-bit" and option.accuracy[0] == 50
     assert "measured here with answers of at most 16 tokens" in why
+    close = [scenario(16, 64, 52.0), scenario(8, 64, 49.6), scenario(4, 64, 49.4)]
+    option, why = advise.choose(advise.measured(a, 1000, close), 24 * GIB)
+    assert option.configuration.packing.bits == 8  # one standard error is 5 / 1.96 points
+    assert "the smallest of 2 within one standard error of the most accurate of 3 that fit" in why
     (thin,) = (each for each in found if each.policy == "window 64")
     assert thin.configuration.kept == 0.064
     small = advise.choose(found, round(0.7 * GIB))[0]
