@@ -20,6 +20,8 @@ from kit.provenance import write_json, write_text
 
 LIST = "exhibits.json"
 BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that others look for
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX)
 FORMATS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
 
 
@@ -98,7 +100,7 @@ def _latex(table: Table) -> str:
 
 def escaped(text: str) -> str:
     """`text` for LaTeX."""
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    return text.translate(LATEX)
 
 
 def slug(caption: str) -> str:

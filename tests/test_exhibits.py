@@ -41,6 +41,12 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert exhibits.load(tmp_path / "none") == []
 
 
+def test_no_sign_of_a_text_is_a_command_of_latex():
+    assert exhibits.escaped(r"a_b 5% \x ~ ^ {q}") == (
+        r"a\_b 5\% \textbackslash{}x \textasciitilde{} \textasciicircum{} \{q\}"
+    )
+
+
 def test_a_table_for_latex_is_escaped_and_ruled(tmp_path):
     exhibits.save(tmp_path / "x", {"Arms": FRAME.rename(columns={"n": "n_needed"})}, {})
     text = (tmp_path / "x" / "arms.tex").read_text()
