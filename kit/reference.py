@@ -11,6 +11,7 @@ import io
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ from kit.provenance import write_text
 
 BEGIN, END = "<!-- published runs, made by kit.reference: begin -->", "<!-- published runs: end -->"
 KEPT = ("results/", "exhibits/", "notebooks/", "status/")
-SHOWN = ["statement", "published", "measured", "verdict", "command"]
+HEADS = ["claim", "published", "measured", "verdict", "command"]
 
 
 def publish(profile: str, into: Path = PUBLISHED) -> Path:
@@ -132,7 +133,9 @@ def _section(place: Path) -> str:
             command = f"`make reproduce ONLY={claim.notebook[:2]}`"
             rows.append([claim.statement, row["published"], row["measured"] + interval,
                          f"*{row['verdict']}*", command])  # fmt: skip
-    said += [*_markdown(["claim", *SHOWN[1:]], rows), ""]
+    counts = Counter(row["verdict"] or "not measured yet" for row in run.verdicts.values())
+    counted = ", ".join(f"{n} {word}" for word, n in counts.most_common())
+    said += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {counted}.", ""]
     for stage in stages:
         shown = [each for each in exhibits.load(place / "exhibits" / stage)
                  if isinstance(each, exhibits.Table)][:1]  # fmt: skip
