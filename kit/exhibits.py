@@ -20,6 +20,7 @@ from kit.provenance import write_json, write_text
 
 LIST = "exhibits.json"
 BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that others look for
+FEW, MANY = 4, 8  # rows at most, columns more, of a LaTeX table that is turned
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX)
 FORMATS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
@@ -90,11 +91,18 @@ def as_table(caption: str, frame: pd.DataFrame) -> Table:
 
 
 def _latex(table: Table) -> str:
-    frame = pd.DataFrame(table.rows, columns=range(len(table.columns)))
-    heads = dict(enumerate(table.columns))
+    """booktabs; few rows of many columns stand upright, or a column of text would not hold them."""
+    rows, columns, words = table.rows, table.columns, table.words
+    if len(rows) <= FEW and len(columns) > MANY:
+        numbers = [i for i in range(len(columns)) if i not in words]
+        columns = ["", *(" ".join(row[i] for i in words) for row in rows)]
+        rows = [[table.columns[i], *(row[i] for row in rows)] for i in numbers]
+        words = (0,)
+    frame = pd.DataFrame(rows, columns=range(len(columns)))
+    heads = dict(enumerate(columns))
     shown = frame.style.hide(axis="index").format(escape="latex")
     shown = shown.format_index(lambda at: escaped(heads[at]), axis="columns")
-    form = "".join("l" if number in table.words else "r" for number in heads)
+    form = "".join("l" if number in words else "r" for number in heads)
     return f"% {table.caption}\n{shown.to_latex(hrules=True, column_format=form)}"
 
 

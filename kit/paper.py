@@ -75,15 +75,15 @@ def macros(profile: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_table(stage: str, table: Table) -> Iterator[tuple[str, str, str]]:
-    for number, row in enumerate(table.rows):
-        label = " ".join(row[i] for i in table.words)
+    for row in table.rows:
+        label, plain = " ".join(row[i] for i in table.words), "plain" in row
         for i, cell in enumerate(row):
             if i in table.words or not NUMBER.match(cell):
                 continue
             column = table.columns[i]
             source = f"{stage}: {table.caption}; {label}; {column}".replace("\n", " ")
             names = [f"kit{_letters(stage)}{_letters(label)}{_letters(column)}"]
-            if table.caption == BASELINE and not number and column.startswith("accuracy"):
+            if table.caption == BASELINE and plain and column.startswith("accuracy"):
                 names.insert(0, "kitBaselineAcc")
             for name in names:
                 yield name, exhibits.escaped(INTERVAL.sub("", cell)), source
