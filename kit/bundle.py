@@ -9,6 +9,7 @@ or from a folder outputs/<profile> alike.
 import hashlib
 import io
 import json
+import mimetypes
 import re
 import tempfile
 import zipfile
@@ -29,6 +30,9 @@ BESIDE = {  # name in the bundle: file of the project
     **{name: ROOT / name for name in ("requirements.lock", "LICENSE", "CITATION.cff")},
 }  # fmt: skip
 PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
+MEDIA = {".ipynb": "application/x-ipynb+json", ".toml": "application/toml",
+         ".parquet": "application/vnd.apache.parquet", ".md": "text/markdown",
+         ".cff": "application/yaml", ".safetensors": "application/octet-stream"}  # fmt: skip
 DATES = (1980, 1, 1, 0, 0, 0)  # of all members: equal runs make equal bundles
 TABLES = {  # by stage and caption: tables that follow from the records of the stage alone
     ("01_baseline", exhibits.BASELINE): tables.arms,
@@ -179,28 +183,33 @@ def _crate(profile: str, files: Mapping[str, bytes], run: Run) -> bytes:
     crate, where = ROCrate(version="1.1"), "https://www.apache.org/licenses/LICENSE-2.0"
     crate.name = f"Memory instead of parameters: run of the {profile} profile"
     crate.description = "Executed notebooks, records, tables, figures, verdicts and their sources."
-    crate.license = where
+    about = {"@type": "CreativeWork", "name": "Apache License 2.0", "identifier": "Apache-2.0"}
+    crate.license = licence = crate.add(ContextEntity(crate, where, about))
     done = [run.json(name).get("finished") for name in run.files if name.startswith("status/")]
     crate.datePublished = max(filter(None, done), default="1980-01-01")
     about = {"@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5"}
     crate.root_dataset["conformsTo"] = crate.add(ContextEntity(crate, PROFILE, about))
     commit = run.environment.get("commit", "unknown")
-    about = {"@type": "SoftwareApplication", "name": "the kit", "version": commit, "license": where}
+    about = {"@type": "SoftwareApplication", "name": "the kit", "version": commit}
     kit = crate.add(ContextEntity(crate, "#kit", about))
+    kit["license"], types = licence, mimetypes.MimeTypes(())  # whatever this machine knows
     with tempfile.TemporaryDirectory() as scratch:
         for name, data in files.items():
             (Path(scratch) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(scratch) / name).write_bytes(data)
         known = {name: crate.add_file(Path(scratch) / name, name, properties={
             "contentSize": str(len(data)), "sha256": hashlib.sha256(data).hexdigest(),
+            "encodingFormat": MEDIA.get(Path(name).suffix)
+            or types.guess_type(name)[0] or "text/plain",
         }) for name, data in files.items()}  # fmt: skip
         inputs = [known[name] for name in ("claims.toml", "requirements.lock")]
         for stage in run.results:
             made = [file for name, file in known.items() if Path(name).stem == stage
                     or name.startswith(f"exhibits/{stage}/")]  # fmt: skip
             status = run.json(f"status/{stage}.json")
-            about = {"name": f"{stage}, {profile}", "startTime": status.get("started"),
-                     "endTime": status.get("finished"),
+            about = {"name": f"{stage}, {profile}",
+                     "description": f"make reproduce PROFILE={profile} ONLY={stage[:2]}",
+                     "startTime": status.get("started"), "endTime": status.get("finished"),
                      "actionStatus": "http://schema.org/CompletedActionStatus"}  # fmt: skip
             about = {key: value for key, value in about.items() if value}
             action = crate.add_action(kit, f"#run-{stage}", inputs, made, about)

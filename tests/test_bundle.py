@@ -220,7 +220,10 @@ def test_the_crate_is_a_process_run(tmp_path):
         assert action in crate.root_dataset["mentions"]
     for entity in crate.data_entities:
         assert (tmp_path / "out" / entity.id).is_file()
-    assert crate.root_dataset["license"] and crate.root_dataset["datePublished"]
+    assert crate.root_dataset["license"]["name"] and crate.root_dataset["datePublished"]
+    kinds = {entity.id: entity["encodingFormat"] for entity in crate.data_entities}
+    assert kinds["records.parquet"] == "application/vnd.apache.parquet" and all(kinds.values())
+    assert kinds["report.html"] == "text/html" and kinds["LICENSE"] == "text/plain"
 
 
 def test_two_runs_differ_in_what_moved_and_in_what_made_them():
