@@ -25,6 +25,7 @@ from kit import claims, exhibits, provenance, tables
 from kit.paths import DATA, ROOT, run_dir
 
 SUMS, RECORDS, VERDICTS = "SHA256SUMS", "records.parquet", "results/07_verdicts.json"
+CRATE = "ro-crate-metadata.json"
 BESIDE = {  # name in the bundle: file of the project
     "claims.toml": DATA / "claims.toml", "LICENSES.md": DATA / "LICENSES.md",
     **{name: ROOT / name for name in ("requirements.lock", "LICENSE", "CITATION.cff")},
@@ -147,9 +148,10 @@ def write(profile: str) -> Path:
     files |= {name: file.read_bytes() for name, file in BESIDE.items()}
     evictors = [*(DATA / "evictors").iterdir(), *folder.glob("evictors/**/*.safetensors")]
     files |= {f"evictors/{file.name}": file.read_bytes() for file in evictors}
-    files["ro-crate-metadata.json"] = _crate(profile, files, run)
-    sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(files.items())]
-    files[SUMS] = "".join(sums).encode()
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files[CRATE] = _crate(profile, files, sums, run)
+    sums[CRATE] = hashlib.sha256(files[CRATE]).hexdigest()
+    files[SUMS] = "".join(f"{of}  {name}\n" for name, of in sorted(sums.items())).encode()
     made = folder / "bundle.zip"
     temporary = made.with_suffix(".tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -175,7 +177,12 @@ def _page(notebook: bytes) -> str:
     )[0]
 
 
-def _crate(profile: str, files: Mapping[str, bytes], run: Run) -> bytes:
+def of_stage(name: str, stage: str) -> bool:
+    """Whether the file `name` of a run is what `stage` left."""
+    return Path(name).stem == stage or name.startswith(f"exhibits/{stage}/")
+
+
+def _crate(profile: str, files: Mapping[str, bytes], sums: Mapping[str, str], run: Run) -> bytes:
     """RO-Crate metadata: one CreateAction per stage, see PROFILE."""
     from rocrate.model.contextentity import ContextEntity
     from rocrate.rocrate import ROCrate
@@ -192,20 +199,20 @@ def _crate(profile: str, files: Mapping[str, bytes], run: Run) -> bytes:
     commit = run.environment.get("commit", "unknown")
     about = {"@type": "SoftwareApplication", "name": "the kit", "version": commit}
     kit = crate.add(ContextEntity(crate, "#kit", about))
-    kit["license"], types = licence, mimetypes.MimeTypes(())  # whatever this machine knows
+    kit["license"] = licence
+    types = mimetypes.MimeTypes(())  # whatever this machine knows
     with tempfile.TemporaryDirectory() as scratch:
         for name, data in files.items():
             (Path(scratch) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(scratch) / name).write_bytes(data)
         known = {name: crate.add_file(Path(scratch) / name, name, properties={
-            "contentSize": str(len(data)), "sha256": hashlib.sha256(data).hexdigest(),
+            "contentSize": str(len(data)), "sha256": sums[name],
             "encodingFormat": MEDIA.get(Path(name).suffix)
             or types.guess_type(name)[0] or "text/plain",
         }) for name, data in files.items()}  # fmt: skip
         inputs = [known[name] for name in ("claims.toml", "requirements.lock")]
         for stage in run.results:
-            made = [file for name, file in known.items() if Path(name).stem == stage
-                    or name.startswith(f"exhibits/{stage}/")]  # fmt: skip
+            made = [file for name, file in known.items() if of_stage(name, stage)]
             status = run.json(f"status/{stage}.json")
             about = {"name": f"{stage}, {profile}",
                      "description": f"make reproduce PROFILE={profile} ONLY={stage[:2]}",

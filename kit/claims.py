@@ -21,6 +21,7 @@ from kit.contrasts import Measurement
 from kit.paths import DATA
 
 WORDS = ("reproduced", "not reproduced", "contradicted", "inconclusive", "out of reach here")
+UNMEASURED = "not measured yet"  # what people read where a verdict is ""
 RULES = {
     "direction": "The 95% interval of the difference excludes zero on the claimed side: "
     "reproduced; on the other side: contradicted. It includes zero: not reproduced if it excludes "

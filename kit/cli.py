@@ -19,7 +19,7 @@ from kit.paths import PUBLISHED, run_dir
 from kit.preflight import preflight
 from kit.stages import Refused
 
-UNMEASURED = "not measured yet"
+UNMEASURED = "not measured yet"  # as in kit.claims, whose import takes a second
 EXIT_CODES = """exit status:
   0    everything asked for is up to date
   1    a stage failed, the disk is full, or preflight found too little disk

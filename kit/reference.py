@@ -1,8 +1,8 @@
 """Published runs, which the README quotes, and in what two runs differ.
 
-They lie under outputs/published by profile.
-Whoever has run some stages publishes these alone, since a whole profile takes hours: those that
-others published stay, and all verdicts are made again from the records and measurements of both.
+They lie under outputs/published by profile. Whoever has run some stages publishes these alone,
+since a whole profile takes hours: those that others published stay, and all verdicts are made
+again from the records and measurements of both.
 
     python -m kit.reference laptop     publish what has run of a profile, and renew the README
 """
@@ -18,6 +18,7 @@ import pandas as pd
 
 from kit import bundle
 from kit.bundle import RECORDS, VERDICTS, Run
+from kit.claims import UNMEASURED
 from kit.paths import DATA, PUBLISHED, ROOT
 from kit.provenance import write_text
 
@@ -34,7 +35,7 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     new, place = bundle.read(bundle.write(profile)), into / profile
     old = bundle.read(place) if place.is_dir() else Run({})
     files = {name: data for name, data in old.files.items()
-             if not any(_of(name, stage) for stage in new.results)}  # fmt: skip
+             if not any(bundle.of_stage(name, stage) for stage in new.results)}  # fmt: skip
     files |= {name: data for name, data in new.files.items()
               if name.startswith(KEPT) and not name.endswith(".html")}  # fmt: skip
     every = [run.every for run in (new, old) if RECORDS in run.files]
@@ -58,10 +59,6 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     return fresh.rename(place)
 
 
-def _of(name: str, stage: str) -> bool:
-    return Path(name).stem == stage or name.startswith(f"exhibits/{stage}/")
-
-
 def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
     """Where two runs differ: `numbers` of claims, `verdicts`, `environment`.
 
@@ -72,7 +69,7 @@ def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
     for claim in [claim for claim in one.verdicts if claim in other.verdicts]:
         pair = one.verdicts[claim], other.verdicts[claim]
         if pair[0]["verdict"] != pair[1]["verdict"]:
-            words.append([claim, *(row["verdict"] or "not measured yet" for row in pair)])
+            words.append([claim, *(row["verdict"] or UNMEASURED for row in pair)])
         if all(row["measured"] for row in pair) and pair[0]["measured"] != pair[1]["measured"]:
             texts = [f"{row['measured']} [{row['interval']}]" for row in pair]
             numbers.append([claim, *texts, "beyond noise" if _moved(*pair) else "within noise"])
@@ -133,7 +130,7 @@ def _section(place: Path) -> str:
             command = f"`make reproduce ONLY={claim.notebook[:2]}`"
             rows.append([claim.statement, row["published"], row["measured"] + interval,
                          f"*{row['verdict']}*", command])  # fmt: skip
-    counts = Counter(row["verdict"] or "not measured yet" for row in run.verdicts.values())
+    counts = Counter(row["verdict"] or UNMEASURED for row in run.verdicts.values())
     counted = ", ".join(f"{n} {word}" for word, n in counts.most_common())
     said += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {counted}.", ""]
     for stage in stages:

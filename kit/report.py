@@ -18,7 +18,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from kit import drawing, exhibits, figures, provenance, stages, tables
-from kit.claims import RULES, WORDS
+from kit.claims import RULES, UNMEASURED, WORDS
 from kit.exhibits import Table
 from kit.paths import ROOT, run_dir
 from kit.provenance import GIB
@@ -26,8 +26,8 @@ from kit.provenance import GIB
 TEMPLATE = "report.html.j2"
 SCRIPT = Path(__file__).with_name("report.js")  # sorts tables; allowed by its hash alone
 CONTROL, ARM = "plain", "format"  # the baseline's two prompts, in the order of the columns
-OUT, WAITING = "out of reach here", "not measured yet"
-WORD_ORDER = [*(word for word in WORDS if word != OUT), WAITING, OUT]
+OUT = "out of reach here"
+WORD_ORDER = [*(word for word in WORDS if word != OUT), UNMEASURED, OUT]
 PICTURE = re.compile(r'(src="data:[^"]*")')
 
 
@@ -54,7 +54,7 @@ def write(
         lstrip_blocks=True,
     ).get_template(TEMPLATE)
     script = SCRIPT.read_text(encoding="utf-8")
-    measured = [row for row in rows if row["word"] not in (WAITING, OUT)]
+    measured = [row for row in rows if row["word"] not in (UNMEASURED, OUT)]
     page = template.render(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -63,7 +63,7 @@ def write(
         total=len(rows),
         words=[(word, n) for word in WORD_ORDER if (n := sum(r["word"] == word for r in rows))],
         measured=measured,
-        waiting=[row for row in rows if row["word"] == WAITING],
+        waiting=[row for row in rows if row["word"] == UNMEASURED],
         out=[row for row in rows if row["word"] == OUT],
         baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],
         systems=_systems(folder, every),
@@ -102,7 +102,7 @@ def _verdict_rows(
     about = audits[["claim", "statement", "source", "grade", "rule", "notebook"]]
     rows = verdicts.merge(about, on="claim", validate="one_to_one").to_dict("records")
     for row in rows:
-        row["word"] = row["verdict"] or WAITING
+        row["word"] = row["verdict"] or UNMEASURED
         row["slug"] = row["word"].replace(" ", "-")
         row["sentence"] = RULES[row["rule"]]
         row["command"] = commands.get(row["notebook"])  # None for a notebook yet to be written
