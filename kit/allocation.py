@@ -80,6 +80,57 @@ def gap(
     return frontier.mean_gap(*sides, rng)
 
 
+def gaps(
+    table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator
+) -> dict[tuple[tuple[str, int], tuple[str, int]], stats.Interval]:
+    """`gap` of each cache setting over the first of the grid, by (policy, kv_bits) of both; and of
+    eviction over quantisation, each alone: the last policy and the last precision."""
+    policies, bits = ([*dict.fromkeys(table[place])] for place in ("policy", "kv_bits"))
+    first, *ways = [(policy, number) for policy in policies for number in bits]
+    pairs = [(way, first) for way in ways]
+    if evicted_or_quantised(table) not in pairs and len(policies) > 1 and len(bits) > 1:
+        pairs.append(evicted_or_quantised(table))
+    return {pair: gap(table, outcomes, rng, *pair) for pair in pairs}
+
+
+def evicted_or_quantised(table: pd.DataFrame) -> tuple[tuple[str, int], tuple[str, int]]:
+    """The last policy of the grid at its first precision, and its first policy at the last one."""
+    policies, bits = ([*dict.fromkeys(table[place])] for place in ("policy", "kv_bits"))
+    return (policies[-1], bits[0]), (policies[0], bits[-1])
+
+
+def gap_rows(
+    found: Mapping[tuple[tuple[str, int], tuple[str, int]], stats.Interval],
+) -> pd.DataFrame:
+    """`gaps` as a table, in points."""
+    return pd.DataFrame(
+        [{"cache": "{}, {} bit".format(*one), "against": "{}, {} bit".format(*other),
+          "difference": tuple(100 * x for x in (gap.estimate, gap.low, gap.high))}
+         for (one, other), gap in found.items()],
+        columns=["cache", "against", "difference"],
+    )  # fmt: skip
+
+
+def alone(row: Mapping) -> str:
+    """The one place of memory in which a scenario departs from PLAIN, tokens and votes aside;
+    "as it is" where it does nowhere, "" where it does in several."""
+    names = {"bits": "weights", "policy": "cache", "kv_bits": "cache", "memory": "strategies"}
+    found = {name for place, name in names.items() if row[place] != PLAIN[place]}
+    return "" if len(found) > 1 else found.pop() if found else "as it is"
+
+
+def places(
+    table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scenarios with a `place` each, with intervals and on the frontier of bytes with the weights
+    shared, see `kit.frontier.table`; and of each place the most accurate one."""
+    table = table.assign(interval=accuracies(outcomes, rng))
+    front = frontier.table(table, "shared_bytes", outcomes, rng)
+    best = front.sort_values("accuracy", kind="stable").groupby("place", sort=False).tail(1)
+    shown = ["place", "interval", "tokens", "width", "bytes", "shared_bytes", "membership"]
+    return front, best[shown]
+
+
 def marginal(table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator) -> pd.DataFrame:
     """What a step in each place buys: points, MiB, and points per MiB, the cheaper value first.
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from kit import claims, exhibits, provenance, tables
+from kit import claims, exhibits, provenance, recompute, tables
+from kit.contrasts import Measurement
 from kit.paths import DATA, ROOT, run_dir
 
 SUMS, RECORDS, VERDICTS = "SHA256SUMS", "records.parquet", "results/07_verdicts.json"
@@ -35,17 +36,6 @@ MEDIA = {".ipynb": "application/x-ipynb+json", ".toml": "application/toml",
          ".parquet": "application/vnd.apache.parquet", ".md": "text/markdown",
          ".cff": "application/yaml", ".safetensors": "application/octet-stream"}  # fmt: skip
 DATES = (1980, 1, 1, 0, 0, 0)  # of all members: equal runs make equal bundles
-TABLES = {  # by stage and caption: tables that follow from the records of the stage alone
-    ("01_baseline", exhibits.BASELINE): tables.arms,
-    ("02_strategies", "Every arm of the strategy study"): (
-        lambda records: tables.arms(records).drop(columns="model")
-    ),
-    ("03_dms", "Accuracy with a thinned cache"): (
-        lambda records: tables.arms(records.assign(arm=records["policy"])).drop(
-            columns=["model", "compliance"]
-        )
-    ),
-}
 
 
 class Damaged(ValueError):
@@ -227,9 +217,9 @@ def _crate(profile: str, files: Mapping[str, bytes], sums: Mapping[str, str], ru
 def verify(place: Path) -> tuple[list[str], list[str]]:
     """What differs in a bundle, and what could not be recomputed; models are not needed.
 
-    Every hash is checked, and from the records every verdict and the tables of TABLES are made
-    again. Verdicts on what no record holds (a ledger's bytes, a training curve) are made again from
-    the measurements that the results hold.
+    Every hash is checked; from the records the tables and measurements of `kit.recompute` are made
+    again, and every verdict. Verdicts on what no record holds (a ledger's bytes, a training curve)
+    are made again from the measurements that the results hold.
     """
     run = read(place)
     if SUMS not in run.files:
@@ -243,19 +233,34 @@ def verify(place: Path) -> tuple[list[str], list[str]]:
         if hashlib.sha256(run.files[name]).hexdigest() != listed[name]
     ]
     try:
-        judged, left = _judged(run), _tables(run, wrong)
-        return wrong + judged, left
+        left = _tables(run, wrong)
+        return [*wrong, *_measured(run), *_judged(run)], left
     except (ValueError, KeyError, OSError) as error:
         return [*wrong, f"records, results or claims cannot be read: {error}"], []
 
 
-def rejudged(run: Run) -> pd.DataFrame:
-    """Every claim's verdict made again from the records and measurements of `run`."""
+def _published(run: Run) -> list[claims.Claim]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "claims.toml"
         file.write_bytes(run.files["claims.toml"])
-        published = claims.load(file)
-    return tables.verdicts(published, run.results, run.records, _profile(run))
+        return claims.load(file)
+
+
+def rejudged(run: Run) -> pd.DataFrame:
+    """Every claim's verdict made again from the records and measurements of `run`."""
+    return tables.verdicts(_published(run), run.results, run.records, _profile(run))
+
+
+def _measured(run: Run) -> list[str]:
+    """Measurements that come out otherwise when they are made again."""
+    wrong, published = [], _published(run)
+    for stage, found in run.results.items():
+        for claim, made in recompute.measured(stage, found, run.records[stage], published).items():
+            said = Measurement(**found["measurements"][claim]).texts()
+            if made.texts() != said:
+                wrong.append(f"{claim} measured {' ['.join(said)}] in the results, "
+                             f"{' ['.join(made.texts())}] from the records")  # fmt: skip
+    return wrong
 
 
 def _judged(run: Run) -> list[str]:
@@ -282,9 +287,10 @@ def _tables(run: Run, wrong: list[str]) -> list[str]:
         for row in run.json(f"exhibits/{stage}/{exhibits.LIST}") or []:
             if "file" in row:  # a figure
                 continue
-            make = TABLES.get((stage, row["caption"]))
-            if make is None:
+            found = run.results[stage], records[stage]
+            made = recompute.table(stage, row["caption"], *found)
+            if made is None:
                 left.append(f"{stage}: {row['caption']}")
-            elif exhibits.as_table(row["caption"], make(records[stage])).rows != row["rows"]:
+            elif exhibits.as_table(row["caption"], made).rows != row["rows"]:
                 wrong.append(f"{stage}, table {row['caption']!r} is not what the records say")
     return left

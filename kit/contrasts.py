@@ -199,3 +199,45 @@ def _majority(rows: pd.DataFrame) -> pd.DataFrame:
             votes[problem] = float(samples["correct"][winner].iloc[0])
     index = pd.MultiIndex.from_tuples(votes, names=PROBLEM) if votes else None
     return pd.DataFrame({"vote": list(votes.values())}, index=index)
+
+
+# Frames: the records of an arm, over the seeds of its training
+
+
+def pooled(arm: str, trainings: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """Records of models that differ in their training seed only, as those of one arm.
+
+    The training's seed takes the place of the sampling's: a problem's answers by several trainings
+    are nested in it as samples are.
+    """
+    whole = {"arm": arm, "model": "", "weights_hash": ""}
+    return pd.concat(
+        [frame.assign(seed=seed, **whole) for seed, frame in trainings.items()], ignore_index=True
+    )
+
+
+def spread(records: pd.DataFrame) -> tuple[float, float]:
+    """Accuracy of the least and of the best training seed of `pooled`, percent."""
+    each = 100 * records.groupby("seed")["correct"].mean()
+    return each.min(), each.max()
+
+
+def places(frames: Mapping[str, pd.DataFrame], keys: list[str]) -> list[dict]:
+    """Where in `keys` the records of each arm and training seed are, in order: see `frames`."""
+    at = {key: number for number, key in enumerate(keys)}
+    return [
+        {"arm": arm, "seed": seed, "at": [at[key] for key in part["key"]]}
+        for arm, frame in frames.items()
+        for seed, part in frame.groupby("seed")
+    ]
+
+
+def frames(
+    found: Iterable[Mapping], keys: list[str], records: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    """The frames by arm that `places` described, from their records; KeyError where one lacks."""
+    known, made = records.set_index("key", drop=False), {}
+    for one in found:
+        rows = known.loc[[keys[number] for number in one["at"]]].reset_index(drop=True)
+        made.setdefault(one["arm"], {})[one["seed"]] = rows
+    return {arm: pooled(arm, trainings) for arm, trainings in made.items()}

@@ -226,8 +226,9 @@ def majority(answers: Sequence[str], equal: Callable[[str, str], bool] = eq) -> 
     return stats.majority(representatives(answers, equal))
 
 
-def votes(records: pd.DataFrame, width: int, rng: np.random.Generator) -> list[float]:
-    """`vote_accuracy` of each problem in `records`, by its id."""
+def votes(records: pd.DataFrame, width: int, rng: np.random.Generator | None = None) -> list[float]:
+    """`vote_accuracy` of each problem in `records`, by its id; without `rng` always the same."""
+    rng = np.random.default_rng(0) if rng is None else rng
     groups = [group.sort_values("sample") for _, group in records.groupby("problem_id")]
     return [vote_accuracy([*g["extracted"]], [*g["correct"]], width, rng) for g in groups]
 

@@ -6,7 +6,7 @@ examples, the model takes what these said into its weights. A round does this on
 it solved to the bank of the next. Each training starts at the base (STaR, arXiv 2203.14465).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,25 +174,6 @@ def best_against_last(
     row |= {"test, last": accuracy(max(there), test), "luck": luck}
     shares = {name: 100 * float(value) for name, value in row.items()}
     return {"checkpoints": len(there), "chosen step": best} | shares
-
-
-def pooled(arm: str, trainings: Mapping[int, pandas.DataFrame]) -> pandas.DataFrame:
-    """Records of models that differ in their training seed only, as those of one arm.
-
-    The training's seed takes the place of the sampling's: a problem's answers by several trainings
-    are nested in it as samples are, see `kit.contrasts`.
-    """
-    whole = {"arm": arm, "model": "", "weights_hash": ""}
-    return pandas.concat(
-        [frame.assign(seed=seed, **whole) for seed, frame in trainings.items()], ignore_index=True
-    )
-
-
-def spread(records: pandas.DataFrame) -> tuple[float, float, float]:
-    """Mean accuracy over the training seeds of `pooled`, and that of the least and the best,
-    percent."""
-    each = 100 * records.groupby("seed")["correct"].mean()
-    return each.mean(), each.min(), each.max()
 
 
 def _silent(line: str) -> None:

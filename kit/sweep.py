@@ -99,7 +99,7 @@ class Swept(NamedTuple):
     table: pd.DataFrame  # a row per scenario, see `scenarios`
     outcomes: np.ndarray  # what each solves: [C, P]
     failed: dict[Run, str]  # runs that had too little memory, why
-    keys: list[str]  # of the records behind it
+    keys: list[list[str]]  # of the records behind it, by run and budget of tokens
 
 
 def memory_of(run: Run, model: Model) -> Memory:
@@ -194,7 +194,6 @@ def scenarios(
     run: Run,
     grid: Grid,
     records: pd.DataFrame,
-    rng: np.random.Generator,
     batch: int = 64,
     **held,
 ) -> tuple[pd.DataFrame, np.ndarray]:
@@ -210,7 +209,7 @@ def scenarios(
     packing = budget.packing(run.bits, base.weights.config)
     weight_bytes = sum(budget.weights(sizes, packing).values())
     for cut in grid.tokens:
-        frame = records[records["arm"].str.endswith(f" at {cut}")]
+        frame = at(records, cut)
         spent = Configuration(
             sizes, packing, tokens=round(frame["prompt_tokens"].mean() + cut),
             kept=_kept(frame), quantised=budget.cache(sizes, run.kv_bits), **held,
@@ -218,16 +217,18 @@ def scenarios(
         mean = frame[["kv_reads_tokens", "kv_peak_bytes", "seconds", "joules"]].mean()
         for width in grid.widths:
             whole = replace(spent, width=width)
-            parts = whole.parts()
             row = {"model": base.name} | asdict(run) | {"tokens": cut, "width": width}
             row |= {"bytes": whole.total(), "shared_bytes": whole.total(batch)}
             row |= {"weight_bytes": weight_bytes, "kept": spent.kept}
-            row |= {"kv_bytes": parts["keys and values"], "reads": width * mean.iloc[0]}
-            row |= {"peak_bytes": width * mean.iloc[1], "seconds": width * mean.iloc[2]}
-            row |= {"joules": width * mean.iloc[3]}
-            rows.append(row)
-            outcomes.append(frontier.votes(frame, width, rng))
+            row |= {"kv_bytes": whole.parts()["keys and values"]}
+            rows.append(row | dict(zip(("reads", "peak_bytes", "seconds", "joules"), width * mean)))
+            outcomes.append(frontier.votes(frame, width))
     return pd.DataFrame(rows), np.array(outcomes)
+
+
+def at(records: pd.DataFrame, cut: int) -> pd.DataFrame:
+    """Those of `generate` at one budget of tokens."""
+    return records[records["arm"].str.endswith(f" at {cut}")]
 
 
 def _kept(frame: pd.DataFrame) -> float:
@@ -277,8 +278,7 @@ def sweep(
     memory; `how` goes to `generate`; what has `failed` before is not tried again."""
     if samples < max(grid.widths):
         raise ValueError(f"{samples} samples do not make a vote of {max(grid.widths)}")
-    rng, tables, outcomes, keys = np.random.default_rng(0), [], [], []
-    failed = dict(failed or {})
+    tables, outcomes, keys, failed = [], [], [], dict(failed or {})
     for run in grid.runs:
         if run in failed:
             report(f"{run.name}: {failed[run]}")
@@ -291,10 +291,10 @@ def sweep(
             failed[run] = f"{OUT}: {error}"
             report(f"{run.name}: {failed[run]}")
             continue
-        table, solved = scenarios(base, run, grid, records, rng, how.get("batch_size", 64))
+        table, solved = scenarios(base, run, grid, records, how.get("batch_size", 64))
         tables.append(table)
         outcomes.append(solved)
-        keys += records["key"].tolist()
+        keys += [at(records, cut)["key"].tolist() for cut in grid.tokens]
     if not tables:
         raise MemoryError(f"none of {len(grid.runs)} runs fits: {next(iter(failed.values()))}")
     return Swept(pd.concat(tables, ignore_index=True), np.concatenate(outcomes), failed, keys)

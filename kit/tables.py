@@ -5,6 +5,7 @@ rounded before `text`, which gives the cells that a reader sees. `style` is that
 `kit.report` puts the same texts into its page. No statistics of its own: see `kit.contrasts`.
 """
 
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -144,6 +145,46 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
     """Where the grader found the answers: share of samples per model and arm, percent."""
     counts = records.groupby(["model", "arm", "method"]).size().unstack(fill_value=0)
     return 100 * counts.div(counts.sum(axis=1), axis=0)
+
+
+def trained(frames: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.DataFrame:
+    """Phase 2: accuracy of each arm on the families it was trained on, with its least and best
+    training seed, and on those held out."""
+    rows = []
+    for arm, frame in frames.items():
+        known = frame["family"].isin(families)
+        here, there = frame[known], frame[~known]
+        least, best = contrasts.spread(here)
+        row = {"arm": arm, "accuracy": share(here), "least seed": least, "best seed": best}
+        row |= {"families held out": share(there) if len(there) else None}
+        row |= {name: share(here, name) for name in ("compliance", "finished")}
+        rows.append(row | {"new_tokens": here["new_tokens"].mean()})
+    return pd.DataFrame(rows)
+
+
+def compounded(ways: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.DataFrame:
+    """Accuracy by round, which stands for the seed in the frames of `ways`, and way of asking."""
+    rows = []
+    for way, frame in ways.items():
+        known = frame["family"].isin(families)
+        for label, part in ((way, frame[known]), ("families held out", frame[~known])):
+            for number, answers in part.groupby("seed"):
+                rows.append({"round": number, "way": label, "accuracy": share(answers)})
+    return pd.DataFrame(rows)
+
+
+def told(
+    frames: Mapping[str, pd.DataFrame], free: Mapping[str, pd.DataFrame], buckets: Sequence[str]
+) -> pd.DataFrame:
+    """Who knows the facts, by options and in free words: in all, by training seed, by frequency;
+    level 1 is the first of `buckets`."""
+    rows = []
+    for arm, frame in frames.items():
+        least, best = contrasts.spread(frame)
+        row = {"arm": arm, "accuracy": share(frame), "least seed": least, "best seed": best}
+        row |= {name: share(frame[frame["level"] == 1 + i]) for i, name in enumerate(buckets)}
+        rows.append(row | {"free": share(free[arm]) if arm in free else None})
+    return pd.DataFrame(rows)
 
 
 def audits(claims: list[Claim]) -> pd.DataFrame:

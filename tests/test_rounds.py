@@ -118,11 +118,12 @@ def test_trainings_are_pooled_as_samples_of_one_arm(tiny, tmp_path):
     asked = rounds.prompts.build(rounds.prompts.plain, SUMS[:2])
     frame = evaluate(tiny, asked, Sampling(4), Store(tmp_path), report=lambda line: None)
     other = frame.assign(weights_hash="other", model="other")
-    pooled = rounds.pooled("own", {0: frame, 1: other.assign(correct=True)})
+    pooled = contrasts.pooled("own", {0: frame, 1: other.assign(correct=True)})
     assert set(pooled["arm"]) == {"own"} and sorted(set(pooled["seed"])) == [0, 1]
-    mean, least, best = rounds.spread(pooled)
-    assert (mean, least, best) == (50 + least / 2, least, 100)
-    both = pd.concat([pooled, rounds.pooled("base", {0: frame})])
+    least, best = contrasts.spread(pooled)
+    mean = 100 * pooled["correct"].mean()
+    assert (mean, best) == (50 + least / 2, 100)
+    both = pd.concat([pooled, contrasts.pooled("base", {0: frame})])
     wanted = {"measure": "accuracy", "arm": "own", "control": "base"}
     found = contrasts.compute(wanted, both)
     assert found.n == 2 and found.estimate == pytest.approx(mean - least)

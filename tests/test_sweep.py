@@ -149,17 +149,14 @@ def test_a_refused_run_is_told_and_left_out(tiny, tmp_path):
     )
     assert set(found.table["policy"]) == {"full"} and found.failed == {run: "too large"}
     assert f"{run.name}: too large" in said
-    assert set(found.keys) == Store(tmp_path).keys()
+    assert {key for each in found.keys for key in each} == Store(tmp_path).keys()
 
 
 def test_weights_are_shared_and_a_bank_is_counted(tiny, tmp_path):
     grid = Grid(bits=(16,), tokens=(4, 8), widths=(1, 2))
     records = sweep.generate(tiny, Run(), grid, PLAIN, Store(tmp_path), 2, report=quiet)
-    rng = np.random.default_rng
-    plain, _ = sweep.scenarios(tiny, Run(), grid, records, rng(0), batch=8)
-    held, _ = sweep.scenarios(
-        tiny, Run(), grid, records, rng(0), batch=8, fetched=100, resident=8000
-    )
+    plain, _ = sweep.scenarios(tiny, Run(), grid, records, batch=8)
+    held, _ = sweep.scenarios(tiny, Run(), grid, records, batch=8, fetched=100, resident=8000)
     shared = plain["bytes"] - plain["weight_bytes"] * 7 / 8
     assert plain["shared_bytes"].to_numpy() == pytest.approx(shared.to_numpy())
     more = held["bytes"] - plain["bytes"]

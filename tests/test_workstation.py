@@ -21,7 +21,7 @@ import torch
 from fake_hub import build_cache
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from kit import articles, paths, published
+from kit import articles, bundle, paths, published
 from kit.store import Store
 
 MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B-Instruct-2507")
@@ -120,7 +120,7 @@ SHORT = {
         "FACTS": '{ families = ["cities", "capitals", "elements", "symbols"], cities = 20 }',
         "TOLD": "[60, 4]",
         "QUESTIONS": 12,
-        "SEEDS": "[2, 1]",
+        "SEEDS": "2",
         "ARMS": '["wrong", "generic", "flat", "continued", "co-trained", "lora-vo", "kv", '
         '"fetched-early", "fetched-uniform"]',
         "ELSEWHERE": "[2, 4]",
@@ -210,7 +210,6 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     seeds = stored.groupby("arm")["seed"].nunique().to_dict()
     once = {"plain", "without leaf", "without subtree"}
     once |= {"rag", "rag 5", "rag + fetched", "rag 5 + fetched"}
-    once |= {"continued", "co-trained"}  # the second of SEEDS
     assert {arm for arm, count in seeds.items() if count == 1} == once
     assert {"generic", "flat", "kv", "lora-vo", "fetched-early"} < set(seeds)
     assert set(said["elsewhere"][0]) == {"arm", "accuracy", "questions", "prose", "told", "unseen"}
@@ -227,5 +226,9 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     assert judged["openrs-rs3-aime24-gain"] and judged["openrs-completions"] == "not reproduced"
     pinned = json.loads((cache / "revisions.json").read_text())
     assert set(pinned.values()) == {"a" * 40} and len(pinned) == 1 + 4 + 4 + 6 + 1 + 2
+    done = kit("bundle", "--profile", "workstation", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wrong, left = bundle.verify(folder / "bundle.zip")
+    assert wrong == [] and {line.split(": ")[0] for line in left} == {"03_dms", "06_memory_budget"}
     again = kit("reproduce", "--profile", "workstation", **environment)
     assert again.returncode == 0 and "done in" not in again.stdout, again.stdout[-2000:]
