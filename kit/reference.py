@@ -33,6 +33,9 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     ValueError where nothing has run, see `bundle.write`.
     """
     new, place = bundle.read(bundle.write(profile)), into / profile
+    former = place.with_name(f".{profile}.former")
+    if former.is_dir() and not place.is_dir():  # killed between the two renames below
+        former.rename(place)
     old = bundle.read(place) if place.is_dir() else Run({})
     files = {name: data for name, data in old.files.items()
              if not any(bundle.of_stage(name, stage) for stage in new.results)}  # fmt: skip
@@ -54,9 +57,12 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     for name, data in files.items():
         (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         (fresh / name).write_bytes(data)
+    shutil.rmtree(former, ignore_errors=True)
     if place.is_dir():
-        shutil.rmtree(place)
-    return fresh.rename(place)
+        place.rename(former)
+    made = fresh.rename(place)
+    shutil.rmtree(former, ignore_errors=True)
+    return made
 
 
 def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:

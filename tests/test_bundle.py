@@ -278,6 +278,19 @@ def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
     assert [*measured] == ["hier-bank-parameters"]
     again = bundle.read(reference.publish("laptop", into))
     assert again.files == both.files and sorted(into.iterdir()) == [into / "laptop"]
+    rename = Path.rename
+
+    def killed(self, target):
+        if self.name.endswith(".new"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        reference.publish("laptop", into)
+    assert not (into / "laptop").is_dir()
+    again = bundle.read(reference.publish("laptop", into))
+    assert again.files == both.files and sorted(into.iterdir()) == [into / "laptop"]
     page = reference.text(into)
     line = next(line for line in page.splitlines() if "ONLY=05" in line)
     assert "4.62 billion" in line and "*reproduced*" in line
