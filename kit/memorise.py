@@ -111,7 +111,7 @@ class Training:
             self.named |= {f"model.{name}": value for name, value in anchor.items()}
         groups = [group for group in groups if group["params"]]
         kind = dict(betas=(0.9, 0.95), weight_decay=self.recipe.weight_decay)
-        return torch.optim.AdamW(groups, lr=0.0, **kind)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True, **kind)
 
     def batch(self, step: int) -> list[int]:
         """Rows of one step: the data in a new order in each epoch."""

@@ -46,7 +46,7 @@ def load(
         for name, value in named.items():
             value.data.copy_(handle.get_tensor(f"{name}|value"))
             if f"{name}|{MOMENTS[0]}" in stored:
-                step = torch.tensor(float(len(history)))
+                step = torch.tensor(float(len(history)), device=value.device)
                 moments = {key: handle.get_tensor(f"{name}|{key}") for key in MOMENTS}
                 moments = {key: one.to(value.device) for key, one in moments.items()}
                 optimiser.state[value] = {"step": step, **moments}
