@@ -24,6 +24,7 @@ from kit.provenance import write_text
 
 BEGIN, END = "<!-- published runs, made by kit.reference: begin -->", "<!-- published runs: end -->"
 KEPT = ("results/", "exhibits/", "notebooks/", "status/")
+MOST = 8  # columns of a table in the README
 HEADS = ["claim", "published", "measured", "verdict", "command"]
 
 
@@ -143,8 +144,11 @@ def _section(place: Path) -> str:
         shown = [each for each in exhibits.load(place / "exhibits" / stage)
                  if isinstance(each, exhibits.Table)][:1]  # fmt: skip
         for table in shown:
-            said += [f"`{stage}`: {table.caption}", ""]
-            said += [*_markdown(table.columns, table.rows), ""]
+            where = f"outputs/published/{place.name}/exhibits/{stage}"
+            more = ", its first columns" if len(table.columns) > MOST else ""
+            said += [f"`{stage}`: {table.caption}{more} ([all tables and figures]({where}))", ""]
+            rows = [row[:MOST] for row in table.rows]
+            said += [*_markdown(table.columns[:MOST], rows), ""]
     return "\n".join(said)
 
 
