@@ -48,6 +48,8 @@ def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | 
         return tables.arms(records)
     if (stage, caption) == ("02_strategies", "Every arm of the strategy study"):
         return tables.arms(records).drop(columns="model")
+    if (stage, caption) == ("02_strategies", "Retrieved strategies against each control"):
+        return _against(records, "retrieved", {*records["arm"]}, "format-only")
     if (stage, caption) == ("03_dms", "Accuracy with a thinned cache"):
         made = tables.arms(records.assign(arm=records["policy"]))
         return made.drop(columns=["model", "compliance"])
@@ -90,8 +92,8 @@ def fetched(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return _against(pd.concat(frames.values()), "fetched", frames, "plain")
 
 
-def _against(records: pd.DataFrame, arm: str, frames: Mapping, primary: str) -> pd.DataFrame:
-    controls = sorted(set(frames) - {arm})
+def _against(records: pd.DataFrame, arm: str, arms: Iterable[str], primary: str) -> pd.DataFrame:
+    controls = sorted({*arms} - {arm})
     return tables.against(records, arm, controls, primary).drop(columns="primary")
 
 
