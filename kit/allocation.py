@@ -8,6 +8,7 @@ Source of the questions: arXiv 2510.10964, findings 1 to 5.
 """
 
 from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def pairs(
 def accuracies(outcomes: np.ndarray, rng: np.random.Generator) -> list[tuple]:
     """Percent solved, and its 95% interval, of every row of outcomes [C, P]."""
     found = [stats.mean_interval(row, rng, draws=2_000) for row in outcomes]
-    return [tuple(100 * x for x in (each.estimate, each.low, each.high)) for each in found]
+    return [each.percent for each in found]
 
 
 def difference(
@@ -85,18 +86,22 @@ def gaps(
 ) -> dict[tuple[tuple[str, int], tuple[str, int]], stats.Interval]:
     """`gap` of each cache setting over the first of the grid, by (policy, kv_bits) of both; and of
     eviction over quantisation, each alone: the last policy and the last precision."""
-    policies, bits = ([*dict.fromkeys(table[place])] for place in ("policy", "kv_bits"))
-    first, *ways = [(policy, number) for policy in policies for number in bits]
-    pairs = [(way, first) for way in ways]
-    if evicted_or_quantised(table) not in pairs and len(policies) > 1 and len(bits) > 1:
-        pairs.append(evicted_or_quantised(table))
+    first, *ways = product(*_values(table))
+    pairs, each_alone = [(way, first) for way in ways], evicted_or_quantised(table)
+    if first not in each_alone:
+        pairs.append(each_alone)
     return {pair: gap(table, outcomes, rng, *pair) for pair in pairs}
 
 
 def evicted_or_quantised(table: pd.DataFrame) -> tuple[tuple[str, int], tuple[str, int]]:
     """The last policy of the grid at its first precision, and its first policy at the last one."""
-    policies, bits = ([*dict.fromkeys(table[place])] for place in ("policy", "kv_bits"))
+    policies, bits = _values(table)
     return (policies[-1], bits[0]), (policies[0], bits[-1])
+
+
+def _values(table: pd.DataFrame) -> tuple[list[str], list[int]]:
+    """Policies and precisions of the cache, in the order of the grid."""
+    return [*dict.fromkeys(table["policy"])], [*dict.fromkeys(table["kv_bits"])]
 
 
 def gap_rows(
@@ -105,7 +110,7 @@ def gap_rows(
     """`gaps` as a table, in points."""
     return pd.DataFrame(
         [{"cache": "{}, {} bit".format(*one), "against": "{}, {} bit".format(*other),
-          "difference": tuple(100 * x for x in (gap.estimate, gap.low, gap.high))}
+          "difference": gap.percent}
          for (one, other), gap in found.items()],
         columns=["cache", "against", "difference"],
     )  # fmt: skip
@@ -145,7 +150,7 @@ def marginal(table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator
             before, after = pairs(table, place, low, high)
             found = stats.cluster_bootstrap((outcomes[after] - outcomes[before]).mean(0), rng)
             more = (table["bytes"].to_numpy()[after] - table["bytes"].to_numpy()[before]).mean()
-            points = tuple(100 * x for x in (found.estimate, found.low, found.high))
+            points = found.percent
             row = {"place": place, "from": str(low), "to": str(high), "pairs": len(before)}
             row |= {"points": points, "MiB": more / MIB}
             each = tuple(x * MIB / more for x in points) if more > 0 else None

@@ -63,7 +63,7 @@ def _paired(gain: float, n: int, rng: np.random.Generator) -> Measurement:
     differ = max(DIFFER, abs(gain))
     wins, losses, _ = rng.multinomial(n, [(differ + gain) / 2, (differ - gain) / 2, 1 - differ])
     outer, inner = (stats.tango(wins, losses, n, level) for level in (0.95, 0.90))
-    return replace(contrasts.points(outer), inner=(100 * inner.low, 100 * inner.high))
+    return replace(contrasts.points(outer), inner=inner.percent[1:])
 
 
 def _nested(gain: float, n: int, rng: np.random.Generator) -> Measurement:

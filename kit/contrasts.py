@@ -52,8 +52,7 @@ def exact(value: float, unit: str, origin: str = "") -> Measurement:
 
 def points(found: stats.Interval, origin: str = "") -> Measurement:
     """A difference of shares, in points."""
-    ends = (100 * x for x in (found.estimate, found.low, found.high))
-    return Measurement(*ends, found.n, "points", origin=origin)
+    return Measurement(*found.percent, found.n, "points", origin=origin)
 
 
 def mean_of(values: Iterable[float], unit: str, origin: str = "") -> Measurement:
@@ -95,10 +94,10 @@ def compute(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> Measurem
         interval(*values, rng=np.random.default_rng(seed), level=level) for level in (0.95, 0.90)
     )
     return Measurement(
-        *(100 * number for number in (outer.estimate, outer.low, outer.high)),
+        *outer.percent,
         n=outer.n,
         unit="points" if len(values) == 2 else "percent",
-        inner=(100 * inner.low, 100 * inner.high),
+        inner=inner.percent[1:],
         records=rows,
         origin=outer.method,
     )

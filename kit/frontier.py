@@ -79,9 +79,7 @@ def gaps(
             cost = configurations[budget].to_numpy()
             sides = ((cost[side], outcomes[side]) for side in (mine, is_control))
             gap = mean_gap(*sides, rng)
-            row[f"gap at equal {budget}"] = tuple(
-                100 * x for x in (gap.estimate, gap.low, gap.high)
-            )
+            row[f"gap at equal {budget}"] = gap.percent
         rows.append(row)
     return pd.DataFrame(rows)
 

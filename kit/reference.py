@@ -115,7 +115,7 @@ def against(there: Run, here: Run) -> list[str]:
 def text(published: Path = PUBLISHED) -> str:
     """What the README says of all published runs, in Markdown."""
     return "\n".join(
-        _section(file.parent.parent) for file in sorted(published.glob(f"*/{VERDICTS}"))
+        _section(file.parent.parent) for file in sorted(published.glob(f"[!.]*/{VERDICTS}"))
     )
 
 

@@ -32,11 +32,7 @@ def published() -> pandas.DataFrame:
     """Logged checkpoints of the three Open-RS experiments: `accuracy` in percent with interval."""
     logs = pandas.read_csv(LOGS, comment="#")
     found = [stats.wilson(row.correct, row.items) for row in logs.itertuples()]
-    return logs.assign(accuracy=[_percent(interval) for interval in found])
-
-
-def _percent(interval: stats.Interval) -> tuple[float, float, float]:
-    return 100 * interval.estimate, 100 * interval.low, 100 * interval.high
+    return logs.assign(accuracy=[interval.percent for interval in found])
 
 
 def against_first(logs: pandas.DataFrame) -> pandas.DataFrame:
@@ -49,7 +45,7 @@ def against_first(logs: pandas.DataFrame) -> pandas.DataFrame:
         first, *later = group.sort_values("step").itertuples()
         for row in later:
             found = stats.unpaired((row.correct, row.items), (first.correct, first.items))
-            points = _percent(found.difference)
+            points = found.difference.percent
             rows.append((experiment, benchmark, row.step, first.step, points, found.p))
     table = pandas.DataFrame(
         rows, columns=["experiment", "benchmark", "step", "first", "difference", "p"]

@@ -14,12 +14,8 @@ from math import ceil, sqrt
 
 import numpy as np
 from scipy import optimize, stats
+from statsmodels.stats import proportion
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import (
-    confint_proportions_2indep,
-    proportion_confint,
-    test_proportions_2indep,
-)
 
 FEW = 10  # with fewer problems that deviate from the median, a bootstrap interval is too narrow
 
@@ -34,6 +30,11 @@ class Interval:
     n: int  # independent units: problems, or runs
     method: str
     level: float = 0.95
+
+    @property
+    def percent(self) -> tuple[float, float, float]:
+        """Estimate and ends of a share in percent, of a difference of shares in points."""
+        return 100 * self.estimate, 100 * self.low, 100 * self.high
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,16 @@ def wilson(correct: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of `correct` out of `n`."""
     if not 0 <= correct <= n or n == 0:
         raise ValueError(f"{correct} correct of {n} is not a proportion; give 0 <= correct <= n")
-    low, high = proportion_confint(correct, n, alpha=1 - level, method="wilson")
+    low, high = proportion.proportion_confint(correct, n, alpha=1 - level, method="wilson")
     return Interval(correct / n, float(low), float(high), n, "Wilson", level)
 
 
 def unpaired(treatment: tuple[int, int], control: tuple[int, int]) -> Comparison:
     """Two independent proportions, each (correct, n): Agresti and Caffo's interval and test."""
     # statsmodels' score interval finds no root for some counts, 32/40 against 25/40 is one
-    counts = (*treatment, *control)
-    low, high = confint_proportions_2indep(*counts, compare="diff", method="agresti-caffo")
-    test = test_proportions_2indep(*counts, compare="diff", method="agresti-caffo")
+    counts, how = (*treatment, *control), {"compare": "diff", "method": "agresti-caffo"}
+    low, high = proportion.confint_proportions_2indep(*counts, **how)
+    test = proportion.test_proportions_2indep(*counts, **how)
     estimate = treatment[0] / treatment[1] - control[0] / control[1]
     smaller = min(treatment[1], control[1])
     interval = Interval(estimate, float(low), float(high), smaller, "Agresti-Caffo")
@@ -82,9 +83,8 @@ def welch(treatment: tuple[float, float], control: tuple[float, float], runs: in
     half = float(stats.t.ppf(0.975, freedom)) * sqrt(v1 + v0)
     test = stats.ttest_ind_from_stats(mean1, sd1, runs, mean0, sd0, runs, equal_var=False)
     gap = mean1 - mean0
-    return Comparison(
-        Interval(gap, gap - half, gap + half, runs, "Welch"), test.pvalue, "Welch's t"
-    )
+    interval = Interval(gap, gap - half, gap + half, runs, "Welch")
+    return Comparison(interval, test.pvalue, "Welch's t")
 
 
 # Paired proportions
