@@ -126,11 +126,10 @@ def compound(
         solved = pandas.concat(frames, ignore_index=True)
         has = {item.problem_id for item in known.strategies()}
         bank.add([item for item in agent.examples(frames[-1]) if item.problem_id not in has])
-        share = 100 * frames[-1]["correct"].mean()
-        report(f"round {number + 1}: {share:.1f}% of the answers correct, {len(bank)} examples")
+        share, then = 100 * frames[-1]["correct"].mean(), len(tagged(bank, number + 1))
+        report(f"round {number + 1}: {share:.1f}% of the answers correct, {then} examples")
         rows = data("internalised", model, solved, solved, asked, plan.cap, recipe.seed)
         found.append(str(tune.sft(base, rows, recipe, folder)))
-    tagged(bank, rounds)
     return found
 
 

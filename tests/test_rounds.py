@@ -92,17 +92,18 @@ def test_arms_differ_in_what_they_say_and_in_nothing_else(bundled, bank):
 
 def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, monkeypatch):
     train, store = SUMS[8:14], Store(tmp_path / "store")
-    before = len(bank)
+    before, said = len(bank), []
 
     def run(count: int) -> list[str]:
+        said.clear()
         return rounds.compound(
-            models.BUNDLED, bank, train, count, PLAN, STEP, store, tmp_path / "models", print
+            models.BUNDLED, bank, train, count, PLAN, STEP, store, tmp_path / "models", said.append
         )
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tune, "sft", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         run(1)
-    assert bank.tags() == ["round-0"] and len(bank.checkout("round-0")) == before
+    assert bank.tags() == ["round-0", "round-1"] and len(bank.checkout("round-0")) == before
     found = run(2)
     assert found[0] == models.BUNDLED and len(found) == 3 and models.BUNDLED not in found[1:]
     assert bank.tags() == ["round-0", "round-1", "round-2"]
@@ -111,7 +112,10 @@ def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, 
     assert bank.table()["problem_id"].is_unique
     cards = [json.loads((tune.Path(folder) / "card.json").read_text()) for folder in found[1:]]
     assert [card["base"] for card in cards] == [models.BUNDLED] * 2, "each starts at the base"
+    sizes = [int(line.split()[-2]) for line in said]
+    assert sizes == grown[1:]
     assert run(2) == found
+    assert [int(line.split()[-2]) for line in said] == sizes, "as they were after each round"
 
 
 def test_trainings_are_pooled_as_samples_of_one_arm(tiny, tmp_path):
