@@ -80,5 +80,6 @@ bench-peers: env .venv-peers/ready ## compare eviction with kvpress, write outpu
 	@touch $@
 
 clean: ## delete outputs and caches; the environment and the fetched model stay
-	rm -rf outputs .pytest_cache .ruff_cache .import_linter_cache
+	find outputs -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache .import_linter_cache
 	find kit tests -name __pycache__ -type d -prune -exec rm -rf {} +
