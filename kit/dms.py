@@ -47,12 +47,11 @@ def own_traces(
     answers = dict(zip(records["problem_id"], records["text"], strict=True))
     return [
         model.tokenizer.apply_chat_template(
-            [*({"role": role, "content": content} for role, content in prompt.messages),
-             {"role": "assistant", "content": answers[prompt.problem.id]}],
+            [*prompt.chat, {"role": "assistant", "content": answers[prompt.problem.id]}],
             tokenize=False,
         )
         for prompt in asked
-    ]  # fmt: skip
+    ]
 
 
 def pack(model: Model, documents: list[str], context: int, seed: int = 0) -> torch.Tensor:

@@ -120,7 +120,7 @@ def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
 
 
 def _chat(prompt: Prompt, suffix: str) -> list[dict]:
-    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    messages = prompt.chat
     if suffix:
         messages[-1]["content"] += f"\n{suffix}"
     return messages

@@ -65,10 +65,8 @@ def worked(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
     """Solved problems to be told as facts are: the answer after the question as it is asked."""
     told = []
     for rank, prompt in enumerate(prompts):
-        p, messages = prompt.problem, [{"role": r, "content": c} for r, c in prompt.messages]
-        asked = model.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=prompt.thinking
-        )
+        p, how = prompt.problem, {"add_generation_prompt": True, "enable_thinking": prompt.thinking}
+        asked = model.tokenizer.apply_chat_template(prompt.chat, tokenize=False, **how)
         fact = Fact("worked", p.question, p.answer, rank)
         told.append(Sentence(asked, f"Answer: {p.answer}", fact))
     return told

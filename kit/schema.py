@@ -39,6 +39,11 @@ class Prompt:
     refused: int = 0  # strategies that the guard of the bank kept back
 
     @property
+    def chat(self) -> list[dict[str, str]]:
+        """The messages as chat templates take them."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+    @property
     def id(self) -> str:
         """Hash of all that the model will see of this prompt."""
         return digest([self.problem.source, self.problem.id, self.messages, self.thinking])
