@@ -276,7 +276,7 @@ def _no_loss(claim: Claim, m: Measurement) -> tuple[str, str]:
 def _arithmetic(claim: Claim, m: Measurement) -> tuple[str, str]:
     gap = abs(m.estimate - claim.published)
     word = "reproduced" if gap <= claim.tolerance + 1e-9 else "not reproduced"  # binary fractions
-    return word, f"off by {gap:.3g} {claim.unit}, tolerance {claim.tolerance:g}"
+    return word, f"off by {gap:.4g} {claim.unit}, tolerance {claim.tolerance:g}"
 
 
 def measured_table(

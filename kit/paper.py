@@ -71,6 +71,7 @@ def macros(profile: str) -> Iterator[tuple[str, str, str]]:
             yield f"{name}Verdict", row["verdict"], source
         if row["measured"]:
             yield name, exhibits.escaped(row["measured"]), source
+        if row["interval"]:
             yield f"{name}Interval", exhibits.escaped(row["interval"]), source
 
 

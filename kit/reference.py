@@ -78,8 +78,9 @@ def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
         if pair[0]["verdict"] != pair[1]["verdict"]:
             words.append([claim, *(row["verdict"] or UNMEASURED for row in pair)])
         if all(row["measured"] for row in pair) and pair[0]["measured"] != pair[1]["measured"]:
-            texts = [f"{row['measured']} [{row['interval']}]" for row in pair]
-            numbers.append([claim, *texts, "beyond noise" if _moved(*pair) else "within noise"])
+            numbers.append(
+                [claim, *map(_shown, pair), "beyond noise" if _moved(*pair) else "within noise"]
+            )
     left, right = one.environment, other.environment
     changed = [
         [key, left.get(key, "absent"), right.get(key, "absent")]
@@ -89,12 +90,19 @@ def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
     return {"numbers": numbers, "verdicts": words, "environment": changed}
 
 
+def _shown(row: dict) -> str:
+    """What was measured, with its interval."""
+    interval = row["interval"].replace(" to ", ", ")
+    return f"{row['measured']} [{interval}]" if interval else row["measured"]
+
+
 def _moved(one: dict, other: dict) -> bool:
     at, error = [], 0.0
     for row in (one, other):
-        low, high = (float(end) for end in row["interval"].split(" to "))
         at.append(float(row["measured"].split()[0]))
-        error += ((high - low) / 2) ** 2  # in units of 1.96 standard errors
+        if row["interval"]:
+            low, high = (float(end) for end in row["interval"].split(" to "))
+            error += ((high - low) / 2) ** 2  # in units of 1.96 standard errors
     return abs(at[0] - at[1]) > error**0.5
 
 
@@ -133,9 +141,8 @@ def _section(place: Path) -> str:
     for row in run.verdicts.values():
         if row["measured"]:
             claim = known[row["claim"]]
-            interval = f" [{row['interval'].replace(' to ', ', ')}]" if row["interval"] else ""
             command = f"`make reproduce ONLY={claim.notebook[:2]}`"
-            rows.append([claim.statement, row["published"], row["measured"] + interval,
+            rows.append([claim.statement, row["published"], _shown(row),
                          f"*{row['verdict']}*", command])  # fmt: skip
     counts = Counter(row["verdict"] or UNMEASURED for row in run.verdicts.values())
     counted = ", ".join(f"{n} {word}" for word, n in counts.most_common())

@@ -235,6 +235,11 @@ def test_two_runs_differ_in_what_moved_and_in_what_made_them():
     assert "rbslm-format-accuracy" in {row[0] for row in found["verdicts"]}
     same = reference.diff(bundle.read(one), bundle.read(bundle.write("laptop")))
     assert same == {"numbers": [], "verdicts": [], "environment": []}
+    exact = [{"claim": "c", "measured": f"{n} steps", "interval": "", "verdict": ""}
+             for n in (300, 301)]  # fmt: skip
+    steps = [bundle.Run({bundle.VERDICTS: json.dumps({"verdicts": [row]}).encode()})
+             for row in exact]  # fmt: skip
+    assert reference.diff(*steps)["numbers"] == [["c", "300 steps", "301 steps", "beyond noise"]]
     again = replace(bundle.read(one), files=bundle.read(one).files)
     assert reference.diff(again, again)["numbers"] == []
 

@@ -487,3 +487,16 @@ def test_a_mean_of_values_has_students_interval():
     assert (found.estimate, found.n) == (pytest.approx(0.4), 5)
     alone = contrasts.mean_of([0.3], "nats")
     assert (alone.low, alone.high) == (-np.inf, np.inf), "one value says nothing of its spread"
+
+
+@pytest.mark.parametrize(
+    "made, texts",
+    [
+        (contrasts.exact(36_000, "completions"), ("36000 completions", "")),
+        (contrasts.exact(4.62437, "billion"), ("4.624 billion", "")),
+        (contrasts.mean_of([0.25, 0.75], "nats"), ("0.5 nats", "-2.677 to 3.677")),
+        (contrasts.Measurement(-1.84, -7.73, 4.2, 112, "points"), ("-1.8 points", "-7.7 to 4.2")),
+    ],
+)
+def test_what_was_not_sampled_has_no_interval(made, texts):
+    assert made.texts() == texts
