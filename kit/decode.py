@@ -38,8 +38,11 @@ class Request:
 
 def tokenise(model: Model, prompt: Prompt) -> tuple[int, ...]:
     """Chat messages to token ids by the model's own template, ready to be answered."""
-    how = {"add_generation_prompt": True, "enable_thinking": prompt.thinking}
-    return tuple(model.tokenizer.apply_chat_template(prompt.chat, return_dict=False, **how))
+    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    ids = model.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, enable_thinking=prompt.thinking
+    )
+    return tuple(ids)
 
 
 @dataclass
