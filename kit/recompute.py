@@ -1,8 +1,8 @@
 """Tables and measured numbers made again from the records of a run, without its models.
 
 `kit.bundle` compares them with what the run says of itself. Results name the records of each arm
-and training seed under `frames`, see `kit.contrasts.places`; bytes and what no record holds (a
-cache's divergence, an allocation) stay as the results have them.
+and training seed under `frames`, see `kit.contrasts.places`, and hold the divergence of each
+held-out sequence; allocated bytes stay as the results have them.
 """
 
 import re
@@ -24,6 +24,7 @@ FETCHED = "Fetched against every other arm"
 BYTES = "Bytes held and read"
 GAPS = "Frontiers of cache settings at equal bytes"
 PLACES = "Five memories, the best of each alone"
+QUALITY = "Quality at equal live tokens"
 
 
 def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd.DataFrame | None:
@@ -32,6 +33,9 @@ def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd
     simulated = re.fullmatch(RATES.format(r"(\d+)"), caption)
     if simulated:
         return calibration.error_rates(int(simulated[1]))
+    if caption == QUALITY:
+        rows = pd.DataFrame(found["sequences"]).groupby(["policy", "compression_x"], sort=False)
+        return tables.quality({key: frame.reset_index(drop=True) for key, frame in rows})
     if "frames" not in found:
         return _of_arms(stage, caption, records)
     frames = {name: contrasts.frames(at, found["keys"], records)
@@ -121,6 +125,15 @@ def _rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+def on_sequences(kl: Mapping[str, list[float]]) -> dict[str, Measurement]:
+    """What held-out sequences say of claims, by claim: by how much more immediate eviction diverges
+    from full attention than delayed eviction. `kl` has nats per token, by kind of training."""
+    if not {"delayed", "immediate"} <= {*kl}:
+        return {}
+    excess = np.subtract(kl["immediate"], kl["delayed"])
+    return {"dms-delayed-eviction": contrasts.mean_of(excess, "nats", "held-out sequences")}
+
+
 def on_facts(
     published: Iterable[claims.Claim], frames: Mapping[str, pd.DataFrame], where: str
 ) -> dict[str, Measurement]:
@@ -167,6 +180,8 @@ def measured(
 ) -> dict[str, Measurement]:
     """The measurements in the results of a stage that follow from its records, by claim."""
     mine = [claim for claim in published if claim.id in found.get("measurements", {})]
+    if stage == "03_dms":
+        return on_sequences(found.get("kl", {}))
     if stage == "05_parametric" and "frames" in found:
         options = contrasts.frames(found["frames"]["options"], found["keys"], records)
         return on_facts(mine, options, found["where"])
