@@ -64,6 +64,14 @@ class Run:
         return {row["claim"]: row for row in self.json(VERDICTS).get("verdicts", [])}
 
     @cached_property
+    def published(self) -> list[claims.Claim]:
+        """The claims that it was judged by."""
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "claims.toml"
+            file.write_bytes(self.files["claims.toml"])
+            return claims.load(file)
+
+    @cached_property
     def environment(self) -> dict[str, str]:
         """What its executed notebooks say of code, lock, machine and versions; the newest says."""
         found: dict[str, str] = {}
@@ -239,23 +247,17 @@ def verify(place: Path) -> tuple[list[str], list[str]]:
         return [*wrong, f"records, results or claims cannot be read: {error}"], []
 
 
-def _published(run: Run) -> list[claims.Claim]:
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "claims.toml"
-        file.write_bytes(run.files["claims.toml"])
-        return claims.load(file)
-
-
 def rejudged(run: Run) -> pd.DataFrame:
     """Every claim's verdict made again from the records and measurements of `run`."""
-    return tables.verdicts(_published(run), run.results, run.records, _profile(run))
+    return tables.verdicts(run.published, run.results, run.records, _profile(run))
 
 
 def _measured(run: Run) -> list[str]:
     """Measurements that come out otherwise when they are made again."""
-    wrong, published = [], _published(run)
+    wrong = []
     for stage, found in run.results.items():
-        for claim, made in recompute.measured(stage, found, run.records[stage], published).items():
+        again = recompute.measured(stage, found, run.records[stage], run.published)
+        for claim, made in again.items():
             said = Measurement(**found["measurements"][claim]).texts()
             if made.texts() != said:
                 wrong.append(f"{claim} measured {' ['.join(said)}] in the results, "
