@@ -10,6 +10,7 @@ import ast
 import json
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS
@@ -203,7 +204,8 @@ def kit_modules(code: tuple[str, ...], kit: Path) -> list[Path]:
     return sorted(found)
 
 
-def _imports(text: str) -> list[str]:
+@cache
+def _imports(text: str) -> tuple[str, ...]:
     """Dotted names under `kit` that a source imports, anywhere in it."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))]
     names = []
@@ -214,7 +216,7 @@ def _imports(text: str) -> list[str]:
             base = node.module or ""
             base = f"kit.{base}".rstrip(".") if node.level else base
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.split(".")[0] == "kit"]
+    return tuple(name for name in names if name.split(".")[0] == "kit")
 
 
 def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
