@@ -120,21 +120,41 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, otherwise float32."""
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    """What KIT_DTYPE names; left out or "auto", bfloat16 where the device multiplies it natively,
+    otherwise float16 on a GPU and float32 on a CPU. ModelError for an unknown name."""
+    wanted = os.environ.get("KIT_DTYPE") or "auto"
+    if wanted != "auto":
+        return _dtype(wanted, "KIT_DTYPE")
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def set_dtype(dtype: str) -> None:
+    """Load models as `dtype` from here on, in this process and those that it starts.
+
+    One of DTYPES; "auto" leaves it to KIT_DTYPE, see `default_dtype`. ModelError for another name.
+    """
+    if dtype != "auto":
+        _dtype(dtype, "DTYPE")
+        os.environ["KIT_DTYPE"] = dtype
+
+
+def _dtype(name: str, parameter: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ModelError(f"{parameter} is {name!r}; choose auto, {', '.join(DTYPES)}.")
+    return getattr(torch, name)
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Model:
     """Resolve `name` to a Model in eval mode.
 
-    `dtype` is "auto" or one of DTYPES; `seed` draws `random:` weights.
+    `dtype` is "auto" (see `default_dtype`) or one of DTYPES; `seed` draws `random:` weights.
     Raises ModelError, or hub.HubError when the hub cannot deliver.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise ModelError(f"dtype is {dtype!r}; choose auto, {', '.join(DTYPES)}.")
     where = default_device() if device == "auto" else torch.device(device)
-    kind = default_dtype(where) if dtype == "auto" else getattr(torch, dtype)
+    kind = default_dtype(where) if dtype == "auto" else _dtype(dtype, "dtype")
     if name.startswith("random:"):
         return _random(name, kind, where, seed)
     if name == BUNDLED:

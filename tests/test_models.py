@@ -53,6 +53,34 @@ def test_random_weights_are_a_function_of_shape_and_seed(shape):
     assert one.tokenizer is None and one.stop_ids == frozenset() and not one.weights.training
 
 
+def test_one_knob_decides_the_dtype_of_every_model_here_and_in_processes_started(monkeypatch):
+    monkeypatch.setenv("KIT_DTYPE", "float16")
+    assert models.load("random:llama").dtype == torch.float16
+    assert models.load("random:llama", "float32").dtype == torch.float32, "asked for by name"
+    models.set_dtype("auto")
+    assert models.load("random:llama").dtype == torch.float16
+    models.set_dtype("bfloat16")
+    assert models.load("random:llama").dtype == torch.bfloat16
+    assert os.environ["KIT_DTYPE"] == "bfloat16"
+    with pytest.raises(ModelError, match="DTYPE is 'half'; choose auto, float32"):
+        models.set_dtype("half")
+    monkeypatch.setenv("KIT_DTYPE", "fp32")
+    with pytest.raises(ModelError, match="KIT_DTYPE is 'fp32'; choose auto, float32"):
+        models.load("random:llama")
+
+
+def test_by_itself_a_cpu_takes_the_dtype_that_it_multiplies_and_a_gpu_never_emulates(monkeypatch):
+    monkeypatch.delenv("KIT_DTYPE", raising=False)
+    for native, on_cpu, on_gpu in ((True, torch.bfloat16, torch.bfloat16),
+                                   (False, torch.float32, torch.float16)):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
+        )
+        assert models.default_dtype(torch.device("cpu")) == on_cpu
+        assert models.default_dtype(torch.device("cuda")) == on_gpu
+
+
 def test_random_models_differ_in_hash_by_shape_and_dtype():
     kinds = [(shape, dtype) for shape in models.RANDOM for dtype in ("float32", "bfloat16")]
     every = [models.load(f"random:{shape}", dtype) for shape, dtype in kinds]
