@@ -10,6 +10,12 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request) -> str:
+    """The dtypes that all computing code must run in; what they may change: tests.rounding."""
+    return request.param
+
+
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch) -> Path:
     """An empty hub cache, and no network."""
