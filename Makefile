@@ -13,6 +13,9 @@ export GOMP_SPINCOUNT := 20000
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export JUPYTER_PLATFORM_DIRS := 1
+ifdef DTYPE
+export KIT_DTYPE := $(DTYPE)
+endif
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +41,7 @@ $(PREFIX)/cluster: $(PREFIX)/ready cluster.lock
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r cluster.lock
 	@touch $@
 
-reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|laptop|workstation FROM=03 ONLY=02 FORCE=1)
+reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|laptop|workstation DTYPE=float32 FROM=03 ONLY=02 FORCE=1)
 	@$(PY) -m kit reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(FROM),--from $(FROM)) \
 	  $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force)
 

@@ -79,6 +79,9 @@ class Run:
             stamp = self.json(name)["metadata"].get("kit", {})
             keys = ("commit", "lock_sha256", "kit_sha256", "system")
             found |= {key: str(stamp[key]) for key in keys if key in stamp}
+            marks = stamp.get("fingerprints", {})
+            dtype = marks.get("dtype") or marks.get("model", "").partition("torch.")[2]
+            found |= {"dtype": dtype} if dtype else {}
             hardware = stamp.get("hardware", {})
             found |= {f"hardware: {key}": str(value) for key, value in hardware.items()}
             found |= {f"version of {k}": v for k, v in stamp.get("versions", {}).items()}

@@ -90,7 +90,7 @@ def generate(
     actor = ray.remote(num_cpus=1, num_gpus=int(torch.cuda.is_available()))(Worker)
     place = str(store.folder)
     place = place if "://" in place else str(Path(place).resolve())
-    begin = partial(actor.remote, base.name, str(base.dtype).removeprefix("torch."), place)
+    begin = partial(actor.remote, base.name, base.dtype_name, place)
     try:
         failed, died = dict(failed or {}), dict.fromkeys(grid.runs, 0)
         todo = deque(run for run in grid.runs if run not in failed)

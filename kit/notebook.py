@@ -76,6 +76,12 @@ def record_fingerprint(name: str, value: str) -> None:
     display({FINGERPRINT_MIME: mark, "text/plain": f"{name}: {value}"}, raw=True)
 
 
+def record_model(model) -> None:
+    """Say which weights this run used, and in which dtype. `model` is a kit.models.Model."""
+    record_fingerprint("model", f"{model.name} {model.weights_hash} {model.dtype}")
+    record_fingerprint("dtype", model.dtype_name)
+
+
 def save_results(
     stage: str,
     results: dict,

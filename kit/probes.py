@@ -196,7 +196,7 @@ def _records(
             family=problem.family, level=problem.level, sample=0, seed=seed, temperature=0.0,
             question=problem.question, answer=problem.answer, prompt_id=prompt, text=answer,
             correct=verdict.correct, extracted=verdict.extracted, reason=verdict.reason,
-            method=verdict.method, compliant=verdict.compliant, **cost,
+            method=verdict.method, compliant=verdict.compliant, dtype=model.dtype_name, **cost,
         )
         for (problem, key, tokens, prompt), answer, verdict, cost in zip(asked, said, grades, costs)
     ]  # fmt: skip

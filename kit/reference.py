@@ -117,6 +117,10 @@ def against(there: Run, here: Run) -> list[str]:
             f"{len(beyond)} moved beyond noise, {len(changed)} verdicts differ")  # fmt: skip
     lines = [f"  {claim}: {theirs} there, {ours} here"
              for claim, theirs, ours, *_ in beyond + changed]  # fmt: skip
+    theirs, ours = (run.environment.get("dtype", "unknown") for run in (there, here))
+    if theirs != ours:
+        lines.append(f"  the models were {theirs} there and {ours} here, so tokens differ from the "
+                     f"first rounding on; DTYPE={theirs} runs as published")  # fmt: skip
     return [head, *lines]
 
 

@@ -8,6 +8,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights are loaded as
+
 
 def digest(value, length: int = 64) -> str:
     """SHA-256 of the canonical JSON of `value`, first `length` hex digits."""
@@ -124,3 +126,4 @@ class Record:
     retrieved: str = ""  # ids of the strategies in the prompt, joined by spaces
     refused: int = 0  # strategies kept back because they would have given something away
     joules: float = 0.0  # its new tokens' share of what the devices drew; 0 where none counts
+    dtype: str = ""  # of the weights that decoded it, one of DTYPES; "" in records of before

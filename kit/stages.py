@@ -8,6 +8,7 @@ running is `kit.pipeline`. Imports nothing heavy: a run with nothing to do ends 
 
 import ast
 import json
+import os
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.provenance import file_hash, files_hash
-from kit.schema import digest
+from kit.schema import DTYPES, digest
 
 TOUR = "tour"  # the profile that is the parameters cells themselves
 PREFLIGHT = "preflight"  # the one table of a profile that is not a notebook's
@@ -45,7 +46,7 @@ class Stage:
     profile: str
     folder: Path  # outputs/<profile>
     defaults: dict  # parameters cell: name -> value (its source text if not a literal)
-    overrides: dict  # from the profile, and PROFILE where the cell names it
+    overrides: dict  # from the profile, and PROFILE and KIT_DTYPE where the cell names them
     cells: tuple[tuple[str, str, bool], ...]  # (type, source, tagged "parameters")
 
     @property
@@ -232,8 +233,17 @@ def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
         if key not in defaults:
             raise Refused(f"{profile}.toml, table {file.stem}: the parameters cell does not name "
                           f"{key}; it names: {', '.join(defaults) or 'nothing'}")  # fmt: skip
-    own = {"PROFILE": profile} if "PROFILE" in defaults else {}
+    own = {"PROFILE": profile, "DTYPE": _dtype()}
+    own = {name: value for name, value in own.items() if name in defaults and value}
     return Stage(file, profile, folder, defaults, table | own, cells)
+
+
+def _dtype() -> str:
+    """What KIT_DTYPE asks of all notebooks: it outranks the profile. "" where it asks nothing."""
+    wanted = os.environ.get("KIT_DTYPE", "").removeprefix("auto")
+    if wanted and wanted not in DTYPES:
+        raise Refused(f"DTYPE is {wanted!r}; take one of: auto, {', '.join(DTYPES)}")
+    return wanted
 
 
 def _read_cells(file: Path) -> tuple[tuple[str, str, bool], ...]:

@@ -25,7 +25,7 @@ _ARROW = {
 }
 _TYPES = typing.get_type_hints(Record)
 SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)])
-ADDED = {"joules": "cast(0 as double)"}  # columns that older stores lack, the last ones
+ADDED = {"joules": "cast(0 as double)", "dtype": "''"}  # columns that older stores lack
 VOLATILE = ("seconds", "joules")  # differs between two runs of the same work
 
 
@@ -45,13 +45,14 @@ class Store:
             self._table = database.create_table("records", schema=SCHEMA, exist_ok=True)
         except ValueError as error:
             self._table = database.open_table("records")
-            if self._table.schema != pyarrow.schema(list(SCHEMA)[: -len(ADDED)]):
+            lacks = {name: ADDED[name] for name in ADDED if name not in self._table.schema.names}
+            if self._table.schema != pyarrow.schema([c for c in SCHEMA if c.name not in lacks]):
                 raise ValueError(
                     f"The store in {folder} was written by another version of the kit (its columns "
                     f"differ); move that folder away and run again."
                 ) from error
-            self._table.add_columns(ADDED)
-            self._table.alter_columns(*({"path": name, "nullable": True} for name in ADDED))
+            self._table.add_columns(lacks)
+            self._table.alter_columns(*({"path": name, "nullable": True} for name in lacks))
 
     def keys(self, among: Iterable[str] | None = None) -> set[str]:
         """Keys of everything stored, or of what is stored of `among`."""

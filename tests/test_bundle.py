@@ -260,6 +260,17 @@ def test_a_run_is_held_against_the_published_one(tmp_path, capsys):
     assert "1 moved beyond noise" in said and "  rbslm-format-accuracy: " in said
 
 
+def test_what_ran_in_another_dtype_is_said_to():
+    runs = []
+    for marks in ({"model": "tiny ab torch.float32"}, {"dtype": "bfloat16"}, {"dtype": "float32"}):
+        stamp = {"metadata": {"kit": {"fingerprints": marks}}}
+        runs.append(bundle.Run({"notebooks/01_baseline.ipynb": json.dumps(stamp).encode()}))
+    (line,) = reference.against(runs[0], runs[1])[1:]
+    assert "the models were float32 there and bfloat16 here" in line and "DTYPE=float32" in line
+    assert len(reference.against(runs[0], runs[2])) == 1
+    assert reference.diff(*runs[:2])["environment"] == [["dtype", "float32", "bfloat16"]]
+
+
 def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
     here, into = ran(), tmp_path / "published"
     place = reference.publish("laptop", into)

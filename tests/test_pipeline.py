@@ -165,6 +165,27 @@ def test_profile_values_reach_the_notebook_and_a_changed_one_reruns_it(project):
     assert states(project)[0] == ("fresh", "")
 
 
+def test_kit_dtype_reaches_the_notebooks_that_name_it_before_the_profile(project, monkeypatch):
+    edit(project / "notebooks/01_first.ipynb", "SEED = 7", "SEED = 7\\nDTYPE = 'auto'")
+    (project / "notebooks/profiles/big.toml").write_text('["01_first"]\nDTYPE = "float16"\n')
+
+    def dtypes(profile: str) -> list:
+        every = stages.load_stages(profile, project / "notebooks", project / "outputs")
+        return [stage.parameters.get("DTYPE") for stage in every]
+
+    monkeypatch.delenv("KIT_DTYPE", raising=False)
+    assert run(project) == 0
+    assert dtypes("tour") == ["auto", None] and dtypes("big") == ["float16", None]
+    monkeypatch.setenv("KIT_DTYPE", "float32")
+    assert dtypes("tour") == dtypes("big") == ["float32", None]
+    assert states(project)[0] == ("stale", "its parameters changed")
+    monkeypatch.setenv("KIT_DTYPE", "auto")
+    assert states(project)[0] == ("fresh", "")
+    monkeypatch.setenv("KIT_DTYPE", "fp32")
+    with pytest.raises(Refused, match="DTYPE is 'fp32'; take one of: auto, float32, bfloat16"):
+        dtypes("tour")
+
+
 def test_from_only_and_force(project, capsys):
     assert run(project, only="01") == 0
     assert trace(project) == []

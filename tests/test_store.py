@@ -161,13 +161,15 @@ def test_a_store_at_a_uri_and_keys_among_some(tmp_path):
     assert store.table(some)["key"].tolist() == [min(known)] and store.table(set()).empty
 
 
-def test_a_store_from_before_joules_were_kept_goes_on(tmp_path):
-    old = pyarrow.schema([column for column in SCHEMA if column.name != "joules"])
-    row = dataclasses.asdict(record("a"))
-    row.pop("joules")
+@pytest.mark.parametrize("lacking", [["dtype"], ["joules", "dtype"]])
+def test_a_store_from_before_a_column_was_kept_goes_on(tmp_path, lacking):
+    old = pyarrow.schema([column for column in SCHEMA if column.name not in lacking])
+    row = dataclasses.asdict(record("a", joules=0.0, dtype=""))
+    row = {name: value for name, value in row.items() if name not in lacking}
     table = lancedb.connect(tmp_path).create_table("records", schema=old)
     table.add(pyarrow.Table.from_pylist([row], schema=old))
     store = Store(tmp_path)
-    store.append([record("b", joules=3.0)])
-    assert back(store.table()) == [record("a", joules=0.0), record("b", joules=3.0)]
+    store.append([record("b", joules=3.0, dtype="bfloat16")])
+    first, second = record("a", joules=0.0, dtype=""), record("b", joules=3.0, dtype="bfloat16")
+    assert back(store.table()) == [first, second]
     assert Store(tmp_path).keys() == {"a", "b"}
