@@ -252,7 +252,8 @@ class SlotCache:
                     self.pools[layer].move(*moves)
 
     def kept(self, sequence: int) -> list[list[torch.Tensor]]:
-        """Positions of the live tokens of one sequence, ascending, per layer and KV head."""
+        """Positions of the live tokens of one sequence, ascending, per layer and KV head; they lie
+        on the CPU."""
         index, found = torch.tensor([sequence], device=self.device), []
         for layer, part in enumerate(self.part_of):
             found.append(part.kept(part.plane(layer), index) * (self.heads // part.split))

@@ -78,9 +78,9 @@ class Part:
         return found
 
     def kept(self, plane: int, sequence: torch.Tensor) -> list[torch.Tensor]:
-        """Positions of the live tokens of each unit of one sequence [1], ascending."""
+        """Positions of the live tokens of each unit of one sequence [1], ascending, on the CPU."""
         counts, slots = self.table.held(plane, self.units(sequence))
-        positions = self.table.position.flatten(1)[plane, slots].long()
+        positions = self.table.position.flatten(1)[plane, slots].long().cpu()
         return [x.sort().values for x in positions.split(counts.tolist())]
 
     def nbytes(self) -> int:

@@ -82,7 +82,7 @@ def stored(folder: Path, model: Model, ids, policy: Full, prompt: int = 32) -> p
 @torch.inference_mode()
 def kept(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 32) -> list:
     """Positions live after one sequence [T] was fed, per layer and head, as `SlotCache.kept`."""
-    cache = SlotCache(model.weights, 1, policy)
+    cache, ids = SlotCache(model.weights, 1, policy), ids.to(model.device)
     with slots_attached(model), policy.attached(model.weights):
         _final(model, cache, ids[None, :prompt], cache.prefill([[0]], [prompt]))
         for token in ids[prompt:]:
