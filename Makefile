@@ -2,12 +2,21 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env cluster reproduce status bundle test lint unit notebooks lab bench clean
+.PHONY: help env cluster lock reproduce status bundle test lint unit notebooks lab bench clean
 
 ENV ?= venv
 PREFIX := $(if $(filter conda,$(ENV)),.conda,.venv)
 PY := $(PREFIX)/bin/python
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# PYTHON names one, else it is the first of these that runs and has a version that the kit knows.
+PYTHONS := python3 python3.13 python3.12 python3.11
+SPAN := >=3.11,<3.14
+UV := $(shell command -v uv)
+INSTALL := $(if $(UV),uv pip install -q --python $(PY),$(PY) -m pip install -q --disable-pip-version-check)
+# What may be said on the command line, besides what others read from the environment.
+READ := ENV PYTHON PROFILE FROM ONLY FORCE KEEP_GOING DTYPE WORKERS
+OTHERS := KIT_% OMP_% CUDA_% RAY_% HF_% PIP_% UV_% TORCH_% TRITON_%
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
+$(foreach v,$(filter-out $(READ) $(OTHERS),$(GIVEN)),$(warning nothing reads $v; there are $(READ)))
 # Threads that spin long while they wait make two model processes on one machine many times slower.
 export GOMP_SPINCOUNT := 20000
 export TOKENIZERS_PARALLELISM := false
@@ -18,19 +27,26 @@ export KIT_DTYPE := $(DTYPE)
 endif
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env: $(PREFIX)/ready ## create the environment (ENV=conda uses environment.yml) and fetch the bundled models
+env: $(PREFIX)/ready ## create the environment (by uv if there is one, ENV=conda by conda) and fetch the bundled models
 $(PREFIX)/ready: requirements.lock environment.yml
 ifeq ($(ENV),conda)
 	conda env create --yes --prefix $(PREFIX) --file environment.yml
+else ifneq ($(UV),)
+	UV_VENV_CLEAR=1 uv venv -q --seed --python "$(or $(PYTHON),$(SPAN))" $(PREFIX)
 else
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	  { echo "The kit needs Python 3.11, found $$($(PYTHON) -V): make env PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv $(PREFIX)
-	$(PY) -m pip install -q --disable-pip-version-check -c requirements.lock torch
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
+	@for python in $(if $(PYTHON),"$(PYTHON)",$(PYTHONS)); do \
+	  if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+	  then echo "$$python -m venv $(PREFIX)"; exec "$$python" -m venv --clear $(PREFIX); fi; done; \
+	echo "The kit needs Python 3.11, 3.12 or 3.13, and $(if $(PYTHON),$(PYTHON) is none,there is none as $(PYTHONS)):" \
+	  "install uv, which finds or fetches one, or name one by make env PYTHON=/path/to/python3.12"; exit 2
 endif
+	@$(PY) -c 'import pathlib, shutil, sys, sysconfig; sys.exit(not (shutil.which("cc") or shutil.which("gcc")) or not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' || \
+	  { echo "One package (pycosat) is compiled here, which needs a C compiler and Python's headers; install" \
+	    "gcc and python3-dev (Debian, Ubuntu), gcc and python3-devel (Fedora) or, on macOS, xcode-select --install"; exit 2; }
+	$(INSTALL) --no-deps --require-hashes -r requirements.lock
+	$(INSTALL) torch==2.13.0
 	@$(PY) -c 'import os, site; open(site.getsitepackages()[0] + "/kit.pth", "w").write(os.getcwd())'
 	$(PY) -m kit.models
 	$(PY) -m kit.embed
@@ -38,8 +54,15 @@ endif
 
 cluster: $(PREFIX)/cluster ## add Ray, which the sweep of 06 runs on with WORKERS=N or RAY_ADDRESS
 $(PREFIX)/cluster: $(PREFIX)/ready cluster.lock
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r cluster.lock
+	$(INSTALL) --no-deps --require-hashes -r cluster.lock
 	@touch $@
+
+COMPILE := uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-header --no-annotate
+lock: ## write requirements.lock and cluster.lock anew from pyproject.toml, with uv
+	$(COMPILE) pyproject.toml --group dev -o requirements.lock
+	awk '/^[a-z]/ {keep = !/^(torch|cuda-|nvidia-)/ || /^nvidia-ml-py/} keep' requirements.lock > requirements.part
+	mv requirements.part requirements.lock
+	$(COMPILE) --group cluster -c requirements.lock -o cluster.lock
 
 reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|laptop|workstation DTYPE=float32 FROM=03 ONLY=02 FORCE=1)
 	@$(PY) -m kit reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(FROM),--from $(FROM)) \
@@ -82,7 +105,9 @@ bench-peers: env .venv-peers/ready ## compare eviction with kvpress, write outpu
 	.venv-peers/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@
 
-clean: ## delete outputs and caches; the environment and the fetched model stay
-	find outputs -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +
+.PHONY: clean-outputs
+clean: ## delete the caches of tests and linters; runs, environment and fetched models stay
 	rm -rf .pytest_cache .ruff_cache .import_linter_cache
 	find kit tests -name __pycache__ -type d -prune -exec rm -rf {} +
+clean-outputs: ## delete all runs, but for the published ones
+	find "$(or $(KIT_OUTPUTS),outputs)" -mindepth 1 -maxdepth 1 ! -name published -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -34,7 +35,8 @@ class Watch(TrainerCallback):
             return
         logs["seconds"] = time.perf_counter() - self.began
         logs["joules"] = energy.drawn(self.counted, energy.joules())
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         on_gpu = torch.cuda.is_available()
         logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else resident
         state.log_history[-1].update(logs)

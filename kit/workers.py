@@ -12,6 +12,7 @@ import multiprocessing.spawn
 import os
 import resource
 import signal
+import sys
 import threading
 from concurrent.futures import TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,7 +24,7 @@ from kit.equality import equal, symbolic
 
 CPU_SECONDS = 3.0  # of a worker, per pair: does not depend on how busy the machine is
 WALL_SECONDS = 60.0  # per pair, against a worker that sleeps
-MEMORY_BYTES = 2 << 30  # address space of a worker
+MEMORY_BYTES = 2 << 30  # address space of a worker, on Linux
 WORKERS = max(1, min(os.cpu_count() or 1, 8))
 _NAME = "kit_grade_worker"
 
@@ -33,7 +34,8 @@ def _start_worker() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # die at once, even inside one long C call
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     symbolic("x", "x+1")
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    if sys.platform == "linux":  # macOS maps more than this before a program starts, and refuses
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _judge(gold: str, answer: str, seconds: float) -> str:

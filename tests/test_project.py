@@ -1,9 +1,13 @@
 """What the files of the project promise each other: versions, sizes, notebooks, README."""
 
 import ast
+import contextlib
 import itertools
 import re
+import shutil
+import subprocess
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -25,10 +29,10 @@ def name(path: Path) -> str:
     return path.stem
 
 
-def pins(lines) -> dict[str, str]:
-    """Package name -> version of requirement lines, each of which must pin exactly one."""
+def pins(requirements) -> dict[str, str]:
+    """Package name -> version of requirements, each of which must pin exactly one."""
     found = {}
-    for requirement in map(Requirement, lines):
+    for requirement in map(Requirement, requirements):
         (only,) = requirement.specifier
         assert only.operator == "==" and "*" not in only.version, f"{requirement} is not pinned"
         key = canonicalize_name(requirement.name)
@@ -39,6 +43,48 @@ def pins(lines) -> dict[str, str]:
 
 # Versions
 
+PYTHONS = ("3.11", "3.12", "3.13")
+MACHINES = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
+BUILDS = ("cuda-", "nvidia-", "triton")  # what only some builds of torch require
+
+
+def locked(file: str) -> list[tuple[Requirement, list[str]]]:
+    """The requirements of a lock, each with its hashes."""
+    text = (ROOT / file).read_text().replace("\\\n", "")
+    split = [line.split(" --hash=") for line in text.splitlines()]
+    return [(Requirement(first), [each.strip() for each in hashes]) for first, *hashes in split]
+
+
+def needed(names: list[str], place: dict[str, str]) -> dict[str, list[Requirement]]:
+    """Package -> what is required of it, by requirements and by all that these require in `place`
+    (values of markers). Of a package that is not installed here, what it requires is not known."""
+    found, queue = {}, [(Requirement(name), "") for name in names]
+    while queue:
+        requirement, owner = queue.pop()
+        key = canonicalize_name(requirement.name)
+        if owner == "torch" and key.startswith(BUILDS):
+            continue
+        if requirement in found.setdefault(key, []):
+            continue
+        found[key].append(requirement)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for extra in ("", *requirement.extras):
+                for text in metadata.requires(key) or []:
+                    further = Requirement(text)
+                    if further.marker is None or further.marker.evaluate({**place, "extra": extra}):
+                        queue.append((further, key))
+    return found
+
+
+def place(python: str, system: str, machine: str) -> dict[str, str]:
+    """Values of markers."""
+    full = {"python_version": python, "python_full_version": f"{python}.1"}
+    names = {"linux": "Linux", "darwin": "Darwin"}
+    return {**full, "sys_platform": system, "platform_system": names[system],
+            "platform_machine": machine, "os_name": "posix",
+            "platform_python_implementation": "CPython", "implementation_name": "cpython",
+            "implementation_version": f"{python}.1"}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def project() -> dict:
@@ -46,44 +92,164 @@ def project() -> dict:
 
 
 @pytest.fixture(scope="module")
-def conda() -> dict:
-    return yaml.safe_load((ROOT / "environment.yml").read_text())
+def direct(project) -> list[str]:
+    return project["project"]["dependencies"] + project["dependency-groups"]["dev"]
 
 
-@pytest.fixture(scope="module")
-def lock() -> dict[str, str]:
-    return pins((ROOT / "requirements.lock").read_text().splitlines())
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("machine", MACHINES, ids="-".join)
+def test_the_lock_has_with_a_hash_all_that_a_python_needs_but_torch(direct, python, machine):
+    here = place(python, *machine)
+    main = [text for text in direct if not (m := Requirement(text).marker) or m.evaluate(here)]
+    lock = {
+        canonicalize_name(requirement.name): (requirement, hashes)
+        for requirement, hashes in locked("requirements.lock")
+        if requirement.marker is None or requirement.marker.evaluate(here)
+    }
+    wanted = needed(main, here)
+    assert len(wanted) > 200 and "torch" in wanted
+    for name in wanted.keys() - {"torch"}:
+        assert name in lock, f"{name} is not locked for Python {python} on {machine}"
+        requirement, hashes = lock[name]
+        assert hashes and all(re.fullmatch(r"sha256:[0-9a-f]{64}", h) for h in hashes), name
+        (pin,) = requirement.specifier
+        for required in wanted[name]:
+            assert required.specifier.contains(pin.version, prereleases=True), f"{required}, {pin}"
 
 
-def test_pyproject_environment_and_lock_agree_on_every_direct_dependency(project, conda, lock):
-    direct = pins(project["project"]["dependencies"] + project["dependency-groups"]["dev"])
-    (pip,) = (entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict))
-    assert "-c requirements.lock" in pip, "the conda way constrains what is not direct"
-    assert pins(line for line in pip if not line.startswith("-")) == direct
-    assert direct.items() <= lock.items()
+def test_the_lock_and_pyproject_agree_on_every_direct_dependency(direct):
+    said, lock = (
+        pins(direct),
+        pins(str(requirement) for requirement, _ in locked("requirements.lock")),
+    )
+    torch = said.pop("torch")
+    assert said.items() <= lock.items()
+    assert f"$(INSTALL) torch=={torch}\n" in (ROOT / "Makefile").read_text()
 
 
-def test_the_three_agree_on_python(project, conda):
-    (python,) = (e for e in conda["dependencies"] if isinstance(e, str) and "python" in e)
-    version = python.removeprefix("python=")
-    allowed = SpecifierSet(project["project"]["requires-python"])
-    assert version in allowed and "3.10" not in allowed and "3.12" not in allowed
-    assert f"version_info[:2] != ({version.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
-    assert project["tool"]["ruff"]["target-version"] == f"py{version.replace('.', '')}"
+def test_the_lock_of_the_cluster_has_ray_and_agrees_with_the_other(project):
+    lock = {
+        requirement.name: str(requirement.specifier)
+        for requirement, _ in locked("requirements.lock")
+    }
+    rows = locked("cluster.lock")
+    ray = {requirement.name: str(requirement.specifier) for requirement, _ in rows}
+    assert all(hashes for _, hashes in rows)
+    assert [f"ray{ray['ray']}"] == project["dependency-groups"]["cluster"]
+    assert all(lock[name] == ray[name] for name in lock.keys() & ray.keys())
 
 
-def test_the_lock_serves_machines_with_and_without_a_gpu(lock):
+def test_the_project_agrees_on_the_pythons(project):
+    span = project["project"]["requires-python"]
+    assert [p for p in ("3.10", *PYTHONS, "3.14") if p in SpecifierSet(span)] == list(PYTHONS)
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert conda["dependencies"] == [f"python{span}", "pip"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert (
+        f"SPAN := {span}\n" in makefile and "(3, 11) <= sys.version_info[:2] <= (3, 13)" in makefile
+    )
+    assert project["tool"]["ruff"]["target-version"] == "py311"
+
+
+def test_the_lock_serves_machines_with_and_without_a_gpu():
+    lock = pins(str(requirement) for requirement, _ in locked("requirements.lock"))
     assert not any("+" in version for version in lock.values()), "no +cpu or +cu build"
-    nvidia = [package for package in lock if package.startswith("nvidia-")]
-    assert nvidia == ["nvidia-ml-py"], "pure Python; the libraries come with the CUDA build"
-    with_cuda = "triton==3.7.1"  # required by the CUDA build of torch 2.13.0
-    assert lock["torch"] == "2.13.0" and with_cuda == f"triton=={lock['triton']}"
+    assert "torch" not in lock, "its builds differ"
+    assert [package for package in lock if package.startswith(("nvidia-", "cuda-"))] == [
+        "nvidia-ml-py"
+    ], "pure Python; the libraries come with the CUDA build"
+    assert lock["triton"] == "3.7.1", "required by the CUDA build of torch 2.13.0"
 
 
-def test_each_line_of_the_environment_says_what_needs_it():
-    lines = (ROOT / "environment.yml").read_text().splitlines()
-    packages = [line for line in lines if re.match(r"\s+- \w", line) and "pip:" not in line]
-    assert len(packages) > 20 and all("  # " in line for line in packages)
+def test_each_dependency_says_what_needs_it():
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    packages = [line for line in lines if re.match(r'    "[\w.-]+==', line)]
+    assert len(packages) > 20 and all(",  # " in line for line in packages)
+
+
+# Makefile
+
+
+def make(folder: Path, tools: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    """The project's Makefile in `folder`, where PATH has the shell's tools and, as scripts,
+    `tools`."""
+    path = folder / "bin"
+    path.mkdir(parents=True)
+    for name in ("bash", "awk", "env", "mkdir", "chmod", "cat", "touch"):
+        (path / name).symlink_to(shutil.which(name))
+    for name, script in tools.items():
+        (path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (path / name).chmod(0o755)
+    for name in ("Makefile", "requirements.lock", "environment.yml"):
+        shutil.copy(ROOT / name, folder)
+    return subprocess.run(
+        [shutil.which("make"), *arguments], cwd=folder, env={"PATH": str(path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+ENVIRONMENT = (
+    "mkdir -p .venv/bin; echo 'echo \"$*\" >> said' > .venv/bin/python; chmod +x .venv/bin/python"
+)
+RUNS = f'echo "$0 $*" >> said; [ "$1" = -c ] || {{ {ENVIRONMENT}; }}'
+SHIM = "echo 'pyenv: command not found' >&2; exit 127"
+
+
+@pytest.mark.parametrize(
+    "tools, chosen",
+    [
+        ({"python3": SHIM, "python3.13": "exit 1", "python3.12": RUNS}, "python3.12 -m venv"),
+        ({"python3": RUNS, "python3.13": RUNS}, "python3 -m venv"),
+        ({"python3": RUNS, "uv": RUNS}, "uv venv"),
+    ],
+    ids=["the first that runs", "the one in use", "uv"],
+)
+def test_make_env_takes_a_python_that_runs_in_a_path_with_spaces(tmp_path, tools, chosen):
+    folder = tmp_path / "a path with spaces"
+    done = make(folder, tools, "env")
+    assert done.returncode == 0, done.stderr
+    said = (folder / "said").read_text()
+    assert chosen in said and (folder / ".venv" / "ready").exists()
+    install = "uv pip install" if "uv" in tools else "-m pip install"
+    assert said.count(install) == 2
+    assert said.index("--require-hashes -r requirements.lock") < said.index("torch==")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["PYTHON=/opt/my pythons/python3.10"]], ids=["", "given"]
+)
+def test_make_env_without_a_python_is_one_sentence(tmp_path, arguments):
+    done = make(tmp_path / "a", {"python3": "exit 1", "python3.13": SHIM}, "env", *arguments)
+    assert done.returncode == 2
+    (sentence, end) = (done.stdout + done.stderr).strip().splitlines()
+    assert sentence.startswith("The kit needs Python 3.11, 3.12 or 3.13") and "uv" in sentence
+    assert all(argument.removeprefix("PYTHON=") in sentence for argument in arguments)
+
+
+def test_make_env_says_when_it_cannot_compile(tmp_path):
+    lacks = RUNS.replace("chmod", "echo exit 1 >> .venv/bin/python; chmod")
+    done = make(tmp_path / "a", {"python3": lacks}, "env")
+    assert done.returncode == 2 and "a C compiler and Python's headers" in done.stdout
+    assert "pip install" not in done.stdout
+
+
+def test_make_warns_of_a_variable_that_nothing_reads(tmp_path):
+    done = make(
+        tmp_path / "a", {}, "help", "PROFLE=tour", "profile=tour", "DTYPE=float32", "KIT_X=1"
+    )
+    assert done.returncode == 0
+    first, second = sorted(done.stderr.splitlines())
+    assert "nothing reads PROFLE" in first and "nothing reads profile" in second
+    assert "PROFILE" in first
+
+
+def test_make_knows_each_variable_that_it_reads():
+    makefile = (ROOT / "Makefile").read_text()
+    set_here = set(re.findall(r"^(?:export )?([A-Z_]+) [:?]?=", makefile, re.MULTILINE))
+    read = set(re.findall(r"\$\((?:or )?([A-Z][A-Z_]+)\b", makefile)) - set_here - {"MAKEFILE_LIST"}
+    known = re.search(r"^READ := (.+)$", makefile, re.MULTILINE)[1].split()
+    assert {name for name in read if not name.startswith("KIT_")} <= set(known)
+    assert {"PROFILE", "ONLY"} <= read
 
 
 # Sizes and names
