@@ -7,8 +7,9 @@ r"""Group relative policy optimisation on graded problems, by TRL.
 Rollouts come from `kit.decode` ("kit"), from transformers, or from vLLM where that is installed:
 in the training processes ("vllm"), or from a server that `trl vllm-serve --model NAME` runs on a
 GPU of its own ("vllm-server").
-Under an eviction policy the sampler is not the model that is trained: the gap between their
-log-probabilities is logged, and corrected by truncated importance weights as TRL does for vLLM.
+Weights are kept in float32, and trained under autocast where the device computes in bfloat16. Where
+the sampler is not the model that is trained, the gap between their log-probabilities is logged, and
+corrected by truncated importance weights as TRL does for vLLM.
 
 Sources: GRPO, arXiv 2402.03300; Open-RS, arXiv 2503.16219 and its recipes/grpo.yaml at 2889c47.
 """
@@ -66,7 +67,7 @@ def grpo(
     if not model.weights.config.architectures:
         _name_architecture(model, place / f"reference-{os.environ.get('RANK', 0)}")
     rows = [{"prompt": _chat(p, recipe.suffix), "gold": p.problem.answer} for p in asked]
-    sampler = partial(rollouts.during, model, recipe, policy)
+    sampler = rollouts.Sampler(model, recipe, policy)
     trainer = rollouts.trainer_class()(
         model.weights,
         [_reward(name, recipe.longest) for name in recipe.rewards],

@@ -87,7 +87,7 @@ class Training:
         self.steps = recipe.epochs * math.ceil(len(self.data) / recipe.batch)
         self.base, self.model, self.below = model, model, below
         if recipe.anchor_rate:
-            self.model = replace(model, weights=models.twin(model.weights).float().train())
+            self.model = replace(model, weights=models.twin(model.weights, torch.float32).train())
         self.model.weights.requires_grad_(bool(recipe.anchor_rate))
         self.named: dict[str, torch.nn.Parameter] = {}
         for node in self.nodes:

@@ -111,11 +111,14 @@ class Model:
         return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
 
-def twin(weights: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that shares nothing with it. Where a trainer has put a `forward` on the
+def twin(weights: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A copy of a model that shares nothing with it, its parameters in `dtype`; buffers, among them
+    the frequencies of RoPE, stay as precise as they are. Where a trainer has put a `forward` on the
     model that is bound to the model itself, as TRL does, the copy has that of its class."""
     found = copy.deepcopy(weights)
     vars(found).pop("forward", None)
+    for parameter in found.parameters():
+        parameter.data = parameter.data.to(dtype)
     return found
 
 

@@ -1,4 +1,7 @@
-"""GRPO: its numbers by hand, a policy that converges, a killed run, and evicting rollouts."""
+"""GRPO: its numbers by hand, a policy that converges, a killed run, and samplers that are not the
+model which is trained: evicting, or in bfloat16 beside weights in float32.
+
+Without a dtype of its own a test runs in that of the machine."""
 
 import dataclasses
 import json
@@ -6,12 +9,13 @@ import json
 import pytest
 import torch
 
-from kit import evictor, grpo, models, prompts, recipes, rewards, rollouts
+from kit import evictor, grpo, models, prompts, recipes, rewards, rollouts, tune
 from kit.decode import Request, decode
-from kit.policies import DMS
+from kit.policies import DMS, TOVA, Full
 from kit.recipes import Recipe
 from kit.schema import Problem, Sampling
 from kit.tune import history
+from tests import rounding
 from tests.toys import drawn, tokens, toy
 
 QUICK = Recipe(
@@ -38,7 +42,8 @@ def two_arms(monkeypatch):
     return dataclasses.replace(QUICK, rewards=("odd",), weights=(1.0,))
 
 
-def test_a_policy_of_two_arms_converges(tiny_folder, tmp_path, two_arms):
+def test_a_policy_of_two_arms_converges(tiny_folder, tmp_path, two_arms, dtype, monkeypatch):
+    monkeypatch.setenv("KIT_DTYPE", dtype)
     recipe = dataclasses.replace(two_arms, steps=10, max_new_tokens=1, temperature=0.2)
     log = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path))
     assert log[0]["reward"] < 0.8 and all(row["reward"] == 1 for row in log[-3:])
@@ -57,7 +62,9 @@ def test_equal_rewards_change_nothing(tiny, tiny_folder, tmp_path):
         torch.testing.assert_close(trained[name], value.half().float())
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder, tmp_path, two_arms):
+def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder, tmp_path, two_arms, monkeypatch):
+    monkeypatch.setenv("KIT_DTYPE", "bfloat16")
+
     class Killed(Exception):
         pass
 
@@ -156,6 +163,22 @@ def test_evicting_samples_know_their_probabilities():
             assert logps[:cut] == pytest.approx(made["logprobs"][i][:cut], abs=1e-3)
 
 
+def test_probabilities_of_what_a_full_cache_samples(dtype):
+    model = models.load("random:qwen3", dtype=dtype)
+    said = [row.tolist() for row in tokens(rollouts.AT_ONCE + 2, 30)]
+    read = [row[: 4 + i] for i, row in enumerate(said)]
+    found = rollouts.sampled_logps(model, Full(), read, said, 0.7)
+    for before, after, logps in zip(read, said, found, strict=True):
+        ids = torch.tensor([before + after])
+        with torch.no_grad():
+            plain, right = (
+                (m.weights(ids).logits[0, len(before) - 1 : -1] / 0.7).log_softmax(-1)
+                .gather(-1, torch.tensor(after)[:, None])[:, 0]
+                for m in (model, rounding.exact(model))
+            )  # fmt: skip
+        rounding.assert_close(torch.tensor(logps), plain, right)
+
+
 class Plain:
     """A tokenizer whose chats say token ids already."""
 
@@ -168,18 +191,62 @@ class Plain:
         return ""
 
 
-def test_the_gap_of_an_evicting_sampler_is_logged_and_corrected(
-    tiny, tiny_folder, tmp_path, two_arms
+def error(tiny, dtype: str) -> float:
+    """What rounding to `dtype` may change in a log-probability of the tiny model, in nats."""
+    model = dataclasses.replace(tiny, weights=models.twin(tiny.weights, getattr(torch, dtype)))
+    ids = torch.randint(3, 40_000, (4, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, right = (
+            m.weights(ids[:, :-1]).logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])
+            for m in (model, rounding.exact(tiny))
+        )
+    return rounding.tolerance(plain, right)
+
+
+def test_the_gap_of_a_sampler_is_logged_and_corrected(
+    tiny, tiny_folder, tmp_path, two_arms, dtype, monkeypatch
 ):
-    made = drawn(tiny, window=2)
+    monkeypatch.setenv("KIT_DTYPE", dtype)
+    made, rounded = drawn(tiny, window=2), error(tiny, dtype)
     recipe = dataclasses.replace(two_arms, max_new_tokens=12, steps=1)
-    dense = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path))
-    evicted = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path, policy=DMS(made)))
-    assert "sampling/logp_gap" not in dense[0] and evicted[0]["sampling/logp_gap"] > 1e-3
+    (dense,) = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path))
+    (evicted,) = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path, policy=DMS(made)))
     none = evictor.Evictor(tiny.weights, evictor.LAPTOP, tiny.weights_hash)
-    same = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path, policy=DMS(none)))
-    assert same[0]["sampling/logp_gap"] < 1e-4
-    assert same[0]["grad_norm"] == pytest.approx(dense[0]["grad_norm"], rel=1e-3)
+    (same,) = history(grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path, policy=DMS(none)))
+    gap = "sampling/logp_gap"
+    assert same[gap] < rounded < evicted[gap]
+    if dtype == "float32":
+        assert gap not in dense
+        assert same["grad_norm"] == pytest.approx(dense["grad_norm"], rel=1e-3)
+    else:
+        assert 0 < dense[gap] < rounded, "a sampler in bfloat16 is not the trained model"
+
+
+def test_a_sampler_in_bfloat16_is_one_copy_that_follows_the_training(
+    tiny, tiny_folder, tmp_path, two_arms, monkeypatch
+):
+    monkeypatch.setenv("KIT_DTYPE", "bfloat16")
+    seen, completions = [], rollouts.completions
+
+    def watched(model, *how):
+        seen.append((model.weights, model.weights.lm_head.weight.clone()))
+        return completions(model, *how)
+
+    monkeypatch.setattr(rollouts, "completions", watched)
+    recipe = dataclasses.replace(two_arms, steps=2, keep_every=1)
+    place = grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path)
+    (sampler, first), (again, second) = seen
+    assert sampler is again and sampler.dtype == torch.bfloat16
+    assert torch.equal(first, tiny.weights.lm_head.weight.bfloat16())
+    kept = models.load(str(tune.kept(place)[1]), dtype="float32").weights.lm_head.weight
+    assert not torch.equal(first, second)
+    # Kept as float16, whose smallest step is 2^-24.
+    torch.testing.assert_close(second.float(), kept, rtol=2**-8, atol=2**-24)
+
+
+def test_a_sampler_without_probabilities_is_refused(tiny):
+    with pytest.raises(ValueError, match="Rollouts under tova 8 do not know .* take full"):
+        rollouts.Sampler(tiny, QUICK, TOVA(8))
 
 
 def test_wrong_recipes_and_problems_are_one_sentence(tiny_folder, tmp_path):

@@ -315,3 +315,11 @@ def test_a_copy_of_a_model_that_a_trainer_has_wrapped_runs_its_own_layers():
     with torch.no_grad():
         copied.lm_head.weight.zero_()
     assert not copied(ids).logits.any() and torch.equal(weights(ids).logits, before)
+
+
+def test_a_copy_in_fewer_bits_keeps_what_is_no_parameter():
+    """Frequencies of RoPE in bfloat16 would turn the keys of late tokens by radians."""
+    weights = models.load("random:llama", dtype="float32").weights
+    copied = models.twin(weights, torch.bfloat16)
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
+    assert torch.equal(copied.model.rotary_emb.inv_freq, weights.model.rotary_emb.inv_freq)
