@@ -13,7 +13,7 @@ import numpy
 import pandas
 import torch
 
-from kit import distil
+from kit import distil, models
 from kit.decode import slots_attached
 from kit.evaluate import DECODE_SOURCES, code_version
 from kit.kv import SlotCache
@@ -56,14 +56,30 @@ def forced(
     heads = model.weights.lm_head.weight, teacher.weights.lm_head.weight
     found = []
     for row in range(count):
-        theirs = teacher.weights.base_model(input_ids=ids[row : row + 1], use_cache=False)
-        theirs = theirs.last_hidden_state[0, prompt:-1]
+        theirs = _whole(teacher, ids[row], prompt)
         each = distil.compare(ours[row], theirs, *heads, ids[row, prompt + 1 :])
         found.append({name: float(values.double().mean()) for name, values in each.items()})
     frame = pandas.DataFrame(found)
     frame["live_tokens"] = torch.stack(live).double().mean(0).cpu().numpy()
     frame["kept_fraction"] = frame["live_tokens"] / numpy.arange(prompt + 1, length).mean()
     return frame.assign(kv_bytes=cache.nbytes() / count, policy=policy.name)
+
+
+@torch.inference_mode()
+def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFrame:
+    """kl per sequence of `ids` [N, T]: KL(exact || model) of what `forced` feeds, nats per token.
+
+    Exact are the same weights computed in a wider dtype. A KL of this size between two ways to
+    read the same text is rounding, not a difference.
+    """
+    wide = torch.float64 if model.dtype == torch.float32 else torch.float32
+    exact = dataclasses.replace(model, weights=models.twin(model.weights).to(wide))
+    heads, found = (model.weights.lm_head.weight, exact.weights.lm_head.weight), []
+    for row in ids.to(model.device):
+        pair = (_whole(each, row, prompt) for each in (model, exact))
+        kl = distil.compare(*pair, *heads, row[prompt + 1 :])["kl"]
+        found.append(float(kl.mean()))
+    return pandas.DataFrame({"kl": found})
 
 
 def stored(folder: Path, model: Model, ids, policy: Full, prompt: int = 32) -> pandas.DataFrame:
@@ -88,6 +104,13 @@ def kept(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 32) -> lis
         for token in ids[prompt:]:
             _final(model, cache, token.view(1, 1), cache.step([0]))
     return cache.kept(0)
+
+
+def _whole(model: Model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Final hidden states of one sequence [T] read whole, of its tokens from `prompt` to the last
+    but one: [T - prompt - 1, hidden size]."""
+    out = model.weights.base_model(input_ids=ids[None], use_cache=False)
+    return out.last_hidden_state[0, prompt:-1]
 
 
 def _final(model: Model, cache: SlotCache, tokens, positions) -> torch.Tensor:

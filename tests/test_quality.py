@@ -4,14 +4,18 @@ import pytest
 import torch
 
 from kit import gates, policies, quality
+from tests.rounding import TIMES
 from tests.toys import drawn, tokens, toy
 
 
-def test_full_attention_costs_nothing():
-    found = quality.forced(toy(), tokens(3, 40), prompt=10)
-    assert found["kl"].abs().max() < 1e-5 and (found["kept_fraction"] == 1).all()
-    assert (found["nats"] - found["full_nats"]).abs().max() < 1e-4
+def test_full_attention_costs_no_more_than_rounding(dtype):
+    model, ids = toy(dtype=dtype), tokens(3, 40)
+    found, floor = quality.forced(model, ids, prompt=10), quality.rounding(model, ids, prompt=10)
+    assert 0 < found["kl"].max() < TIMES * floor["kl"].max()
+    assert (found["kept_fraction"] == 1).all()
     assert (found["live_tokens"] == sum(range(11, 40)) / 29).all()
+    window = quality.forced(model, ids, policies.Window(kept_tokens=20), prompt=10)
+    assert window["kl"].min() > TIMES * floor["kl"].max(), "what is forgotten shows in any dtype"
 
 
 def test_the_fed_cache_agrees_with_the_masked_sequence():

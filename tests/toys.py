@@ -7,8 +7,8 @@ import torch
 from kit import evictor, models
 
 
-def toy(shape: str = "llama") -> models.Model:
-    return models.load(f"random:{shape}", dtype="float32")
+def toy(shape: str = "llama", dtype: str = "float32") -> models.Model:
+    return models.load(f"random:{shape}", dtype=dtype)
 
 
 def tokens(count: int, length: int, seed: int = 0) -> torch.Tensor:
