@@ -26,29 +26,32 @@ def evicting_attention(
     Later queries see it with `log_keep` added to its score: log(1 - alpha) of DMS
     (arXiv 2506.05345, training), 0 for a kept key and MASKED for an evicted one.
     query [B, H*G, T, D]; key, value [B, H, T, D]; log_keep [B, H, T] float32;
-    returns [B, H*G, T, D]. Scores and their softmax are at least float32; those of more than
-    CHUNK queries are computed again in the backward pass instead of kept.
+    returns [B, H*G, T, D] in the dtype of the values. Scores and their softmax are at least
+    float32, also under autocast, as those of the slot cache are; those of more than CHUNK queries
+    are computed again in the backward pass instead of kept.
     """
     heads, length = key.shape[1:3]
-    grouped = (query * scale).unflatten(1, (heads, -1))  # [B, H, G, T, D]
     again = torch.is_grad_enabled() and length > CHUNK
     out = []
-    for first in range(0, length, CHUNK):
-        rows = grouped[:, :, :, first : first + CHUNK]
-        seen = (x[:, :, : first + CHUNK] for x in (key, value, log_keep))
-        given = rows, *seen, window, first
-        out.append(checkpoint(_rows, *given, use_reentrant=False) if again else _rows(*given))
+    with torch.autocast(query.device.type, enabled=False):
+        precise = torch.promote_types(query.dtype, torch.float32)
+        grouped = (query.to(precise) * scale).unflatten(1, (heads, -1))  # [B, H, G, T, D]
+        for first in range(0, length, CHUNK):
+            rows = grouped[:, :, :, first : first + CHUNK]
+            seen = (x[:, :, : first + CHUNK] for x in (key, value, log_keep))
+            given = rows, *seen, window, first
+            out.append(checkpoint(_rows, *given, use_reentrant=False) if again else _rows(*given))
     return torch.cat(out, 3).flatten(1, 2)
 
 
 def _rows(query, key, value, log_keep, window: int, first: int) -> torch.Tensor:
     """The queries [B, H, G, t, D] from position `first` on, over the keys up to the last one."""
-    precise = torch.promote_types(query.dtype, torch.float32)
     group, rows = query.shape[2:4]
-    scores = (query.flatten(2, 3) @ key.transpose(-1, -2)).to(precise)  # [B, H, G*t, end]
+    scores = query.flatten(2, 3) @ key.to(query.dtype).transpose(-1, -2)  # [B, H, G*t, end]
     at = torch.arange(key.shape[2], device=key.device)
     ago = at[first : first + rows, None] - at  # [t, end]
-    bias = log_keep.unsqueeze(2).to(precise).where(ago > window, 0.0).masked_fill(ago < 0, MASKED)
+    kept = log_keep.unsqueeze(2).to(query.dtype)
+    bias = kept.where(ago > window, 0.0).masked_fill(ago < 0, MASKED)
     scores = scores.unflatten(2, (group, rows)) + bias.unsqueeze(2)
     weight = scores.softmax(-1).to(value.dtype).flatten(2, 3)
     return (weight @ value).unflatten(2, (group, rows))

@@ -3,6 +3,7 @@
 Loss = KL between student and teacher + a hinge that asks for as many closed gates as the
 schedule wants by now, over all layers and heads together. Where the memory is spent is the
 evictor's choice. Recipes are in `evictor`; the gates' hard limit is what the slot cache does.
+What is trained is kept in float32, evictors and whole models: steps of AdamW are lost on bfloat16.
 A training saves its state as it goes and resumes after a kill at the same step and data.
 
 Sources: arXiv 2506.05345; NVIDIA/Model-Optimizer experimental/dms at a2fbac7.
@@ -77,7 +78,8 @@ class Training:
 
     State, evictors and the log of steps live in `folder`, each training in one of its own.
     `step()` does one step and returns its figures; `run` does the rest. `student` is `model`
-    itself where only the evictor is trained, else a copy whose weights change.
+    itself where only the evictor is trained, else a copy in float32 whose weights change, computed
+    under autocast where the model is bfloat16.
     """
 
     def __init__(self, model: Model, data: torch.Tensor, recipe: Recipe, folder: Path, seed=0):
@@ -89,7 +91,8 @@ class Training:
         self.model, self.data, self.recipe = model, data, recipe
         self.seed, self.history = seed, []
         everything = recipe.trains == "all"
-        weights = models.twin(model.weights) if everything else model.weights
+        precise = torch.promote_types(model.dtype, torch.float32)
+        weights = models.twin(model.weights, precise) if everything else model.weights
         self.student = dataclasses.replace(model, weights=weights)
         self.evictor = Evictor(weights, recipe, model.weights_hash)
         weights.requires_grad_(everything)
@@ -101,7 +104,8 @@ class Training:
             self.named.values(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
         self.windows = layer_windows(weights.config.get_text_config())
-        self.job = digest([asdict(recipe), model.weights_hash, seed, hash_ids(data)], 12)
+        what = [asdict(recipe), model.weights_hash, str(model.dtype), seed, hash_ids(data)]
+        self.job = digest(what, 12)
         self.folder = Path(folder) / self.job
         self._teacher: dict[int, torch.Tensor] = {}  # sequence -> its final hidden states
         self.history = resume.load(self.folder / "state.safetensors", self.named, self.optimiser)
@@ -124,7 +128,7 @@ class Training:
         self.evictor.fade = max(0.0, 1 - number / recipe.fade_steps) if recipe.fade_steps else 0.0
         with slots_attached(self.model), slots_attached(self.student):
             theirs = self._teach(rows, ids)
-            with self.evictor.attached(self.student.weights):
+            with self.evictor.attached(self.student.weights), self._computing():
                 ours = hidden(self.student.weights, ids, gates)
             spoken = (
                 (ids != self.student.tokenizer.eos_token_id) if self.model.tokenizer else ids > -1
@@ -141,6 +145,11 @@ class Training:
         figures |= dict(target=target, gradient_norm=float(norm))
         self.history.append({**figures, "seconds": time.perf_counter() - started})
         return self.history[-1]
+
+    def _computing(self) -> torch.autocast:
+        """The student computes in bfloat16 where its teacher does, whatever it is kept in."""
+        rounds = self.model.dtype == torch.bfloat16 != self.student.dtype
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounds)
 
     def _teach(self, rows: list[int], ids: torch.Tensor) -> torch.Tensor:
         """The teacher's final hidden states; kept where sequences come back in later epochs."""
@@ -186,10 +195,14 @@ class Training:
             parameter.data = parameter.data.half().float()
         evictor.card = dict(base=self.model.name, seed=self.seed, steps=done, job=self.job)
         evictor.card |= dict(target_x=self.recipe.compression(done), data=hash_ids(self.data))
-        if held_out is not None:
-            found = measure(self.student, evictor, held_out, teacher=self.model).mean()
-            evictor.card |= dict(kl=found["kl"], compression_x=1 / found["kept_fraction"])
         trained = self.recipe.trains == "all"
+        if held_out is not None:
+            student = self.student
+            if trained:  # as it will be loaded
+                weights = models.twin(student.weights, self.model.dtype)
+                student = dataclasses.replace(student, weights=weights)
+            found = measure(student, evictor, held_out, teacher=self.model).mean()
+            evictor.card |= dict(kl=found["kl"], compression_x=1 / found["kept_fraction"])
         evictor.save(file, dict(self.student.weights.named_parameters()) if trained else None)
 
     def save(self) -> None:

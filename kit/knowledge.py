@@ -177,7 +177,8 @@ class Study:
         nodes = range(layout.branching) if blocks else ()
         job = Training(self.model, shape, nodes, rows, recipe, self.folder)
         place = job.run(self.report)
-        model = models.load(str(place / "model"))
+        base = self.model
+        model = models.load(str(place / "model"), base.dtype_name, str(base.device))
         if not blocks:
             return model, None
         name = self.embedder.fingerprint

@@ -113,7 +113,7 @@ def likelihoods(
     ).last_hidden_state
     states = torch.cat([state.repeat_interleave(each, 0)[:, None], after], 1)
     states = states[:, : answers.shape[1]]
-    logits = model.weights.lm_head(states[spoken.bool()]).float().log_softmax(-1)
+    logits = _logits(model, states[spoken.bool()]).log_softmax(-1)
     found = torch.zeros(answers.shape, dtype=torch.float32, device=ids.device)
     found[spoken.bool()] = logits.gather(1, answers[spoken.bool()][:, None])[:, 0]
     return found.sum(1).view(len(prompts), each).cpu().numpy()
@@ -133,9 +133,16 @@ def surprisal(
             states = model.weights.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         for row, spoken, state in zip(ids, mask.bool(), states):
             row, state = row[spoken], state[spoken]
-            logits = model.weights.lm_head(state[:-1]).float()
+            logits = _logits(model, state[:-1])
             found.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
     return np.array(found)
+
+
+def _logits(model: Model, states: torch.Tensor) -> torch.Tensor:
+    """[n, V] in at least float32: bfloat16 would round logits by up to a sixteenth, more than sets
+    two options apart."""
+    precise = torch.promote_types(model.dtype, torch.float32)
+    return states.to(precise) @ model.weights.lm_head.weight.to(precise).T
 
 
 @contextmanager

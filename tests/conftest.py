@@ -57,6 +57,11 @@ def tiny_folder(tmp_path_factory, bundled) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """That model, loaded."""
+    return loaded(tiny_folder, "float32")
+
+
+def loaded(tiny_folder: Path, dtype: str):
+    """The tiny model in `dtype`; where a file's tests run in several, its own fixture `tiny`."""
     from kit import models
 
-    return dataclasses.replace(models.load(str(tiny_folder), dtype="float32"), name="tiny")
+    return dataclasses.replace(models.load(str(tiny_folder), dtype=dtype), name="tiny")

@@ -12,6 +12,7 @@ from kit.kv import SlotCache, layer_windows
 from kit.policies import DMS
 from kit.schema import Sampling
 from kit.store import Store
+from tests import rounding
 from tests.toys import drawn, tokens, toy
 
 SHAPES = ["llama", "qwen3", "gemma3"]  # GQA groups of 3, 8 and 1; gemma3 has sliding layers
@@ -20,21 +21,24 @@ LAPTOP = dataclasses.replace(evictor.LAPTOP, **SMALL)
 PAPER = dataclasses.replace(evictor.PAPER, **SMALL, batch=2, fade_steps=4, learning_rate=1e-4)
 
 
+@torch.no_grad()
 def masked(model, made, ids: torch.Tensor):
-    """Logits [B, T, V] and live tokens [B, T] of whole sequences under hard gates."""
+    """Logits [B, T, V] and gates of whole sequences that are closed hard."""
     gate = gates.Gates(layer_windows(model.weights.config), made.window)
-    with torch.no_grad(), slots_attached(model), made.attached(model.weights):
+    with slots_attached(model), made.attached(model.weights):
         states = gates.hidden(model.weights, ids, gate)
     return model.weights.lm_head(states), gate
 
 
 @pytest.mark.parametrize("window", [1, 5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_hard_gates_equal_the_evicting_cache(shape, window):
-    """The test that matters: the masked whole sequence and the shrinking cache agree."""
-    model, ids = toy(shape), tokens(3, 60)
+def test_hard_gates_equal_the_evicting_cache(shape, window, dtype):
+    """The test that matters: the masked whole sequence and the shrinking cache agree. In bfloat16,
+    where a gate near 0 may fall on either side, both are as far from float64, all in all."""
+    model, ids = toy(shape, dtype), tokens(3, 60)
     made = drawn(model, window=window)
     expected, gate = masked(model, made, ids)
+    right, _ = masked(rounding.exact(model), made, ids)
     share = float(gate.closed_share())
     assert 0.2 < share < 0.8, share
     cache, read = SlotCache(model.weights, 3, policy=DMS(made)), 20
@@ -57,9 +61,13 @@ def test_hard_gates_equal_the_evicting_cache(shape, window):
             ]
             full = list(gate.closed)
             live = torch.stack([counts[full].float().mean() for counts in per_layer])
-            torch.testing.assert_close(live, gate.live_tokens()[:, t])
-    torch.testing.assert_close(out, expected[:, :read], atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.stack(found, 1), expected[:, read:], atol=2e-4, rtol=1e-4)
+            if dtype == "float32":
+                torch.testing.assert_close(live, gate.live_tokens()[:, t])
+    logits = torch.cat([out, torch.stack(found, 1)], 1)
+    if dtype == "float32":
+        rounding.assert_close(logits, expected, right)
+    off = [float((x.double() - right).square().mean().sqrt()) for x in (logits, expected)]
+    assert off[0] <= rounding.TIMES * off[1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,11 +85,12 @@ def test_greedy_tokens_of_the_cache_are_those_of_the_mask(shape):
         assert list(generation.token_ids) == ids[len(request.prompt_ids) :]
 
 
-def test_soft_gates_approach_hard_ones():
+def test_soft_gates_approach_hard_ones(dtype):
     """Without noise and as the temperature falls, training attention becomes the hard mask."""
-    model, ids = toy("llama"), tokens(2, 40)
+    model, ids = toy("llama", dtype), tokens(2, 40)
     made = drawn(model, window=5)
     expected, hard = masked(model, made, ids)
+    rounded = rounding.tolerance(expected, masked(rounding.exact(model), made, ids)[0])
     windows = layer_windows(model.weights.config)
     gaps = []
     for temperature in (1.0, 0.1, 1e-4):
@@ -89,16 +98,19 @@ def test_soft_gates_approach_hard_ones():
         with torch.no_grad(), slots_attached(model), made.attached(model.weights):
             states = gates.hidden(model.weights, ids, gate)
         gaps.append(float((model.weights.lm_head(states) - expected).abs().max().detach()))
-    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-3, gaps
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] <= rounded, gaps
     assert float(gate.closed_share()) == float(hard.closed_share())
 
 
-def test_an_untrained_evictor_is_no_evictor():
-    model, ids = toy("qwen3"), tokens(2, 40)
+def test_an_untrained_evictor_is_no_evictor(dtype):
+    model, ids = toy("qwen3", dtype), tokens(2, 40)
     made = evictor.Evictor(model.weights, LAPTOP, model.weights_hash)
     found = gates.measure(model, made, ids)
-    assert (found["kept_fraction"] == 1).all() and found["kl"].abs().max() < 1e-6
-    assert (found["nats"] - found["full_nats"]).abs().max() < 1e-6
+    rounded = gates.measure(model, made, ids, teacher=rounding.exact(model))
+    assert (found["kept_fraction"] == 1).all()
+    assert found["kl"].abs().max() <= rounding.TIMES * rounded["kl"].abs().max()
+    off = [(x["nats"] - x["full_nats"]).abs().max() for x in (found, rounded)]
+    assert off[0] <= rounding.TIMES * off[1]
     plain = decode(model, [Request((1, 2, 3))], Sampling(max_new_tokens=20))
     quiet = decode(model, [Request((1, 2, 3))], Sampling(max_new_tokens=20), policy=DMS(made))
     assert plain[0].token_ids == quiet[0].token_ids
@@ -137,9 +149,11 @@ def test_divergence_and_its_gradients_equal_autograd(kind):
 
 
 @pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_training_reaches_its_target_and_is_not_pushed_further(shape, recipe, tmp_path):
-    model = toy(shape)
+@pytest.mark.parametrize(
+    "shape, dtype", [*((shape, "float32") for shape in SHAPES), ("llama", "bfloat16")]
+)
+def test_training_reaches_its_target_and_is_not_pushed_further(shape, recipe, dtype, tmp_path):
+    model = toy(shape, dtype)
     before = {k: v.clone() for k, v in model.weights.state_dict().items()}
     quick = dataclasses.replace(recipe, hinge_weight=50.0, learning_rate=5e-3, compression_x=3)
     quick = dataclasses.replace(quick, hold_steps=60)
@@ -156,30 +170,44 @@ def test_training_reaches_its_target_and_is_not_pushed_further(shape, recipe, tm
 
 
 @pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
-def test_a_killed_training_ends_like_an_undisturbed_one(recipe, tmp_path):
+def test_steps_that_bfloat16_does_not_hold_are_kept(recipe, tmp_path):
+    """Weights of 1 and steps of 1e-5: each alone is lost in eight bits."""
+    quick = dataclasses.replace(recipe, fade_steps=1, learning_rate=1e-5)
+    training = dms.Training(toy("llama", "bfloat16"), tokens(4, 48), quick, tmp_path)
+    assert {value.dtype for value in training.named.values()} == {torch.float32}
+    before = {name: value.detach().clone() for name, value in training.named.items()}
+    for _ in range(3):
+        training.step()
+    moved = [name for name, value in training.named.items() if not torch.equal(value, before[name])]
+    norms = [name for name in before if "norm" in name]
+    assert norms and set(norms) <= set(moved), "all of which are 1"
+
+
+@pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
+def test_a_killed_training_ends_like_an_undisturbed_one(recipe, dtype, tmp_path):
     data = tokens(5, 48)
-    whole = dms.Training(toy("llama"), data, recipe, tmp_path / "whole", seed=3)
+    whole = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "whole", seed=3)
     files = whole.run((2,))
     for stop in (3, 7, 9):
-        part = dms.Training(toy("llama"), data, recipe, tmp_path / "parts", seed=3)
+        part = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=3)
         while len(part.history) < stop:
             part.step()
         part.save()
         part.step()  # lost: done after the last save
-    again = dms.Training(toy("llama"), data, recipe, tmp_path / "parts", seed=3).run((2,))
+    again = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=3).run((2,))
     for x in (recipe.compression_x,):
         assert again[x].read_bytes() == files[x].read_bytes()
-    other = dms.Training(toy("llama"), data, recipe, tmp_path / "parts", seed=4)
+    other = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=4)
     assert other.history == [], "another seed is another training"
 
 
 @pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
-def test_a_saved_evictor_decides_as_before(recipe, tmp_path):
-    model, ids = toy("qwen3"), tokens(2, 48)
+def test_a_saved_evictor_decides_as_before(recipe, dtype, tmp_path):
+    model, ids = toy("qwen3", dtype), tokens(2, 48)
     quick = dataclasses.replace(recipe, hinge_weight=50.0, learning_rate=5e-3, hold_steps=20)
     training = dms.Training(model, tokens(4, 48, 1), quick, tmp_path)
     file = training.run(held_out=ids)[8]
-    other = toy("qwen3")
+    other = toy("qwen3", dtype)
     made = evictor.load(file, other)
     found = gates.measure(other, made, ids, teacher=model).mean()
     assert made.card["kl"] == pytest.approx(found["kl"], rel=1e-4) and found["kl"] > 0
@@ -190,9 +218,9 @@ def test_a_saved_evictor_decides_as_before(recipe, tmp_path):
     assert made.fingerprint == training.evictor.fingerprint
 
 
-def test_a_borrowed_neuron_is_gone_from_attention():
+def test_a_borrowed_neuron_is_gone_from_attention(dtype):
     """Whatever the neuron says, with fade 0 nothing but the gate changes."""
-    model, ids = toy("llama"), tokens(1, 30)
+    model, ids = toy("llama", dtype), tokens(1, 30)
     made = evictor.Evictor(model.weights, dataclasses.replace(PAPER, window=29), "x")
     first = masked(model, made, ids)[0]  # no key is ever older than the window
     with torch.no_grad():

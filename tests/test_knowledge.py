@@ -7,9 +7,15 @@ import torch
 
 from kit import decode, embed, facts, knowledge, memorise, packing, problems, prompts, widen
 from kit.knowledge import Layout, Study
+from tests.conftest import loaded
 
 LAYOUT = Layout(branching=2, sizes=(6, 4), layers=2, where="all")
 RECIPE = memorise.Recipe(batch=2, context=64, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder, dtype):
+    return loaded(tiny_folder, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,7 @@ def test_the_model_itself_can_be_trained_alone_or_together(study):
     together, bank = study.arm("co-trained", LAYOUT, RECIPE)
     assert nothing is None
     assert len({study.model.weights_hash, alone.weights_hash, together.weights_hash}) == 3
+    assert alone.dtype == together.dtype == study.model.dtype
     assert bank.shape == LAYOUT.shape(study.model)
     after = study.model.weights.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())

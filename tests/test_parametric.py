@@ -10,6 +10,12 @@ from safetensors.torch import load_file
 
 from kit import clusters, embed, parametric, shards, widen
 from kit.parametric import Bank, BankError, Shape
+from tests.conftest import loaded
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder, dtype):
+    return loaded(tiny_folder, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def test_a_path_fetches_its_blocks_and_only_those(made, tiny):
         found = bank.fetch(path)
         for level, block in enumerate(found):
             expected = blocks[top][level][path[level] - top * 3**level]
-            assert torch.equal(block, expected.float())
+            assert torch.equal(block, expected.to(tiny.dtype))
     held = sum(block.nbytes for key, block in bank._cache.items())
     assert bank.nbytes()["resident"] == held
     assert bank.nbytes()["fetched"] == 2 * shape.fetched
@@ -54,7 +60,7 @@ def test_a_path_fetches_its_blocks_and_only_those(made, tiny):
 def test_the_cache_holds_what_was_used_last_within_its_bytes(made, tiny, monkeypatch):
     folder, shape, _ = made
     path = [(0, 0, 0), (1, 3, 9), (2, 6, 18)]
-    room = 4 * shape.fetched * 2  # float32, two paths
+    room = tiny.dtype.itemsize * shape.fetched * 2  # two paths
     bank, reads = Bank(folder, tiny, cache_bytes=room), []
     read = bank._read
     monkeypatch.setattr(bank, "_read", lambda *key: reads.append(key) or read(*key))

@@ -1,6 +1,5 @@
 """What a model knows: likelihoods against one text at a time, records, surprisal, passages."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -8,6 +7,8 @@ from kit import facts, probes, widen
 from kit.passages import Passages
 from kit.schema import Problem
 from kit.store import Store
+from tests import rounding
+from tests.conftest import loaded
 
 ASKED = [
     Problem("a", "Which nation does Lagos belong to?", "Nigeria", "cities", 1, "facts"),
@@ -17,6 +18,11 @@ ASKED = [
 OPTIONS = [["Peru", "Nigeria", "Democratic Republic of the Congo", "China"],
            ["Lima", "Oslo", "Port-aux-Francais", "Rome"],
            ["No reason", "Because of it", "A", "B"]]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder, dtype):
+    return loaded(tiny_folder, dtype)
 
 
 class Each:
@@ -36,13 +42,13 @@ class Each:
         return [self.blocks[path[0]]]
 
 
-def alone(model, prompt: str, option: str) -> float:
-    """Log-probability of one option, by one forward pass of the whole text."""
+def alone(model, prompt: str, option: str) -> torch.Tensor:
+    """Log-probabilities of the tokens of one option, by one forward pass of the whole text."""
     read = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     said = model.tokenizer(f" {option}", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
-        logp = model.weights(torch.tensor([read + said])).logits[0].log_softmax(-1)
-    return sum(float(logp[len(read) + i - 1, token]) for i, token in enumerate(said))
+        logp = model.weights(torch.tensor([read + said])).logits[0, len(read) - 1 : -1]
+    return logp.log_softmax(-1).gather(-1, torch.tensor(said)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("memory", (False, True))
@@ -52,9 +58,13 @@ def test_options_are_as_likely_as_one_by_one(tiny, memory):
     with probes.fetched(tiny, [p.question for p in ASKED], bank):
         found = probes.likelihoods(tiny, prompts, OPTIONS)
     for number, (problem, prompt) in enumerate(zip(ASKED, prompts, strict=True)):
-        with probes.fetched(tiny, [problem.question], bank):
-            expected = [alone(tiny, prompt, option) for option in OPTIONS[number]]
-        assert found[number] == pytest.approx(expected, rel=1e-4)
+        pair = []
+        for model in (tiny, rounding.exact(tiny)):
+            with probes.fetched(model, [problem.question], bank):
+                pair.append([alone(model, prompt, option) for option in OPTIONS[number]])
+        for likelihood, plain, right in zip(found[number], *pair, strict=True):
+            off = len(right) * rounding.tolerance(plain, right)
+            assert likelihood == pytest.approx(float(right.sum()), abs=off)
 
 
 def test_the_choice_is_a_graded_record_and_is_made_once(tiny, tmp_path, monkeypatch):
@@ -62,7 +72,8 @@ def test_the_choice_is_a_graded_record_and_is_made_once(tiny, tmp_path, monkeypa
     how = (tiny, ASKED, OPTIONS, store)
     found = probes.choose(*how, "plain").set_index("problem_id")
     for problem, options in zip(ASKED, OPTIONS, strict=True):
-        likely = max(options, key=lambda option: alone(tiny, probes.text(problem), option))
+        prompt = probes.text(problem)
+        likely = max(options, key=lambda option: alone(tiny, prompt, option).float().sum())
         row = found.loc[problem.id]
         assert row["extracted"] == likely and row["correct"] == (likely == problem.answer)
         assert row["prompt_tokens"] > 5 and row["level"] == problem.level
@@ -87,14 +98,18 @@ def test_a_free_answer_is_one_line_and_graded(bundled, tmp_path):
 
 def test_surprisal_is_the_loss_of_each_text_alone(tiny):
     texts = ["The cat sat on the mat.", "Short text", "A much longer text, with more words in it."]
-    expected = []
-    for text in texts:
+    found = probes.surprisal(tiny, texts)
+    for text, nats in zip(texts, found, strict=True):
         ids = torch.tensor([tiny.tokenizer(text)["input_ids"]])
         with torch.no_grad():
-            expected.append(float(tiny.weights(ids, labels=ids).loss))
-    assert probes.surprisal(tiny, texts) == pytest.approx(expected, rel=1e-4)
+            plain, right = (
+                m.weights(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+                for m in (tiny, rounding.exact(tiny))
+            )
+        off = rounding.tolerance(plain, right)
+        assert nats == pytest.approx(-float(right.mean()), abs=off)
     wide = probes.surprisal(tiny, texts, Each(tiny), [p.question for p in ASKED])
-    assert not np.allclose(wide, expected)
+    assert abs(wide - found).max() > off
 
 
 def test_passages_are_found_by_meaning(tmp_path):
