@@ -1,19 +1,22 @@
 """What the devices say they have drawn: counters of energy, where there are any.
 
 NVIDIA GPUs count since the driver was loaded (NVML, from Volta on), Intel and AMD CPUs through
-RAPL where the files may be read, which most systems leave to root.
+RAPL where the files may be read, which most systems leave to root. GPUs that torch does not see,
+which others may be using, are not counted.
 """
 
 from functools import cache
 from pathlib import Path
 
 import pynvml
+import torch
 
 RAPL = Path("/sys/class/powercap")
 
 
 def joules() -> float | None:
-    """Energy counted so far by all GPUs and CPU packages, in joules; None where none counts."""
+    """Energy counted so far by the GPUs that torch sees and all CPU packages, in joules; None
+    where none counts."""
     counted = [*_packages(), *_gpus()]
     return sum(counted) if counted else None
 
@@ -45,8 +48,10 @@ def _gpus() -> list[float]:
 
 @cache
 def _handles() -> list:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen = [torch.cuda.get_device_properties(i).uuid for i in range(count)]
     try:
         pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:  # no GPU, or no driver
+        return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in seen]
+    except pynvml.NVMLError:  # no driver, or a part of a GPU, which has no counter
         return []

@@ -27,16 +27,17 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from kit import evictor, models, paths, problems, prompts, rewards, rollouts
+from kit import evictor, models, paths, problems, prompts, recipes, rewards, rollouts
 from kit.policies import DMS, Full
 from kit.recipes import RECIPES, ROLLOUTS, Recipe, mixed
 from kit.schema import Problem, Prompt, digest
-from kit.tune import VERSIONS, common, identity, lora, train
+from kit.tune import VERSIONS, alone, common, identity, lora, train
 from kit.watch import Watch
 
 DDP = paths.DATA / "launch" / "ddp.yaml"
 
 
+@alone
 def grpo(
     base: str,
     asked: Sequence[Prompt],
@@ -96,15 +97,17 @@ def _name_architecture(model: models.Model, folder: Path) -> None:
 
 def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
     """What TRL is told."""
-    processes, per_step = int(os.environ.get("WORLD_SIZE", 1)), recipe.groups * recipe.size
-    at_once = recipe.micro_batch * processes  # accelerate sets the number of processes
-    if per_step % at_once:
+    count = int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by accelerate
+    mine, rest = divmod(recipe.groups * recipe.size, count)
+    if rest:
         raise ValueError(
-            f"A step has {per_step} completions (groups x size), which {processes} processes of "
-            f"micro_batch {recipe.micro_batch} do not divide; change groups or micro_batch."
+            f"A step has {recipe.groups * recipe.size} completions (groups x size), which {count} "
+            f"processes cannot share evenly; start {recipes.processes(recipe, count)}, or change "
+            f"groups."
         )
-    return common(recipe, model, place) | dict(
-        gradient_accumulation_steps=per_step // at_once,
+    at_once = max(n for n in range(1, recipe.micro_batch + 1) if mine % n == 0)
+    return common(dataclasses.replace(recipe, micro_batch=at_once), model, place) | dict(
+        gradient_accumulation_steps=mine // at_once,
         num_generations=recipe.size,
         max_completion_length=recipe.max_new_tokens,
         temperature=recipe.temperature,
@@ -143,16 +146,22 @@ def launch(
 ) -> Path:
     """What `grpo` does, in several processes of this machine by `accelerate launch`, followed here.
 
-    RuntimeError with the file of its log where it fails; run again, it goes on.
+    As many of `processes` as can share the completions of a step evenly. RuntimeError with the file
+    of its log where it fails; run again, it goes on.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    count = recipes.processes(recipe, processes)
+    if count < processes:
+        whole = recipe.groups * recipe.size
+        print(f"{count} of {processes} processes: {whole} completions of a step divide by {count}")
+    models.collect()  # the processes may need what is not in use here
     rows = [asdict(prompt) for prompt in asked]
     text = json.dumps({"base": base, "recipe": asdict(recipe), "asked": rows})
     job, log = folder / "job.json", folder / "job.log"
     job.write_text(text)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP)]
-    command += ["--num_processes", str(processes), "-m", "kit.grpo", str(folder), "--job", str(job)]
+    command += ["--num_processes", str(count), "-m", "kit.grpo", str(folder), "--job", str(job)]
     said = ""
     with (
         log.open("w") as errors,

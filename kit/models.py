@@ -10,6 +10,7 @@ Weights are safetensors or GGUF, never pickle; remote code is never run.
 """
 
 import copy
+import gc
 import hashlib
 import json
 import os
@@ -120,6 +121,13 @@ def twin(weights: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrain
     for parameter in found.parameters():
         parameter.data = parameter.data.to(dtype)
     return found
+
+
+def collect() -> None:
+    """Give back the memory that nothing needs any more: what refers to itself in a circle, as
+    trainers do, and what torch keeps on the device for later."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
 
 def default_device() -> torch.device:

@@ -80,6 +80,11 @@ def runnable(recipe: Recipe) -> Recipe:
     return recipe
 
 
+def processes(recipe: Recipe, most: int) -> int:
+    """As many processes, at most `most`, as can share the completions of a step evenly."""
+    return max(n for n in range(1, most + 1) if recipe.groups * recipe.size % n == 0)
+
+
 def mixed(problems: Sequence[Problem], easy: int, hard: int, seed: int = 0) -> list[Problem]:
     """`easy` problems of the lowest level and `hard` of the others, drawn by hash of `seed`.
 

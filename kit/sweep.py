@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from psutil import virtual_memory
 
-from kit import budget, evaluate, evictor, frontier, grade, paths, policies, precision
+from kit import budget, evaluate, evictor, frontier, grade, models, paths, policies, precision
 from kit.budget import Architecture, Configuration
 from kit.evaluate import Job, Memory
 from kit.forcing import Forcing
@@ -184,9 +184,9 @@ def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: M
 
 @lru_cache(maxsize=1)
 def quantised(model: Model, bits: int) -> Model:
-    """`model` with weights of `bits`, unpacked where the device has no kernel for them; the last
-    one asked for is kept."""
-    return precision.quantise(model, bits, packed=model.device.type == "cuda")
+    """`model` with weights of `bits`, unpacked, since HQQ brings no kernels that read packed ones:
+    it would unpack a layer at each use. The last one asked for is kept."""
+    return precision.quantise(model, bits, packed=False)
 
 
 def scenarios(
@@ -260,7 +260,9 @@ def refused(
 
 
 def available() -> int:
-    """Free bytes of the first CUDA device, otherwise of this machine's memory."""
+    """Free bytes of the first CUDA device, otherwise of this machine's memory; what torch only
+    keeps for later is free."""
+    models.collect()
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else virtual_memory().available
 
 

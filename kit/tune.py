@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -49,6 +50,22 @@ class Recipe:
             )
 
 
+def alone(train: Callable[..., Path]) -> Callable[..., Path]:
+    """The same training, of which nothing is left in memory when it has ended. A Trainer and its
+    callbacks refer to each other, so its weights, gradients and moments would stay until Python
+    looks for circles, which may be in the middle of the next training."""
+
+    @wraps(train)
+    def run(*args, **how) -> Path:
+        try:
+            return train(*args, **how)
+        finally:
+            models.collect()
+
+    return run
+
+
+@alone
 def sft(
     base: str,
     examples: Sequence[dict],

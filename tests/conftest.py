@@ -1,7 +1,9 @@
 """The two models that several test files share: the bundled one, and a tiny one that can talk."""
 
 import dataclasses
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,27 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path / "hub"
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """References to the weights of all models that are loaded, each when none of the others is
+    left; Python looks for circles of references only where it is told to."""
+    from kit import models
+
+    load, seen = models.load, []
+
+    def loaded(*args, **how):
+        assert not any(weights() for weights in seen), "a model of before is still in memory"
+        model = load(*args, **how)
+        seen.append(weakref.ref(model.weights))
+        return model
+
+    monkeypatch.setattr(models, "load", loaded)
+    gc.collect()
+    gc.disable()
+    yield seen
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -281,10 +281,36 @@ def test_two_processes_by_accelerate_launch(tiny_folder, tmp_path):
     again = []
     assert grpo.launch(str(tiny_folder), asked(), recipe, tmp_path, again.append) == place
     assert not again, "trained before"
-    wrong = dataclasses.replace(recipe, groups=1, size=2, micro_batch=2)
+    wrong = str(tmp_path / "nothing")
     with pytest.raises(RuntimeError, match=r"accelerate launch ended with 1; see .*job.log"):
-        grpo.launch(str(tiny_folder), asked(), wrong, tmp_path, processes=2)
-    assert "which 2 processes of micro_batch 2 do not divide" in (tmp_path / "job.log").read_text()
+        grpo.launch(wrong, asked(), recipe, tmp_path, processes=2)
+    assert "No model at" in (tmp_path / "job.log").read_text()
+
+
+def test_a_step_is_shared_by_any_number_of_gpus(monkeypatch, tmp_path):
+    """72 completions a step, as published, on the 1 to 8 GPUs of a machine."""
+    published, model, started = recipes.OPEN_RS_2, toy(), []
+    for gpus in range(1, 9):
+        started.append(recipes.processes(published, gpus))
+        monkeypatch.setenv("WORLD_SIZE", str(started[-1]))
+        told = grpo._settings(published, model, tmp_path)
+        at_once = told["per_device_train_batch_size"] * told["gradient_accumulation_steps"]
+        assert at_once * started[-1] == 72 and told["per_device_train_batch_size"] <= 6
+    assert started == [1, 2, 3, 4, 4, 6, 6, 8]
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    with pytest.raises(ValueError, match="which 7 processes cannot share evenly; start 6, or"):
+        grpo._settings(published, model, tmp_path)
+
+
+def test_nothing_of_a_training_is_left_when_the_next_begins(
+    tiny_folder, tmp_path, one_at_a_time, monkeypatch
+):
+    monkeypatch.setenv("KIT_DTYPE", "float32")
+    recipe = dataclasses.replace(QUICK, steps=1, save_every=9)
+    for seed in range(2):
+        one = dataclasses.replace(recipe, seed=seed)
+        grpo.grpo(str(tiny_folder), asked(), one, tmp_path)
+    assert len(one_at_a_time) == 2
 
 
 def test_easy_and_hard_problems_are_mixed_in_the_numbers_asked_for():

@@ -1,9 +1,11 @@
 """The sweep: scenarios derived from few generations, against generations of their own."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
+import torch
 
 from kit import budget, decode, problems, prompts, stages, sweep
 from kit.store import Store
@@ -139,6 +141,22 @@ def test_runs_without_room_are_refused_before_anything_is_loaded(tiny):
     assert Run(16) not in short and Run(16) in sweep.refused(a, grid, 500, 16, need - 2**20)
     assert not sweep.refused(budget.architecture(tiny.weights.config), GRID, 100, 4)
     assert 0 < sweep.available() < 2**50
+
+
+def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
+    """What was freed, and what only circles of references hold, counts as used until asked for."""
+    used = {"cached": 30, "circle": 20}
+
+    class Circle:
+        def __init__(self):
+            self.me = self
+            weakref.finalize(self, used.update, cached=50, circle=0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: used.update(cached=0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 - sum(used.values()), 80))
+    Circle()
+    assert sweep.available() == 80
 
 
 def test_a_refused_run_is_told_and_left_out(tiny, tmp_path):

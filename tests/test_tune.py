@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -208,6 +209,35 @@ def test_energy_is_the_sum_of_what_counts(tmp_path, monkeypatch):
     assert energy.drawn(5.5, 7.0) == 1.5
     assert energy.drawn(7.0, 5.5) is None, "a counter began anew"
     assert energy.drawn(None, 5.5) is None
+
+
+def test_energy_is_that_of_the_gpus_that_torch_sees(tmp_path, monkeypatch):
+    """The second of three GPUs is this process's, by CUDA_VISIBLE_DEVICES; NVML counts them all."""
+    counters = {"GPU-a": 1_000, "GPU-b": 20_000, "GPU-c": 300_000}  # millijoules
+    ours = SimpleNamespace(uuid="b")
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: ours)
+    nvml = dict(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str, nvmlDeviceGetCount=lambda: 3)
+    nvml |= dict(nvmlDeviceGetHandleByIndex=[*counters].__getitem__)
+    nvml |= dict(nvmlDeviceGetTotalEnergyConsumption=counters.__getitem__)
+    for name, function in nvml.items():
+        monkeypatch.setattr(energy.pynvml, name, function)
+    energy._handles.cache_clear()
+    try:
+        assert energy.joules() == 20
+    finally:
+        energy._handles.cache_clear()
+
+
+def test_nothing_of_a_training_is_left_when_the_next_begins(
+    tiny, tiny_folder, tmp_path, one_at_a_time
+):
+    for seed in range(2):
+        recipe = dataclasses.replace(QUICK, steps=1, seed=seed)
+        tune.sft(str(tiny_folder), examples(tiny), recipe, tmp_path)
+    assert len(one_at_a_time) == 2
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tiny, tiny_folder, tmp_path):
