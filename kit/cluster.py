@@ -53,6 +53,20 @@ class Worker:
         return ""
 
 
+def capped(workers: int, gpus: float, report: Callable[[str], None] = print) -> int:
+    """`workers`, or as many as there are `gpus` where each works on one: more would wait for ever
+    for theirs."""
+    if not torch.cuda.is_available() or workers <= gpus:
+        return workers
+    if gpus < 1:
+        raise ValueError(
+            "the Ray cluster has no GPU, and a worker is to have one here; start its nodes with "
+            "--num-gpus, or unset WORKERS and RAY_ADDRESS"
+        )
+    report(f"{int(gpus)} workers, not {workers}: each has a GPU of its own")
+    return int(gpus)
+
+
 def _joined(workers: int) -> ModuleType:
     """Ray, connected to the cluster of RAY_ADDRESS or to one of `workers` processes here."""
     try:
@@ -82,11 +96,13 @@ def generate(
     """Do all runs of `grid` on `workers` actors that load `base` by its name, for `sweep.sweep` to
     find in the store; the runs that had no room, why.
 
-    By default there are as many as `wanted`. What has `failed` before is not tried again; `started`
+    By default there are as many as `wanted`, and never more than the cluster has GPUs, where there
+    are any. What has `failed` before is not tried again; `started`
     is told the processes of the actors.
     """
     workers = workers or wanted()
     ray = _joined(workers)
+    workers = capped(workers, ray.cluster_resources().get("GPU", 0), report)
     actor = ray.remote(num_cpus=1, num_gpus=int(torch.cuda.is_available()))(Worker)
     place = str(store.folder)
     place = place if "://" in place else str(Path(place).resolve())

@@ -75,3 +75,15 @@ def test_without_ray_it_says_how_to_get_it(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ModuleNotFoundError, match="an extra: run `make cluster`, or unset them"):
         cluster.generate(tiny, GRID, ASKED, Store(tmp_path), 2, workers=2)
+
+
+def test_there_are_no_more_workers_than_gpus(monkeypatch):
+    """More would wait for a GPU for ever."""
+    said = []
+    assert cluster.capped(4, 0, said.append) == 4 and not said, "without CUDA none is asked for"
+    monkeypatch.setattr(cluster.torch.cuda, "is_available", lambda: True)
+    assert cluster.capped(2, 2.0, said.append) == 2 and not said
+    assert cluster.capped(4, 1.0, said.append) == 1
+    assert said == ["1 workers, not 4: each has a GPU of its own"]
+    with pytest.raises(ValueError, match="the Ray cluster has no GPU"):
+        cluster.capped(4, 0, said.append)
