@@ -16,7 +16,9 @@ import torch
 from kit.quantise import Quantised, pack, unpack
 from kit.slots import MASKED, Step, spare
 
-PORTION = 1 << 20  # numbers converted to a wider type at once
+# Numbers converted to a wider type at once: what stays in the cache of a CPU. On a GPU, where each
+# portion costs dozens of launches, all of them, short of a gigabyte of float32.
+PORTION = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 class Pool:
@@ -64,7 +66,8 @@ class Pool:
         """Blocks in use, a bounded number at a time where they need converting to `dtype`:
         (which, keys, values)."""
         used, keys = step.table.used[plane], self.arrays[0]
-        for part in _parts(used, used if keys.dtype == dtype else PORTION // keys[0].numel()):
+        most = PORTION[keys.device.type] // keys[0].numel()
+        for part in _parts(used, used if keys.dtype == dtype else most):
             yield part, *(array[part].to(dtype) for array in self.arrays)
 
     def nbytes(self) -> int:
@@ -108,7 +111,7 @@ class QuantisedPool(Pool):
         used, residual, table = step.table.used[plane], self.quantised.residual, step.table
         numbers = self.arrays[0][0].numel() * 8 // self.quantised.bits
         newest = (step.positions - residual)[step.row[plane]]  # [n]
-        for part in _parts(used, PORTION // numbers):
+        for part in _parts(used, PORTION[table.position.device.type] // numbers):
             arrays = [array[part] for array in self.arrays]
             both = [unpack(*arrays[i : i + 3], self.quantised.bits, dtype) for i in (0, 3)]
             position = table.position[plane, part]

@@ -1,6 +1,7 @@
 """Weights in fewer bits: packed against unpacked, against plain rounding, and their bytes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ TEXTS = (
 @pytest.mark.parametrize("bits", precision.BITS)
 @pytest.mark.parametrize("family", models.RANDOM)
 def test_packed_weights_say_what_they_unpack_to(family, bits):
-    model = models.load(f"random:{family}")
+    model = models.load(f"random:{family}", "float32")
     packed = precision.quantise(model, bits, group=32)
     plain = precision.quantise(model, bits, group=32, packed=False)
     assert torch.equal(packed.weights(IDS).logits, plain.weights(IDS).logits)
@@ -88,6 +89,19 @@ def test_other_bits_are_refused_and_groups_divide_what_is_read():
     made = precision.quantise(model, 4, packed=False).weights.base_model.layers[0].mlp
     groups = made.gate_proj.weight.view(-1, 32)  # 96 numbers are read: 32 is what 64 shares with it
     assert max(len(group.unique()) for group in groups) <= 16
+
+
+def test_eight_bits_lose_no_more_in_bfloat16_than_its_own_rounding():
+    """Unpacked in bfloat16 itself, code - zero would be rounded to eight bits."""
+    half = models.load("random:llama", "bfloat16")
+    whole = dataclasses.replace(half, weights=models.twin(half.weights).float())
+    errors = []
+    for model in (half, whole):
+        found = precision.quantise(model, 8, packed=False).weights.base_model.layers[0].mlp
+        exact = whole.weights.base_model.layers[0].mlp.down_proj.weight
+        unpacked = found.down_proj.weight.to(torch.bfloat16)
+        errors.append(float((unpacked.float() - exact).square().mean()))
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
 def test_eight_bits_are_rounded_and_lose_next_to_nothing(bundled):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kit import (
+    blocks,
     decode,
     dms,
     embed,
@@ -255,9 +256,21 @@ def test_unpacked_weights_of_fewer_bits(seen, bits):
     assert decode.decode(there, REQUESTS[:1], Sampling(4))[0].new_tokens == 4
 
 
-def asked_of(seen, count: int, length: int, policy="full", quantised=None) -> tuple[int, int]:
+@pytest.mark.parametrize(("policy", "quantised"), [("full", Quantised(4, 16, 8)), ("tova", None)])
+def test_a_cache_that_is_converted_is_converted_at_once(seen, monkeypatch, policy, quantised):
+    """Each portion costs dozens of launches; those of a CPU, here one block each, are not made."""
+    monkeypatch.setitem(blocks.PORTION, "cpu", 1)
+    model = RANDOM["llama"]
+    half = dataclasses.replace(model, weights=copy.deepcopy(model.weights).bfloat16())
+    short, long = (asked_of(seen, 2, n, policy, quantised, half) for n in (20, 180))
+    assert short == long
+
+
+def asked_of(
+    seen, count: int, length: int, policy="full", quantised=None, here=RANDOM["llama"]
+) -> tuple[int, int]:
     """Launches and waits of one decode step of `count` sequences with `length` tokens each."""
-    model = pair()[1]
+    model = pair(here)[1]
     asked = [decode.Request(tuple([1 + i] * length), f"p{i}") for i in range(count)]
     steps = []
     for new in (4, 5):  # what a fifth token adds
