@@ -165,6 +165,11 @@ class Study:
                 changed = dataclasses.replace(layout, kind=name)
             else:
                 changed = dataclasses.replace(layout, where=name.removeprefix("fetched-"))
+                if changed.shape(self.model) == layout.shape(self.model):
+                    raise ValueError(
+                        f"{name} has the layers of fetched, {layout.shape(self.model).layers}, so "
+                        f"that it is no other arm; lower layers of the layout."
+                    )
             folder = self.bank(changed, recipe)
         return self.model, Bank(folder, self.model, self.embedder, turn=turn)
 

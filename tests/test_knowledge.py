@@ -5,7 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from kit import decode, embed, facts, knowledge, memorise, packing, problems, prompts, widen
+from kit import (
+    decode,
+    embed,
+    facts,
+    knowledge,
+    memorise,
+    packing,
+    problems,
+    prompts,
+    stages,
+    widen,
+)
 from kit.knowledge import Layout, Study
 from tests.conftest import loaded
 
@@ -68,6 +79,16 @@ def test_arms_differ_in_what_they_fetch_and_are_trained_once(study):
         layout = dataclasses.replace(LAYOUT, layers=1) if name == "fetched-early" else LAYOUT
         again.arm(name, layout, RECIPE)
     assert len(seen) == steps, "trained before"
+
+
+def test_arms_of_other_layers_lie_in_other_layers(study):
+    places = ("early", "middle", "late", "uniform")
+    for profile, depth in (("laptop", 30), ("workstation", 24)):  # SmolLM2-135M, Qwen2.5-0.5B
+        count = stages.read_profile(profile)["05_parametric"]["LAYOUT"].get("layers", 10)
+        assert len({widen.spread(count, depth, where) for where in places}) == 4, profile
+    all_of_them = dataclasses.replace(LAYOUT, where="late")
+    with pytest.raises(ValueError, match=r"fetched-early has the layers of fetched, \(0, 1\)"):
+        study.arm("fetched-early", all_of_them, RECIPE)
 
 
 def test_the_model_itself_can_be_trained_alone_or_together(study):

@@ -122,7 +122,8 @@ SHORT = {
         "QUESTIONS": 12,
         "SEEDS": "2",
         "ARMS": '["wrong", "generic", "flat", "continued", "co-trained", "lora-vo", "kv", '
-        '"fetched-early", "fetched-uniform"]',
+        '"fetched-early", "fetched-middle"]',
+        "LAYOUT": "{ branching = 8, sizes = [256, 128], layers = 1 }",
         "ELSEWHERE": "[2, 4]",
     },
 }
