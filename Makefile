@@ -10,10 +10,11 @@ PY := $(PREFIX)/bin/python
 # PYTHON names one, else it is the first of these that runs and has a version that the kit knows.
 PYTHONS := python3 python3.13 python3.12 python3.11
 SPAN := >=3.11,<3.14
+KNOWS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 UV := $(shell command -v uv)
-INSTALL := $(if $(UV),uv pip install -q --python $(PY),$(PY) -m pip install -q --disable-pip-version-check)
+INSTALL := $(if $(UV),uv pip install -q --compile-bytecode --python $(PY),$(PY) -m pip install -q --disable-pip-version-check)
 # What may be said on the command line, besides what others read from the environment.
-READ := ENV PYTHON PROFILE FROM ONLY FORCE KEEP_GOING DTYPE WORKERS
+READ := ENV PYTHON UV PROFILE FROM ONLY FORCE KEEP_GOING DTYPE WORKERS
 OTHERS := KIT_% OMP_% CUDA_% RAY_% HF_% PIP_% UV_% TORCH_% TRITON_%
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
 $(foreach v,$(filter-out $(READ) $(OTHERS),$(GIVEN)),$(warning nothing reads $v; there are $(READ)))
@@ -35,9 +36,10 @@ ifeq ($(ENV),conda)
 	conda env create --yes --prefix $(PREFIX) --file environment.yml
 else ifneq ($(UV),)
 	UV_VENV_CLEAR=1 uv venv -q --seed --python "$(or $(PYTHON),$(SPAN))" $(PREFIX)
+	@$(PY) -c '$(KNOWS)' || { echo "The kit needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is none."; exit 2; }
 else
 	@for python in $(if $(PYTHON),"$(PYTHON)",$(PYTHONS)); do \
-	  if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; \
+	  if "$$python" -c '$(KNOWS)' 2>/dev/null; \
 	  then echo "$$python -m venv $(PREFIX)"; exec "$$python" -m venv --clear $(PREFIX); fi; done; \
 	echo "The kit needs Python 3.11, 3.12 or 3.13, and $(if $(PYTHON),$(PYTHON) is none,there is none as $(PYTHONS)):" \
 	  "install uv, which finds or fetches one, or name one by make env PYTHON=/path/to/python3.12"; exit 2

@@ -196,21 +196,24 @@ SHIM = "echo 'pyenv: command not found' >&2; exit 127"
 
 
 @pytest.mark.parametrize(
-    "tools, chosen",
+    "tools, arguments, chosen",
     [
-        ({"python3": SHIM, "python3.13": "exit 1", "python3.12": RUNS}, "python3.12 -m venv"),
-        ({"python3": RUNS, "python3.13": RUNS}, "python3 -m venv"),
-        ({"python3": RUNS, "uv": RUNS}, "uv venv"),
+        ({"python3": SHIM, "python3.13": "exit 1", "python3.12": RUNS}, [], "python3.12 -m venv"),
+        ({"python3": RUNS, "python3.13": RUNS}, [], "python3 -m venv"),
+        ({"python3": RUNS, "uv": RUNS}, [], "uv venv"),
+        ({"python3": RUNS, "uv": RUNS}, ["UV="], "python3 -m venv"),
     ],
-    ids=["the first that runs", "the one in use", "uv"],
+    ids=["the first that runs", "the one in use", "uv", "pip though there is uv"],
 )
-def test_make_env_takes_a_python_that_runs_in_a_path_with_spaces(tmp_path, tools, chosen):
+def test_make_env_takes_a_python_that_runs_in_a_path_with_spaces(
+    tmp_path, tools, arguments, chosen
+):
     folder = tmp_path / "a path with spaces"
-    done = make(folder, tools, "env")
+    done = make(folder, tools, "env", *arguments)
     assert done.returncode == 0, done.stderr
     said = (folder / "said").read_text()
     assert chosen in said and (folder / ".venv" / "ready").exists()
-    install = "uv pip install" if "uv" in tools else "-m pip install"
+    install = "uv pip install" if chosen.startswith("uv") else "-m pip install"
     assert said.count(install) == 2
     assert said.index("--require-hashes -r requirements.lock") < said.index("torch==")
 
@@ -224,6 +227,13 @@ def test_make_env_without_a_python_is_one_sentence(tmp_path, arguments):
     (sentence, end) = (done.stdout + done.stderr).strip().splitlines()
     assert sentence.startswith("The kit needs Python 3.11, 3.12 or 3.13") and "uv" in sentence
     assert all(argument.removeprefix("PYTHON=") in sentence for argument in arguments)
+
+
+def test_make_env_tells_a_python_that_uv_takes_and_the_kit_does_not(tmp_path):
+    old = RUNS.replace("chmod", "echo exit 1 >> .venv/bin/python; chmod")
+    done = make(tmp_path / "a", {"uv": old}, "env", "PYTHON=3.10")
+    assert done.returncode == 2 and "3.12 or 3.13, and 3.10 is none" in done.stdout
+    assert "pip install" not in done.stdout
 
 
 def test_make_env_says_when_it_cannot_compile(tmp_path):
