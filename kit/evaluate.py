@@ -54,7 +54,10 @@ class Job:
 
 @cache
 def code_version(modules: tuple[str, ...]) -> str:
-    """Hash of what the named kit modules do: their syntax trees without docstrings."""
+    """Hash of what the named kit modules do: their syntax trees without docstrings.
+
+    The same in each Python, so that records of one are found by another.
+    """
     trees = []
     for name in modules:
         tree = ast.parse((paths.ROOT / "kit" / f"{name}.py").read_text())
@@ -63,8 +66,18 @@ def code_version(modules: tuple[str, ...]) -> str:
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
                 if isinstance(body[0].value, ast.Constant):
                     body.pop(0)
-        trees.append(ast.dump(tree))
+            if isinstance(node, ast.JoinedStr):  # Python 3.12 ends a format with an empty text
+                node.values = [each for each in node.values if getattr(each, "value", None) != ""]
+        trees.append(_plain(tree))
     return digest(trees, 16)
+
+
+def _plain(node):
+    """A syntax tree as lists, the same in each Python: the fields that one adds are empty here."""
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return [type(node).__name__, *([name, _plain(value)] for name, value in fields)]
+    return [_plain(each) for each in node] if isinstance(node, list) else repr(node)
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,11 @@ def test_code_changes_the_version(version, old, new):
     assert version(SOURCE.replace(old, new)) != version(SOURCE)
 
 
+def test_a_version_is_the_same_in_each_python(version):
+    source = SOURCE + "\n\ndef g(x, width=2):\n    return f'{x:>{width}} {[\"\", None]}'\n"
+    assert version(source) == "a6a72713977502ff"
+
+
 def test_strings_that_are_not_docstrings_change_the_version(version):
     assert version("x = 'a'") != version("x = 'b'")
     assert version("def f():\n    return 'a'") != version("def f():\n    return 'b'")
