@@ -6,7 +6,6 @@ says so.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import AutoConfig
 
 from kit import budget, hub, models, precision
 from kit.budget import QWEN3, Architecture, Configuration, Packing
+from kit.refusals import read_json
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 UNITS |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -178,7 +178,7 @@ def load(folder: Path, model: str) -> list[dict]:
     file = Path(folder) / "results" / "06_memory_budget.json"
     if not file.is_file():
         return []
-    saved = json.loads(file.read_text())["scenarios"]
+    saved = read_json(file)["scenarios"]
     return [row for row in saved if row["model"] == model]
 
 

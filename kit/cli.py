@@ -6,24 +6,25 @@ results/07_verdicts.json as notebook 07 left them.
 """
 
 import argparse
-import errno
 import json
+import os
 import shutil
 import signal
 import sys
 from collections import Counter
 from pathlib import Path
 
-from kit import pipeline, stages
+from kit import pipeline, refusals, stages
 from kit.paths import PUBLISHED, run_dir
 from kit.preflight import preflight
-from kit.stages import Refused
+from kit.refusals import Refused
 
 UNMEASURED = "not measured yet"  # as in kit.claims, whose import takes a second
+KEEP_GOING = "go on after a failed notebook: none needs another but 07, which judges what there is"
 EXIT_CODES = """exit status:
   0    everything asked for is up to date
   1    a stage failed, the disk is full, or preflight found too little disk
-  2    a flag, profile or notebook is wrong; the sentence says what to change
+  2    a flag, profile, notebook or folder is wrong; the sentence says what to change
   3    another run works in the same outputs folder
   130  interrupted; the same command goes on from there"""
 
@@ -34,15 +35,21 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit is like Ctrl-C
     try:
         profile = args.profile or default_profile()
-        return args.command(profile, args)
+        code = args.command(profile, args)
+        sys.stdout.flush()
+        return code
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return refusal.code
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        refusal = refusals.of_system(error)
+        if refusal is None:
             raise
-        print(f"the disk is full ({error}); free some space and run again", file=sys.stderr)
-        return 1
+        print(refusal, file=sys.stderr)
+        return refusal.code
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -59,13 +66,14 @@ def default_profile() -> str:
 
 
 def _reproduce(profile: str, args: argparse.Namespace) -> int:
-    print(f"profile {profile}", flush=True)
+    pipeline.say(f"profile {profile}")
     every = stages.load_stages(profile)
     states = [stages.freshness(stage, every[:i])[0] for i, stage in enumerate(every)]
     if args.force or args.from_ or set(states) != {"fresh"}:
         preflight(profile, force=args.force)
-    code = pipeline.run(profile, from_=args.from_, only=args.only, force=args.force)
-    if code == 0:
+    how = dict(from_=args.from_, only=args.only, force=args.force, keep_going=args.keep_going)
+    code = pipeline.run(profile, **how)
+    if code == 0 or (code == pipeline.FAILED and args.keep_going):
         print_verdicts(profile)
         print_reference(profile)
         print_paths(profile)
@@ -78,6 +86,8 @@ def _status(profile: str, args: argparse.Namespace) -> int:
     rows, earlier = [], []
     for stage in stages.load_stages(profile):
         word, why = stages.freshness(stage, earlier)
+        if now := pipeline.running(stage):
+            word, why = "running", now
         done = stage.status() or {}
         wall = pipeline.clock(done["wall_seconds"]) if done else ""
         rows.append([stage.name, word, why, wall, done.get("finished", "")])
@@ -191,7 +201,7 @@ def print_verdicts(profile: str) -> None:
         return
     from tabulate import tabulate
 
-    verdicts = json.loads(file.read_text(encoding="utf-8"))["verdicts"]
+    verdicts = refusals.read_json(file)["verdicts"]
     columns = ["claim", "system", "published", "measured", "verdict", "reason"]
     measured = [row for row in verdicts if row["measured"] not in (None, "")]
     others = [row for row in verdicts if row["measured"] in (None, "")]
@@ -264,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--from", dest="from_", metavar="NN", help="run again from here on")
     reproduce.add_argument("--only", metavar="NN", help="bring only this notebook up to date")
     reproduce.add_argument("--force", action="store_true", help="run again what is up to date")
+    reproduce.add_argument("--keep-going", action="store_true", help=KEEP_GOING)
     advise.add_argument("--memory", required=True, help="of the device: 24GiB, or 24GB")
     advise.add_argument("--model", required=True, help="hub:ORG/NAME, a folder, or the bundled one")
     advise.add_argument("--context", required=True, help="tokens of a question and its answer: 32k")

@@ -23,6 +23,7 @@ import papermill
 import psutil
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
+from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import CellTimeoutError
 from papermill.exceptions import PapermillExecutionError, strip_color
 from traitlets import default
@@ -114,6 +115,10 @@ def execute(
                 problem = _death(watch, str(error))
                 log.seek(0)
                 detail = _tail(log.read())
+            except KeyboardInterrupt:
+                # nbclient leaves its tasks behind, to complain of a kernel that we ended.
+                ensure_event_loop().set_exception_handler(lambda loop, context: None)
+                raise
     finally:
         watch.stop()
     problem = problem or _unfinished(output)

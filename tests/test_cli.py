@@ -1,5 +1,6 @@
 """The terminal: exit statuses, one-sentence errors, verdicts, and a second run that is quick."""
 
+import errno
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from kit import cli
-from kit.stages import Refused
+from kit.refusals import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {key: value for key, value in os.environ.items() if key != "KIT_OUTPUTS"}
@@ -44,9 +45,11 @@ def project(tmp_path_factory) -> Path:
     return root
 
 
-def kit(root: Path, *flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    command = [sys.executable, *python, "-m", "kit", *flags]
-    return subprocess.run(command, check=False, cwd=root, env=ENV, capture_output=True, text=True)
+def kit(
+    root: Path, *flags: str, python: tuple[str, ...] = (), env: dict | None = None
+) -> subprocess.CompletedProcess:
+    command, how = [sys.executable, *python, "-m", "kit", *flags], dict(cwd=root, env=env or ENV)
+    return subprocess.run(command, check=False, capture_output=True, text=True, **how)
 
 
 def test_reproduce_ends_with_verdicts_and_paths_and_repeats_nothing(project):
@@ -107,20 +110,73 @@ def test_an_interrupted_run_says_so_and_is_not_done(project):
         "from kit.cli import main; sys.exit(main(['reproduce', '--profile', 'slow']))"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=project, env=ENV, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code], cwd=project, env=ENV, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     results = project / "outputs/slow/results/07_verdicts.json"
     results.unlink(missing_ok=True)
     for _ in range(1200):
         if results.exists():  # so the sleeping cell is next
             break
         time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the kernel as well
     said = child.communicate(timeout=60)[0]
     assert child.returncode == 130
-    assert "07_verdicts  interrupted" in said
+    assert said.strip().splitlines()[-1].startswith("[1/1] 07_verdicts  interrupted")
     assert "missing" in kit(project, "status", "--profile", "slow").stdout
     assert not list((project / "outputs/slow/notebooks").iterdir())
+
+
+@pytest.mark.parametrize("place", ["outputs", "outputs/deep"])
+def test_a_file_where_the_outputs_should_be_is_named(project, tmp_path, place):
+    (tmp_path / "outputs").write_text("a file")
+    env = ENV | {"KIT_OUTPUTS": str(tmp_path / place)}
+    done = kit(project, "reproduce", "--profile", "slow", env=env)
+    assert done.returncode == 2
+    assert done.stderr == (f"{tmp_path / 'outputs'} is a file where a folder should be; move it "
+                           "away, or set KIT_OUTPUTS to another folder\n")  # fmt: skip
+    assert (tmp_path / "outputs").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (errno.ENOSPC, 1, "the disk is full"),
+        (errno.EDQUOT, 1, "the disk is full"),
+        (errno.EROFS, 2, "outputs/tour cannot be written (Read-only file system); change that"),
+        (errno.EACCES, 2, "outputs/tour cannot be written (Permission denied)"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(monkeypatch, capsys, number, code, words):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number), "outputs/tour")
+
+    monkeypatch.setattr(cli.pipeline, "run", refuse)
+    monkeypatch.setattr(cli.stages, "load_stages", lambda _: [])
+    assert cli.main(["reproduce", "--profile", "tour"]) == code
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1
+
+
+def test_a_fault_of_the_kit_is_not_taken_for_one_of_the_system(monkeypatch):
+    monkeypatch.setattr(cli.stages, "load_stages", lambda _: open("/nowhere"))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["status", "--profile", "tour"])
+
+
+def test_a_reader_that_has_read_enough_is_no_error(project):
+    command = f"{sys.executable} -m kit status --profile tour | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=project, env=ENV, capture_output=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_run_goes_on_when_its_reader_has_gone(project):
+    shutil.rmtree(project / "outputs/tour/status", ignore_errors=True)
+    flags = "reproduce --profile tour"
+    command = f"{sys.executable} -m kit {flags} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=project, env=ENV, capture_output=True)
+    assert done.stderr == b""
+    assert "fresh" in kit(project, "status", "--profile", "tour").stdout
 
 
 def test_help_documents_the_exit_statuses(capsys):

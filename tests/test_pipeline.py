@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import nbformat
@@ -17,8 +18,8 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from kit import notebook, paths, pipeline, provenance, stages
-from kit.stages import Refused
+from kit import notebook, parameters, paths, pipeline, provenance, stages
+from kit.refusals import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACE = "open('trace.txt', 'a').write('{}\\n')"
@@ -37,6 +38,7 @@ FIRST = [
 SECOND = [
     "LIMIT = 1",
     TRACE.format("02_second") + "\nimport os, time\nfrom pathlib import Path",
+    "from kit.notebook import load_results\nfound = load_results('tour')",
     "Path('pid.txt').write_text(str(os.getpid()))",
     "while Path('wait').exists():\n    time.sleep(0.05)",
     "LIMIT",
@@ -221,6 +223,12 @@ def test_unknown_stage_or_profile(project, options, words):
         ('["03_third"]\nSIZE = 1', ["big.toml", "03_third", "02_second"]),
         ("SIZE = 1", ["big.toml", "SIZE", "table"]),
         ("[", ["big.toml", "not valid TOML"]),
+        ('["01_first"]\nSIZE = "ten"', ["SIZE is 'ten', a text; the notebook has an integer, 2"]),
+        ('["01_first"]\nSIZE = 2.5', ["SIZE is 2.5, a number; the notebook has an integer, 2"]),
+        ('["01_first"]\nSIZE = true', ["SIZE is True, true or false"]),
+        ('["01_first"]\nSIZE = [2]', ["SIZE is [2], a list"]),
+        ('["01_first"]\nSIZE = 2026-11-26', ["big.toml", "01_first", "SIZE holds a date"]),
+        ('["01_first"]\nPROFILE = "nope"', ["01_first", "PROFILE is 'nope'", "'big'"]),
     ],
 )
 def test_a_wrong_profile_names_file_table_and_key(project, text, words):
@@ -228,6 +236,85 @@ def test_a_wrong_profile_names_file_table_and_key(project, text, words):
     with pytest.raises(Refused) as refusal:
         run(project, "big")
     assert all(word in str(refusal.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "wrong"),
+    [
+        (2, 0.5, ""),
+        (True, 0.5, "true or false; the notebook has a number"),
+        (1, False, "an integer; the notebook has true or false"),
+        ({}, {"a": 1}, ""),
+        ([], {}, "a list; the notebook has a table"),
+        ([1], ["laptop", 3], ""),
+        ("x", None, ""),
+        (3, parameters.Expression("2 + 1"), ""),
+        ({"a": [date(2026, 11, 26)]}, {}, "a date"),
+    ],
+)
+def test_the_type_of_a_value_is_that_of_the_parameters_cell(value, default, wrong):
+    found = parameters.misfit(value, default)
+    assert found == "" if wrong == "" else wrong in found
+
+
+def test_a_run_that_keeps_going_does_all_that_does_not_need_the_failed_stage(project, capsys):
+    (project / "raise").touch()
+    edit(project / "kit/beta.py", "42", "43")
+    edit(project / "notebooks/02_second.ipynb", "LIMIT = 1", "LIMIT = 2")
+    assert run(project, keep_going=True) == 1
+    assert trace(project) == ["01_first", "02_second"]
+    assert "failed: 01_first; the others went on without" in capsys.readouterr().out
+    assert states(project) == [("failed", "cell 8 raised ValueError: one"), ("fresh", "")]
+    (project / "raise").unlink()
+    assert run(project, keep_going=True) == 0
+    assert trace(project)[2:] == ["01_first", "02_second"]  # which reads the new results
+
+
+def test_no_notebook_reads_the_results_of_another_but_the_last():
+    *alone, last = stages.load_stages("tour")
+    assert last.judges and not any(stage.judges for stage in alone)
+    readers = {f"{name}.py" for name in ("bundle", "paper", "recompute", "reference", "report")}
+    reading = {file.name for stage in alone
+               for file in stages.kit_modules(stages._code(stage.cells), ROOT / "kit")}  # fmt: skip
+    assert reading & readers <= {"recompute.py"}  # which is given its results
+
+
+def test_records_that_are_gone_make_stale_what_names_them(project):
+    """Real notebooks store records; here their files stand in for them."""
+    data = project / "outputs/tour/store/records.lance/data"
+    data.mkdir(parents=True)
+    (data / "0101.lance").touch()
+    edit(project / "notebooks/01_first.ipynb", "{'size': SIZE,", "{'keys': ['k'], 'size': SIZE,")
+    assert run(project) == 0
+    (data / "0102.lance").touch()  # of another stage, later
+    assert states(project) == [("fresh", ""), ("fresh", "")]
+    (data / "0101.lance").unlink()
+    lost = "store/ lost 1 of its 1 files, and records with them"
+    assert states(project) == [("stale", lost), ("fresh", "")]
+    assert run(project) == 0
+    assert states(project)[0] == ("fresh", "")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_damaged_status_file_is_a_stage_to_run_again(project, text):
+    (project / "outputs/tour/status/01_first.json").write_text(text)
+    assert states(project)[0] == ("stale", "its status file is damaged")
+    assert run(project) == 0
+    assert trace(project) == ["01_first"] and states(project)[0] == ("fresh", "")
+
+
+def test_a_damaged_results_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
+    notebook.save_results("01_x", {"a": 1}, "tour")
+    file = tmp_path / "tour/results/01_x.json"
+    file.write_text('{"a": ')
+    with pytest.raises(Refused, match=f"{file} is damaged .*run its notebook again"):
+        notebook.load_results("tour")
+
+
+def test_a_damaged_failed_notebook_still_says_failed(project):
+    executed(project, "01_first.failed").write_text("{")
+    assert states(project)[0] == ("failed", "01_first.failed.ipynb is damaged")
 
 
 def test_a_failing_cell_is_shown_and_kept_and_the_run_goes_on_from_it(project, capsys):
@@ -282,11 +369,15 @@ def test_kill_of_the_pipeline_itself_repeats_only_the_stage_in_flight(project):
     env = os.environ | {"KIT_OUTPUTS": str(project / "outputs")}
     child = subprocess.Popen(command, cwd=project, env=env, stdout=subprocess.DEVNULL)
     wait_until((project / "pid.txt").exists)
+    first, second = stages.load_stages("tour", project / "notebooks", project / "outputs")
+    wait_until(lambda: pipeline.running(second) == "cell 6 of 7")
+    assert pipeline.running(first) == ""
     with pytest.raises(Refused, match=f"process {child.pid}") as refusal:
         run(project)
     assert refusal.value.code == pipeline.LOCKED
     child.send_signal(signal.SIGKILL)
     child.wait()
+    assert second.running.exists() and pipeline.running(second) == ""
     kernel = int((project / "pid.txt").read_text() or 0)
     wait_until(lambda: not psutil.pid_exists(kernel))  # it notices that its parent is gone
     (project / "wait").unlink()

@@ -1,0 +1,44 @@
+"""One sentence for the person at the terminal, instead of a traceback.
+
+What the kit cannot work with (a profile, a damaged file) and what the system refuses it (a full
+disk, a file where a folder should be) is told as a sentence that names the thing and the way out.
+"""
+
+import errno
+import json
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+ELSEWHERE = "or set KIT_OUTPUTS to another folder"
+
+
+class Refused(Exception):
+    """One sentence for the person at the terminal; `code` is the exit status."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
+
+
+def of_system(error: OSError) -> Refused | None:
+    """What the system refused; None for what is no fault of a disk or a folder."""
+    place = Path(str(error.filename or "the outputs folder"))
+    if error.errno in FULL:
+        return Refused(f"the disk is full ({error}); free some space and run again", 1)
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        place = next((p for p in [*reversed(place.parents), place] if p.is_file()), place)
+        return Refused(f"{place} is a file where a folder should be; move it away, {ELSEWHERE}")
+    if error.errno in CLOSED:
+        return Refused(f"{place} cannot be written ({error.strerror}); change that, {ELSEWHERE}")
+    return None
+
+
+def read_json(file: Path):
+    """The value in a JSON file; Refused names a file that is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise Refused(
+            f"{file} is damaged ({error}); delete it and run its notebook again"
+        ) from error
