@@ -44,7 +44,7 @@ NOTEBOOKS = (
 )
 GRADES = ("FULL", "CODE", "DATA", "NOTE", "BRIEF", "ISSUE", "CALC")  # how a number was seen
 ALLOWED = {"grade": GRADES, "notebook": NOTEBOOKS, "rule": tuple(RULES)}
-PROFILES = ("laptop", "workstation")
+PROFILES = ("any", "quick", "laptop", "workstation")  # "any": arithmetic
 COLUMNS = ["claim", "system", "published", "measured", "interval", "n", "verdict", "reason"]
 POWERED = 1.96 / (1.96 + 0.8416)  # half-width over effect at which a 5% test has 80% power
 
@@ -61,7 +61,7 @@ class Claim:
     source: str  # paper and table, or repository and file
     grade: str  # of evidence, as in GRADES
     notebook: str
-    profiles: tuple[str, ...]  # where it can be decided; empty: beyond any profile
+    profiles: tuple[str, ...]  # where it can be decided, smallest first; empty: beyond any profile
     rule: str
     contrast: Mapping  # see kit.contrasts.check; {value = "name"} for what records do not hold
     value: float | None = None  # None only where a direction was published without a size
@@ -76,6 +76,10 @@ class Claim:
     margin: float | None = None
     tolerance: float | None = None
     scope: str = ""  # what a verdict here does not cover, or why none is possible
+
+    def decided_by(self, profile: str) -> bool:
+        """Whether a run of this profile is large enough for a verdict; "any" decides in all."""
+        return bool({"any", profile} & {*self.profiles})
 
     @property
     def is_contrast(self) -> bool:
@@ -215,16 +219,14 @@ def measure(claim: Claim, records: pd.DataFrame, seed: int = 0) -> Measurement |
 
 def verdict(claim: Claim, measurement: Measurement | None, profile: str) -> Verdict:
     """The word that the claim's rule gives to this measurement, with the reason."""
-    if profile not in claim.profiles:
-        where = f"the {' or '.join(claim.profiles)} profile would decide it"
-        reason = "; ".join(filter(None, (where if claim.profiles else "", claim.scope)))
-        return Verdict(claim.id, "out of reach here", reason)
+    if not claim.decided_by(profile):
+        where = f"the {claim.profiles[0]} profile would decide it" if claim.profiles else ""
+        return Verdict(claim.id, "out of reach here", "; ".join(filter(None, (where, claim.scope))))
     if measurement is None:
         return Verdict(claim.id, None, f"not measured yet: run {claim.notebook}")
-    rule = {"direction": _direction, "no_loss": _no_loss, "arithmetic": _arithmetic}
-    word, reason = rule.get(claim.rule, _size)(claim, measurement)  # a threshold is a size
+    m, rule = measurement, {"direction": _direction, "no_loss": _no_loss, "arithmetic": _arithmetic}
+    word, reason = rule.get(claim.rule, _size)(claim, m)  # a threshold is a size
     reason += f"; {claim.scope}" if claim.scope else ""
-    m = measurement
     return Verdict(claim.id, word, reason, m.estimate, m.low, m.high, m.n)
 
 
@@ -288,9 +290,7 @@ def measured_table(
     """One row per claim; `given` holds by claim id what other stages measured outside records."""
     rows = []
     for claim in claims:
-        m = (given or {}).get(claim.id)
-        if m is None and profile in claim.profiles:
-            m = measure(claim, records)
+        m = (given or {}).get(claim.id) or measure(claim, records)
         found = verdict(claim, m, profile)
         base = "" if claim.baseline is None else f" against {claim.baseline:g}"
         shown = f"{claim.value:g}{base} {claim.unit}" if claim.value is not None else "direction"

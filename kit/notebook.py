@@ -88,13 +88,17 @@ def save_results(
     profile: str,
     tables: Mapping[str, pd.DataFrame] | None = None,
     figures: Mapping[str, Picture] | None = None,
+    verdicts: pd.DataFrame | None = None,
 ) -> None:
     """Write the numbers of one notebook to results/<stage>.json, whole or not at all, and its key
-    tables and figures, by caption, to exhibits/<stage>.
+    tables and figures, by caption, to exhibits/<stage>; with them `verdicts`, a
+    `claims.measured_table`, for the terminal.
 
     `stage` is the notebook's name without .ipynb. Floats keep 12 significant digits; a NaN
     or an infinity (the mean of nothing) becomes null. Unserialisable values raise TypeError.
     """
+    if verdicts is not None:
+        results = results | {"verdicts": verdicts.drop(columns="n").to_dict("records")}
     exhibits.save(run_dir(profile) / "exhibits" / stage, tables or {}, figures or {})
     write_json(run_dir(profile) / "results" / f"{stage}.json", _plain(results, stage))
 

@@ -119,6 +119,33 @@ def test_what_the_baseline_notebook_can_decide_now():
     assert now["rbslm-baseline-accuracy"] == now["rbslm-baseline-finished"] == ("workstation",)
 
 
+def test_arithmetic_is_decided_under_any_profile_and_a_floor_under_none_of_minutes():
+    for claim in CLAIMS.values():
+        if claim.rule == "arithmetic" and claim.profiles:
+            assert claim.profiles == ("any",), claim.id
+            assert all(claim.decided_by(size) for size in ("tour", "quick", "one's own"))
+    quick = {claim.id for claim in CLAIMS.values() if "quick" in claim.profiles}
+    assert quick == {
+        "dms-delayed-eviction", "hier-fetched-over-generic", "hier-frozen-posthoc-elements",
+    }  # fmt: skip
+
+
+def test_what_is_measured_is_shown_where_it_is_too_little_for_a_verdict():
+    rows = [
+        dict(source="laptop", problem_id=f"p{i}", arm=arm, model="bundled:smollm2-135m", seed=0,
+             sample=0, temperature=0.2, weights_hash="w", policy="full", correct=bool(i % 2),
+             extracted="1", method="number", compliant=arm == "format", finish="stop",
+             prompt_tokens=9, new_tokens=9)
+        for arm in ("plain", "format") for i in range(8)
+    ]  # fmt: skip
+    mine = [CLAIMS["rbslm-format-compliance"], CELL]
+    cell = {CELL.id: claims.Measurement(1.11, 1.11, 1.11, 1, "GiB")}
+    found = claims.measured_table(mine, pd.DataFrame(rows), "tour", cell).set_index("claim")
+    assert list(found["verdict"]) == ["out of reach here", "not reproduced"]
+    assert list(found["measured"]) == ["100.0 points", "1.11 GiB"]
+    assert "the laptop profile would" in found["reason"]["rbslm-format-compliance"]
+
+
 GOOD = """
 [[claim]]
 id = "a"
@@ -146,7 +173,7 @@ resolution = 10
         ("resolution = 10", "", "claim a: resolution is missing; the rule size needs it"),
         ('unit = "percent"', "", "claim a: unit is missing"),
         ("value = 48", "value = 48\nvalu = 3", "claim a: valu is no field of a claim"),
-        ('["laptop"]', '["desktop"]', "claim a: profiles may hold laptop, workstation"),
+        ('["laptop"]', '["desktop"]', "claim a: profiles may hold any, quick, laptop, workstation"),
         ('["laptop"]', "[]", "claim a: scope must say why no profile decides it"),
         ("value = 48", "value = 48\npairs = [1, 2]", "claim a: pairs must hold 4 numbers"),
         ('measure = "accuracy"', 'measure = "luck"', "claim a: contrast: measure 'luck'"),
@@ -268,7 +295,7 @@ def test_out_of_reach_and_not_measured_say_what_would_help():
     never = claims.verdict(CLAIMS["rb-webarena-flash"], None, "workstation")
     assert never.word == "out of reach here" and "WebArena" in never.reason
     tour = claims.verdict(GAIN, point(6, 1, 11), "tour")
-    assert tour.word == "out of reach here" and "laptop or workstation" in tour.reason
+    assert tour.word == "out of reach here" and "the laptop profile would" in tour.reason
     waiting = claims.verdict(GAIN, None, "laptop")
     assert (waiting.word, waiting.reason) == (None, "not measured yet: run 01_baseline")
 

@@ -1,10 +1,11 @@
 """What a training shows while it runs in a notebook."""
 
+import pandas as pd
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from kit import notebook
+from kit import claims, notebook
 from kit.drawing import Picture
 
 
@@ -36,3 +37,12 @@ def test_a_training_is_followed_by_one_line_and_one_figure(shell):
 @pytest.mark.parametrize("value, stored", [(float("nan"), None), ((1, 2), [1, 2]), (0.1, 0.1)])
 def test_numbers_that_json_has_not_become_null(value, stored):
     assert notebook._plain(value, "here") == stored
+
+
+def test_the_verdicts_of_a_notebook_are_saved_for_the_terminal(monkeypatch, tmp_path):
+    monkeypatch.setattr(notebook, "run_dir", lambda profile: tmp_path / profile)
+    found = claims.measured_table(claims.load()[:3], pd.DataFrame(), "tour")
+    notebook.save_results("01_baseline", {"keys": []}, "tour", verdicts=found)
+    saved = notebook.load_results("tour")["01_baseline"]
+    assert [row["claim"] for row in saved["verdicts"]] == list(found["claim"])
+    assert {*saved["verdicts"][0]} == {*found} - {"n"}
