@@ -17,6 +17,7 @@ from pathlib import Path
 from kit import pipeline, refusals, stages
 from kit.paths import PUBLISHED, run_dir
 from kit.preflight import preflight
+from kit.provenance import unusable_gpu
 from kit.refusals import Refused
 
 UNMEASURED = "not measured yet"  # as in kit.claims, whose import takes a second
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_profile() -> str:
-    """workstation where torch sees a CUDA GPU, otherwise laptop."""
+    """workstation where torch sees a CUDA GPU, otherwise laptop; a GPU that torch cannot use is
+    refused, not passed over."""
+    if why := unusable_gpu():
+        raise Refused(why, 2)
     if shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
         import torch  # 1.5 s, so only where a driver is
 

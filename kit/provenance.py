@@ -93,6 +93,27 @@ def gpus() -> list[dict]:
     ]
 
 
+def unusable_gpu() -> str:
+    """Why torch cannot use the NVIDIA GPU of this machine, and what to do; "" where it can, where
+    there is none, or where CUDA_VISIBLE_DEVICES hides it."""
+    found = gpus()
+    there = found or Path("/dev/nvidia0").exists()
+    if not there or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    import torch  # 1.5 s, so only where a GPU is
+
+    if torch.cuda.is_available():
+        return ""
+    name = "{name} (driver {driver})".format(**found[0]) if found else "An NVIDIA GPU"
+    cuda = torch.version.cuda
+    why = f"torch {torch.__version__} is built for CUDA {cuda}" if cuda else "torch has no CUDA"
+    what = "update its driver" if cuda else "install a build of torch with CUDA"
+    return (
+        f"{name} is here, but {why} and cannot use it: {what}, or go on without the GPU by "
+        f"`export CUDA_VISIBLE_DEVICES=`."
+    )
+
+
 def collect(root: Path = ROOT) -> dict:
     """Everything about code and machine that a table row should name. JSON-able."""
     commit = _output("git", "-C", str(root), "rev-parse", "HEAD")

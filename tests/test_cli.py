@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kit import cli
+from kit import cli, provenance
 from kit.refusals import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,6 +193,30 @@ def test_the_default_profile_is_what_torch_sees(monkeypatch, cuda, profile):
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     assert cli.default_profile() == profile
+
+
+@pytest.mark.parametrize(
+    ("cuda", "words"),
+    [("13.0", "is built for CUDA 13.0 and cannot use it: update its driver, or go on without"),
+     (None, "torch has no CUDA and cannot use it: install a build of torch with CUDA, or")],
+)  # fmt: skip
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, capsys, cuda, words):
+    unused = SimpleNamespace(is_available=lambda: False)
+    version = SimpleNamespace(cuda=cuda)
+    torch = SimpleNamespace(cuda=unused, version=version, __version__="2.13.0")
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    card = {"name": "NVIDIA A40", "driver": "535.1", "memory_mib": 46_000}
+    monkeypatch.setattr(provenance, "gpus", lambda: [card])
+    assert cli.main(["status"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("NVIDIA A40 (driver 535.1) is here, but torch") and words in said
+    assert len(said.splitlines()) == 1
+    unused.is_available = lambda: True
+    assert provenance.unusable_gpu() == ""
+    unused.is_available = lambda: False
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert provenance.unusable_gpu() == "", "hidden on purpose"
 
 
 PREFLIGHT = """[preflight]
