@@ -2,6 +2,7 @@
 
 A grid crosses the places, so each effect is a mean over pairs of scenarios that differ in one place
 only, and pairs by problem: `table` and `outcomes` are those of `kit.sweep`, rows [C] and [C, P].
+Runs without room leave holes in a grid; an effect of which no pair is left is None: not measured.
 Intervals are cluster bootstraps over problems.
 
 Source of the questions: arXiv 2510.10964, findings 1 to 5.
@@ -23,19 +24,13 @@ MIB = 2**20
 def pairs(
     table: pd.DataFrame, place: str, low, high, where: Mapping | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows with `low` at `place`, and those with `high` there and all else equal; `where` restricts
-    other places to values."""
+    """Rows with `low` at `place`, and those with `high` there and all else equal, maybe none;
+    `where` restricts other places to values."""
     keys = [name for name in PLACES if name != place and name in table]
     rows = table.assign(row=np.arange(len(table)))
     for name, value in (where or {}).items():
         rows = rows[rows[name] == value]
-    before, after = _joined(*(rows[rows[place] == value] for value in (low, high)), keys)
-    if not len(before):
-        raise ValueError(
-            f"no two scenarios differ in {place} alone, {low} against {high}, where "
-            f"{dict(where or {})}; the grid has {sorted(table[place].unique().tolist(), key=str)}"
-        )
-    return before, after
+    return _joined(*(rows[rows[place] == value] for value in (low, high)), keys)
 
 
 def accuracies(outcomes: np.ndarray, rng: np.random.Generator) -> list[tuple]:
@@ -71,19 +66,23 @@ def gap(
     cache: tuple[str, int],
     control: tuple[str, int],
     budget: str = "shared_bytes",
-) -> stats.Interval:
+) -> stats.Interval | None:
     """By how much the frontier of all scenarios with one (policy, kv_bits) lies above that of
-    another, at equal `budget`, in shares: see `kit.frontier.mean_gap`."""
+    another, at equal `budget`, in shares: see `kit.frontier.mean_gap`. None where there are none
+    of either, or the two share no range of budgets."""
     sides = []
     for policy, bits in (cache, control):
         mine = ((table["policy"] == policy) & (table["kv_bits"] == bits)).to_numpy()
         sides.append((table.loc[mine, budget].to_numpy(), outcomes[mine]))
-    return frontier.mean_gap(*sides, rng)
+    if not all(len(budgets) for budgets, _ in sides):
+        return None
+    low, high = max(x.min() for x, _ in sides), min(x.max() for x, _ in sides)
+    return frontier.mean_gap(*sides, rng) if low < high else None
 
 
 def gaps(
     table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator
-) -> dict[tuple[tuple[str, int], tuple[str, int]], stats.Interval]:
+) -> dict[tuple[tuple[str, int], tuple[str, int]], stats.Interval | None]:
     """`gap` of each cache setting over the first of the grid, by (policy, kv_bits) of both; and of
     eviction over quantisation, each alone: the last policy and the last precision."""
     first, *ways = product(*_values(table))
@@ -94,23 +93,25 @@ def gaps(
 
 
 def evicted_or_quantised(table: pd.DataFrame) -> tuple[tuple[str, int], tuple[str, int]]:
-    """The last policy of the grid at its first precision, and its first policy at the last one."""
+    """The last policy of the grid at the highest precision, and the whole cache at the lowest."""
     policies, bits = _values(table)
-    return (policies[-1], bits[0]), (policies[0], bits[-1])
+    return (policies[-1], bits[0]), (PLAIN["policy"], bits[-1])
 
 
 def _values(table: pd.DataFrame) -> tuple[list[str], list[int]]:
-    """Policies and precisions of the cache, in the order of the grid."""
-    return [*dict.fromkeys(table["policy"])], [*dict.fromkeys(table["kv_bits"])]
+    """Policies of the cache in the order of the grid, the whole cache first, and its precisions,
+    the highest first: in a grid with holes the first row says neither."""
+    policies = sorted(dict.fromkeys(table["policy"]), key=lambda name: name != PLAIN["policy"])
+    return policies, sorted(set(table["kv_bits"].tolist()), reverse=True)
 
 
 def gap_rows(
-    found: Mapping[tuple[tuple[str, int], tuple[str, int]], stats.Interval],
+    found: Mapping[tuple[tuple[str, int], tuple[str, int]], stats.Interval | None],
 ) -> pd.DataFrame:
     """`gaps` as a table, in points."""
     return pd.DataFrame(
         [{"cache": "{}, {} bit".format(*one), "against": "{}, {} bit".format(*other),
-          "difference": gap.percent}
+          "difference": gap and gap.percent}
          for (one, other), gap in found.items()],
         columns=["cache", "against", "difference"],
     )  # fmt: skip
@@ -139,7 +140,8 @@ def places(
 def marginal(table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator) -> pd.DataFrame:
     """What a step in each place buys: points, MiB, and points per MiB, the cheaper value first.
 
-    A step that saves bytes and gains points has no price; `points per MiB` is then missing.
+    A step that saves bytes and gains points has no price; `points per MiB` is then missing. All is
+    where no pair is left.
     """
     rows = []
     for place in PLACES:
@@ -148,10 +150,13 @@ def marginal(table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator
         order = table.groupby(place)["bytes"].mean().sort_values().index
         for low, high in zip(order, order[1:]):
             before, after = pairs(table, place, low, high)
+            row = {"place": place, "from": str(low), "to": str(high), "pairs": len(before)}
+            if not len(before):
+                rows.append(row | dict.fromkeys(["points", "MiB", "points per MiB"]))
+                continue
             found = stats.cluster_bootstrap((outcomes[after] - outcomes[before]).mean(0), rng)
             more = (table["bytes"].to_numpy()[after] - table["bytes"].to_numpy()[before]).mean()
             points = found.percent
-            row = {"place": place, "from": str(low), "to": str(high), "pairs": len(before)}
             row |= {"points": points, "MiB": more / MIB}
             each = tuple(x * MIB / more for x in points) if more > 0 else None
             rows.append(row | {"points per MiB": each})
@@ -164,13 +169,16 @@ def interaction(
     rng: np.random.Generator,
     effect: tuple[str, object, object],
     of: tuple[str, object, object],
-) -> stats.Interval:
+) -> stats.Interval | None:
     """By how much an effect (place, from, to) differs between two values of another place (place,
-    from, to): does eviction cost more at 4 bit? A difference of differences, in shares."""
+    from, to): does eviction cost more at 4 bit? A difference of differences, in shares; None where
+    the effect is not measured at both."""
     place, low, high = of
     sides = []
     for value in (high, low):
         before, after = pairs(table, *effect, where={place: value})
+        if not len(before):
+            return None
         sides.append((outcomes[after] - outcomes[before]).mean(0))
     return stats.cluster_bootstrap(sides[0] - sides[1], rng)
 
@@ -182,20 +190,16 @@ def threshold(
 
     For each size but the largest: points per MiB of going to the next size, and of going to the
     next budget of tokens at this size; `first` is the share of bootstrap draws in which it is the
-    smallest size whose tokens buy more. Rows are one per size, and a last one, of no size, for the
-    draws in which weights always buy more. `table` has `weight_bytes` beside the places.
+    smallest size whose tokens buy more. Rows are one per size of which both are measured, and a
+    last one, of no size, for the draws in which weights always buy more; none where no size is.
+    `table` has `weight_bytes` beside the places.
     """
     sizes = np.sort(table["weight_bytes"].unique())
     budgets = np.sort(table["tokens"].unique())
-    if len(sizes) < 2 or len(budgets) < 2:
-        raise ValueError(
-            f"a threshold needs two sizes of weights and two budgets of tokens; there are "
-            f"{len(sizes)} and {len(budgets)}"
-        )
     table = table.assign(row=np.arange(len(table)))
     spent = table["bytes"].to_numpy()
     keys = [name for name in ("policy", "kv_bits", "memory", "width") if name in table]
-    steps = []  # per size: (problem vector per MiB) of weights and of tokens
+    steps = {}  # size: (problem vector per MiB) of weights and of tokens
     for small, large in zip(sizes, sizes[1:]):
         here = table[table["weight_bytes"] == small]
         above = table[table["weight_bytes"] == large]
@@ -204,20 +208,23 @@ def threshold(
             _joined(here[here["tokens"] == a], here[here["tokens"] == b], keys)
             for a, b in zip(budgets, budgets[1:])
         ]
+        if not len(up[0]) or not sum(len(a) for a, _ in longer):
+            continue
         both = up, tuple(np.concatenate(side) for side in zip(*longer))
-        steps.append(
-            [(outcomes[b] - outcomes[a]).mean(0) * MIB / (spent[b] - spent[a]).mean()
-             for a, b in both]
-        )  # fmt: skip
+        steps[small] = [(outcomes[b] - outcomes[a]).mean(0) * MIB / (spent[b] - spent[a]).mean()
+                        for a, b in both]  # fmt: skip
+    if not steps:
+        return pd.DataFrame(columns=["weight_bytes", "as weights", "as tokens", "first"])
     counts = np.zeros(len(steps) + 1)
     n = outcomes.shape[1]
     for _ in range(draws):
         weights = rng.multinomial(n, np.full(n, 1 / n)) / n
-        first = [i for i, (up, longer) in enumerate(steps) if longer @ weights > up @ weights]
+        pairs_of = enumerate(steps.values())
+        first = [i for i, (up, longer) in pairs_of if longer @ weights > up @ weights]
         counts[first[0] if first else -1] += 1
     rows = [
         {"weight_bytes": size, "as weights": 100 * up.mean(), "as tokens": 100 * longer.mean()}
-        for size, (up, longer) in zip(sizes, steps)
+        for size, (up, longer) in steps.items()
     ]
     rows.append({"weight_bytes": np.nan, "as weights": np.nan, "as tokens": np.nan})
     return pd.DataFrame(rows).assign(first=counts / draws)

@@ -165,11 +165,12 @@ def on_scenarios(
             sides = claim.contrast["scenario"], claim.contrast["against"]
             interval = allocation.difference(rows, outcomes, _rng(), *sides)
         elif kind == "scale_threshold_gib":
-            found = allocation.switch(allocation.threshold(rows, outcomes, _rng()))
-            ends = [size / 2**30 for size in found]
-            made[claim.id] = Measurement(
-                *ends, outcomes.shape[1], "GiB", origin="bootstrap of problems"
-            )
+            found = allocation.threshold(rows, outcomes, _rng())
+            if len(found):
+                ends = [size / 2**30 for size in allocation.switch(found)]
+                made[claim.id] = Measurement(
+                    *ends, outcomes.shape[1], "GiB", origin="bootstrap of problems"
+                )
         if interval:
             made[claim.id] = contrasts.points(interval, "paired by problem")
     return made

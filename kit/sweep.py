@@ -241,12 +241,11 @@ def refused(
     a: Architecture, grid: Grid, prompt_tokens: int, sequences: int, room: int | None = None
 ) -> dict[Run, str]:
     """The runs of `grid` that cannot fit into `room` bytes, by default what is free here, and how
-    much they lack: known from the model's config alone. 16-bit weights are there when a run
-    quantises them; the caches of `sequences` are as long as the largest budget."""
+    much they lack: known from the model's config alone. A run of quantised weights has them
+    unpacked beside the 16-bit ones; the caches of `sequences` are as long as the largest budget."""
     room, found = available() if room is None else room, {}
     for run in grid.runs:
-        whole = sum(budget.weights(a).values())
-        whole += sum(budget.weights(a, budget.packing(run.bits)).values()) if run.bits < 16 else 0
+        whole = sum(budget.weights(a).values()) * (1 if run.bits == 16 else 2)
         kept = int(run.policy.split()[1]) if run.policy.split()[0] in BUDGETED else math.inf
         tokens = min(kept, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
         cache = budget.keys_and_values(a, tokens, budget.cache(a, run.kv_bits))

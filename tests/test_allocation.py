@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kit import allocation
+from kit import allocation, claims, recompute, tables
 
 RNG = np.random.default_rng
 
@@ -54,8 +54,7 @@ def test_does_eviction_cost_more_at_four_bit():
     assert found.high < 0 and found.estimate == pytest.approx(-0.3, abs=0.06)
     other = allocation.interaction(table, outcomes, RNG(0), effect, ("width", 1, 4))
     assert other.estimate == 0
-    with pytest.raises(ValueError, match="no two scenarios differ in policy alone, full against"):
-        allocation.interaction(table, outcomes, RNG(0), ("policy", "full", "dms"), of)
+    assert allocation.interaction(table, outcomes, RNG(0), ("policy", "full", "dms"), of) is None
 
 
 def test_the_threshold_is_where_tokens_begin_to_buy_more():
@@ -79,8 +78,7 @@ def test_a_threshold_that_the_data_do_not_decide_is_spread():
     assert first.sum() == pytest.approx(1) and first.max() < 1
     table, outcomes = grid(lambda row: 0.5)
     one = table["bits"] == 4
-    with pytest.raises(ValueError, match="two sizes of weights .* there are 1 and 2"):
-        allocation.threshold(table[one].reset_index(drop=True), outcomes[one], RNG(0))
+    assert not len(allocation.threshold(table[one].reset_index(drop=True), outcomes[one], RNG(0)))
 
 
 def test_scenarios_of_two_models_pair_within_each():
@@ -121,3 +119,49 @@ def test_accuracies_and_where_the_threshold_is_switched():
     found = pd.DataFrame({"weight_bytes": [1.0, 2.0, np.nan], "first": [0.01, 0.59, 0.4]})
     assert allocation.switch(found) == (2, 2, 4)
     assert allocation.switch(found.assign(first=[0.1, 0.1, 0.8])) == (4, 1, 4)
+
+
+def without(hole) -> tuple[pd.DataFrame, np.ndarray]:
+    """A grid with cache precisions of which the runs in `hole` had no room."""
+    table, outcomes = grid(lambda row: 0.3 + 0.2 * (row["tokens"] == 16))
+    table = pd.concat([table, table.assign(kv_bits=4, bytes=table["bytes"] * 0.9)])
+    table = table.assign(model="a", memory=False, shared_bytes=table["bytes"] / 2)
+    outcomes = np.concatenate([outcomes, outcomes])
+    there = ~hole(table).to_numpy()
+    return table[there].reset_index(drop=True), outcomes[there]
+
+
+def test_runs_without_room_leave_effects_unmeasured_and_no_others():
+    """As on every GPU to 141 GB: the whole cache in 16 bits has no room at any bits of weights."""
+    table, outcomes = without(lambda t: (t["policy"] == "full") & (t["kv_bits"] == 16))
+    policy, cache = ("policy", "full", "window"), ("kv_bits", 16, 4)
+    assert allocation.interaction(table, outcomes, RNG(0), policy, cache) is None
+    assert allocation.interaction(table, outcomes, RNG(0), policy, ("bits", 16, 4)).estimate == 0
+    steps = allocation.marginal(table, outcomes, RNG(0)).set_index("place")
+    assert (steps["pairs"] > 0).all(), "the window is there in both precisions, 4 bits of both"
+    window, whole = ("window", 16), ("full", 4)
+    gaps = allocation.gaps(table, outcomes, RNG(0))
+    assert gaps[window, ("full", 16)] is None and gaps[window, whole] is not None
+    assert allocation.evicted_or_quantised(table) == (window, whole)
+    shown = allocation.gap_rows(gaps)
+    assert shown["difference"].isna().tolist() == [True, True, True, False]
+    assert len(allocation.threshold(table, outcomes, RNG(0))) == 3
+    given = recompute.on_scenarios(claims.load(), table, outcomes)
+    assert "nab-eviction-over-quantisation" in given and "nab-kv-compression-helps" not in given
+
+
+def test_without_the_whole_cache_nothing_is_compared_with_it():
+    table, outcomes = without(lambda t: t["policy"] == "full")
+    assert {*allocation.gaps(table, outcomes, RNG(0))} == {(("window", 4), ("window", 16))}
+    given = recompute.on_scenarios(claims.load(), table, outcomes)
+    assert not {"nab-eviction-over-quantisation", "nab-kv-compression-helps"} & set(given)
+
+
+def test_a_step_without_pairs_is_shown_as_not_measured():
+    """16-bit weights had room for short answers only, 4-bit ones for long ones only."""
+    table, outcomes = without(lambda t: (t["bits"] == 16) == (t["tokens"] == 16))
+    table, outcomes = (x[(table["bits"] != 8).to_numpy()] for x in (table, outcomes))
+    steps = allocation.marginal(table.reset_index(drop=True), outcomes, RNG(0)).set_index("place")
+    assert steps.loc["bits", "pairs"] == 0 and pd.isna(steps.loc["bits", "points"])
+    assert tables.text(steps)["points"]["bits"] == "–" and steps.loc["policy", "pairs"] > 0
+    assert not len(allocation.threshold(table.reset_index(drop=True), outcomes, RNG(0)))
