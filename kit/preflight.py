@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kit import stages
 from kit.paths import NOTEBOOKS, OUTPUTS
-from kit.provenance import gpus
+from kit.provenance import gpus, unusable_gpu
 from kit.stages import PREFLIGHT, Refused
 
 GB = 10**9
@@ -37,6 +37,8 @@ def preflight(profile: str, *, force: bool = False, notebooks_dir: Path = NOTEBO
     print(f"  time        about {needs['hours']:g} hours")
     if needs["note"]:
         print(f"  {needs['note']}")
+    if needs["gpu_memory_gb"] and (why := unusable_gpu()) and not force:
+        raise Refused(why, 2)
     if room < missing:
         print(f"warning: {missing:.1f} GB still to fill and {room:.1f} GB free", flush=True)
         if not force:

@@ -200,7 +200,7 @@ def test_the_default_profile_is_what_torch_sees(monkeypatch, cuda, profile):
     [("13.0", "is built for CUDA 13.0 and cannot use it: update its driver, or go on without"),
      (None, "torch has no CUDA and cannot use it: install a build of torch with CUDA, or")],
 )  # fmt: skip
-def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, capsys, cuda, words):
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, capsys, needs, cuda, words):
     unused = SimpleNamespace(is_available=lambda: False)
     version = SimpleNamespace(cuda=cuda)
     torch = SimpleNamespace(cuda=unused, version=version, __version__="2.13.0")
@@ -212,6 +212,8 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, capsys, cuda, words):
     said = capsys.readouterr().err
     assert said.startswith("NVIDIA A40 (driver 535.1) is here, but torch") and words in said
     assert len(said.splitlines()) == 1
+    with pytest.raises(Refused, match="cannot use it"):
+        cli.preflight("big", notebooks_dir=needs(PREFLIGHT.format(disk=0.001)))
     unused.is_available = lambda: True
     assert provenance.unusable_gpu() == ""
     unused.is_available = lambda: False
