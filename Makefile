@@ -14,7 +14,7 @@ KNOWS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 UV := $(shell command -v uv)
 INSTALL := $(if $(UV),uv pip install -q --compile-bytecode --python $(PY),$(PY) -m pip install -q --disable-pip-version-check)
 # What may be said on the command line, besides what others read from the environment.
-READ := ENV PYTHON UV PROFILE FROM ONLY FORCE KEEP_GOING DTYPE WORKERS
+READ := ENV PYTHON UV PROFILE FROM ONLY FORCE KEEP_GOING DTYPE WORKERS DRY PUBLISH WEIGHTS
 OTHERS := KIT_% OMP_% CUDA_% RAY_% HF_% PIP_% UV_% TORCH_% TRITON_%
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
 $(foreach v,$(filter-out $(READ) $(OTHERS),$(GIVEN)),$(warning nothing reads $v; there are $(READ)))
@@ -94,6 +94,12 @@ lab: env ## open JupyterLab on the notebooks
 
 bench: env ## run the benchmarks (ONLY=name for one), write outputs/bench.json
 	@$(PY) -m tests.bench $(ONLY)
+
+.PHONY: gpu-check gpu-pack
+gpu-check: env ## what one CUDA GPU says of the kit, in 8 minutes (DRY=1 on the CPU, ONLY="NAME ...", PUBLISH=1)
+	@$(PY) -m tests.gpu_check $(ONLY) $(if $(DRY),--dry) $(if $(PUBLISH),--publish)
+gpu-pack: env ## pack what gpu-check needs where there is no network, print the command (WEIGHTS=1)
+	@$(PY) -m tests.gpu_pack $(if $(WEIGHTS),--weights)
 
 # kvpress caps transformers below 5.3, hence an environment of its own (1.4 GB).
 .PHONY: bench-peers
