@@ -21,6 +21,11 @@ _BASE = re.compile(r"(-?[0-9A-Z.]*[0-9][0-9A-Z.]*)_(?:([0-9]+)|\{ ?([0-9]+) ?\})
 _CLOCK = re.compile(r":[0-9]{2} ?[ap]m$")
 _WORDS = re.compile(r"\(?([A-Za-z][A-Za-z .'\-]*)\)?")
 _SET_LIKE = re.compile(r"[<>]|\\(?:le|leq|lt|ge|geq|gt|in|cup|cap|setminus|mathbb)(?![a-z])")
+_COMMA = re.compile(r"(-?(?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+)),([0-9]{1,2}|[0-9]{4,9})")
+_RATIO = re.compile(r"[0-9]{1,9}(?: ?: ?[0-9]{1,9}){2,8}")
+_BUILDER = re.compile(r"\\\{ ?[a-z] ?(?:\\mid|\\vert|\||:) ?(.*?) ?\\\}")
+_MEMBER = re.compile(r"[a-zA-Z] ?\\in ?(.*)")
+_HALF = re.compile(r"[a-z] ?(<|>|\\[lg]e(?:q|qslant)?(?![a-z])) ?([^<>=,a-z]{1,40})")
 _EQUALS = re.compile(r"(?<![\\<>!:])=")
 
 
@@ -36,6 +41,13 @@ def equal(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> bool | None:
     numbers = latex.number(gold), latex.number(answer)
     if all(numbers):
         return _equal_numbers(*numbers)
+    if numbers[0] and (other := latex.number(_decimal_point(answer))):
+        return _equal_numbers(numbers[0], other)
+    if all(ratios := (_RATIO.fullmatch(gold), _RATIO.fullmatch(answer))):
+        return _equal_ratios(*(match[0].split(":") for match in ratios))
+    gold, answer = _upwards(gold), _upwards(answer)
+    if latex.squeeze(gold) == latex.squeeze(answer):
+        return True
     if _BASE.fullmatch(gold) or _BASE.fullmatch(answer):
         return _based(gold) == _based(answer)
     if _CLOCK.search(gold) or _CLOCK.search(answer):
@@ -65,6 +77,50 @@ def _equal_numbers(gold: latex.Number, answer: latex.Number) -> bool:
     return abs(gold.value - answer.value) < Fraction(1, 10 ** decimals[0].places)
 
 
+def _decimal_point(text: str) -> str:
+    """`3,14` and `1.234,5` with a point: what a number is in many languages."""
+    match = _COMMA.fullmatch(text)
+    return f"{match[1].replace('.', '')}.{match[2]}" if match else ""
+
+
+def _equal_ratios(gold: list[str], answer: list[str]) -> bool:
+    """a:b:c is what its multiples are."""
+    if len(gold) != len(answer):
+        return False
+    golds, answers = [Fraction(x) for x in gold], [Fraction(x) for x in answer]
+    return all(g * answers[0] == a * golds[0] for g, a in zip(golds, answers)) and any(answers)
+
+
+def _upwards(text: str) -> str:
+    r"""A chain of inequalities read from small to large, the condition of `\{x \mid ...\}` and the
+    set of `x \in ...` by themselves, `x < a or x > b` as a union."""
+    if not _SET_LIKE.search(text):
+        return text
+    if match := _BUILDER.fullmatch(text):
+        text = match[1]
+    if (match := _MEMBER.fullmatch(text)) and match[1][0] in "\\{[(":
+        text = match[1]
+    parts = [part.strip() for part in re.split(r"(?<![a-z\\])or(?![a-z])", text)]
+    if 1 < len(parts) <= 8 and all(rays := [_ray(part) for part in parts]):
+        return r" \cup ".join(rays)
+    sides = re.split(r" ?(>|\\ge(?:q|qslant)?(?![a-z])) ?", text)
+    if len(sides) >= 5 and not re.search(r"<|\\l(?:e|eq|t)(?![a-z])", text):
+        return " ".join({">": "<"}.get(x, r"\le" if i % 2 else x) for i, x in
+                        [*enumerate(sides)][::-1])  # fmt: skip
+    return text
+
+
+def _ray(part: str) -> str:
+    r"""`x < 2` as `(-\infty, 2)`; "" for what is no such inequality."""
+    if not (match := _HALF.fullmatch(part)):
+        return ""
+    relation, end = match[1], match[2]
+    less, closed = relation[:2] in ("<", r"\l"), relation not in "<>"
+    if less:
+        return rf"(-\infty, {end}{']' if closed else ')'}"
+    return rf"{'[' if closed else '('}{end}, \infty)"
+
+
 def _based(text: str) -> tuple[str, int] | None:
     """Digits and base of `2516_8`: notation, so `2516` alone and its decimal value differ."""
     match = _BASE.fullmatch(text)
@@ -82,7 +138,8 @@ def _elements(text: str) -> tuple[str, list[str]]:
     `2 \pm \sqrt 3` stands for two elements.
     """
     kind, inside = latex.brackets(text) or ("", text)
-    parts = latex.split_top(inside) if latex.number(inside) is None else [inside]
+    whole = not kind and latex.number(inside) is not None  # (3,100) is a pair, 3,100 a number
+    parts = [inside] if whole else latex.split_top(inside)
     if kind == "{}" or (kind == "()" and len(parts) == 1):
         kind = ""
     if kind == "" and r"\pm" in inside:
@@ -94,7 +151,14 @@ def _elements(text: str) -> tuple[str, list[str]]:
 
 def _equal_lists(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | None:
     """Lists and sets in any order, tuples and intervals in order with the same brackets."""
+    if latex.number(gold) and (inside := latex.brackets(answer)) and latex.number(inside[1]):
+        return equal(gold, inside[1], leaf, depth)
     (gold_kind, golds), (kind, answers) = _elements(gold), _elements(answer)
+    if gold_kind == "()" and not kind:  # (1,2) answered by x=1, y=2, or by (x,y)=(1,2)
+        values = _by_name(answers) or (answer.rpartition("=")[2].strip(),)
+        whole = f"({', '.join(values)})" if len(values) > 1 else values[0]
+        if whole != answer and latex.brackets(whole):
+            return equal(gold, whole, leaf, depth)
     if len(golds) == len(answers) == 1 and not gold_kind and not kind:
         same = (golds[0], answers[0]) == (gold, answer)
         return NotImplemented if same else equal(golds[0], answers[0], leaf, depth)
@@ -112,6 +176,14 @@ def _equal_lists(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | None:
             return None if None in verdicts else False
         del left[verdicts.index(True)]
     return True
+
+
+def _by_name(parts: list[str]) -> tuple[str, ...]:
+    """The values of `y=2, x=1` in the order of their names; () for what is no such list."""
+    sides = [re.split(r" ?= ?", part) for part in parts]
+    if len(parts) < 2 or any(len(s) != 2 or not re.fullmatch("[a-z]", s[0]) for s in sides):
+        return ()
+    return tuple(value for _, value in sorted(sides)) if len(dict(sides)) == len(sides) else ()
 
 
 def _equal_relations(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | None:

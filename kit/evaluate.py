@@ -39,7 +39,7 @@ DECODE_SOURCES += (
     "forcing",
 )
 DECODE_SOURCES += ("decode",)
-GRADE_SOURCES = ("latex", "equality", "workers", "grade")
+GRADE_SOURCES = ("latex", "equality", "extract", "workers", "grade")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,15 @@ def plan(
     for prompt in sorted(prompts, key=lambda prompt: digest([base, code, prompt.id, prompt.arm])):
         for sample in range(samples):
             tokens = digest([base, code, prompt.id, prompt.arm, sample])
-            graded = digest([tokens, code_version(GRADE_SOURCES), prompt.problem.answer, FORM])
+            graded = digest(
+                [
+                    tokens,
+                    code_version(GRADE_SOURCES),
+                    prompt.problem.answer,
+                    prompt.problem.asks,
+                    FORM,
+                ]
+            )
             jobs.append(Job(graded, tokens, prompt, sample))
     if len({job.generation_key for job in jobs}) < len(jobs):
         raise ValueError("The same prompt stands twice in one job; give each problem once per arm.")
@@ -171,11 +179,11 @@ def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) 
     What a tool, or a choice between samples, made of each answer. `texts` is in the order of
     `records`, whose other columns are kept.
     """
-    grades = grade.grade_many(texts, records["answer"].tolist(), FORM)
+    grades = grade.grade_many(texts, [*records["answer"]], FORM, [*records["asks"]])
     made = []
     for row, text, verdict in zip(records.to_dict("records"), texts, grades, strict=True):
         tokens = digest([row["generation_key"], arm, text])
-        graded = digest([tokens, code_version(GRADE_SOURCES), row["answer"], FORM])
+        graded = digest([tokens, code_version(GRADE_SOURCES), row["answer"], row["asks"], FORM])
         row |= {"key": graded, "generation_key": tokens, "arm": arm, "text": text}
         made.append(Record(**row | asdict(verdict)))
     store.append(made)
@@ -193,9 +201,9 @@ def _complete(
     done = generate(model, fresh, sampling, batch_size, memory) if fresh else []
     generations.update((job.generation_key, g) for job, g in zip(fresh, done))
     ordered = [generations[job.generation_key] for job in group]
-    grades = grade.grade_many(
-        [g.text for g in ordered], [job.prompt.problem.answer for job in group], FORM
-    )
+    asked = [job.prompt.problem for job in group]
+    golds, asks = [p.answer for p in asked], [p.asks for p in asked]
+    grades = grade.grade_many([g.text for g in ordered], golds, FORM, asks)
     rows = zip(group, ordered, grades)
     return [record(model, job, sampling, memory.name, g, v) for job, g, v in rows]
 
@@ -250,5 +258,6 @@ def record(model: Model, job: Job, sampling, policy: str, generation: Generation
         reason=verdict.reason,
         method=verdict.method,
         compliant=verdict.compliant,
+        asks=problem.asks,
         dtype=model.dtype_name,
     )

@@ -21,6 +21,7 @@ class Family:
     levels: tuple[dict, ...]  # generator settings, easiest first
     ask: Callable[[Entry], str]
     keep: Callable[[Entry, int], bool] = lambda entry, level: True
+    asks: str = "any"  # form of the answer, one of schema.ASKS
 
 
 def _range(name: str, low: int, high: int) -> dict:
@@ -65,11 +66,14 @@ _EQUATIONS = _TWO_TERMS | {
 }
 
 FAMILIES = {
-    "chain_sum": Family(tuple(_TWO_TERMS | _range("digits", k, k) for k in (1, 2)), _calculate),
+    "chain_sum": Family(
+        tuple(_TWO_TERMS | _range("digits", k, k) for k in (1, 2)), _calculate, asks="evaluated"
+    ),
     "products": Family(
         (_range("terms", 2, 3) | _range("digits", 1, 1), _TWO_TERMS | _range("digits", 2, 2)),
         _calculate,
         _factors,
+        asks="evaluated",
     ),
     "gcd": Family(
         tuple({"max_value": top} for top in (15, 50)),
@@ -87,6 +91,7 @@ FAMILIES = {
         ),
         lambda entry: entry["question"].split(" Give only")[0],
         keep=lambda entry, level: entry["metadata"]["simplified_denominator"] > 1,
+        asks="simplified",
     ),
     "letter_counting": Family(
         (_range("words", 5, 6), _range("words", 10, 12)), lambda entry: entry["question"]

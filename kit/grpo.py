@@ -60,14 +60,17 @@ def grpo(
     if len(asked) < recipe.groups:
         raise ValueError(f"{len(asked)} problems are fewer than the {recipe.groups} of a step.")
     model = models.load(base, dtype="float32", device=device)
-    data = digest([[p.id, p.problem.answer] for p in asked], 12)
+    data = digest([[p.id, p.problem.answer, p.problem.asks] for p in asked], 12)
     parts = ["grpo", model.weights_hash, data, identity(recipe), policy.key, VERSIONS]
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
     if not model.weights.config.architectures:
         _name_architecture(model, place / f"reference-{os.environ.get('RANK', 0)}")
-    rows = [{"prompt": _chat(p, recipe.suffix), "gold": p.problem.answer} for p in asked]
+    rows = [
+        {"prompt": _chat(p, recipe.suffix), "gold": p.problem.answer, "asks": p.problem.asks}
+        for p in asked
+    ]
     sampler = rollouts.Sampler(model, recipe, policy)
     trainer = rollouts.trainer_class()(
         model.weights,

@@ -7,8 +7,11 @@ algebra, math-verify does.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+
+LONGEST = 2000  # characters of an answer that are looked at
 
 # A run of backslashes with what may follow it, or a bare brace. Every quantifier is possessive:
 # nothing is scanned twice, however hostile the text.
@@ -16,14 +19,22 @@ _TOKEN = re.compile(r"(\\++)(?:(boxed|fbox)(?![a-zA-Z])\s*+)?+([{}])?+|[{}]")
 _UNBRACED = re.compile(r"[-+]?(?:[.0-9]|\\[dt]?frac)[^\s$]{0,200}")
 
 
-def last_box(text: str) -> tuple[str, str] | None:
-    r"""Content and command (`\boxed{`, `\fbox{` or `\boxed`) of the last box, None without one.
+@dataclass(frozen=True)
+class Box:
+    """A box in a text."""
 
-    "Last" is by where the box starts, so of two nested boxes the inner one. Unbraced boxes
-    (`\boxed 2`) count when a number follows.
+    start: int  # of its content
+    content: str
+    command: str  # as it was written: with a brace, or bare before a number
+
+
+def boxes(text: str) -> list[Box]:
+    r"""The boxes of a text that hold something, by where they start; of two nested the inner one.
+
+    Unbraced boxes (`\boxed 2`) count when a number follows.
     """
     stack: list[tuple[int, str]] = []  # per open brace: where its content starts, box command
-    start, found = -1, None
+    found: list[Box] = []
     for token in _TOKEN.finditer(text):
         slashes, word, brace = token.groups()
         brace = brace or (token[0] if not slashes else None)
@@ -33,28 +44,35 @@ def last_box(text: str) -> tuple[str, str] | None:
             stack.append((token.end(), word or ""))
         elif brace == "}" and stack:
             opened, command = stack.pop()
-            if command and opened > start and (content := text[opened : token.end() - 1].strip()):
-                start, found = opened, (content, rf"\{command}{{")
+            later = not found or opened > found[-1].start  # else it holds a box that stands here
+            if command and later and (content := text[opened : token.end() - 1].strip()):
+                found.append(Box(opened, content, rf"\{command}{{"))
         elif word and not brace and (bare := _UNBRACED.match(text, token.end())):
             content = re.split(r"\\[)\]]", bare[0])[0].rstrip(".,;:")
-            start, found = token.end(), (content, rf"\{word}")
+            found.append(Box(token.end(), content, rf"\{word}"))
     return found
 
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last `\boxed{...}`, `\fbox{...}` or `\boxed 2`; None without a box."""
-    box = last_box(text)
-    return box and box[0]
+    found = boxes(text)
+    return found[-1].content if found else None
 
 
 _SYMBOLS = {
     **dict.fromkeys("−–", "-"),
     **{"×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt "},
     **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "≈": r"\approx ", "°": r"^\circ "},
-    **{"²": "^{2}", "³": "^{3}", "<=": r"\le ", ">=": r"\ge ", "**": "^", "±": r"\pm "},
+    **{"<=": r"\le ", ">=": r"\ge ", "**": "^", "±": r"\pm ", "⁄": "/"},
+    **{"、": ",", "或": " or ", "和": " and ", "。": ".", "⩽": r"\le ", "⩾": r"\ge "},
     **{r"\langle": "(", r"\rangle": ")", r"\varnothing": r"\emptyset", r"\{\}": r"\emptyset"},
 }
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_VULGAR = {
+    char: unicodedata.normalize("NFKD", char).split("\u2044") for char in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+}
 _TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it))\s*\{([^{}]*)\}"
 _NOT_UNITS = (
     r"(?:[ap]\.?m|and|or|\w*illion|thousand|hundred|dozen|hal(?:f|ves)|thirds?|fourths?|quarters?"
@@ -65,12 +83,27 @@ _UNIT = re.compile(
     rf"(?<=[0-9a-z}})%])\s*(?!\\[a-z]+\s*\{{\s*{_NOT_UNITS}){_TEXT}(?:\^\{{?[0-9]\}}?)?\.?$"
 )
 _SHORT_UNITS = r"(?:[cmk]m|k?g|ft|in|mi|yd|lbs?|oz|mph|hrs?|min|sec|days?|sq)\.?"
-_NUMBER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+_NUMBER = (
+    r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}"
+    r"|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
+)
 _WORD_UNIT = re.compile(
     rf"(?<=[0-9])\s+(?!(?:\w+ )*{_NOT_UNITS})(?:{_SHORT_UNITS}|[A-Za-z]{{4,}})"
     r"(?: [A-Za-z]{2,}\.?){0,6}(?:\^\{?[0-9]\}?)?$",
     re.IGNORECASE,
 )
+_WORDED = r"\\(?:text|mathrm) ?\{[^{}]{1,9}\}"
+_RATE = re.compile(  # 20 m/s, 9.8 m/s^2, 20 \frac{\text{m}}{\text{s}}
+    r"(?<=[0-9])(?: (?:[cmk]?m|mi|ft|k?g|[LJNV])(?:\^?\{?[23]\}?)?"
+    r"/(?:s|h|hr|min|sec|hour|[cmk]?m|k?g|L|C)(?:\^?\{?[23]\}?)?"
+    rf"| ?\\frac\{{ ?{_WORDED} ?\}}\{{ ?{_WORDED}(?:\^\{{?[23]\}}?)? ?\}})$"
+)
+_CJK_UNIT = re.compile(
+    r"(?<=[0-9]) ?(?:(?![万亿兆千百十만억])[\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]){1,4}$"
+)
+_ENVIRONMENT = r"\\(?:begin|end) ?\{(?:aligned|align\*?|split|gathered|equation\*?)\}"
+_CASES = re.compile(r"\\begin ?\{cases\}([^&]*)\\end ?\{cases\}")
+_ARRAY = re.compile(r"[(\[] ?\\begin ?\{array\} ?(?:\{[^{}]*\})?(.*?)\\end ?\{array\} ?[)\]]")
 _TRIG = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
@@ -82,28 +115,62 @@ def tidy(latex: str) -> str:
     `\text` wrappers, a final full stop. Decimal digits of any script become ASCII digits;
     superscripts and circled digits do not. Stays: percent signs, bases, brackets, a.m. and p.m.
     """
-    text = ascii_digits(latex)
+    text = ascii_signs(latex)
     text = re.sub(r"(?<=[0-9])(?:, ?\\!|\{, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", "", text)
-    text = re.sub(r"\\!|\\?\$|(?<!\\)\\[()\[\]]|\\(?:display|text)style", "", text)
+    text = re.sub(r"(?<=[0-9])\{, ?\}(?=[0-9])", ".", text)  # a decimal comma
+    text = re.sub(
+        r"\\(?:text)?color ?\{[^{}]*\}|\\tag\*? ?\{[^{}]*\}|\\(?:pounds|euro)(?![a-z])", "", text
+    )
+    text = re.sub(r"\\!|\\?\$|[£€¥₹₩¢]|(?<!\\)\\[()\[\]]|\\(?:display|text)style", "", text)
     text = re.sub(r"\\(?:left|right)(?:\.|(?![a-zA-Z]))", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s", " ", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text))
+    text = _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text)
+    text = re.sub(r"\\(?:[dtc]|nice|s)frac", r"\\frac", text)
+    text = _structures(text) if r"\begin" in text or r"\choose" in text else text
     text = re.sub(r"\\frac ?(\\pi|[0-9a-zA-Z])", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\{[^{}]*\}) ?(\\pi|[0-9a-zA-Z])", r"\1{\2}", text)
     text = re.sub(r"\\?%|\\text\s*\{\s*percent\s*\}|(?<=[0-9 ])percent\b", "%", text)
     degrees = r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degrees?(?![a-z])"
     if _TRIG.search(text):
         text = re.sub(rf"([0-9.]+) ?(?:{degrees})", r"{(\\frac{\1\\pi}{180})}", text)
+    scale = r" ?(?:\\(?:text|mathrm) ?\{ ?[CF] ?\}|[CF](?![A-Za-z]))"
+    text = re.sub(rf"(?<=[0-9]) ?(?:{degrees}){scale}", "", text)
     text = re.sub(degrees, "", text)
     text = re.sub(r" +", " ", text).rstrip(" .,;:").lstrip(" ,;:")
     unit = _UNIT.search(text)
     if unit and re.search(r"[0-9]|\\pi", text[: unit.start()]):
         text = text[: unit.start()]
+    text = _RATE.sub("", text)
     text = re.sub(r" +(?=[_^])", "", re.sub(_TEXT, r" \1 ", text))
     text = re.sub(r"(?<=[0-9]) *([AaPp])\.? ?[Mm]\b\.?", lambda m: m[1].lower() + "m", text)
-    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi", text)
+    text = re.sub(r"(?<![a-zA-Z\\])(pi|ln)(?![a-zA-Z])", r"\\\1", text)
     text = re.sub(r" +", " ", text).rstrip(" .,;:").lstrip(" ,;:")
-    return _WORD_UNIT.sub("", text) if len(text) < 100 else text
+    if len(text) >= 100:
+        return text
+    return _WORD_UNIT.sub("", _CJK_UNIT.sub("", text))
+
+
+def _structures(text: str) -> str:
+    """Environments and infix commands in the form that is compared: alignments and cases as lists,
+    a bracketed array as a matrix, `n \\choose k` as a binomial."""
+    text = re.sub(r"\{? ?([0-9a-z]{1,9}) ?\\choose ?([0-9a-z]{1,9}) ?\}?", r"\\binom{\1}{\2}", text)
+    text = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
+    text = _CASES.sub(lambda m: m[1].replace(r"\\", ", "), text)
+    plain = re.sub(_ENVIRONMENT, "", text)
+    return plain.replace("&", "") if plain != text and r"\begin" not in plain else text
+
+
+def ascii_signs(text: str) -> str:
+    """The text with signs of other scripts in their ASCII or LaTeX form: digits, full-width
+    punctuation, vulgar fractions, raised digits, narrow spaces between groups of three digits."""
+    if text.isascii():
+        return text
+    text = ascii_digits(text).translate(_FULL_WIDTH)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+    for char in set(text) & _VULGAR.keys():
+        top, bottom = _VULGAR[char]
+        text = text.replace(char, rf" \frac{{{top}}}{{{bottom}}}")
+    return re.sub(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))", "", text)
 
 
 def ascii_digits(text: str) -> str:
@@ -134,8 +201,14 @@ _FRACTION = re.compile(rf"([-+]?) ?(?:([0-9]+) ?)?\\frac ?{_BRACED} ?{_BRACED}")
 _SLASH = re.compile(rf"([-+]?) ?(?:([0-9]+) )?({_NUMBER}) ?[/:] ?({_NUMBER})")
 
 
+_TEN = r" ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]{1,3}) ?\}|([-+]?[0-9]{1,3}))"
+_SCIENTIFIC = re.compile(rf"([-+]?) ?({_NUMBER})(?:[eE]([-+]?[0-9]{{1,3}})|{_TEN})")
+_REPEATING = re.compile(r"([-+]?) ?([0-9]*)\.([0-9]*)\\(?:overline|bar) ?\{? ?([0-9]+) ?\}?")
+
+
 def number(text: str) -> Number | None:
-    r"""Read a tidied integer, decimal, fraction, mixed number, ratio a:b, with or without `%`.
+    r"""Read a tidied integer, decimal, fraction, mixed number, ratio a:b, with or without `%`, a
+    repeating decimal `0.\overline{3}`, or `1.5e-4` and `1.5 \times 10^{-4}`.
 
     None for anything else, for a zero denominator and for more than 100 characters.
     """
@@ -153,6 +226,15 @@ def number(text: str) -> Number | None:
         if over[1] == 0:
             return None
         value, whole, places, digits = over[0] / over[1], int(match[2] or 0), -1, 0
+    elif match := _SCIENTIFIC.fullmatch(text):
+        power = int(next(filter(None, match.groups()[2:])))
+        value = Fraction(match[2].replace(",", "").rstrip(".")) * Fraction(10) ** power
+        whole, places, digits = 0, -1, 0
+    elif match := _REPEATING.fullmatch(text):
+        fixed, cycle = match[3], match[4]
+        nines = 10 ** len(fixed) * (10 ** len(cycle) - 1)
+        value = Fraction(int(fixed + cycle) - int(fixed or 0), nines)
+        whole, places, digits = int(match[2] or 0), -1, 0
     else:
         return None
     return Number((whole + value) * (-1 if match[1] == "-" else 1), percent, places, digits)
@@ -174,6 +256,17 @@ def split_top(text: str) -> list[str]:
             start = token.end()
     parts.append(text[start:].strip())
     return [part for part in parts if part] if len(parts) > 1 else parts
+
+
+def terms(text: str) -> list[str]:
+    """Split at plus and minus signs that stand outside every bracket, but for a leading one."""
+    parts, depth, start = [], 0, 0
+    for place, char in enumerate(text):
+        depth += (char in _OPEN) - (char in _CLOSE)
+        if char in "+-" and depth == 0 and text[start:place].strip():
+            parts.append(text[start:place].strip())
+            start = place
+    return [*parts, text[start:].strip()]
 
 
 def brackets(text: str) -> tuple[str, str] | None:

@@ -23,7 +23,7 @@ REFLECTION = "KIT_REFLECTION_MODEL"
 def examples(problems: Sequence[Problem]) -> list[dspy.Example]:
     """Problems as DSPy takes them; `gold` is for the metric and never in a prompt."""
     return [
-        dspy.Example(question=p.question, strategies="", gold=p.answer).with_inputs(
+        dspy.Example(question=p.question, strategies="", gold=p.answer, asks=p.asks).with_inputs(
             "question", "strategies"
         )
         for p in problems
@@ -32,15 +32,19 @@ def examples(problems: Sequence[Problem]) -> list[dspy.Example]:
 
 def metric(example, prediction, trace=None) -> bool:
     """Whether the grader finds the answer correct."""
-    return grade.grade(prediction.answer or "", example.gold).correct
+    return _graded(example, prediction).correct
 
 
 def feedback(example, prediction, trace=None, pred_name=None, pred_trace=None):
     """The same for GEPA, which also wants to be told why."""
-    verdict = grade.grade(prediction.answer or "", example.gold)
+    verdict = _graded(example, prediction)
     said = verdict.extracted or "nothing that could be read"
     told = "Correct." if verdict.correct else f"Wrong: answered {said}, it is {example.gold}."
     return dspy.Prediction(score=float(verdict.correct), feedback=told)
+
+
+def _graded(example, prediction):
+    return grade.grade(prediction.answer or "", example.gold, asks=example.get("asks", "any"))
 
 
 def optimise(

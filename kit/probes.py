@@ -187,7 +187,9 @@ def _keyed(model: Model, problem: Problem, prompt: str, how: list):
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
     code = code_version((*DECODE_SOURCES, "probes"))
     tokens = digest([*runs, transformers.__version__, code, prompt, how])
-    graded = digest([tokens, code_version(GRADE_SOURCES), problem.answer, FORM, problem.id])
+    graded = digest(
+        [tokens, code_version(GRADE_SOURCES), problem.answer, problem.asks, FORM, problem.id]
+    )
     return graded, tokens, digest(prompt)
 
 
@@ -203,7 +205,8 @@ def _records(
             family=problem.family, level=problem.level, sample=0, seed=seed, temperature=0.0,
             question=problem.question, answer=problem.answer, prompt_id=prompt, text=answer,
             correct=verdict.correct, extracted=verdict.extracted, reason=verdict.reason,
-            method=verdict.method, compliant=verdict.compliant, dtype=model.dtype_name, **cost,
+            method=verdict.method, compliant=verdict.compliant, asks=problem.asks,
+            dtype=model.dtype_name, **cost,
         )
         for (problem, key, tokens, prompt), answer, verdict, cost in zip(asked, said, grades, costs)
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import hub, paths
+from kit.families import FAMILIES
 from kit.overlap import OverlapError, check_disjoint, near_duplicates
 from kit.published import SOURCES, Reject, read_rows
 from kit.schema import Problem, digest
@@ -146,7 +147,7 @@ def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
     rows = [json.loads(line) for line in raw.decode().splitlines()]
     fields = ("id", "question", "answer", "family", "level")
     found = [
-        Problem(**{field: row[field] for field in fields}, source="laptop")
+        Problem(**{f: row[f] for f in fields}, source="laptop", asks=FAMILIES[row["family"]].asks)
         for row in rows
         if row["split"] == split
     ]

@@ -26,9 +26,9 @@ CORRECT, WRONG = (0.5, 1.0), (-0.5, 0.0)  # least and most of the cosine, as pub
 SYMBOLS = {"GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "PLANCK", "OHM", "MICRO"}
 
 
-def accuracy(completions: Sequence, gold: Sequence[str], **_) -> list[float]:
-    """1.0 where the grader finds `gold`, else 0.0."""
-    return [float(verdict.correct) for verdict in _graded(completions, gold)]
+def accuracy(completions: Sequence, gold: Sequence[str], asks=None, **_) -> list[float]:
+    """1.0 where the grader finds `gold` in the form `asks`, see schema.ASKS, else 0.0."""
+    return [float(verdict.correct) for verdict in _graded(completions, gold, asks)]
 
 
 def compliance(completions: Sequence, **_) -> list[float]:
@@ -43,13 +43,13 @@ def think(completions: Sequence, **_) -> list[float]:
 
 
 def cosine_published(
-    completions: Sequence, gold: Sequence[str], longest: int = 1000, **_
+    completions: Sequence, gold: Sequence[str], longest: int = 1000, asks=None, **_
 ) -> list[float]:
     """The cosine reward as coded: L / `longest` counts characters and is not clipped.
 
     So it repeats every 2 x `longest` characters, and a longer wrong answer is punished more.
     """
-    graded, texts = _graded(completions, gold), _texts(completions)
+    graded, texts = _graded(completions, gold, asks), _texts(completions)
     return [
         _between(CORRECT if verdict.correct else WRONG, len(text) / longest)
         for verdict, text in zip(graded, texts, strict=True)
@@ -61,12 +61,13 @@ def cosine(
     completion_ids: Sequence[Sequence[int]],
     gold: Sequence[str],
     longest: int = 1000,
+    asks=None,
     **_,
 ) -> list[float]:
     """The cosine reward as described: in tokens, clipped at `longest`; a correct answer earns less
     the longer it is (1.0 to 0.5), a wrong one is punished less (-0.5 to 0.0)."""
     values = []
-    for verdict, ids in zip(_graded(completions, gold), completion_ids, strict=True):
+    for verdict, ids in zip(_graded(completions, gold, asks), completion_ids, strict=True):
         part = min(1.0, len(ids) / longest)
         values.append(_between(CORRECT, part) if verdict.correct else _between(WRONG, 1 - part))
     return values
@@ -104,9 +105,9 @@ def check_golds(problems: Sequence[Problem]) -> None:
 
     As published, an answer to such a problem earned 1.0 whatever it said.
     """
-    golds = [problem.answer for problem in problems]
+    golds, asks = [p.answer for p in problems], [p.asks for p in problems]
     boxed = [f"\\boxed{{{gold}}}" for gold in golds]
-    for problem, verdict in zip(problems, grade.grade_many(boxed, golds), strict=True):
+    for problem, verdict in zip(problems, grade.grade_many(boxed, golds, asks=asks), strict=True):
         if not verdict.correct:
             raise ValueError(
                 f"Problem {problem.id} of {problem.source} has the gold answer "
@@ -121,8 +122,8 @@ def _between(ends: tuple[float, float], part: float) -> float:
     return least + 0.5 * (most - least) * (1 + math.cos(math.pi * part))
 
 
-def _graded(completions, gold):
-    return grade.grade_many(_texts(completions), list(gold), FORM)
+def _graded(completions, gold, asks):
+    return grade.grade_many(_texts(completions), list(gold), FORM, asks)
 
 
 def _texts(completions) -> list[str]:
@@ -131,7 +132,9 @@ def _texts(completions) -> list[str]:
 
 def _text(messages) -> str:
     """A string, or what chat messages say one after the other."""
-    return messages if isinstance(messages, str) else "\n".join(m["content"] for m in messages)
+    return (
+        messages if isinstance(messages, str) else "\n".join(m["content"] or "" for m in messages)
+    )
 
 
 def _scripts(text: str) -> set[str]:

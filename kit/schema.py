@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+ASKS = ("any", "evaluated", "simplified", "factored")  # a value, or a value in a form
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights are loaded as
 
 
@@ -27,6 +28,7 @@ class Problem:
     family: str  # task family or subject
     level: int  # difficulty, 1 is easiest; 0 where the source gives none
     source: str  # name of the problem set, for example "math" or "laptop"
+    asks: str = "any"  # form that its answer must have, one of ASKS
 
 
 @dataclass(frozen=True)
@@ -127,3 +129,4 @@ class Record:
     refused: int = 0  # strategies kept back because they would have given something away
     joules: float = 0.0  # its new tokens' share of what the devices drew; 0 where none counts
     dtype: str = ""  # of the weights that decoded it, one of DTYPES; "" in records of before
+    asks: str = "any"  # form that the answer must have, as in Problem

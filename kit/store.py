@@ -25,7 +25,7 @@ _ARROW = {
 }
 _TYPES = typing.get_type_hints(Record)
 SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)])
-ADDED = {"joules": "cast(0 as double)", "dtype": "''"}  # columns that older stores lack
+ADDED = {"joules": "cast(0 as double)", "dtype": "''", "asks": "'any'"}  # older stores lack some
 VOLATILE = ("seconds", "joules")  # differs between two runs of the same work
 
 

@@ -69,7 +69,9 @@ def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = Non
         question = maker.ask(entry)
         if maker.keep(entry, level) and seen.admit(question):
             own = f"{family}-{level}-{digest(question, 8)}"
-            made.append(Problem(own, question, entry["answer"], family, level, "laptop"))
+            made.append(
+                Problem(own, question, entry["answer"], family, level, "laptop", maker.asks)
+            )
     if len(made) < n:
         raise ValueError(
             f"{family} level {level} has {len(made)} distinct problems in {size} draws, not {n}: "

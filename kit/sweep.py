@@ -172,8 +172,9 @@ def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: M
         for job, whole in zip(group, found, strict=True)
         for cut, key, forced in zip(forcing.cuts, keys[job.key], whole.forced, strict=True)
     ]
-    golds = [job.prompt.problem.answer for job, *_ in rows]
-    grades = grade.grade_many([said.text for *_, said in rows], golds, FORM)
+    asked = [job.prompt.problem for job, *_ in rows]
+    golds, asks = [p.answer for p in asked], [p.asks for p in asked]
+    grades = grade.grade_many([said.text for *_, said in rows], golds, FORM, asks)
     made = []
     for (job, cut, key, said), verdict in zip(rows, grades, strict=True):
         record = evaluate.record(model, job, sampling, memory.name, said, verdict)

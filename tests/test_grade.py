@@ -16,9 +16,10 @@ import pytest
 import sympy
 
 from kit import grade as grading
-from kit import workers
-from kit.grade import extract, gold_of_solution, grade, grade_many
-from kit.latex import last_box, last_boxed, tidy
+from kit import problems, workers
+from kit.extract import extract
+from kit.grade import gold_of_solution, grade, grade_many
+from kit.latex import last_boxed, tidy
 from kit.paths import ROOT
 
 DATA = Path(os.environ.get("KIT_DATA", ROOT.parent / "shared" / "data"))
@@ -129,7 +130,8 @@ EXTRACT = [
 
 @pytest.mark.parametrize(("text", "answer", "method"), EXTRACT)
 def test_extract(text, answer, method):
-    found, how = extract(text)
+    told = extract(text)
+    found, how = told.answer, told.method
     assert how == method
     if answer is None:
         assert found == "\\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}"
@@ -326,6 +328,84 @@ def test_table_of_decided_cases():
     wrong = [row for row, v in zip(TABLE, verdicts, strict=True) if v.correct != row[2]]
     assert wrong == []
     assert {v.reason for v in verdicts} == {"equal", "different"}
+
+
+CASES = [
+    json.loads(line) for line in (ROOT / "tests/grade_cases.jsonl").read_text().split("\n")[:-1]
+]
+
+
+def test_what_people_reported_of_other_graders():
+    """Kinds of trouble from public bug reports, each with its thread; `why` where we differ."""
+    asks = [case.get("asks", "any") for case in CASES]
+    verdicts = grade_many([c["text"] for c in CASES], [c["gold"] for c in CASES], "any", asks)
+    wrong = [(c, v) for c, v in zip(CASES, verdicts, strict=True) if v.correct != c["correct"]]
+    assert wrong == [] and len(CASES) == 160
+
+
+SENTENCES = [
+    ("Answer: It was not Mark Twain.", "Mark Twain", False),
+    ("Answer: Mark Twain wrote it, I think.", "Mark Twain", True),
+    ("Answer: either Lyon or Paris", "Paris", False),
+    ("Answer: I think it is Ti.", "I", False),
+    ("Answer: The symbol of iodine is I.", "I", True),
+    ("Answer: He gave the symbol of indium.", "He", False),
+    ("Answer: He has 7 apples left.", "7", True),
+    ("Answer: He has 7 of 9 apples left.", "7", False),
+    ("Answer: It is not 7.", "7", False),
+    ("Answer: 5 or 6", "5", False),
+    ("Answer: 5 million", "5", False),
+    ("Answer: $x$ and $y$", "x", False),
+    ("Answer: the 12th", "12", True),
+    ("Answer: A car costs 5.", "A", False),
+]
+
+
+@pytest.mark.parametrize(("text", "gold", "correct"), SENTENCES)
+def test_an_answer_in_a_sentence_is_found_and_one_denied_is_not(text, gold, correct):
+    assert grade(text, gold, "answer line").correct == correct
+
+
+ASKED = [
+    ("simplified", "9/14", "54/84", False),
+    ("simplified", "9/14", "9/14", True),
+    ("simplified", "9/14", r"\frac{9}{14}", True),
+    ("simplified", "9/14", "54/84 = 9/14", True),
+    ("simplified", "9/14", "9/14 = 54/84", False),
+    ("simplified", "1/2", "0.5", False),
+    ("simplified", "3", "3", True),
+    ("evaluated", "315", "9 * 5 * 7", False),
+    ("evaluated", "315", "9 * 5 * 7 = 315", True),
+    ("evaluated", "315", "630/2", False),
+    ("evaluated", "315", "315.0", True),
+    ("evaluated", "-4", "3 - 7", False),
+    ("evaluated", "1/3", "1/3", True),
+    ("factored", "(x-1)(x+1)", "x^2-1", False),
+    ("factored", "(x-1)(x+1)", "(x+1)(x-1)", True),
+    ("any", "7", "7", True),  # the largest of 3, 5 and 7 stands in its question
+]
+
+
+@pytest.mark.parametrize(("asks", "gold", "answer", "correct"), ASKED)
+def test_where_a_form_is_asked_for_an_equal_value_in_another_is_wrong(asks, gold, answer, correct):
+    verdict = grade(f"Answer: {answer}", gold, "answer line", asks)
+    assert (verdict.correct, verdict.reason) == (correct, "equal" if correct else "form")
+    assert grade(f"Answer: {answer}", gold, "answer line").correct
+    with pytest.raises(ValueError, match="asks is 'reduced'; choose one of 'any', 'evaluated'"):
+        grade(f"Answer: {answer}", gold, asks="reduced")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_no_question_of_the_suite_is_an_answer_to_itself(split):
+    suite = problems.load("laptop", split).problems
+    formed = [p for p in suite if p.asks != "any"]
+    assert {p.family for p in formed} == {"chain_sum", "products", "fraction_simplification"}
+    said = [f"Answer: {re.sub('[^-0-9+*/ ]', '', p.question).strip()}" for p in formed]
+    golds, asks = [p.answer for p in formed], [p.asks for p in formed]
+    assert not any(v.correct for v in grade_many(said, golds, "any", asks))
+    assert all(v.correct for v in grade_many([f"Answer: {g}" for g in golds], golds, "any", asks))
+    values = [v.correct for v in grade_many(said, golds, "any")]
+    assert all(equal or gold == "0" for equal, gold in zip(values, golds)), "equal as values"
 
 
 def test_plain_numbers_against_fractions():
@@ -567,7 +647,7 @@ def test_order_is_kept():
     texts = [box(f"({k}+x)-x" if k % 3 else f"{k + 1}") for k in range(50)]
     verdicts = grade_many(texts, golds)
     assert [v.correct for v in verdicts] == [k % 3 != 0 for k in range(50)]
-    assert [v.extracted for v in verdicts] == [last_box(text)[0] for text in texts]
+    assert [v.extracted for v in verdicts] == [last_boxed(text) for text in texts]
 
 
 @needs_data

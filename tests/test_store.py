@@ -161,15 +161,18 @@ def test_a_store_at_a_uri_and_keys_among_some(tmp_path):
     assert store.table(some)["key"].tolist() == [min(known)] and store.table(set()).empty
 
 
-@pytest.mark.parametrize("lacking", [["dtype"], ["joules", "dtype"]])
+@pytest.mark.parametrize("lacking", [["asks"], ["dtype", "asks"], ["joules", "dtype", "asks"]])
 def test_a_store_from_before_a_column_was_kept_goes_on(tmp_path, lacking):
     old = pyarrow.schema([column for column in SCHEMA if column.name not in lacking])
-    row = dataclasses.asdict(record("a", joules=0.0, dtype=""))
+    row = dataclasses.asdict(record("a", joules=0.0, dtype="", asks="any"))
     row = {name: value for name, value in row.items() if name not in lacking}
     table = lancedb.connect(tmp_path).create_table("records", schema=old)
     table.add(pyarrow.Table.from_pylist([row], schema=old))
     store = Store(tmp_path)
     store.append([record("b", joules=3.0, dtype="bfloat16")])
-    first, second = record("a", joules=0.0, dtype=""), record("b", joules=3.0, dtype="bfloat16")
+    first, second = (
+        record("a", joules=0.0, dtype="", asks="any"),
+        record("b", joules=3.0, dtype="bfloat16"),
+    )
     assert back(store.table()) == [first, second]
     assert Store(tmp_path).keys() == {"a", "b"}
