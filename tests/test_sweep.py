@@ -1,13 +1,14 @@
 """The sweep: scenarios derived from few generations, against generations of their own."""
 
 import dataclasses
+import json
 import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from kit import budget, decode, problems, prompts, stages, sweep
+from kit import budget, decode, paths, problems, prompts, stages, sweep
 from kit.store import Store
 from kit.sweep import Grid, Run
 
@@ -169,6 +170,30 @@ def test_a_refused_run_is_told_and_left_out(tiny, tmp_path):
     assert set(found.table["policy"]) == {"full"} and found.failed == {run: "too large"}
     assert f"{run.name}: too large" in said
     assert {key for each in found.keys for key in each} == Store(tmp_path).keys()
+
+
+def test_the_notebook_ends_where_the_whole_cache_has_no_room(tiny_folder, tmp_path, monkeypatch):
+    """Its cells on a tiny model, with every full cache in 16 bit refused, as on most GPUs."""
+    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(sweep, "refused", lambda a, grid, *_: {
+        run: f"{sweep.OUT}: it needs 168 GiB" for run in grid.runs
+        if (run.policy, run.kv_bits) == ("full", 16)
+    })  # fmt: skip
+    grid = {"bits": [16, 8], "policies": ["full", "window 48"], "kv_bits": [16, 4]}
+    small = {"MODELS": [str(tiny_folder)], "PROBLEMS": ["laptop", 2], "SAMPLES": 1}
+    small["GRID"] = grid | {"memory": [False], "tokens": [2, 4], "widths": [1]}
+    names = {"__name__": "__main__"}
+    notebook = json.loads((paths.ROOT / "notebooks" / "06_memory_budget.ipynb").read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            names |= small if "parameters" in cell["metadata"].get("tags", ()) else {}
+    (file,) = tmp_path.glob("tour/results/06_memory_budget.json")
+    said = json.loads(file.read_text())
+    assert len(said["missing"]) == 2 and len(said["scenarios"]) == 2 * 3 * 2
+    against = [row["difference"] for row in said["gaps"] if row["against"] == "full, 16 bit"]
+    assert against == [None] * 3
+    assert {row["place"] for row in said["places"]} == {"cache"}, "no blocks, and not trained"
 
 
 def test_weights_are_shared_and_a_bank_is_counted(tiny, tmp_path):
