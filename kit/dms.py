@@ -79,7 +79,7 @@ class Training:
     State, evictors and the log of steps live in `folder`, each training in one of its own.
     `step()` does one step and returns its figures; `run` does the rest. `student` is `model`
     itself where only the evictor is trained, else a copy in float32 whose weights change, computed
-    under autocast where the model is bfloat16.
+    under autocast where the model is bfloat16; of a float16 model, too small for gradients, always.
     """
 
     def __init__(self, model: Model, data: torch.Tensor, recipe: Recipe, folder: Path, seed=0):
@@ -92,7 +92,8 @@ class Training:
         self.seed, self.history = seed, []
         everything = recipe.trains == "all"
         precise = torch.promote_types(model.dtype, torch.float32)
-        weights = models.twin(model.weights, precise) if everything else model.weights
+        apart = everything or model.dtype == torch.float16
+        weights = models.twin(model.weights, precise) if apart else model.weights
         self.student = dataclasses.replace(model, weights=weights)
         self.evictor = Evictor(weights, recipe, model.weights_hash)
         weights.requires_grad_(everything)
@@ -197,10 +198,8 @@ class Training:
         evictor.card |= dict(target_x=self.recipe.compression(done), data=hash_ids(self.data))
         trained = self.recipe.trains == "all"
         if held_out is not None:
-            student = self.student
-            if trained:  # as it will be loaded
-                weights = models.twin(student.weights, self.model.dtype)
-                student = dataclasses.replace(student, weights=weights)
+            used = models.twin(self.student.weights, self.model.dtype) if trained else None
+            student = dataclasses.replace(self.model, weights=used or self.model.weights)
             found = measure(student, evictor, held_out, teacher=self.model).mean()
             evictor.card |= dict(kl=found["kl"], compression_x=1 / found["kept_fraction"])
         evictor.save(file, dict(self.student.weights.named_parameters()) if trained else None)

@@ -31,7 +31,7 @@ from kit import evictor, models, paths, problems, prompts, recipes, rewards, rol
 from kit.policies import DMS, Full
 from kit.recipes import RECIPES, ROLLOUTS, Recipe, mixed
 from kit.schema import Problem, Prompt, digest
-from kit.tune import VERSIONS, alone, common, identity, lora, train
+from kit.tune import VERSIONS, alone, common, computed, identity, lora, train
 from kit.watch import Watch
 
 DDP = paths.DATA / "launch" / "ddp.yaml"
@@ -61,7 +61,8 @@ def grpo(
         raise ValueError(f"{len(asked)} problems are fewer than the {recipe.groups} of a step.")
     model = models.load(base, dtype="float32", device=device)
     data = digest([[p.id, p.problem.answer, p.problem.asks] for p in asked], 12)
-    parts = ["grpo", model.weights_hash, data, identity(recipe), policy.key, VERSIONS]
+    parts = ["grpo", model.weights_hash, data, identity(recipe), policy.key]
+    parts += [computed(model), VERSIONS]
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"

@@ -1,10 +1,11 @@
 """Training a bank of parametric memory: blocks learn what the contexts of their cluster say.
 
-With a frozen anchor, the model itself, each subtree of the first level is a job of its own, which
-any process or machine may do, and the bank is put together from what they left. Trained together
-with the anchor, all subtrees are one job, and now and then a generic block stands in for the one
-fetched. Sentences of one path are packed into rows of `context` tokens, each sentence apart from
-the others by its positions; the loss is on completions only.
+Blocks are kept in float32, and the anchor as well where it is trained: steps of AdamW are lost on
+bfloat16. With a frozen anchor, the model itself, each subtree of the first level is a job of its
+own, which any process or machine may do, and the bank is put together from what they left. Trained
+together with the anchor, all subtrees are one job, and now and then a generic block stands in for
+the one fetched. Sentences of one path are packed into rows of `context` tokens, each sentence apart
+from the others by its positions; the loss is on completions only.
 
 Source: arXiv 2510.02375, section 3.3: AdamW (0.9, 0.95), cosine, clipped at 1.
 """
@@ -52,7 +53,9 @@ def loss(model: Model, batch: Sequence[Row], below: Lower | None = None) -> torc
         torch.stack([getattr(row, name) for row in batch]).to(model.device)
         for name in ("ids", "targets", "positions")
     )
-    given = {"inputs_embeds": below.states(ids, positions)} if below else {"input_ids": ids}
+    given = {"input_ids": ids}
+    if below:
+        given = {"inputs_embeds": below.states(ids, positions).to(model.dtype)}
     with lower.only(model.weights, below.first) if below else nullcontext():
         out = model.weights.base_model(**given, position_ids=positions, use_cache=False)
     states = out.last_hidden_state
@@ -86,8 +89,9 @@ class Training:
         self.files = [self.folder / shards.name(node) for node in self.nodes]
         self.steps = recipe.epochs * math.ceil(len(self.data) / recipe.batch)
         self.base, self.model, self.below = model, model, below
-        if recipe.anchor_rate:
-            self.model = replace(model, weights=models.twin(model.weights, torch.float32).train())
+        if recipe.anchor_rate or model.dtype == torch.float16:  # too small for gradients
+            weights = models.twin(model.weights, torch.float32).train(bool(recipe.anchor_rate))
+            self.model = replace(model, weights=weights)
         self.model.weights.requires_grad_(bool(recipe.anchor_rate))
         self.named: dict[str, torch.nn.Parameter] = {}
         for node in self.nodes:

@@ -1,8 +1,9 @@
 """Supervised fine-tuning on traces, by TRL: full weights or LoRA, resumed after a kill.
 
-A training is named by all that determines it. Its folder holds checkpoints while it runs, then
-`model` (safetensors, loaded by `kit.models.load`) with `card.json` beside the weights, and the log
-of its steps in `history.json`; of the steps that are to be compared on the validation split,
+Weights are kept in float32, and multiplied under autocast where the dtype of this machine is
+bfloat16. A training is named by all that determines it. Its folder holds checkpoints while it runs,
+then `model` (safetensors, loaded by `kit.models.load`) with `card.json` beside the weights, and the
+log of its steps in `history.json`; of the steps that are to be compared on the validation split,
 `step-N` like `model`. Every arm takes the same number of steps of the same batch.
 """
 
@@ -86,7 +87,8 @@ def sft(
     datasets.disable_progress_bars()
     model = models.load(base, dtype="float32", device=device)
     data = digest([[e["input_ids"], e["completion_mask"]] for e in examples], 12)
-    place = Path(folder) / digest(["sft", model.weights_hash, data, identity(recipe), VERSIONS], 12)
+    parts = ["sft", model.weights_hash, data, identity(recipe), computed(model), VERSIONS]
+    place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
     trainer = SFTTrainer(
@@ -104,6 +106,11 @@ def sft(
 def identity(recipe) -> dict:
     """What of a recipe names its training: not how many sequences are read at once."""
     return asdict(recipe) | {"micro_batch": None}
+
+
+def computed(model: models.Model) -> str:
+    """The dtype that the device of `model` computes in, whatever its weights are kept in."""
+    return str(models.default_dtype(model.device)).removeprefix("torch.")
 
 
 def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
@@ -125,7 +132,7 @@ def common(recipe, model: models.Model, place: Path) -> dict:
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
         learning_rate=recipe.learning_rate,
-        bf16=models.default_dtype(model.device) == torch.bfloat16,
+        bf16=computed(model) == "bfloat16",
         use_cpu=cpu,
         gradient_checkpointing=not cpu,
         dataloader_pin_memory=not cpu,

@@ -192,8 +192,8 @@ def _attend(module, query, keys, values) -> torch.Tensor:
     """What queries [n, m, heads * head_dim], positions left out, read of learned keys and values
     [n, pairs, kv_heads * head_dim]; heads share them in groups, as those of the text."""
     heads = (-1, module.head_dim)
-    keys, values = (x.unflatten(-1, heads).transpose(1, 2) for x in (keys, values))
-    query = getattr(module, "q_norm", nn.Identity())(query.unflatten(-1, heads))
-    query = query.unflatten(2, (keys.shape[1], -1))  # [n, m, kv_heads, group, head_dim]
-    scores = torch.einsum("nmhgd,nhpd->nmhgp", query, keys) * module.scaling
-    return torch.einsum("nmhgp,nhpd->nmhgd", scores.softmax(-1), values).flatten(2)
+    query, keys, values = (x.unflatten(-1, heads).transpose(1, 2) for x in (query, keys, values))
+    query = getattr(module, "q_norm", nn.Identity())(query)
+    how = dict(scale=module.scaling, enable_gqa=True)
+    read = nn.functional.scaled_dot_product_attention(query, keys, values, **how)
+    return read.transpose(1, 2).flatten(2)

@@ -183,6 +183,14 @@ def test_steps_that_bfloat16_does_not_hold_are_kept(recipe, tmp_path):
     assert norms and set(norms) <= set(moved), "all of which are 1"
 
 
+def test_gradients_of_a_float16_model_are_float32(tmp_path):
+    """A step's mean over a thousand tokens would lie below the least number of float16."""
+    training = dms.Training(toy("llama", "float16"), tokens(4, 48), LAPTOP, tmp_path)
+    assert training.model.dtype == torch.float16 and training.student.dtype == torch.float32
+    training.step()
+    assert all(linear.weight.grad.all() for linear in training.evictor.linear)
+
+
 @pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
 def test_a_killed_training_ends_like_an_undisturbed_one(recipe, dtype, tmp_path):
     data = tokens(5, 48)

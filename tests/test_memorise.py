@@ -150,6 +150,17 @@ def test_a_killed_job_ends_as_an_undisturbed_one(tiny, shape, data, tmp_path):
     assert not (again.folder / "state.safetensors").exists()
 
 
+def test_a_float16_model_has_the_gradients_of_float32(tiny_folder, shape, data, tmp_path):
+    half, steps = loaded(tiny_folder, "float16"), []
+    for model in (
+        half,
+        dataclasses.replace(half, weights=models.twin(half.weights, torch.float32)),
+    ):
+        steps.append(Training(model, shape, [0], data, QUICK, tmp_path).step())
+    for name in ("loss", "gradient_norm"):
+        assert steps[0][name] == pytest.approx(steps[1][name], rel=1e-6)
+
+
 def test_together_with_the_anchor_both_learn_and_some_rows_read_the_generic_block(
     tiny, shape, data, tmp_path
 ):

@@ -11,6 +11,7 @@ import torch
 from kit import budget, decode, paths, problems, prompts, stages, sweep
 from kit.store import Store
 from kit.sweep import Grid, Run
+from tests.conftest import loaded
 
 SUMS = problems.load("laptop", "test", families=["chain_sum"], levels=[1]).problems[:4]
 PLAIN = prompts.build(prompts.plain, SUMS)
@@ -52,7 +53,8 @@ def test_the_profiles_sweep_as_much_as_they_should():
     assert sizes["laptop"] >= 200 and sizes["workstation"] >= 1_700
 
 
-def test_every_shorter_budget_is_what_a_run_of_its_own_would_say(tiny, tmp_path):
+def test_every_shorter_budget_is_what_a_run_of_its_own_would_say(tiny_folder, dtype, tmp_path):
+    tiny = loaded(tiny_folder, dtype)
     for run in GRID.runs:
         found = sweep.generate(tiny, run, GRID, PLAIN, Store(tmp_path / "a"), 2, report=quiet)
         assert len(found) == 4 * 2 * 3
@@ -81,7 +83,8 @@ def test_what_is_stored_is_not_generated_again_and_order_does_not_matter(
     assert again.equals(table) and np.array_equal(same, outcomes)
 
 
-def test_a_scenario_costs_what_the_ledger_says(tiny, tmp_path):
+def test_a_scenario_costs_what_the_ledger_says(tiny_folder, dtype, tmp_path):
+    tiny = loaded(tiny_folder, dtype)
     grid = Grid(bits=(16, 8), kv_bits=(16, 4), tokens=(4, 8), widths=(1, 3))
     table, *_ = swept(tiny, grid, tmp_path)
     a = budget.architecture(tiny.weights.config)

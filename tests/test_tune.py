@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from kit import energy, models, prompts, traces, tune, watch
 from kit.schema import Problem
 from kit.tune import Recipe
+from tests import rounding
 
 QUICK = Recipe(steps=6, batch=4, micro_batch=2, learning_rate=1e-3, save_every=2)
 
@@ -84,27 +85,35 @@ def examples(model, count: int = 12) -> list[dict]:
     return traces.sequences(model, rows, [prompts.plain(problem(name)) for name in names])
 
 
-def by_hand(model, batch: list[dict]) -> float:
-    """Mean cross-entropy of all completion tokens of the batch."""
-    total, count = 0.0, 0
+@torch.no_grad()
+def nats(model, batch: list[dict]) -> torch.Tensor:
+    """Cross-entropy of each completion token of the batch."""
+    found = []
     for example in batch:
-        ids = torch.tensor(example["input_ids"])
-        with torch.no_grad():
-            logp = model.weights(ids[None]).logits[0].log_softmax(-1)
-        nats = -logp[:-1].gather(-1, ids[1:, None])[:, 0]
-        mask = torch.tensor(example["completion_mask"][1:]).bool()
-        total, count = total + float(nats[mask].sum()), count + int(mask.sum())
-    return total / count
+        ids, mask = (torch.tensor(example[name]) for name in ("input_ids", "completion_mask"))
+        logp = model.weights(ids[None]).logits[0].log_softmax(-1)
+        found.append(-logp[:-1].gather(-1, ids[1:, None])[:, 0][mask[1:].bool()])
+    return torch.cat(found)
+
+
+def by_hand(model, batch: list[dict]) -> float:
+    return float(nats(model, batch).mean())
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_training_lowers_the_loss_that_is_computed_by_hand(tiny, tiny_folder, tmp_path, rank):
+def test_training_lowers_the_loss_that_is_computed_by_hand(
+    tiny, tiny_folder, tmp_path, rank, dtype, monkeypatch
+):
+    monkeypatch.setenv("KIT_DTYPE", dtype)
     data = examples(tiny, 4)
+    rounded = dataclasses.replace(tiny, weights=models.twin(tiny.weights, getattr(torch, dtype)))
+    plain, right = (nats(model, data) for model in (rounded, rounding.exact(tiny)))
     recipe = dataclasses.replace(QUICK, steps=20, learning_rate=5e-3, lora_rank=rank, save_every=50)
     place = tune.sft(str(tiny_folder), data, recipe, tmp_path)
     log = tune.history(place)
     assert [row["step"] for row in log] == list(range(1, 21))
-    assert log[0]["loss"] == pytest.approx(by_hand(tiny, data), rel=1e-3)
+    off = rounding.tolerance(plain, right)
+    assert log[0]["loss"] == pytest.approx(float(right.mean()), abs=off)
     trained = models.load(str(place), dtype="float32")
     assert by_hand(trained, data) < 0.9 * log[0]["loss"]
     assert by_hand(trained, data) == pytest.approx(log[-1]["loss"], rel=0.1), "as it was trained"
@@ -112,7 +121,9 @@ def test_training_lowers_the_loss_that_is_computed_by_hand(tiny, tiny_folder, tm
     assert not (place.parent / "checkpoints").exists()
 
 
-def test_a_killed_training_goes_on_and_ends_the_same(tiny, tiny_folder, tmp_path):
+def test_a_killed_training_goes_on_and_ends_the_same(tiny, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_DTYPE", "bfloat16")
+
     class Killed(Exception):
         pass
 
@@ -136,6 +147,8 @@ def test_a_killed_training_goes_on_and_ends_the_same(tiny, tiny_folder, tmp_path
     assert tune.sft(str(tiny_folder), data, QUICK, tmp_path / "cut", lambda f: 1 / 0) == cut
     other = dataclasses.replace(QUICK, seed=1)
     assert tune.sft(str(tiny_folder), data, other, tmp_path / "cut") != cut
+    monkeypatch.setenv("KIT_DTYPE", "float32")
+    assert tune.sft(str(tiny_folder), data, QUICK, tmp_path / "cut") != cut, "computed otherwise"
 
 
 def test_models_of_several_steps_are_kept_to_choose_from(tiny, tiny_folder, tmp_path):
