@@ -5,6 +5,11 @@ A Pool allocates what its table uses and a sixteenth at most to spare; slots are
 are stored in fewer bits than it computes in, and joins the blocks of a unit by their softmax
 weights, as paged and flash decoding do (arXiv 2309.06180, 2205.14135).
 
+What is rounded where, here, in `attention`, in `kernels` and wherever else the kit attends:
+queries, keys and values have what the model's dtype holds; scores, the softmax over them, and all
+sums and joins are float32 at least; what a layer reads is rounded once, to the model's dtype. So a
+text read in two ways differs by rounding alone, and as little as fused kernels allow.
+
 Axes: u units in this step, n blocks in use, Z slots per block, Hs KV heads in a block,
       G query heads per KV head, D head size.
 """
@@ -45,7 +50,12 @@ class Pool:
                 self.arrays[i][:have] = array
 
     def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store keys and values [k, Hs, D] in flat slots [k]."""
+        """Store keys and values [k, Hs, D] in flat slots [k]; ValueError for another dtype."""
+        if unlike := {key.dtype, value.dtype} - {self.arrays[0].dtype}:
+            raise ValueError(
+                f"A layer hands over {unlike.pop()}, the weights and the KV cache are "
+                f"{self.arrays[0].dtype}; decode without autocast, and a model in one dtype."
+            )
         self.put(slots, [key, value])
 
     def put(self, slots: torch.Tensor, rows: list[torch.Tensor]) -> None:

@@ -118,7 +118,7 @@ def decode(
     read = _Read(batching.prefixes(prompts) if cache.shares_prefixes and not bank else {})
     wider = Wider.empty(model.weights, bank.shape, batch_size) if bank else None
     memory = wider.attached() if bank else nullcontext()
-    with slots_attached(model), policy.attached(model.weights), memory:
+    with slots_attached(model), policy.attached(model.weights), memory, _unmixed(model):
         while waiting or running or cut:
             free = [place for place in range(batch_size) if place not in running]
             for place, (sequence, saved) in zip(free, cut):
@@ -149,6 +149,11 @@ def decode(
         replace(done[i, None], forced=tuple(done.get((i, at)) for at in forcing.cuts))
         for i in range(len(requests))
     ]
+
+
+def _unmixed(model: Model):
+    """No autocast inside this block: the dtype of the weights says what is computed in."""
+    return torch.autocast(model.device.type, enabled=False)
 
 
 def _charged(done: dict, drawn: float | None) -> dict:

@@ -73,7 +73,7 @@ def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFr
     read the same text is rounding, not a difference.
     """
     wide = torch.float64 if model.dtype == torch.float32 else torch.float32
-    exact = dataclasses.replace(model, weights=models.twin(model.weights).to(wide))
+    exact = dataclasses.replace(model, weights=models.twin(model.weights, wide))
     heads, found = (model.weights.lm_head.weight, exact.weights.lm_head.weight), []
     for row in ids.to(model.device):
         pair = (_whole(each, row, prompt) for each in (model, exact))

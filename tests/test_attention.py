@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from kit import attention
 from kit.attention import evicting_attention
 from kit.slots import MASKED
+from tests import rounding
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -62,3 +63,16 @@ def test_open_gates_are_causal_attention_and_closed_ones_a_window():
     windowed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **sdpa)
     found = evicting_attention(query, key, value, gate + MASKED, 5, 0.3)
     torch.testing.assert_close(found, windowed)
+
+
+def test_scores_are_not_rounded_to_the_dtype_of_the_model(dtype):
+    """Peaked attention: scores of tens, which bfloat16 would round by tenths."""
+    kind = getattr(torch, dtype)
+    query, key, value = (drawn(1, n, 40, 8, seed=n).detach().to(kind) for n in (6, 2, 2))
+    query, gate = query * 16, torch.zeros(1, 2, 40)
+    sdpa = dict(is_causal=True, scale=0.3, enable_gqa=True)
+    plain, right = (
+        F.scaled_dot_product_attention(*(x.to(each) for x in (query, key, value)), **sdpa)
+        for each in (kind, torch.float64)
+    )
+    rounding.assert_close(evicting_attention(query, key, value, gate, 5, 0.3), plain, right)

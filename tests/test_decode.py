@@ -436,3 +436,10 @@ def test_half_precision_parts_from_transformers_only_where_rounding_decides(shap
         theirs = generate(model, asked.prompt_ids, NEW)
         assert_same_greedy(model, asked.prompt_ids, one.token_ids, theirs)
         assert one.kv_peak_bytes == one.kv_peak_tokens * 2 * 4 * HEADS[shape] * 16 * 2
+
+
+def test_an_autocast_around_it_changes_nothing(dtype):
+    model, asked = models.load("random:llama", dtype=dtype), [request(9, 0), request(4, 1)]
+    out = untimed(decode(model, asked, Sampling(max_new_tokens=6)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert untimed(decode(model, asked, Sampling(max_new_tokens=6))) == out

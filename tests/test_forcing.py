@@ -9,14 +9,15 @@ from kit.decode import Request, decode
 from kit.forcing import Forcing
 from kit.quantise import Quantised
 from kit.schema import Sampling
+from tests.rounding import assert_same_greedy
 
 ASK, CUTS, NEW = (7, 8, 9), (4, 9, 16), 16
 FORCING = Forcing(CUTS, ASK, 5)
 REQUESTS = [Request(tuple(range(3 + i, 20 + 2 * i)), f"p{i}", i % 2) for i in range(5)]
 
 
-def model(family: str, stops=None):
-    found = models.load(f"random:{family}", dtype="float64")
+def model(family: str, stops=None, dtype: str = "float64"):
+    found = models.load(f"random:{family}", dtype=dtype)
     found.weights.generation_config.eos_token_id = stops
     return found
 
@@ -36,6 +37,18 @@ def test_an_answer_is_what_the_text_so_far_and_the_question_for_it_give(family):
             (alone,) = decode(tiny, [Request(request.prompt_ids + ids)], Sampling(5))
             assert forced.token_ids == ids + alone.token_ids
             assert forced.new_tokens == cut + 3 + 5 and forced.finish == "length"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_fewer_bits_an_answer_parts_only_where_rounding_decides(family):
+    tiny = model(family, dtype="bfloat16")
+    for request, whole in zip(REQUESTS, decode(tiny, REQUESTS, Sampling(NEW), 2, forcing=FORCING)):
+        for cut, forced in zip(CUTS, whole.forced, strict=True):
+            ids = (*whole.token_ids[:cut], *ASK)
+            assert forced.token_ids[: len(ids)] == ids
+            read = request.prompt_ids + ids
+            (alone,) = decode(tiny, [Request(read)], Sampling(5))
+            assert_same_greedy(tiny, read, forced.token_ids[len(ids) :], alone.token_ids)
 
 
 def memories():

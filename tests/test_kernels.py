@@ -14,11 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
+from tests import rounding
+
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 FREE = -1e30
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Per case: KV heads per block, query heads per KV head, head size, slots per block, blocks in use
 # of each unit, width of the table.
 RAGGED = (1, 2, 128, 16, (40, 0, 1, 17, 9), 44)
@@ -70,32 +72,38 @@ def build(case, dtype, device="cpu") -> dict:
     return {name: tensor.to(device) for name, tensor in arguments.items()}
 
 
-def oracle(query, keys, values, bias, table, count) -> torch.Tensor:
-    """Softmax attention in float64, one query head at a time over a list of live slots."""
-    out = torch.zeros(query.shape, dtype=torch.float64)
+def oracle(query, keys, values, bias, table, count, kind=torch.float64) -> torch.Tensor:
+    """Softmax attention computed in `kind`, one query head at a time over a list of live slots."""
+    out = torch.zeros(query.shape, dtype=kind)
     for unit, blocks in enumerate(count.tolist()):
         for head in range(query.shape[1]):
             live = [
-                (keys[number, head, slot].double(), values[number, head, slot].double())
+                (keys[number, head, slot].to(kind), values[number, head, slot].to(kind))
                 for number in table[unit, :blocks].tolist()
                 for slot in range(keys.shape[2])
                 if bias[number, slot] == 0
             ]
             for row in range(query.shape[2] if live else 0):
-                q = query[unit, head, row].double()
+                q = query[unit, head, row].to(kind)
                 weight = torch.stack([key @ q for key, _ in live]).softmax(0)
                 out[unit, head, row] = weight @ torch.stack([value for _, value in live])
     return out
 
 
 def worst_error(case, dtype, device="cpu", **changes) -> float:
-    """Largest difference between kernel and oracle; nan counts as infinite."""
+    """Largest difference between kernel and oracle, in what the dtype may miss; nan counts as
+    infinite."""
     from kit.kernels import paged_attention
 
     arguments = {**build(case, dtype), **changes}
     out = paged_attention(**{name: x.to(device) for name, x in arguments.items()})
     assert out.dtype == torch.float32
-    return (out.cpu() - oracle(**arguments)).abs().nan_to_num(torch.inf).max().item()
+    return missed(out.cpu(), oracle(**arguments, kind=dtype), oracle(**arguments))
+
+
+def missed(out, plain, right) -> float:
+    error = (out - right).abs().nan_to_num(torch.inf).max().item()
+    return error / rounding.tolerance(plain, right)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,7 @@ def _start() -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), CHECKS, ids=str)
 def test_equals_softmax_over_live_slots(interpreter, name, dtype):
-    assert interpreter(worst_error, CASES[name], dtype) < TOLERANCE[dtype]
+    assert interpreter(worst_error, CASES[name], dtype) <= 1
 
 
 @pytest.mark.parametrize("name", ["ragged", "one chunk"])
@@ -160,40 +168,47 @@ def test_takes_a_sliced_table_long_indices_and_a_mixed_query(interpreter):
         count=arguments["count"].long(),
         query=arguments["query"].float().transpose(2, 3).contiguous().transpose(2, 3),
     )
-    assert interpreter(worst_error, RAGGED, torch.float16, **changes) < TOLERANCE[torch.float16]
+    assert interpreter(worst_error, RAGGED, torch.float16, **changes) <= 1
 
 
 @pytest.mark.parametrize(("model", "kept"), [("llama", None), ("gemma3", 9)])
-def test_reads_the_slot_cache_as_the_cpu_path_does(interpreter, model, kept):
-    assert interpreter(cache_error, model, kept) < 1e-5
+def test_reads_the_slot_cache_as_the_cpu_path_does(interpreter, model, kept, dtype):
+    assert interpreter(cache_error, model, kept, dtype) <= 1
 
 
-def cache_error(model: str, kept: int | None) -> float:
-    """Largest difference from the CPU path in a decoding with prompts of different lengths, with
-    refill, and with ragged eviction where `kept` is given."""
+def cache_error(model: str, kept: int | None, dtype: str) -> float:
+    """Largest difference from the CPU path in float64, in what that path misses with its query and
+    result in the dtype: in a decoding with prompts of different lengths, with refill, and with
+    ragged eviction where `kept` is given."""
     from kit import blocks, decode, models
     from kit.kernels import paged_attention
     from kit.policies import Full, Knorm
     from kit.schema import Sampling
 
-    on_cpu, errors = blocks.attend, []
+    on_cpu, found, plain, right = blocks.attend, [], [], []
 
     def both(query, pool, step, plane, *rest):
         want, probability = on_cpu(query, pool, step, plane, *rest)
         used, table = step.table.used[plane], step.table
         keys, values = (array[:used] for array in pool.arrays)
-        found = [table.bias[plane, :used], step.blocks[plane], step.count[plane]]
-        errors.append((paged_attention(query, keys, values, *found) - want).abs().max().item())
+        rest = [table.bias[plane, :used], step.blocks[plane], step.count[plane]]
+        assert query.dtype == torch.float32, (
+            "the branch for CUDA asks for it, whatever the model is"
+        )
+        found.append(paged_attention(query, keys, values, *rest).flatten())
+        rounded = query.to(keys.dtype).to(query.dtype)
+        plain.append(on_cpu(rounded, pool, step, plane)[0].to(keys.dtype).flatten())
+        right.append(on_cpu(query.double(), pool, step, plane)[0].flatten())
         return want, probability
 
     requests = [decode.Request(tuple(range(1, 1 + n)), str(n)) for n in (40, 11, 2)]
     policy = Full() if kept is None else Knorm(kept_tokens=kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "attend", both)
-        tiny = models.load(f"random:{model}", dtype="float32", device="cpu")
+        tiny = models.load(f"random:{model}", dtype=dtype, device="cpu")
         decode.decode(tiny, requests, Sampling(max_new_tokens=4), 2, policy=policy)
-    assert len(errors) >= 2 * 3 * 4  # rounds of requests, steps after the first token, layers
-    return max(errors)
+    assert len(found) >= 2 * 3 * 4  # rounds of requests, steps after the first token, layers
+    return missed(*map(torch.cat, (found, plain, right)))
 
 
 def test_chunks_follow_from_shapes():
@@ -291,10 +306,10 @@ def test_the_joining_kernel_compiles_without_spilling(compiled):
 
 
 @cuda
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_softmax_on_the_gpu(name, dtype):
-    assert worst_error(CASES[name], dtype, "cuda") < TOLERANCE[dtype]
+    assert worst_error(CASES[name], dtype, "cuda") <= 1
 
 
 @cuda
@@ -309,5 +324,5 @@ def test_a_cuda_graph_sees_new_counts():
         out = paged_attention(**arguments)
     arguments["count"] -= torch.tensor((7, 0, 1, 3, 0), dtype=torch.int32, device="cuda")
     graph.replay()
-    want = oracle(**{name: x.cpu() for name, x in arguments.items()})
-    assert (out.cpu() - want).abs().max() < TOLERANCE[torch.bfloat16]
+    arguments = {name: x.cpu() for name, x in arguments.items()}
+    assert missed(out.cpu(), oracle(**arguments, kind=torch.bfloat16), oracle(**arguments)) <= 1

@@ -9,6 +9,7 @@ import torch
 from kit import models
 from kit.kv import SlotCache, layer_windows
 from kit.slots import MASKED, Table
+from tests import rounding
 
 SHAPES = sorted(models.RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
 
@@ -137,18 +138,19 @@ class Dense:
         self.windows = windows
         self.kept: dict[tuple[int, int], list] = {}  # (sequence, layer) -> [(key, value)] [H, D]
 
-    def attend(self, sequence: int, layer: int, query, key, value, scale: float) -> torch.Tensor:
-        """One token: query [H*G, D], key and value [H, D]; returns [H*G, D]."""
+    def attend(self, sequence: int, layer: int, query, key, value, scale: float) -> list:
+        """One token: query [H*G, D], key and value [H, D]; returns [H*G, D] in their dtype, and
+        in float64."""
         tokens = self.kept.setdefault((sequence, layer), [])
         tokens.append((key, value))
         window = self.windows[layer]
         seen = tokens if window is None else tokens[-window:]
-        group = len(query) // len(key)
-        heads = []
-        for head, q in enumerate(query):
-            keys, values = (torch.stack([t[i][head // group] for t in seen]) for i in (0, 1))
-            heads.append(torch.softmax(keys @ q * scale, 0) @ values)
-        return torch.stack(heads)
+        keys, values = (torch.stack([t[i] for t in seen], 1) for i in (0, 1))  # [H, t, D]
+        query = query.unflatten(0, (len(key), -1))
+        found = []
+        for q, k, v in ((query, keys, values), (query.double(), keys.double(), values.double())):
+            found.append((torch.softmax(q @ k.transpose(1, 2) * scale, -1) @ v).flatten(0, 1))
+        return found
 
     def copy(self, sequence: int, to: int) -> None:
         for layer in range(len(self.windows)):
@@ -177,9 +179,10 @@ class Crowd:
         cache, count = self.cache, len(owners)
         # Sequences of very different size: a key or value read from a neighbour cannot hide.
         size = 10.0 ** torch.tensor(owners, dtype=torch.float64)[:, None]
+        size = size.to(cache.dtype)
         for layer in range(len(self.dense.windows)):
             query, key, value = (
-                torch.randn(n, count, cache.head_dim, dtype=torch.float64, generator=self.noise)
+                torch.randn(n, count, cache.head_dim, dtype=cache.dtype, generator=self.noise)
                 for n in (self.heads, cache.heads, cache.heads)
             )
             query, key, value = query / size, key * size, value * size
@@ -187,8 +190,11 @@ class Crowd:
             assert out.shape == (1, count, self.heads, cache.head_dim)
             for at, owner in enumerate(owners):
                 token = query[:, at], key[:, at], value[:, at]
-                expected = self.dense.attend(owner, layer, *token, self.SCALE)
-                torch.testing.assert_close(out[0, at], expected, rtol=1e-9, atol=0)
+                plain, right = self.dense.attend(owner, layer, *token, self.SCALE)
+                if cache.dtype == torch.float64:
+                    torch.testing.assert_close(out[0, at], right, rtol=1e-9, atol=0)
+                else:
+                    rounding.assert_close(out[0, at], plain, right)
 
     def some_free(self) -> list[int]:
         free = [place for place in range(self.PLACES) if place not in self.lengths]
@@ -244,9 +250,10 @@ class Crowd:
         return [sum(min(end, window) for window in windows) / len(windows) for end in ends]
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attend_equals_dense_softmax_while_sequences_come_and_go(wide, shape):
-    crowd = Crowd(wide[shape], seed=1)
+def test_attend_equals_dense_softmax_while_sequences_come_and_go(shape, dtype):
+    crowd = Crowd(models.load(f"random:{shape}", dtype=dtype).weights, seed=1)
     for _ in range(45):
         act, room = crowd.rng.random(), len(crowd.lengths) < crowd.PLACES
         if not crowd.lengths or (room and act < 0.15):
@@ -305,3 +312,11 @@ def test_layers_of_another_kind_are_refused(wide):
     config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(ValueError, match="chunked_attention.*not supported"):
         layer_windows(config)
+
+
+def test_keys_in_another_dtype_than_the_weights_are_refused(wide):
+    cache = SlotCache(wide["llama"], 1)
+    cache.prefill([[0]], [3])
+    key = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="hands over torch.bfloat16, .*cache are torch.float64"):
+        cache.attend(1, key, key, key, 1.0)
