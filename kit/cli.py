@@ -8,13 +8,12 @@ results/07_verdicts.json as notebook 07 left them.
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 from collections import Counter
 from pathlib import Path
 
-from kit import pipeline, refusals, stages
+from kit import pipeline, refusals, stages, summary
 from kit.paths import PUBLISHED, run_dir
 from kit.preflight import preflight
 from kit.provenance import unusable_gpu
@@ -57,30 +56,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_profile() -> str:
-    """workstation where torch sees a CUDA GPU, otherwise laptop; a GPU that torch cannot use is
-    refused, not passed over."""
+    """quick, whatever the machine; a GPU that torch cannot use is refused, not passed over."""
     if why := unusable_gpu():
         raise Refused(why, 2)
-    if shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
-        import torch  # 1.5 s, so only where a driver is
-
-        if torch.cuda.is_available():
-            return "workstation"
-    return "laptop"
+    return "quick"
 
 
 def _reproduce(profile: str, args: argparse.Namespace) -> int:
     pipeline.say(f"profile {profile}")
     every = stages.load_stages(profile)
-    states = [stages.freshness(stage, every[:i])[0] for i, stage in enumerate(every)]
-    if args.force or args.from_ or set(states) != {"fresh"}:
+    chosen = stages.select(every, args.from_, args.only)
+    forced = chosen if args.force else chosen[:1] if args.from_ else []
+    todo = [stage for stage in chosen if stage in forced
+            or stages.freshness(stage, every[: every.index(stage)])[0] != "fresh"]  # fmt: skip
+    times = {}
+    if todo:
         preflight(profile, force=args.force)
+        times = summary.estimated(profile, todo)
     how = dict(from_=args.from_, only=args.only, force=args.force, keep_going=args.keep_going)
-    code = pipeline.run(profile, **how)
+    code = pipeline.run(profile, **how, expected=times, after=summary.after(todo, times))
     if code == 0 or (code == pipeline.FAILED and args.keep_going):
-        print_verdicts(profile)
-        print_reference(profile)
+        if chosen[-1].judges:
+            print_verdicts(profile)
+            print_reference(profile)
         print_paths(profile)
+        summary.larger(profile)
     return code
 
 
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("verify", "diff"):
             made[name].set_defaults(profile="laptop")
         else:
-            made[name].add_argument("--profile", help="laptop, workstation, ... (default: by GPU)")
+            made[name].add_argument("--profile", help="tour, laptop, ... (default: quick)")
         if name in ("status", "advise", "verify", "diff"):
             made[name].add_argument("--json", action="store_true", help="for a script")
     reproduce, advise = made["reproduce"], made["advise"]

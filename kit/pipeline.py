@@ -11,10 +11,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from kit import provenance
 from kit.paths import NOTEBOOKS, OUTPUTS
@@ -38,13 +39,17 @@ def run(
     only: str | None = None,
     force: bool = False,
     keep_going: bool = False,
+    expected: Mapping[str, float] = MappingProxyType({}),
+    after: Callable[[Stage], None] = lambda stage: None,
 ) -> int:
     """Bring the stages of a profile up to date and return the exit status.
 
     0 when all asked for is fresh, 1 when a stage failed, 130 after Ctrl-C. With `keep_going` the
     stages after a failed one run too: they stand alone, but for the one that judges what there is
-    (`Stage.judges`). Raises Refused for what the caller must change (profile, stage, a second
-    run), OSError where the disk is full or a folder cannot be written.
+    (`Stage.judges`). `expected` has seconds by stage, for the progress line; `after` is called
+    when a stage is done, and where `only` one is asked for also if it was. Raises Refused for what
+    the caller must change (profile, stage, a second run), OSError where the disk is full or a
+    folder cannot be written.
     """
     stages = load_stages(profile, notebooks_dir.resolve(), outputs_dir.resolve())
     chosen, failed = select(stages, from_, only), []
@@ -53,21 +58,26 @@ def run(
             earlier = stages[: stages.index(stage)]
             label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
             forced = force or (bool(from_) and stage is chosen[0])
-            if not forced and freshness(stage, earlier)[0] == "fresh":
+            if fresh := not forced and freshness(stage, earlier)[0] == "fresh":
                 say(f"{label}  up to date")
-            elif code := _run_stage(stage, earlier, label):
+            elif code := _run_stage(stage, earlier, label, expected.get(stage.name)):
                 failed.append(stage.name)
                 if code != FAILED or not keep_going:
                     return code
+                continue
+            if only or not fresh:
+                after(stage)
     if failed:
         say(f"failed: {', '.join(failed)}; the others went on without")
     return FAILED if failed else 0
 
 
-def _run_stage(stage: Stage, earlier: list[Stage], label: str) -> int:
+def _run_stage(
+    stage: Stage, earlier: list[Stage], label: str, expected: float | None = None
+) -> int:
     """Exit status of one stage; says on the terminal how it goes and how it ended."""
     done = stage.status()
-    line = Line(label, len(stage.cells), done["wall_seconds"] if done else None)
+    line = Line(label, len(stage.cells), done["wall_seconds"] if done else expected)
     try:
         return _execute(stage, earlier, line)
     except KeyboardInterrupt:
@@ -171,7 +181,7 @@ class Line:
         self.cell = 0
         self.terminal = sys.stdout.isatty()
         if not self.terminal:
-            before = f" (last time {clock(last_seconds)})" if last_seconds else ""
+            before = f" (about {clock(last_seconds)})" if last_seconds else ""
             say(f"{label}  started{before}")
 
     def tick(self, cell: int) -> None:

@@ -145,7 +145,7 @@ def _section(place: Path) -> str:
     for row in run.verdicts.values():
         if row["measured"]:
             claim = known[row["claim"]]
-            command = f"`make reproduce ONLY={claim.notebook[:2]}`"
+            command = f"`make reproduce PROFILE={place.name} ONLY={claim.notebook[:2]}`"
             rows.append([claim.statement, row["published"], _shown(row),
                          f"*{row['verdict']}*", command])  # fmt: skip
     counts = Counter(row["verdict"] or UNMEASURED for row in run.verdicts.values())

@@ -34,9 +34,9 @@ def project(tmp_path_factory) -> Path:
     (root / "notebooks" / "profiles").mkdir(parents=True)
     keys = ("claim", "system", "published", "measured", "verdict")
     rows = [dict(zip(keys, row, strict=True), reason="because") for row in VERDICTS]
-    code = f"save_results('07_verdicts', {{'verdicts': {rows}}}, PROFILE)"
+    code = f"load_results(PROFILE)\nsave_results('07_verdicts', {{'verdicts': {rows}}}, PROFILE)"
     cells = [new_code_cell("PROFILE = 'tour'\nSECONDS = 0")]
-    cells.append(new_code_cell(f"from kit.notebook import save_results\n{code}"))
+    cells.append(new_code_cell(f"from kit.notebook import load_results, save_results\n{code}"))
     cells.append(new_code_cell("import time\ntime.sleep(SECONDS)"))
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(new_notebook(cells=cells), root / "notebooks" / "07_verdicts.ipynb")
@@ -187,12 +187,13 @@ def test_help_documents_the_exit_statuses(capsys):
     assert all(f"\n  {code} " in said for code in (0, 1, 2, 3, 130))
 
 
-@pytest.mark.parametrize(("cuda", "profile"), [(True, "workstation"), (False, "laptop")])
-def test_the_default_profile_is_what_torch_sees(monkeypatch, cuda, profile):
-    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: cuda))
+def test_the_default_profile_is_quick_with_a_gpu_and_without(monkeypatch):
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    assert cli.default_profile() == profile
+    assert cli.default_profile() == "quick"
+    card = {"name": "NVIDIA A40", "driver": "535.1", "memory_mib": 46_000}
+    monkeypatch.setattr(provenance, "gpus", lambda: [card])
+    assert cli.default_profile() == "quick"
 
 
 @pytest.mark.parametrize(

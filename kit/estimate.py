@@ -1,0 +1,177 @@
+"""How long the stages of a profile take on this machine: tokens counted, times rates measured.
+
+What a stage generates and trains follows from its parameters, as `WORK` counts it; how fast this
+machine does either is measured on the bundled model in a second or two. What is not counted
+(long prompts, answers that end early, figures) is in one factor per stage, see `FACTORS`.
+
+    python -m kit.estimate quick laptop     what `measured` returns, as JSON
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from math import log2
+from types import SimpleNamespace
+
+from kit.paths import ROOT
+from kit.stages import Stage, load_stages
+
+BILLIONS = 0.135  # parameters of the bundled model, on which the rates are measured
+# Seconds that a stage of the laptop profile took, over what its tokens make at the rates of that
+# machine; see the log book of 2026-11-26 for how well they fit another machine and profile.
+FACTORS = {"00_tour": 1.0, "01_baseline": 0.95, "02_strategies": 1.35, "03_dms": 1.8,
+           "04_phase2": 1.1, "05_parametric": 1.6, "06_memory_budget": 0.8}  # fmt: skip
+
+
+def measured(*profiles: str) -> dict:
+    """`rates` of this machine, and by profile and stage its `seconds` and the claims that it
+    `decides` of `all`; from a process of its own, which leaves neither torch nor a model behind.
+    {} where that fails: no run waits for its estimate."""
+    command = [sys.executable, "-m", "kit.estimate", *profiles]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+
+
+def rates() -> dict:
+    """`start`, seconds until a model is loaded; tokens per second `decoded` in a batch and
+    `trained` (forward and backward); `device` and `dtype`."""
+    began = time.perf_counter()
+    import torch
+
+    from kit import decode, memorise, models  # noqa: F401 (the imports of a notebook)
+    from kit.schema import Sampling
+
+    model = models.load(models.BUNDLED)
+    start = time.perf_counter() - began
+    asked = [decode.Request(tuple(range(100, 164)), f"{i}") for i in range(32)]
+    decode.decode(model, asked, Sampling(2))
+    began = time.perf_counter()
+    said = decode.decode(model, asked, Sampling(12))
+    decoded = sum(each.new_tokens for each in said) / (time.perf_counter() - began)
+    ids = torch.arange(100, 100 + 4 * 64, device=model.device).view(4, 64)
+    took = []
+    for _ in range(2):  # the first one warms up
+        began = time.perf_counter()
+        model.weights(input_ids=ids, labels=ids).loss.backward()
+        took.append(time.perf_counter() - began)
+    what = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"start": start, "decoded": decoded, "trained": ids.numel() / took[-1], **what}
+
+
+def seconds(stage: Stage, speed: dict) -> float:
+    """About how long a stage takes, all of it, at the `rates` of a machine."""
+    if stage.name not in WORK:
+        return 1.5 * speed["start"]
+    given = SimpleNamespace(**stage.parameters)
+    decoded, trained = WORK[stage.name](given)
+    spent = decoded / speed["decoded"] + trained / speed["trained"]
+    if stage.name != "01_baseline":  # which counts the sizes of its models itself
+        spent *= billions(getattr(given, "MODEL", "")) / BILLIONS
+    return 1.5 * speed["start"] + FACTORS[stage.name] * spent
+
+
+def billions(model: str) -> float:
+    """Parameters of a model by its name: 1.7 of "hub:Qwen/Qwen3-1.7B"."""
+    found = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model, re.IGNORECASE)
+    return float(found[1]) / (1000 if found[2] in "mM" else 1) if found else BILLIONS
+
+
+def answer(limit: int) -> float:
+    """Tokens of a mean answer that may have `limit`."""
+    return limit / 2 + 16
+
+
+def _baseline(given) -> tuple[float, float]:
+    weight = sum(billions(model) / BILLIONS for model in given.MODELS)
+    return weight * given.PROBLEMS * 2 * given.SAMPLES * answer(given.MAX_NEW_TOKENS), 0
+
+
+def _strategies(given) -> tuple[float, float]:
+    each, lesson = answer(given.MAX_NEW_TOKENS), 160
+    decoded = given.TRAIN * (each + lesson) + given.TEST * 9 * each
+    if given.FURTHER:  # 12 more arms, checks and samples, a loop; banks and a solver of their own
+        decoded += given.FURTHER * (19 * each + lesson) + given.TRAIN * (6 * each + lesson)
+    return decoded, 0
+
+
+def _dms(given) -> tuple[float, float]:
+    kinds, longest = 1 + len(given.COMPRESSIONS), max(given.MAX_NEW_TOKENS)
+    decoded = 2 * given.TEXTS * answer(longest)
+    decoded += 4 * given.PROBLEMS * kinds * sum(map(answer, given.MAX_NEW_TOKENS))
+    decoded += 4 * given.PROBLEMS * 4 * answer(longest)  # the rivals
+    decoded += (1 + 5 * len(given.COMPRESSIONS)) * given.HELD_OUT * given.CONTEXT
+    steps = log2(max(given.COMPRESSIONS)) * given.RAMP_STEPS + 2
+    return decoded, len(given.VARIANTS) * steps * given.CONTEXT
+
+
+def _phase2(given) -> tuple[float, float]:
+    from kit.recipes import RECIPES
+    from kit.rounds import ARMS, Plan
+    from kit.tune import Recipe
+
+    def of(recipe, table: dict):
+        changed = {name: value for name, value in table.items() if name != "seeds"}
+        return SimpleNamespace(**{**vars(recipe), **changed, "seeds": table["seeds"]})
+
+    plan, sft = Plan(**given.PLAN), of(Recipe(), given.SFT)
+    reinforced = of(RECIPES[given.GRPO_ON[0]], given.GRPO)
+    train, validation, test = given.PROBLEMS
+    each = answer(plan.max_new_tokens)
+    rolled = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
+    exams = 2 + len(ARMS) * sft.seeds + reinforced.seeds
+    decoded = train * plan.samples * (1 + given.ROUNDS) * each
+    decoded += (1.5 * exams + 2 * given.ROUNDS) * test * each + exams * validation * each
+    decoded += rolled * answer(reinforced.max_new_tokens)
+    trainings = len(ARMS) * sft.seeds + given.ROUNDS - 1
+    return decoded, trainings * sft.steps * sft.batch * 2 * each + rolled * 2 * each
+
+
+def _parametric(given) -> tuple[float, float]:
+    banks = 1 + len({*given.ARMS} - {"wrong", "generic"})  # "wrong" reads the bank of "fetched"
+    share = given.SEEDS * (banks + ("generic" in given.ARMS) / (given.LAYOUT["branching"] + 1))
+    trained = (share + 1 / given.LAYOUT["branching"]) * (15 * given.TOLD[0] + 150 * given.TOLD[1])
+    asked = 1 + given.SEEDS * (1 + len(given.ARMS)) + 2 * len(given.PASSAGES) + 3
+    return given.QUESTIONS * asked * 20 + given.ELSEWHERE[0] * 2 * answer(96), trained
+
+
+def _budget(given) -> tuple[float, float]:
+    from kit.sweep import Grid
+
+    runs, tokens = len(Grid(**given.GRID).runs) + 2, given.GRID["tokens"]
+    each = answer(max(tokens)) + 8 * len(tokens)  # forced answers
+    weight = sum(billions(model) / BILLIONS for model in given.MODELS)
+    told = 40 * given.EXAMPLES[1] * given.RECIPE.get("epochs", 1) * 2
+    return weight * runs * given.PROBLEMS[1] * given.SAMPLES * each, weight * told * 60
+
+
+WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # tokens decoded, trained
+    "00_tour": lambda given: (3 * answer(given.MAX_NEW_TOKENS) * 4, 0),  # three at a time
+    "01_baseline": _baseline,
+    "02_strategies": _strategies,
+    "03_dms": _dms,
+    "04_phase2": _phase2,
+    "05_parametric": _parametric,
+    "06_memory_budget": _budget,
+}
+
+
+def main() -> None:
+    """Print what `measured` returns."""
+    from kit import claims
+
+    speed, published, found = rates(), claims.load(), {}
+    for profile in sys.argv[1:]:
+        found[profile] = {}
+        for stage in load_stages(profile):
+            mine = [claim for claim in published if claim.notebook == stage.name]
+            decides = sum(claim.decided_by(profile) for claim in mine)
+            row = {"seconds": seconds(stage, speed), "decides": decides, "all": len(mine)}
+            found[profile][stage.name] = row
+    print(json.dumps({"rates": speed, "profiles": found}))
+
+
+if __name__ == "__main__":
+    main()
