@@ -181,7 +181,7 @@ def _diff(_: str, args: argparse.Namespace) -> int:
     try:
         runs = [bundle.read(place if place.exists() else run_dir(str(place)))
                 for place in (args.one, args.other)]  # fmt: skip
-    except bundle.Damaged as error:
+    except ValueError as error:  # Damaged is one, and so is a profile that there is not
         raise Refused(str(error), 2) from error
     found = reference.diff(*runs)
     if args.json:

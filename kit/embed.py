@@ -8,6 +8,7 @@ length 1, so that a dot product is the cosine.
 """
 
 import sqlite3
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,5 +118,8 @@ def _read(database: sqlite3.Connection, keys: list[str]) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":  # `make env` fetches ahead of time
-    load()
+    try:
+        load()
+    except ValueError as error:
+        sys.exit(str(error))
     print(f"{MINILM} is ready.")

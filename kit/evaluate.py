@@ -1,12 +1,14 @@
 """From prompts to graded records: decode what the store does not hold, grade, append.
 
-The job is cut beforehand into groups of sorted keys. A group is decoded together, graded
-and stored in one commit, and is what a killed run loses at most. Since the cut depends on
-the whole job only, an interrupted run ends with the same tokens as an undisturbed one.
+The job is cut beforehand into groups of sorted keys, on a CPU of half a minute of decoding. A
+group is decoded together, graded and stored in one commit, and is what a killed run loses at
+most. Since the cut depends on the whole job only, an interrupted run ends with the same tokens
+as an undisturbed one.
 """
 
 import ast
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,6 +42,10 @@ DECODE_SOURCES += (
 )
 DECODE_SOURCES += ("decode",)
 GRADE_SOURCES = ("latex", "equality", "extract", "workers", "grade")
+# Half a minute of two older cores, as parameters x new tokens allowed, of which about 0.6 come;
+# what a token of a prompt counts. Measured, see LOG.md.
+WORK, READ = 6e11, 0.7
+FEWEST = 16  # samples of a group, though they take longer: fewer share each reading of the weights
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,26 @@ def plan(
     return jobs
 
 
+def groups(model: Model, jobs: list[Job], tokens: int, most: int) -> list[list[Job]]:
+    """The jobs cut into what is decoded together and stored at once: `most` of them, or on a CPU as
+    many, of at most `tokens` new tokens each, as take half a minute, if those are not too few.
+
+    Depends on the whole job alone, never on what is stored.
+    """
+    room = WORK / model.weights.num_parameters() if model.device.type == "cpu" else math.inf
+    found, spent = [], 0.0
+    for i, job in enumerate(jobs):
+        again = i and job.prompt is jobs[i - 1].prompt  # read once for all of its samples
+        cost = tokens if again else tokens + READ * len(decode.tokenise(model, job.prompt))
+        size = len(found[-1]) if found else most
+        if size == most or (size >= FEWEST and spent + cost > room):
+            found.append([])
+            spent = 0.0
+        found[-1].append(job)
+        spent += cost
+    return found
+
+
 def evaluate(
     model: Model,
     prompts: list[Prompt],
@@ -155,14 +181,15 @@ def evaluate(
     report: Callable[[str], None] = print,
     memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> pandas.DataFrame:
-    """Records of all samples of all prompts; only what is missing is computed."""
+    """Records of all samples of all prompts; only what is missing is computed, in groups of at most
+    `group_size`."""
     jobs = plan(model, prompts, sampling, samples, batch_size, memory)
     stored = store.keys(job.key for job in jobs)
     todo = sum(job.key not in stored for job in jobs)
     report(f"{len(jobs)} samples, {len(jobs) - todo} already stored")
     started, finished = time.perf_counter(), 0
-    for first in range(0, len(jobs), group_size):
-        group = [job for job in jobs[first : first + group_size] if job.key not in stored]
+    for whole in groups(model, jobs, sampling.max_new_tokens, group_size) if todo else ():
+        group = [job for job in whole if job.key not in stored]
         if not group:
             continue
         store.append(_complete(model, group, sampling, batch_size, store, memory))

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -311,5 +312,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":  # `make env` fetches and dequantises ahead of time
-    load(BUNDLED)
+    try:
+        load(BUNDLED)
+    except ValueError as error:
+        sys.exit(str(error))
     print(f"{BUNDLED} is ready.")

@@ -93,7 +93,8 @@ def _execute(stage: Stage, earlier: list[Stage], line: "Line") -> int:
     from kit import kernel  # papermill: 1.5 s that a run with nothing to do saves
 
     before, started = inputs(stage, earlier), _now()
-    stage.executed.parent.mkdir(parents=True, exist_ok=True)
+    for file in (stage.executed, stage.status_file):  # what cannot be is told before the hours
+        file.parent.mkdir(parents=True, exist_ok=True)
     env = {"KIT_OUTPUTS": str(stage.folder.parent)}
     overrides = stage.overrides
     outcome = kernel.execute(stage.notebook, stage.running, overrides, stage.root, env, line.tick)

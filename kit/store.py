@@ -5,9 +5,11 @@ leaves whole groups. A key that is stored is not computed again. `logical_hash` 
 what the table says, not its files: LanceDB names files at random.
 """
 
+import errno
 import hashlib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -65,7 +67,8 @@ class Store:
         fresh = {record.key: record for record in records if record.key not in known}
         rows = [asdict(record) for record in fresh.values()]
         if rows:
-            self._table.add(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
+            with self._whole():
+                self._table.add(pyarrow.Table.from_pylist(rows, schema=SCHEMA))
 
     def table(self, keys: set[str] | None = None) -> pandas.DataFrame:
         """All records, or those with the given keys, sorted by key."""
@@ -78,13 +81,28 @@ class Store:
         return frame.sort_values("key", ignore_index=True)
 
     def _read(self, columns: list[str] | None, where: str | None = None) -> pandas.DataFrame:
-        self._table.checkout_latest()
-        query = self._table.search()
-        if where:
-            query = query.where(where)
-        if columns:
-            query = query.select(columns)
-        return query.limit(None).to_pandas()
+        with self._whole():
+            self._table.checkout_latest()
+            query = self._table.search()
+            if where:
+                query = query.where(where)
+            if columns:
+                query = query.select(columns)
+            return query.limit(None).to_pandas()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """ValueError instead of what Lance says of a store that was deleted or lost files."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "os error 28" in str(error):
+                raise OSError(errno.ENOSPC, "the disk is full", str(self.folder)) from error
+            why = str(error).partition(",")[0]  # then places in Lance's own sources
+            raise ValueError(
+                f"The store in {self.folder} is damaged ({why}); move that folder away and run "
+                f"again, which computes its records anew."
+            ) from error
 
     def logical_hash(self) -> str:
         """SHA-256 of the records sorted by key, timings left out."""

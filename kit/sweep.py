@@ -146,13 +146,14 @@ def generate(
     keys = {job.key: [digest([job.key, asdict(forcing), cut]) for cut in grid.tokens]
             for job in jobs}  # fmt: skip
     stored = store.keys(key for each in keys.values() for key in each)
-    todo = [job for job in jobs if not stored.issuperset(keys[job.key])]
+    todo, done = {job.key for job in jobs if not stored.issuperset(keys[job.key])}, 0
     if todo:
-        model = quantised(base, run.bits)
-    for first in range(0, len(todo), 4 * batch_size):
-        group = todo[first : first + 4 * batch_size]
-        store.append(_answers(model, group, keys, sampling, batch_size, memory, forcing))
-        report(f"{run.name}: {min(first + 4 * batch_size, len(todo))} of {len(todo)} generations")
+        model, each = quantised(base, run.bits), grid.tokens[-1] + len(grid.tokens) * forcing.more
+    for whole in evaluate.groups(base, jobs, each, 4 * batch_size) if todo else ():
+        if group := [job for job in whole if job.key in todo]:
+            store.append(_answers(model, group, keys, sampling, batch_size, memory, forcing))
+            done += len(group)
+            report(f"{run.name}: {done} of {len(todo)} generations")
     return store.table({key for each in keys.values() for key in each})
 
 
@@ -191,12 +192,7 @@ def quantised(model: Model, bits: int) -> Model:
 
 
 def scenarios(
-    base: Model,
-    run: Run,
-    grid: Grid,
-    records: pd.DataFrame,
-    batch: int = 64,
-    **held,
+    base: Model, run: Run, grid: Grid, records: pd.DataFrame, batch: int = 64, **held
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Every scenario of one run as a row, and what it solves: [C] rows and outcomes [C, P].
 

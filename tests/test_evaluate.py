@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from kit import decode, evaluate, evictor, paths, prompts
 from kit.evaluate import DECODE_SOURCES, GRADE_SOURCES, Memory, code_version, plan
@@ -198,6 +199,47 @@ def test_derived_records_keep_their_costs_and_are_graded_anew(tiny, tmp_path):
     assert len(store.keys()) == 12 and run(tiny, store)[1] == ["6 samples, 6 already stored"]
 
 
+def test_groups_on_a_cpu_take_half_a_minute_whatever_is_stored(tiny, monkeypatch):
+    jobs = plan(tiny, PLAIN, WARM, 8, 64)
+    reads = [len(decode.tokenise(tiny, prompt)) for prompt in PLAIN]
+    size = tiny.weights.num_parameters()
+
+    def cut(tokens: int, room: float, fewest: int = 1, most: int = 256) -> list[int]:
+        monkeypatch.setattr(evaluate, "WORK", room * size)
+        monkeypatch.setattr(evaluate, "FEWEST", fewest)
+        found = evaluate.groups(tiny, jobs, tokens, most)
+        assert [job for group in found for job in group] == jobs
+        return [*map(len, found)]
+
+    assert cut(10, 1e9) == [48] and cut(10, 1e9, most=20) == [20, 20, 8]
+    room = 8 * 10 + evaluate.READ * max(reads)  # a prompt is counted once for its eight samples
+    assert cut(10, room) == [8] * 6
+    assert set(cut(10, 1.0)) == {1} and set(cut(10, 1.0, fewest=16)) == {16}
+    assert len(cut(20, 300)) > len(cut(10, 300)) > 1
+    longer = dataclasses.replace(PLAIN[0], messages=(("user", "say " * 2000),))
+    assert len(evaluate.groups(tiny, [*jobs, *plan(tiny, [longer], WARM, 1, 64)], 10, 256)) > len(
+        evaluate.groups(tiny, jobs, 10, 256)
+    )
+
+
+def test_the_bundled_model_commits_before_256_samples(bundled):
+    """At the sizes of the laptop profile: 128 new tokens and three samples of a question."""
+    jobs = plan(bundled, PLAIN, Sampling(128, 0.2), 30, 64)
+    sizes = [*map(len, evaluate.groups(bundled, jobs, 128, 256))]
+    assert sum(sizes) == 180 and 30 <= min(sizes[:-1]) and max(sizes) <= 35
+
+
+def test_on_a_gpu_groups_are_as_large_as_is_asked(tiny):
+    jobs = plan(tiny, PLAIN, WARM, 8, 64)
+
+    class Elsewhere:
+        device = torch.device("cuda")
+        weights, tokenizer = tiny.weights, tiny.tokenizer
+
+    found = evaluate.groups(Elsewhere, jobs, 10**9, 32)
+    assert [*map(len, found)] == [32, 16]
+
+
 def test_an_evictor_of_other_weights_is_refused(tiny, tmp_path):
     made = evictor.Evictor(tiny.weights, evictor.LAPTOP, "other")
     with pytest.raises(ValueError, match="was trained for weights other, tiny has"):
@@ -325,11 +367,12 @@ WORKER = textwrap.dedent(
     asked = prompts.build(prompts.plain, problems)
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_k=100, top_p=0.9, seed=1)
     evaluate.plan(model, asked, sampling, 2, 3)  # reads the source files for all forks
+    evaluate.WORK, evaluate.FEWEST = 1.0, 2  # so that no group is larger than it must be
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
             evaluate.evaluate(model, asked, sampling, Store(line.strip()), samples=2, batch_size=3,
-                              group_size=2, report=lambda text: print(text, flush=True))
+                              report=lambda text: print(text, flush=True))
             os._exit(0)
         print("started", pid, flush=True)
         print("ended", os.waitpid(pid, 0)[1], flush=True)

@@ -312,6 +312,13 @@ def test_a_damaged_results_file_is_named(tmp_path, monkeypatch):
         notebook.load_results("tour")
 
 
+def test_a_mistyped_profile_in_a_notebook_makes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
+    with pytest.raises(ValueError, match="no profile 'nope'; PROFILE is one of: tour, laptop"):
+        paths.run_dir("nope")
+    assert paths.run_dir("laptop") == tmp_path / "laptop"
+
+
 def test_a_damaged_failed_notebook_still_says_failed(project):
     executed(project, "01_first.failed").write_text("{")
     assert states(project)[0] == ("failed", "01_first.failed.ipynb is damaged")

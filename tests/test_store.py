@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shutil
 import typing
 
 import lancedb
@@ -176,3 +177,17 @@ def test_a_store_from_before_a_column_was_kept_goes_on(tmp_path, lacking):
     )
     assert back(store.table()) == [first, second]
     assert Store(tmp_path).keys() == {"a", "b"}
+
+
+def test_a_store_that_lost_files_is_named_in_one_sentence(tmp_path):
+    store = Store(tmp_path)
+    for key in "ab":
+        store.append([record(key)])
+    next((tmp_path / "records.lance" / "data").iterdir()).unlink()
+    for read in (store.keys, Store(tmp_path).table):
+        with pytest.raises(ValueError, match=r"damaged \(lance error: Not found: .*lance\); move"):
+            read()
+    shutil.rmtree(tmp_path / "records.lance")
+    with pytest.raises(ValueError, match=f"The store in {tmp_path} is damaged") as caught:
+        store.append([record("c")])
+    assert "\n" not in str(caught.value) and "registry" not in str(caught.value)

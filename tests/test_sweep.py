@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit import budget, decode, paths, problems, prompts, stages, sweep
+from kit import budget, decode, evaluate, paths, problems, prompts, stages, sweep
 from kit.store import Store
 from kit.sweep import Grid, Run
 from tests.conftest import loaded
@@ -81,6 +81,28 @@ def test_what_is_stored_is_not_generated_again_and_order_does_not_matter(
     monkeypatch.setattr(decode, "decode", lambda *_, **__: pytest.fail("decoded again"))
     again, same, *_ = swept(tiny, GRID, tmp_path / "a")
     assert again.equals(table) and np.array_equal(same, outcomes)
+
+
+def test_an_interrupted_sweep_ends_as_one_that_was_not(tiny, tmp_path, monkeypatch):
+    """In groups of two; what had been stored when it ended is not made again, nor otherwise."""
+    monkeypatch.setattr(evaluate, "WORK", 1.0)
+    monkeypatch.setattr(evaluate, "FEWEST", 2)
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if "2 of 12" in line:
+            raise KeyboardInterrupt
+
+    said, asked = [], (tiny, Run(), GRID, PLAIN)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.generate(*asked, Store(tmp_path / "a"), 3, report=stop, batch_size=4)
+    assert len(Store(tmp_path / "a").keys()) == 2 * 3
+    sweep.generate(*asked, Store(tmp_path / "a"), 3, report=said.append, batch_size=4)
+    sweep.generate(*asked, Store(tmp_path / "b"), 3, report=quiet, batch_size=4)
+    assert said == ["weights 16-bit, full, kv 16-bit: 2 of 12 generations"] + [
+        f"weights 16-bit, full, kv 16-bit: {n} of 10 generations" for n in range(2, 11, 2)
+    ]
+    assert len({Store(tmp_path / name).logical_hash() for name in "ab"}) == 1
 
 
 def test_a_scenario_costs_what_the_ledger_says(tiny_folder, dtype, tmp_path):
