@@ -66,7 +66,7 @@ lock: ## write requirements.lock and cluster.lock anew from pyproject.toml, with
 	mv requirements.part requirements.lock
 	$(COMPILE) --group cluster -c requirements.lock -o cluster.lock
 
-reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|laptop|workstation DTYPE=float32 FROM=03 ONLY=02 FORCE=1 KEEP_GOING=1)
+reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|quick|laptop|workstation DTYPE=float32 FROM=03 ONLY=02 FORCE=1 KEEP_GOING=1)
 	@$(PY) -m kit reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(FROM),--from $(FROM)) \
 	  $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force) $(if $(KEEP_GOING),--keep-going)
 

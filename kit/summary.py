@@ -31,7 +31,7 @@ def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
     write_json(run_dir(profile) / "estimate.json", found)
     speed, rows = found["rates"], found["profiles"][profile]
     whole = longer(sum(rows[stage.name]["seconds"] for stage in todo))
-    say(f"about {whole} at {speed['decoded']:.0f} tokens a second decoded and "
+    say(f"{whole} at {speed['decoded']:.0f} tokens a second decoded and "
         f"{speed['trained']:.0f} trained ({speed['dtype']}, {speed['device']})")  # fmt: skip
     for stage in todo:
         row = rows[stage.name]
@@ -70,7 +70,7 @@ def larger(profile: str) -> None:
     found = read_json(file) if file.is_file() else {"profiles": {}}
     for other in [size for size in SIZES[1:] if size in found["profiles"] and size != profile]:
         rows = found["profiles"][other].values()
-        said = f"about {longer(sum(row['seconds'] for row in rows))} here"
+        said = f"{longer(sum(row['seconds'] for row in rows))} here"
         if other == LARGEST:
             said = _on_a_gpu() if found["rates"]["device"] == "cuda" else f"{said}, {_on_a_gpu()}"
         whole = {key: sum(row[key] for row in rows) for key in ("decides", "all")}
@@ -78,11 +78,13 @@ def larger(profile: str) -> None:
 
 
 def longer(seconds: float) -> str:
-    """6 minutes, 3.5 hours, 12 days."""
+    """about 6 minutes, about 3.5 hours, about 12 days, more than 100 days."""
+    if seconds >= 100 * 86400:
+        return "more than 100 days"
     for unit, size in (("days", 86400), ("hours", 3600)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 100 * size else f"100 {unit} or more"
-    return "a minute" if seconds < 90 else f"{round(seconds / 60)} minutes"
+            return f"about {seconds / size:.2g} {unit}"
+    return "about a minute" if seconds < 90 else f"about {round(seconds / 60)} minutes"
 
 
 def _decides(row: Mapping[str, int]) -> str:

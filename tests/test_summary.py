@@ -77,8 +77,8 @@ def test_after_a_stage_its_verdicts_and_the_clock(capsys, stages):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(10, "a minute"), (600, "10 minutes"), (10_000, "2.8 hours"), (10**6, "12 days"),
-     (10**8, "100 days or more")],
+    [(10, "about a minute"), (600, "about 10 minutes"), (10_000, "about 2.8 hours"),
+     (10**6, "about 12 days"), (10**8, "more than 100 days")],
 )  # fmt: skip
 def test_a_long_time_is_said_in_its_unit(seconds, text):
     assert summary.longer(seconds) == text
