@@ -357,30 +357,32 @@ def slot_logits(model, ids: tuple[int, ...], prompt: int) -> torch.Tensor:
 
 @check(60)
 def as_on_the_cpu(here: Here, found: dict) -> str:
-    """Every policy and forcing in float32: tokens, reads and peaks as on the CPU. Quantised caches,
-    whose codes rounding may flip: the device changes a tenth at most of what quantising does."""
+    """Every policy and forcing in float32: tokens, reads and peaks as on the CPU. Two things are
+    left to rounding: which of equal keys Knorm keeps (tokens that repeat, heads that normalise
+    their keys), so its tokens are not compared; and the codes of quantised caches, of which the
+    device may change a tenth at most of what quantising does."""
     from kit import decode, models, quality
-    from kit.forcing import Forcing
+    from kit.forcing import NEVER, Forcing
+    from kit.policies import Full, Knorm
     from kit.quantise import Quantised
     from kit.schema import Sampling
 
-    wrong, sampling = [], Sampling(4 if here.dry else 32)
-    forcing = Forcing((2, 4) if here.dry else (8, 20, 32), (5, 6), 3, (9,), 1)
+    wrong, sampling = [], Sampling(4 if here.dry else 12)
+    forcing = Forcing((2, 4) if here.dry else (3, 8, 12), (5, 6), 3, (9,), 1)
     for family in ("gemma3",) if here.dry else models.RANDOM:
         pair = pair_of(here, family)
         requests = [
             decode.Request(tuple(range(1, 60 - 9 * i)), f"p{i // 2}", i % 2)
             for i in range(3 if here.dry else 6)
         ]
-        cases = {name: dict(policy=p) for name, p in small_policies(pair[0]).items()}
-        for name, how in (cases | {"forced": dict(forcing=forcing)}).items():
+        cases = {name: (policy, NEVER) for name, policy in small_policies(pair[0]).items()}
+        for name, (policy, asks) in (cases | {"forced": (Full(), forcing)}).items():
             said = []
             for model in pair:
-                here_how = {
-                    k: moved(v, model.device) if k == "policy" else v for k, v in how.items()
-                }
-                done = decode.decode(model, requests, sampling, 4, **here_how)
-                said.append([(g.token_ids, g.kv_reads_tokens, g.kv_peak_tokens) for g in done])
+                how = dict(policy=moved(policy, model.device), forcing=asks)
+                done = decode.decode(model, requests, sampling, 4, **how)
+                ids = [() if isinstance(policy, Knorm) else g.token_ids for g in done]
+                said.append((ids, [(g.kv_reads_tokens, g.kv_peak_tokens) for g in done]))
             found[f"{family}, {name}"] = same = said[0] == said[1]
             wrong += [] if same else [f"{family} {name}"]
         ids = torch.randint(1, 250, (2, 24 if here.dry else 80))
