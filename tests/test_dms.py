@@ -19,6 +19,7 @@ SHAPES = ["llama", "qwen3", "gemma3"]  # GQA groups of 3, 8 and 1; gemma3 has sl
 SMALL = dict(context=48, window=4, ramp_steps=3, hold_steps=3)
 LAPTOP = dataclasses.replace(evictor.LAPTOP, **SMALL)
 PAPER = dataclasses.replace(evictor.PAPER, **SMALL, batch=2, fade_steps=4, learning_rate=1e-4)
+KINDS = ["adapter", "neuron"]  # where their logits come from
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def test_divergence_and_its_gradients_equal_autograd(kind):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
+@pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=KINDS)
 @pytest.mark.parametrize(
     "shape, dtype", [*((shape, "float32") for shape in SHAPES), ("llama", "bfloat16")]
 )
@@ -169,7 +170,7 @@ def test_training_reaches_its_target_and_is_not_pushed_further(shape, recipe, dt
     assert all(torch.equal(v, before[k]) for k, v in model.weights.state_dict().items())
 
 
-@pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
+@pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=KINDS)
 def test_steps_that_bfloat16_does_not_hold_are_kept(recipe, tmp_path):
     """Weights of 1 and steps of 1e-5: each alone is lost in eight bits."""
     quick = dataclasses.replace(recipe, fade_steps=1, learning_rate=1e-5)
@@ -191,7 +192,7 @@ def test_gradients_of_a_float16_model_are_float32(tmp_path):
     assert all(linear.weight.grad.all() for linear in training.evictor.linear)
 
 
-@pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
+@pytest.mark.parametrize("recipe, dtype", [(LAPTOP, "float32"), (PAPER, "bfloat16")], ids=KINDS)
 def test_a_killed_training_ends_like_an_undisturbed_one(recipe, dtype, tmp_path):
     data = tokens(5, 48)
     whole = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "whole", seed=3)
@@ -209,7 +210,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(recipe, dtype, tmp_path)
     assert other.history == [], "another seed is another training"
 
 
-@pytest.mark.parametrize("recipe", [LAPTOP, PAPER], ids=["adapter", "neuron"])
+@pytest.mark.parametrize("recipe, dtype", [(LAPTOP, "float32"), (PAPER, "bfloat16")], ids=KINDS)
 def test_a_saved_evictor_decides_as_before(recipe, dtype, tmp_path):
     model, ids = toy("qwen3", dtype), tokens(2, 48)
     quick = dataclasses.replace(recipe, hinge_weight=50.0, learning_rate=5e-3, hold_steps=20)

@@ -53,8 +53,7 @@ def test_the_profiles_sweep_as_much_as_they_should():
     assert sizes["laptop"] >= 200 and sizes["workstation"] >= 1_700
 
 
-def test_every_shorter_budget_is_what_a_run_of_its_own_would_say(tiny_folder, dtype, tmp_path):
-    tiny = loaded(tiny_folder, dtype)
+def test_every_shorter_budget_is_what_a_run_of_its_own_would_say(tiny, tmp_path):
     for run in GRID.runs:
         found = sweep.generate(tiny, run, GRID, PLAIN, Store(tmp_path / "a"), 2, report=quiet)
         assert len(found) == 4 * 2 * 3

@@ -100,7 +100,7 @@ def by_hand(model, batch: list[dict]) -> float:
     return float(nats(model, batch).mean())
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank, dtype", [(0, "float32"), (0, "bfloat16"), (4, "bfloat16")])
 def test_training_lowers_the_loss_that_is_computed_by_hand(
     tiny, tiny_folder, tmp_path, rank, dtype, monkeypatch
 ):

@@ -1,4 +1,5 @@
-"""The workstation profile to its end, on a local hub cache with tiny files under the real names.
+"""The workstation profile to its end, on a local hub cache with tiny files under the real names, in
+bfloat16 whatever the machine, as on a GPU.
 
 Only the trainings are shortened: a step on thousands of tokens takes seconds on any model.
 
@@ -172,6 +173,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
         "KIT_CACHE": str(cache),
+        "KIT_DTYPE": "bfloat16",
         "KIT_OUTPUTS": str(outputs),
         "KIT_NOTEBOOKS": str(shortened(tmp_path / "notebooks")),
     }
@@ -222,6 +224,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
         said["measurements"]
     )
     assert set(said["keys"]) <= Store(folder / "store").keys()
+    assert set(Store(folder / "store").table()["dtype"]) == {"bfloat16"}
     verdicts = json.loads((folder / "results" / "07_verdicts.json").read_text())["verdicts"]
     judged = {row["claim"]: row["verdict"] for row in verdicts if row["system"] == "open-rs"}
     assert judged["openrs-rs3-aime24-gain"] and judged["openrs-completions"] == "not reproduced"
