@@ -92,5 +92,7 @@ def _decides(row: Mapping[str, int]) -> str:
 
 
 def _on_a_gpu() -> str:
-    needs = read_profile(LARGEST)[PREFLIGHT]
+    needs = read_profile(LARGEST).get(PREFLIGHT, {})
+    if not {"hours", "gpu_memory_gb"} <= {*needs}:
+        return "on a GPU"
     return f"about {needs['hours']:g} hours on a GPU of {needs['gpu_memory_gb']:g} GB"
