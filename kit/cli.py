@@ -6,6 +6,7 @@ results/07_verdicts.json as notebook 07 left them.
 """
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -77,7 +78,7 @@ def _reproduce(profile: str, args: argparse.Namespace) -> int:
     code = pipeline.run(profile, **how, expected=times, after=summary.after(todo, times))
     if code == 0 or (code == pipeline.FAILED and args.keep_going):
         if chosen[-1].judges:
-            print_verdicts(profile)
+            print_verdicts(saved_verdicts(profile))
             print_reference(profile)
         print_paths(profile)
         summary.larger(profile)
@@ -154,23 +155,30 @@ def _bundle(profile: str, _: argparse.Namespace) -> int:
     except ValueError as error:
         raise Refused(str(error), 2) from error
     print(f"{pipeline.short(made)}, {made.stat().st_size / 1e6:.1f} MB")
+    if left := stages.incomplete(stages.load_stages(profile, outputs=made.parent.parent)):
+        print(f"INCOMPLETE: {left}")
     return 0
 
 
 def _verify(_: str, args: argparse.Namespace) -> int:
-    from kit import bundle
+    from kit import bundle, verify
 
-    try:
-        wrong, left = bundle.verify(args.file)
-    except bundle.Damaged as error:
-        raise Refused(str(error), 2) from error
-    if args.json:
-        print(json.dumps({"differs": wrong, "not_recomputed": left}, indent=1))
-    else:
-        print("\n".join(wrong) or "every hash, verdict and table that follows from records agrees")
-        if left:
-            print(f"not made again, its hash alone checked: {'; '.join(left)}")
-    return int(bool(wrong))
+    differs, tell = False, (lambda _: None) if args.json else functools.partial(print, flush=True)
+    for place in args.file or verify.published():
+        tell(pipeline.short(place.resolve()))
+        try:
+            checked = verify.check(place, lambda line: tell(f"  {line}"))
+            tell("\n".join(verify.summary(checked)))
+            if checked.verdicts is not None and not args.json:
+                print_verdicts(checked.verdicts.to_dict("records"))
+            page = verify.write_report(checked)
+        except bundle.Damaged as error:
+            raise Refused(str(error), 2) from error
+        tell(f"\nReport:    {pipeline.short(page) if page else 'none, see what is damaged'}\n")
+        if args.json:
+            print(json.dumps({"differs": checked.wrong, "not_recomputed": checked.left}))
+        differs |= bool(checked.wrong)
+    return int(differs)
 
 
 def _diff(_: str, args: argparse.Namespace) -> int:
@@ -198,14 +206,18 @@ def _diff(_: str, args: argparse.Namespace) -> int:
     return 0
 
 
-def print_verdicts(profile: str) -> None:
-    """The measured claims in full, the others counted, from what notebook 07 saved."""
+def saved_verdicts(profile: str) -> list[dict]:
+    """What notebook 07 saved, a row per claim; [] where it has not run."""
     file = run_dir(profile) / "results" / "07_verdicts.json"
-    if not file.is_file():
+    return refusals.read_json(file)["verdicts"] if file.is_file() else []
+
+
+def print_verdicts(verdicts: list[dict]) -> None:
+    """The measured claims in full, the others counted; nothing where there are none."""
+    if not verdicts:
         return
     from tabulate import tabulate
 
-    verdicts = refusals.read_json(file)["verdicts"]
     columns = ["claim", "system", "published", "measured", "verdict", "reason"]
     measured = [row for row in verdicts if row["measured"] not in (None, "")]
     others = [row for row in verdicts if row["measured"] in (None, "")]
@@ -247,8 +259,8 @@ COMMANDS = {  # name: function, what it does, an example, what its exit status m
                "--model hub:Qwen/Qwen3-4B-Instruct-2507 --context 32k", ""),
     "report": (_report, "write the page again from what has been measured", "report", ""),
     "bundle": (_bundle, "pack a run into one zip for a paper", "bundle --profile laptop", ""),
-    "verify": (_verify, "check a bundle: hashes, and verdicts and tables from its records; no "
-               "model needed", "verify bundle.zip",
+    "verify": (_verify, "judge runs again without a model: hashes, verdicts, tables; all that is "
+               "published where no file is given", "verify bundle.zip",
                "exit status: 0 nothing differs, 1 something does, 2 no bundle"),
     "diff": (_diff, "say where two runs differ: numbers beyond noise, verdicts, environment",
              "diff laptop theirs.zip", ""),
@@ -282,7 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     advise.add_argument("--memory", required=True, help="of the device: 24GiB, or 24GB")
     advise.add_argument("--model", required=True, help="hub:ORG/NAME, a folder, or the bundled one")
     advise.add_argument("--context", required=True, help="tokens of a question and its answer: 32k")
-    made["verify"].add_argument("file", type=Path)
+    made["verify"].add_argument(
+        "file", type=Path, nargs="*", help="a bundle, zipped or unpacked, or a published folder"
+    )
     for name in ("one", "other"):
         made["diff"].add_argument(
             name, type=Path, help="a bundle, a folder of outputs, or a profile"

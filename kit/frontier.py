@@ -227,8 +227,10 @@ def majority(answers: Sequence[str], equal: Callable[[str, str], bool] = eq) -> 
 def votes(records: pd.DataFrame, width: int, rng: np.random.Generator | None = None) -> list[float]:
     """`vote_accuracy` of each problem in `records`, by its id; without `rng` always the same."""
     rng = np.random.default_rng(0) if rng is None else rng
-    groups = [group.sort_values("sample") for _, group in records.groupby("problem_id")]
-    return [vote_accuracy([*g["extracted"]], [*g["correct"]], width, rng) for g in groups]
+    ordered = records.sort_values(["problem_id", "sample"])
+    starts = np.unique(ordered["problem_id"].to_numpy(str), return_index=True)[1]
+    columns = (np.split(ordered[name].to_numpy(), starts[1:]) for name in ("extracted", "correct"))
+    return [vote_accuracy([*each], hits, width, rng) for each, hits in zip(*columns, strict=True)]
 
 
 def vote_accuracy(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit import bundle
+from kit import bundle, crate, verify
 from kit.bundle import RECORDS, VERDICTS, Run
 from kit.claims import UNMEASURED
 from kit.paths import DATA, PUBLISHED, ROOT
@@ -39,9 +39,10 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
         former.rename(place)
     old = bundle.read(place) if place.is_dir() else Run({})
     files = {name: data for name, data in old.files.items()
-             if not any(bundle.of_stage(name, stage) for stage in new.results)}  # fmt: skip
+             if not any(crate.of_stage(name, stage) for stage in new.results)}  # fmt: skip
+    left = (".html", ".failed.ipynb")
     files |= {name: data for name, data in new.files.items()
-              if name.startswith(KEPT) and not name.endswith(".html")}  # fmt: skip
+              if name.startswith(KEPT) and not name.endswith(left)}  # fmt: skip
     every = [run.every for run in (new, old) if RECORDS in run.files]
     keys = {key for found in Run(files).results.values() for key in found.get("keys", [])}
     records = pd.concat(every).drop_duplicates("key").sort_values("key", ignore_index=True)
@@ -49,7 +50,7 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     records[records["key"].isin(keys)].to_parquet(buffer, index=False)
     files[RECORDS] = buffer.getvalue()
     claims = {"claims.toml": (DATA / "claims.toml").read_bytes()}
-    judged = bundle.rejudged(Run(files | claims)).to_dict("records")
+    judged = verify.rejudged(Run(files | claims)).to_dict("records")
     said = Run(files).json(VERDICTS)
     said["verdicts"] = [{name: row[name] for name in said["verdicts"][0]} for row in judged]
     files[VERDICTS] = (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import jinja2
@@ -18,7 +19,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from kit import drawing, exhibits, figures, provenance, stages, tables
-from kit.claims import RULES, UNMEASURED, WORDS
+from kit.claims import NOTEBOOKS, RULES, UNMEASURED, WORDS
 from kit.exhibits import Table
 from kit.paths import ROOT, run_dir
 from kit.provenance import GIB
@@ -37,14 +38,21 @@ def write(
     verdicts: pd.DataFrame,
     audits: pd.DataFrame,
     results: dict[str, dict],
+    *,
+    folder: Path | None = None,
+    made_by: dict | None = None,
+    again: tuple[list[str], list[str]] | None = None,
 ) -> Path:
     """Write outputs/<profile>/report.html, whole or not at all, and return its path.
 
     `records` are those of the baseline and may be empty; `verdicts` is `claims.measured_table`
     and `audits` is `tables.audits` of the same claims; `results` is `notebook.load_results`.
+    Of a run judged again, by `kit.verify`: `folder` is where it lies, `made_by` its provenance in
+    place of that of here and now, `again` what differs and what was taken as it is.
     """
-    folder = run_dir(profile)
-    every = stages.load_stages(profile, outputs=folder.parent)
+    folder = folder or run_dir(profile)
+    every = [replace(each, profile=profile, folder=folder)
+             for each in stages.load_stages(stages.TOUR)]  # fmt: skip
     rows = _verdict_rows(verdicts, audits, every, results)
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -60,6 +68,8 @@ def write(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         filters=[*dict.fromkeys((row["word"], row["slug"]) for row in measured)],
         profile=profile,
+        again=again,
+        left=stages.incomplete([each for each in every if _wanting(each)]),
         total=len(rows),
         words=[(word, n) for word in WORD_ORDER if (n := sum(r["word"] == word for r in rows))],
         measured=measured,
@@ -69,7 +79,7 @@ def write(
         systems=_systems(folder, every),
         audit=_audit(audits),
         effects=_picture(figures.published_effects(audits)),
-        facts=_facts(provenance.collect(), records, results),
+        facts=_facts(made_by or provenance.collect(), records, results),
         stages=_stages(every, results),
         commands=[(stage.name, _command(stage)) for stage in every],
     )
@@ -89,6 +99,11 @@ def _by_model(records: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [] if records.empty else [*records.groupby("model", sort=True)]
 
 
+def _wanting(stage: stages.Stage) -> bool:
+    """Whether the page lacks something for it: it failed, or measures claims and has not run."""
+    return stage.state == "failed" or (stage.state == "not run yet" and stage.name in NOTEBOOKS)
+
+
 def _command(stage: stages.Stage) -> str:
     return f"make reproduce PROFILE={stage.profile} ONLY={stage.number}"
 
@@ -99,11 +114,15 @@ def _verdict_rows(
     """Every claim with what a reader may ask about it, ordered by its verdict."""
     commands = {stage.name: _command(stage) for stage in every}
     executed = {stage.name for stage in every if stage.executed.is_file()}
+    failed = {stage.name: f"{stage.name} failed: {stage.failure}" for stage in every
+              if stage.state == "failed"}  # fmt: skip
     about = audits[["claim", "statement", "source", "grade", "rule", "notebook"]]
     rows = verdicts.merge(about, on="claim", validate="one_to_one").to_dict("records")
     for row in rows:
         row["word"] = row["verdict"] or UNMEASURED
         row["slug"] = row["word"].replace(" ", "-")
+        if row["word"] == UNMEASURED:
+            row["reason"] = failed.get(row["notebook"], row["reason"])
         row["sentence"] = RULES[row["rule"]]
         row["command"] = commands.get(row["notebook"])  # None for a notebook yet to be written
         row["n"] = tables.cell_text("n", row["n"])
@@ -163,7 +182,7 @@ def _systems(folder: Path, every: list[stages.Stage]) -> list[dict]:
                 "id": stage.name, "title": "".join(title).splitlines()[0].partition("· ")[2],
                 "figures": [(each, drawing.image(each.file, each.alt)) for each in pictures],
                 "tables": [each for each in shown if isinstance(each, Table)],
-                "command": _command(stage),
+                "command": _command(stage), "failure": stage.failure,
             })  # fmt: skip
     return found
 
@@ -185,10 +204,10 @@ def _stages(every: list[stages.Stage], results: dict[str, dict]) -> Table:
     """What each stage took, as far as it has run."""
     rows = []
     for stage in every:
-        running, done = stage.running.is_file(), stage.status()
-        row = [stage.name, "running" if running else "done" if done else "not run yet"]
+        state, done = stage.state, stage.status()
+        row = [stage.name, f"failed: {stage.failure}" if state == "failed" else state]
         row.append(f"{len(results.get(stage.name, {}).get('keys', [])):,}")
-        if done and not running:  # while it runs, its status is that of the run before
+        if done and state == "done":  # else its status is that of the run before
             peak = done["peak_memory_bytes"] / GIB
             row += [f"{done['wall_seconds']:.1f} s", f"{peak:.2f} GiB", done["finished"]]
         rows.append(row + ["–"] * (6 - len(row)))

@@ -6,15 +6,14 @@ data/, parameters, requirements.lock and the results of earlier stages. Reads an
 running is `kit.pipeline`. Imports nothing heavy: a run with nothing to do ends at once.
 """
 
-import ast
 import json
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from kit import parameters
+from kit import imports, parameters
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.provenance import file_hash, files_hash
 from kit.refusals import Refused, read_json
@@ -93,6 +92,25 @@ class Stage:
         """Whether it reads the results of those before it; all other stages stand alone."""
         return any("load_results(" in source for source in _code(self.cells))
 
+    @property
+    def failure(self) -> str:
+        """Why the last run failed, in a sentence; "" where it did not."""
+        if not self.failed.is_file():
+            return ""
+        try:
+            return read_json(self.failed)["metadata"]["kit"]["failure"]
+        except (Refused, LookupError, TypeError):
+            return f"{self.failed.name} is damaged"
+
+    @property
+    def state(self) -> str:
+        """What its last run left, whatever has changed since; see `freshness` for that."""
+        if self.running.is_file():
+            return "running"
+        if self.failed.is_file():
+            return "failed"
+        return "done" if self.status_file.is_file() else "not run yet"
+
     def status(self) -> dict | None:
         """The record of the last complete run, None when there is none or it is damaged."""
         try:
@@ -160,7 +178,7 @@ def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
     """A hash for each thing that decides the result of a stage; keys as in INPUTS."""
     root = stage.root
     data = [file for file in (root / "data").rglob("*") if file.is_file()]
-    modules = kit_modules(_code(stage.cells), root / "kit")
+    modules = imports.kit_modules(_code(stage.cells), root / "kit")
     return {
         "notebook": digest(stage.cells),
         "kit": files_hash(root, modules),
@@ -174,10 +192,7 @@ def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
 def freshness(stage: Stage, earlier: list[Stage]) -> tuple[str, str]:
     """("fresh" | "stale" | "missing" | "failed", why)."""
     if stage.failed.is_file():
-        try:
-            return "failed", read_json(stage.failed)["metadata"]["kit"]["failure"]
-        except (Refused, LookupError, TypeError):
-            return "failed", f"{stage.failed.name} is damaged"
+        return "failed", stage.failure
     done = stage.status()
     if done is None:
         there = stage.status_file.is_file()
@@ -207,39 +222,20 @@ def store_files(stage: Stage) -> list[str]:
     return sorted(file.stem[-12:] for file in data.glob("*")) if results.get("keys") else []
 
 
-def kit_modules(code: tuple[str, ...], kit: Path) -> list[Path]:
-    """Files of the kit that these sources import, directly or through one another."""
-    found: set[Path] = set()
-    waiting = [name for text in code for name in _imports(text)]
-    while waiting:
-        name = waiting.pop()
-        file = kit / (f"{name.split('.')[1]}.py" if "." in name else "__init__.py")
-        if file.is_file() and file not in found:  # "kit.paths.ROOT" leads to paths.py
-            found.add(file)
-            waiting += ["kit", *_imports(file.read_text(encoding="utf-8"))]
-    return sorted(found)
-
-
-@cache
-def _imports(text: str) -> tuple[str, ...]:
-    """Dotted names under `kit` that a source imports, anywhere in it."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))]
-    names = []
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            base = f"kit.{base}".rstrip(".") if node.level else base
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return tuple(name for name in names if name.split(".")[0] == "kit")
+def incomplete(stages: Sequence[Stage]) -> str:
+    """Which stages failed, and why, or have not run, in a sentence; "" where all are done."""
+    left = [stage for stage in stages if stage.state != "done"]
+    return "; ".join(
+        f"{stage.name} {stage.state}" + f" ({stage.failure})" * (stage.state == "failed")
+        for stage in left
+    )
 
 
 def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
     cells = _read_cells(file)
     try:
         for source in _code(cells):
-            _imports(source)
+            imports.imported(source)
         tagged = [source for _, source, is_tagged in cells if is_tagged]
         defaults = parameters.assignments(tagged[0]) if tagged else {}
     except SyntaxError as error:

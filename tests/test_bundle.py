@@ -1,95 +1,22 @@
 """A bundle: what is in it, that it names nobody, that tampering is caught; what runs differ in."""
 
-import io
 import json
 import re
-import subprocess
-import sys
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
-import numpy as np
-import pandas as pd
 import pytest
 from rocrate.rocrate import ROCrate
 
-from kit import (
-    bundle,
-    claims,
-    cli,
-    exhibits,
-    figures,
-    notebook,
-    paths,
-    provenance,
-    reference,
-    report,
-    tables,
-)
+from kit import bundle, cli, notebook, paths, provenance, reference, stages, verify
 from kit.schema import Record
 from kit.store import Store
+from tests.runs import TIMES, executed, ran
 
-CAPTION = exhibits.BASELINE
 PAGE = "report.html"
-
-
-def record(arm: str, number: int, correct: bool) -> Record:
-    return Record(
-        key=f"{arm}{number}", generation_key="g", model="bundled:smollm2-135m",
-        weights_hash="abcdef012345", arm=arm, policy="full", source="laptop",
-        problem_id=f"p{number}", family="gcd", level=1, sample=0, seed=0, temperature=0.0,
-        question="q", answer="2", prompt_id="p", text="2", finish="stop", prompt_tokens=9,
-        new_tokens=7, seconds=0.1, kv_reads_tokens=90.0, kv_peak_tokens=15.0, kv_peak_bytes=345600,
-        correct=correct, extracted="2", reason="equal", method="last number",
-        compliant=arm == "format",
-    )  # fmt: skip
-
-
-def executed(folder: Path, stage: str, profile: str, commit: str) -> None:
-    """A notebook as the pipeline leaves it, its output naming a folder of this machine."""
-    output = nbformat.v4.new_output("stream", text=f"read {paths.ROOT}/data/claims.toml\n")
-    cells = [nbformat.v4.new_markdown_cell("# title"), nbformat.v4.new_markdown_cell("## Verdict"),
-             nbformat.v4.new_code_cell("1", outputs=[output])]  # fmt: skip
-    made = nbformat.v4.new_notebook(cells=cells)
-    stamp = {"profile": profile, "commit": commit, "lock_sha256": "l", "kit_sha256": "k",
-             "system": "Linux", "hardware": {"cores": 2}, "versions": {"python": "3.11"},
-             "parameters": {"SEED": 0}}  # fmt: skip
-    made.metadata["kit"] = stamp
-    nbformat.write(made, folder / "notebooks" / f"{stage}.ipynb")
-
-
-def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str = "c0") -> Path:
-    """The folder of a small run: two arms, its verdicts, one table and one figure."""
-    rng, folder = np.random.default_rng(seed), paths.run_dir(profile)
-    (folder / "notebooks").mkdir(parents=True)
-    records = [record(arm, i, bool(rng.random() < 0.3 + gain * (arm == "format")))
-               for arm in ("plain", "format") for i in range(112)]  # fmt: skip
-    store = Store(folder / "store")
-    store.append(records)
-    frame = store.table()
-    forest = tables.against(frame, "format", ["plain"], "plain")
-    notebook.save_results(
-        "01_baseline", {"keys": sorted(frame["key"])}, profile, {CAPTION: tables.arms(frame)},
-        {"Format against plain": figures.forest(forest)},
-    )  # fmt: skip
-    published = claims.load()
-    parts = []
-    for stage in dict.fromkeys(claim.notebook for claim in published):
-        mine = [claim for claim in published if claim.notebook == stage]
-        of_stage = frame if stage == "01_baseline" else frame.iloc[:0]
-        parts.append(claims.measured_table(mine, of_stage, profile))
-    verdicts = pd.concat(parts, ignore_index=True)
-    columns = ["claim", "system", "published", "measured", "interval", "verdict", "reason"]
-    rows = {"verdicts": verdicts[columns].to_dict("records")}
-    notebook.save_results("07_verdicts", rows, profile)
-    for stage in ("01_baseline", "07_verdicts"):
-        executed(folder, stage, profile, commit)
-        done = {"started": "2026-11-22T00:00:00+00:00", "finished": "2026-11-22T00:01:00+00:00"}
-        provenance.write_json(folder / "status" / f"{stage}.json", done)
-    report.write(profile, frame, verdicts, tables.audits(published), notebook.load_results(profile))
-    return folder
+PROCESS_RUN = "https://w3id.org/ro/wfrun/process/0.5"
 
 
 @pytest.fixture(autouse=True)
@@ -97,19 +24,6 @@ def _outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
     here = provenance.collect()
     monkeypatch.setattr(provenance, "collect", lambda: here)
-    status = {"wall_seconds": 1.0, "peak_memory_bytes": 1, "finished": "now"}
-    monkeypatch.setattr(report.stages.Stage, "status", lambda self: status)
-
-
-def tampered(made: Path, name: str, change) -> Path:
-    """A copy of a bundle with one file changed, added or, where `change` is None, left out."""
-    other = made.with_name("tampered.zip")
-    with zipfile.ZipFile(made) as old, zipfile.ZipFile(other, "w") as new:
-        files = {member: old.read(member) for member in old.namelist()}
-        data = change(files.pop(name, b"")) if change else files.pop(name) and None
-        for member, content in (files | ({name: data} if change else {})).items():
-            new.writestr(member, content)
-    return other
 
 
 def test_a_bundle_holds_what_a_paper_needs_and_verifies():
@@ -121,8 +35,8 @@ def test_a_bundle_holds_what_a_paper_needs_and_verifies():
                  "exhibits/01_baseline/format-against-plain.pdf", "SHA256SUMS",
                  "evictors/smollm2-135m-seed0-4x.safetensors"):  # fmt: skip
         assert name in names, name
-    wrong, left = bundle.verify(made)
-    assert wrong == [] and left == []  # the one table follows from the records
+    checked = verify.check(made)
+    assert checked.wrong == [] and checked.left == [verify.AS_STORED]
     first = made.read_bytes()
     assert bundle.write("laptop").read_bytes() == first
 
@@ -149,58 +63,104 @@ def test_a_bundle_names_neither_folder_nor_user_nor_host(tmp_path):
                 assert str(needle).encode() not in data, (name, needle)
 
 
+def test_trained_evictors_keep_their_folders_and_states_of_trainings_stay_out():
+    folder = ran()
+    for variant in ("delayed", "immediate"):
+        for name in ("4x", "state"):
+            file = folder / "evictors" / variant / "ab12" / f"{name}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{variant} {name}")
+    files = bundle.read(bundle.write("laptop")).files
+    for variant in ("delayed", "immediate"):
+        assert files[f"evictors/{variant}/ab12/4x.safetensors"] == f"{variant} 4x".encode()
+    assert not [name for name in files if "state" in Path(name).name]
+
+
+WHY = "cell 9 raised ValueError: full attention differs"
+
+
+def test_a_bundle_of_an_incomplete_run_says_so(capsys):
+    folder = ran()
+    executed(folder, "03_dms", "laptop", "c0", failure=WHY)
+    assert cli.main(["bundle", "--profile", "laptop"]) == 0
+    said, made = capsys.readouterr().out, bundle.read(folder / "bundle.zip")
+    readme, crate = made.files["README.md"].decode(), made.json(bundle.CRATE)["@graph"]
+    left = f"INCOMPLETE: 00_tour not run yet; 02_strategies not run yet; 03_dms failed ({WHY}); "
+    for text in (said, readme, next(e for e in crate if e["@id"] == "./")["description"]):
+        assert left in text.replace("**", "")
+    assert f"| 03_dms | failed: {WHY} | – |" in readme and "| 01_baseline | done | 2026" in readme
+    (action,) = [entity for entity in crate if entity["@id"] == "#run-03_dms"]
+    assert action["actionStatus"].endswith("/FailedActionStatus") and action["error"] == WHY
+    assert action["endTime"] == TIMES["finished"]
+    assert {"@id": "notebooks/03_dms.failed.ipynb"} in action["result"]
+    assert "notebooks/03_dms.failed.html" in made.files
+    for stage in stages.load_stages("laptop", outputs=folder.parent):
+        done = {"inputs": {}, "wall_seconds": 1.0, "peak_memory_bytes": 1} | TIMES
+        provenance.write_json(stage.status_file, done)
+        stage.failed.unlink(missing_ok=True)
+    assert cli.main(["bundle", "--profile", "laptop"]) == 0
+    made = bundle.read(folder / "bundle.zip")
+    assert "INCOMPLETE" not in capsys.readouterr().out + str(made.json(bundle.CRATE))
+    assert "Every stage ran to its end." in made.files["README.md"].decode()
+
+
+def test_without_the_records_that_results_name_there_is_no_bundle():
+    folder = ran()
+    kept = Store(folder / "store").table()
+    shutil.rmtree(folder / "store")
+    with pytest.raises(ValueError, match="laptop: the store is missing; .*FORCE=1"):
+        bundle.write("laptop")
+    assert not (folder / "store").exists()  # looking for it makes none
+    Store(folder / "store").append([Record(**row) for row in kept.head(200).to_dict("records")])
+    with pytest.raises(ValueError, match="lacks 24 of the 224 records that 01_baseline reports"):
+        bundle.write("laptop")
+    for file in (folder / "store").rglob("*.lance"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ValueError, match="the store is damaged"):
+        bundle.write("laptop")
+    assert not (folder / "bundle.zip").exists()
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["notebooks/01_baseline.ipynb", "exhibits/01_baseline/format-against-plain.svg", "claims.toml",
-     "records.parquet", "results/01_baseline.json", "LICENSE"],
+    "name", ["results/01_baseline.json", "status/01_baseline.json", "notebooks/07_verdicts.ipynb",
+             "exhibits/01_baseline/exhibits.json"],
 )  # fmt: skip
-def test_what_was_changed_missing_or_added_is_named(name):
+def test_a_damaged_file_is_named_and_nothing_is_written(name, capsys):
+    folder = ran()
+    (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    assert cli.main(["bundle", "--profile", "laptop"]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder}: {name} is damaged" in said and len(said.splitlines()) == 1
+    assert not (folder / "bundle.zip").exists()
+
+
+def test_a_bundle_is_read_as_people_have_it(tmp_path):
     ran()
     made = bundle.write("laptop")
-    wrong, _ = bundle.verify(tampered(made, name, lambda data: data + b" "))
-    assert f"{name} is not what SHA256SUMS says: it was changed" in wrong
-    wrong, _ = bundle.verify(tampered(made, name, None))
-    assert f"{name} is missing" in wrong
-    wrong, _ = bundle.verify(tampered(made, "extra.txt", lambda data: b"new"))
-    assert wrong == ["extra.txt is not in SHA256SUMS"]
-
-
-def test_records_that_do_not_bear_the_results_are_found_though_the_hashes_are_made_anew():
-    ran()
-    made = bundle.write("laptop")
-
-    def better(data: bytes) -> bytes:
-        frame, buffer = pd.read_parquet(io.BytesIO(data)), io.BytesIO()
-        frame.loc[frame["arm"] == "plain", "correct"] = True
-        frame.to_parquet(buffer, index=False)
-        return buffer.getvalue()
-
-    wrong, _ = bundle.verify(tampered(made, "records.parquet", better))
-    assert any(line.startswith("rbslm-format-") and "from the records" in line for line in wrong)
-    assert f"01_baseline, table {CAPTION!r} is not what the records say" in wrong
-
-    def reproduced(data: bytes) -> bytes:
-        results = json.loads(data)
-        for row in results["verdicts"]:
-            row["verdict"] = "reproduced"
-        return json.dumps(results).encode()
-
-    wrong, _ = bundle.verify(tampered(made, "results/07_verdicts.json", reproduced))
-    assert any("rbslm-memory-gain: verdict is 'reproduced' in the results" in w for w in wrong)
-
-
-def test_it_is_verified_where_there_are_no_models(tmp_path):
-    ran()
-    made = bundle.write("laptop")
-    heavy = ("torch", "transformers", "dspy", "trl", "lancedb", "papermill")
-    code = "\n".join([
-        "import sys", "class Absent:", "    def find_spec(self, name, *rest):",
-        f"        if name.split('.')[0] in {heavy}: raise ImportError(name)",
-        "sys.meta_path.insert(0, Absent())", "from kit import bundle",
-        f"print(bundle.verify({str(made)!r}))",
-    ])  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "([], [])", done.stderr[-2000:]
+    files = bundle.read(made).files
+    out = tmp_path / "unpacked" / "their-bundle"
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(out)
+    (out / "notes.txt").write_text("mine")  # a file beside is none of the bundle's
+    (out / ".DS_Store").write_text("")
+    assert bundle.read(out).files == files == bundle.read(out.parent).files
+    for base, junk in ((out, []), (out.parent, ["__MACOSX/._SHA256SUMS"])):
+        again = tmp_path / f"{base.name}.zip"
+        with zipfile.ZipFile(again, "w") as archive:
+            for path in sorted(base.rglob("*")):  # with an entry for each directory
+                if path.name not in ("notes.txt", ".DS_Store"):
+                    archive.write(path, path.relative_to(base))
+            for name in junk:
+                archive.writestr(name, b"")
+        assert any(name.endswith("/") for name in zipfile.ZipFile(again).namelist())
+        assert bundle.read(again).files == files
+    shutil.copytree(out, out.with_name("other"))
+    with pytest.raises(bundle.Damaged, match="it holds 2 of them"):
+        bundle.read(out.parent)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(bundle.Damaged, match="neither SHA256SUMS nor results"):
+        bundle.read(tmp_path / "empty")
 
 
 def test_the_crate_is_a_process_run(tmp_path):
@@ -208,7 +168,7 @@ def test_the_crate_is_a_process_run(tmp_path):
     with zipfile.ZipFile(bundle.write("laptop")) as archive:
         archive.extractall(tmp_path / "out")
     crate = ROCrate(tmp_path / "out")
-    assert crate.root_dataset["conformsTo"].id == bundle.PROFILE
+    assert crate.root_dataset["conformsTo"].id == PROCESS_RUN
     actions = [entity for entity in crate.get_entities() if entity.type == "CreateAction"]
     assert {action["name"] for action in actions} == {"01_baseline, laptop", "07_verdicts, laptop"}
     for action in actions:
@@ -319,22 +279,3 @@ def test_the_readme_says_what_was_published():
     assert reference.renewed(readme) == readme, "stale: run `python -m kit.reference`"
     with pytest.raises(ValueError, match="README.md lacks the lines"):
         reference.renewed(readme.replace(reference.END, ""))
-
-
-def test_the_commands(tmp_path, capsys, monkeypatch):
-    assert cli.main(["bundle", "--profile", "laptop"]) == 2
-    assert "laptop has no verdicts yet; `make reproduce PROFILE=laptop`" in capsys.readouterr().err
-    ran()
-    assert cli.main(["bundle", "--profile", "laptop"]) == 0
-    made = tmp_path / "laptop" / "bundle.zip"
-    assert cli.main(["verify", str(made)]) == 0 and "agrees" in capsys.readouterr().out
-    broken = tampered(made, "LICENSE", lambda data: b"")
-    assert cli.main(["verify", str(broken), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["differs"] == [
-        "LICENSE is not what SHA256SUMS says: it was changed"
-    ]
-    (tmp_path / "note.txt").write_text("no zip")
-    assert cli.main(["verify", str(tmp_path / "note.txt")]) == 2
-    assert "is no bundle" in capsys.readouterr().err
-    assert cli.main(["diff", str(made), str(tmp_path / "laptop")]) == 0
-    assert "numbers: 0 differ" in capsys.readouterr().out

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from kit import notebook, parameters, paths, pipeline, provenance, stages
+from kit import imports, notebook, parameters, paths, pipeline, provenance, stages
 from kit.refusals import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,8 +274,8 @@ def test_no_notebook_reads_the_results_of_another_but_the_last():
     *alone, last = stages.load_stages("tour")
     assert last.judges and not any(stage.judges for stage in alone)
     readers = {f"{name}.py" for name in ("bundle", "paper", "recompute", "reference", "report")}
-    reading = {file.name for stage in alone
-               for file in stages.kit_modules(stages._code(stage.cells), ROOT / "kit")}  # fmt: skip
+    code = [text for stage in alone for text in stages._code(stage.cells)]
+    reading = {file.name for file in imports.kit_modules(code, ROOT / "kit")}
     assert reading & readers <= {"recompute.py"}  # which is given its results
 
 
@@ -500,7 +500,7 @@ def test_imports_of_the_kit_are_followed(tmp_path):
         "d": "",
     }.items():
         (tmp_path / f"{name}.py").write_text(text)
-    found = stages.kit_modules(("%matplotlib inline\nfrom kit import a, __version__",), tmp_path)
+    found = imports.kit_modules(("%matplotlib inline\nfrom kit import a, __version__",), tmp_path)
     assert [file.name for file in found] == ["__init__.py", "a.py", "b.py", "c.py"]
 
 

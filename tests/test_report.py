@@ -86,6 +86,7 @@ def _here(tmp_path, monkeypatch):
 
 PUBLISHED = claims.load()
 AUDITS = tables.audits(PUBLISHED)
+VERDICTS = claims.measured_table(PUBLISHED, pd.DataFrame(), "laptop")
 
 
 def write(records: pd.DataFrame, profile="laptop", results=None) -> Path:
@@ -265,7 +266,8 @@ def test_scrubbing_leaves_pictures_alone():
 
 
 def test_stages_show_what_their_status_files_say():
-    done = {"wall_seconds": 161.24, "peak_memory_bytes": 3 * 2**29, "finished": "2030-01-02"}
+    done = {"inputs": {}, "wall_seconds": 161.24, "peak_memory_bytes": 3 * 2**29}
+    done["finished"] = "2030-01-02"
     first, *others = stages.load_stages("laptop", outputs=paths.OUTPUTS)
     provenance.write_json(first.status_file, done)
     results = {first.name: {"keys": ["a"] * 1234, "problems": "fingerprint-of-problems"}}
@@ -275,6 +277,29 @@ def test_stages_show_what_their_status_files_say():
     assert "fingerprint-of-problems" in text
     provenance.write_text(first.running, "{}")  # its status is that of the run before
     assert f"{first.name} running 1,234 – – –" in Page(write(pd.DataFrame(), results=results)).text
+
+
+def test_failed_stages_are_told_with_their_first_line():
+    every = stages.load_stages("laptop", outputs=paths.OUTPUTS)
+    for stage in every:
+        provenance.write_json(stage.status_file, {"ok": True})
+    why = f"cell 9 raised ValueError: {EVIL}"
+    failed = next(stage for stage in every if stage.number == "03")
+    provenance.write_json(failed.failed, {"metadata": {"kit": {"failure": why}}})
+    exhibits.save(failed.folder / "exhibits" / failed.name, {"Of a run before": AUDITS[:1]}, {})
+    every[-1].status_file.unlink()  # it writes the page
+    provenance.write_text(every[-1].running, "{}")
+    page = Page(write(pd.DataFrame()))
+    assert f"Incomplete. 03_dms failed ({why})." in page.text
+    assert f"03_dms failed: {why} 0 – – –" in page.text and "07_verdicts running" in page.text
+    assert f"Its last run failed , so this may be from an earlier one: {why}" in page.text
+    waiting = {c.id for c in PUBLISHED if c.notebook == "03_dms"}
+    waiting &= {*VERDICTS[VERDICTS["verdict"] == ""]["claim"]}
+    assert page.text.count(f"03_dms failed: {why}") == 1 + len(waiting) > 3
+    failed.failed.unlink()
+    assert "Incomplete" not in Page(write(pd.DataFrame())).text
+    every[1].status_file.unlink()
+    assert "Incomplete. 01_baseline not run yet." in Page(write(pd.DataFrame())).text
 
 
 def test_colours_of_words_reach_contrast_in_both_modes():

@@ -1,0 +1,92 @@
+"""A small run as the pipeline leaves it, for the tests of bundles and of what judges them again."""
+
+import zipfile
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+
+from kit import claims, exhibits, figures, notebook, paths, provenance, report, tables
+from kit.schema import Record
+from kit.store import Store
+
+CAPTION = exhibits.BASELINE
+TIMES = {"started": "2026-11-22T00:00:00+00:00", "finished": "2026-11-22T00:01:00+00:00"}
+
+
+def record(arm: str, number: int, correct: bool) -> Record:
+    return Record(
+        key=f"{arm}{number}", generation_key="g", model="bundled:smollm2-135m",
+        weights_hash="abcdef012345", arm=arm, policy="full", source="laptop",
+        problem_id=f"p{number}", family="gcd", level=1, sample=0, seed=0, temperature=0.0,
+        question="q", answer="2", prompt_id="p", text="2", finish="stop", prompt_tokens=9,
+        new_tokens=7, seconds=0.1, kv_reads_tokens=90.0, kv_peak_tokens=15.0, kv_peak_bytes=345600,
+        correct=correct, extracted="2", reason="equal", method="last number",
+        compliant=arm == "format",
+    )  # fmt: skip
+
+
+def executed(folder: Path, stage: str, profile: str, commit: str, failure: str = "") -> None:
+    """A notebook as the pipeline leaves it, its output naming a folder of this machine."""
+    output = nbformat.v4.new_output("stream", text=f"read {paths.ROOT}/data/claims.toml\n")
+    cells = [nbformat.v4.new_markdown_cell("# title"), nbformat.v4.new_markdown_cell("## Verdict"),
+             nbformat.v4.new_code_cell("1", outputs=[output])]  # fmt: skip
+    made = nbformat.v4.new_notebook(cells=cells)
+    hardware = {"cpu": "a CPU", "cores": 2, "ram_gib": 8, "gpus": []}
+    stamp = {"profile": profile, "commit": commit, "dirty": False, "lock_sha256": "l",
+             "kit_sha256": "k", "system": "Linux", "hardware": hardware, "failure": failure,
+             "versions": {"python": "3.11"}, "parameters": {"SEED": 0}} | TIMES  # fmt: skip
+    made.metadata["kit"] = stamp
+    nbformat.write(made, folder / "notebooks" / f"{stage}{'.failed' * bool(failure)}.ipynb")
+
+
+def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str = "c0") -> Path:
+    """The folder of a small run: two arms, its verdicts, one table and one figure."""
+    rng, folder = np.random.default_rng(seed), paths.run_dir(profile)
+    (folder / "notebooks").mkdir(parents=True)
+    records = [record(arm, i, bool(rng.random() < 0.3 + gain * (arm == "format")))
+               for arm in ("plain", "format") for i in range(112)]  # fmt: skip
+    store = Store(folder / "store")
+    store.append(records)
+    frame = store.table()
+    forest = tables.against(frame, "format", ["plain"], "plain")
+    notebook.save_results(
+        "01_baseline", {"keys": sorted(frame["key"])}, profile, {CAPTION: tables.arms(frame)},
+        {"Format against plain": figures.forest(forest)},
+    )  # fmt: skip
+    published = claims.load()
+    parts = []
+    for stage in dict.fromkeys(claim.notebook for claim in published):
+        mine = [claim for claim in published if claim.notebook == stage]
+        of_stage = frame if stage == "01_baseline" else frame.iloc[:0]
+        parts.append(claims.measured_table(mine, of_stage, profile))
+    verdicts = pd.concat(parts, ignore_index=True)
+    columns = ["claim", "system", "published", "measured", "interval", "verdict", "reason"]
+    rows = {"verdicts": verdicts[columns].to_dict("records")}
+    notebook.save_results("07_verdicts", rows, profile)
+    for stage in ("01_baseline", "07_verdicts"):
+        executed(folder, stage, profile, commit)
+        done = {"inputs": {}, "wall_seconds": 1.0, "peak_memory_bytes": 1} | TIMES
+        provenance.write_json(folder / "status" / f"{stage}.json", done)
+    report.write(profile, frame, verdicts, tables.audits(published), notebook.load_results(profile))
+    return folder
+
+
+def published(made: Path, place: Path) -> Path:
+    """The folder `place` with what a bundle has of a run, as it is published."""
+    with zipfile.ZipFile(made) as archive:
+        kept = ("results/", "exhibits/", "notebooks/", "status/", "records.parquet")
+        archive.extractall(place, [name for name in archive.namelist() if name.startswith(kept)])
+    return place
+
+
+def tampered(made: Path, name: str, change) -> Path:
+    """A copy of a bundle with one file changed, added or, where `change` is None, left out."""
+    other = made.with_name("tampered.zip")
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(other, "w") as new:
+        files = {member: old.read(member) for member in old.namelist()}
+        data = change(files.pop(name, b"")) if change else files.pop(name) and None
+        for member, content in (files | ({name: data} if change else {})).items():
+            new.writestr(member, content)
+    return other
