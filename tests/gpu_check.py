@@ -267,13 +267,12 @@ def kernel_cases(here: Here, found: dict) -> str:
     """The Triton kernel against softmax in float64, all shapes and dtypes of its tests."""
     from tests import test_kernels as cases
 
-    chosen = [(name, dtype) for dtype in cases.TOLERANCE for name in cases.CASES]
-    for name, dtype in [("ragged", torch.bfloat16)] if here.dry else chosen:
+    for name, dtype in [("ragged", torch.bfloat16)] if here.dry else cases.CHECKS:
         error = cases.worst_error(cases.CASES[name], dtype, here.device)
-        found[f"{name}, {dtype}"] = [error, cases.TOLERANCE[dtype]]
-    wrong = [name for name, (error, allowed) in found.items() if not error < allowed]
-    assert not wrong, f"{', '.join(wrong)}: off by more than their tolerance"
-    return f"{len(found)} cases within their tolerances"
+        found[f"{name}, {dtype}"] = error  # in what the dtype may miss
+    wrong = [name for name, error in found.items() if not error <= 1]
+    assert not wrong, f"{', '.join(wrong)}: off by more than rounding explains"
+    return f"{len(found)} cases as near to float64 as rounding allows"
 
 
 @check(40)

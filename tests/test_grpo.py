@@ -265,7 +265,9 @@ def test_wrong_recipes_and_problems_are_one_sentence(tiny_folder, tmp_path):
 
 def test_a_step_that_processes_do_not_divide_is_one_sentence(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="8 completions .* which 3 processes of micro_batch 4 do"):
+    with pytest.raises(
+        ValueError, match="8 completions .* which 3 processes cannot share evenly; start 2"
+    ):
         grpo.grpo(str(tiny_folder), asked(), QUICK, tmp_path)
 
 
