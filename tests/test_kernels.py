@@ -72,6 +72,14 @@ def build(case, dtype, device="cpu") -> dict:
     return {name: tensor.to(device) for name, tensor in arguments.items()}
 
 
+def dot(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """rows @ vector; in float32 one product after the other, as a kernel without tensor cores may
+    sum them: a matrix product of the CPU rounds less."""
+    if rows.dtype != torch.float32:
+        return rows @ vector
+    return sum((rows * vector).unbind(-1), torch.zeros(len(rows)))
+
+
 def oracle(query, keys, values, bias, table, count, kind=torch.float64) -> torch.Tensor:
     """Softmax attention computed in `kind`, one query head at a time over a list of live slots."""
     out = torch.zeros(query.shape, dtype=kind)
@@ -85,8 +93,8 @@ def oracle(query, keys, values, bias, table, count, kind=torch.float64) -> torch
             ]
             for row in range(query.shape[2] if live else 0):
                 q = query[unit, head, row].to(kind)
-                weight = torch.stack([key @ q for key, _ in live]).softmax(0)
-                out[unit, head, row] = weight @ torch.stack([value for _, value in live])
+                weight = dot(torch.stack([key for key, _ in live]), q).softmax(0)
+                out[unit, head, row] = dot(torch.stack([v for _, v in live]).T, weight)
     return out
 
 

@@ -211,6 +211,8 @@ def captured(engine: Dense | Slots) -> Callable:
     nothing: this bounds what graphs can bring, and is no decoding.
     """
     engine.forward()  # what has to compile or to grow does so outside the capture
+    parts = getattr(engine.cache, "parts", [])
+    read = [dict(vars(x)) for x in (engine, *parts, *(part.table for part in parts))]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = engine.forward()
@@ -219,6 +221,7 @@ def captured(engine: Dense | Slots) -> Callable:
         graph.replay()
         return out.clone()
 
+    replay.read = read  # the graph holds addresses, and the next step would free what is there
     return replay
 
 
