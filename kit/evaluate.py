@@ -41,7 +41,7 @@ DECODE_SOURCES += (
     "forcing",
 )
 DECODE_SOURCES += ("decode",)
-GRADE_SOURCES = ("latex", "equality", "extract", "workers", "grade")
+GRADE_SOURCES = ("boxed", "latex", "equality", "extract", "workers", "grade")
 # Half a minute of two older cores, as parameters x new tokens allowed, of which about 0.6 come;
 # what a token of a prompt counts. Measured, see LOG.md.
 WORK, READ = 6e11, 0.7

@@ -7,7 +7,7 @@ Every pattern is bounded or possessive, because the text comes from a model.
 import re
 from dataclasses import dataclass
 
-from kit import latex
+from kit import boxed, latex
 
 BELOW = 20  # lines below an open answer line that may still belong to it
 
@@ -74,7 +74,7 @@ def extract(text: str, letters: bool = False) -> Found:
     Linear in the length of the text.
     """
     text = first_turn(said(text))
-    boxes = latex.boxes(text)
+    boxes = boxed.boxes(text)
     line = _answer_line(text)
     if boxes and (line is None or not line[2] or boxes[-1].start > line[1]):
         found = Found(boxes[-1].content, "boxed")
@@ -103,7 +103,7 @@ def first_turn(text: str) -> str:
     """The text without the questions that a model goes on to ask itself after its answer."""
     for turn in _NEXT_TURN.finditer(text):
         head = text[: turn.start()]
-        if latex.last_boxed(head) or _answer_line(head):
+        if boxed.last_boxed(head) or _answer_line(head):
             return head
         break
     return text

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from kit import extract, latex, workers
+from kit import boxed, extract, latex, workers
 from kit.equality import equal
 from kit.latex import LONGEST
 from kit.schema import ASKS, Grade
@@ -27,14 +27,14 @@ _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*(?!percent|points)[A-Za-z]")
 
 def _complies(text: str, form: str) -> bool:
     text = extract.said(text)
-    boxes = latex.boxes(text) if form != "answer line" else []
-    boxed = bool(boxes) and boxes[-1].command == r"\boxed{"
-    return boxed or (form != "boxed" and bool(_COMPLIANT_LINE.search(text)))
+    boxes = boxed.boxes(text) if form != "answer line" else []
+    complies = bool(boxes) and boxes[-1].command == r"\boxed{"
+    return complies or (form != "boxed" and bool(_COMPLIANT_LINE.search(text)))
 
 
 def gold_of_solution(solution: str) -> str | None:
     r"""The gold answer of a MATH solution: its last box. None where there is none, or a blank."""
-    return latex.last_boxed(solution)
+    return boxed.last_boxed(solution)
 
 
 def grade(text: str, gold: str, form: str = "boxed", asks: str = "any") -> Grade:

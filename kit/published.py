@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from kit.latex import last_boxed
+from kit.boxed import last_boxed
 from kit.schema import Problem, digest
 
 Row = dict
