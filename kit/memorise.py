@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit import clusters, lower, models, parametric, resume, shards, tune, widen
+from kit import clusters, lower, models, parametric, resume, shards, widen
 from kit.lower import Lower
 from kit.models import Model
 from kit.packing import IGNORED, Row
@@ -181,7 +181,7 @@ class Training:
             shards.write(self.folder / "generic.safetensors", self._blocks("generic"))
         if self.recipe.anchor_rate:
             card = {"base": self.base.name, "recipe": asdict(self.recipe), "rows": len(self.data)}
-            tune.save(self.model.weights, self.base, self.folder / "model", card)
+            models.save(self.model.weights, self.base, self.folder / "model", card)
         (self.folder / "history.json").write_text(json.dumps(self.history))  # says that it is done
         (self.folder / "state.safetensors").unlink(missing_ok=True)
         return self.folder

@@ -5,7 +5,8 @@
     path/to/folder                 a local folder written by save_pretrained
     random:llama | random:config/  a real architecture with random weights, no download
 
-`load` gives a frozen Model with the hash of its weights, which goes into every record.
+`load` gives a frozen Model with the hash of its weights, which goes into every record; `save`
+writes trained ones into a folder that `load` reads.
 Weights are safetensors or GGUF, never pickle; remote code is never run.
 """
 
@@ -309,6 +310,33 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # Written last: its presence says that everything above is complete.
     (folder / "weights.sha256").write_text(hash_files([folder / "model.safetensors"]) + "\n")
+
+
+def save(trained, base: Model, folder: Path, card: dict, weights: dict | None = None):
+    """Weights, tokenizer, hash and card into `folder`, complete or not at all.
+
+    `weights` are those of `trained` where it holds a shard of them only. float32 becomes float16.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        weights = trained.state_dict() if weights is None else weights
+        once = {n: w for n, w in weights.items() if n not in trained.all_tied_weights_keys}
+        half = {n: w.half() if w.dtype == torch.float32 else w for n, w in once.items()}
+        trained.save_pretrained(part, state_dict=half)
+        base.tokenizer.save_pretrained(part)
+        files = sorted(part.glob("*.safetensors"))
+        (part / "weights.sha256").write_text(hash_files(files) + "\n")
+        (part / "card.json").write_text(json.dumps(card, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            f"Cannot save the trained model in {folder} "
+            f"({getattr(error, 'strerror', None) or error}); make room and run again: the last "
+            f"checkpoint is kept."
+        ) from error
 
 
 if __name__ == "__main__":  # `make env` fetches and dequantises ahead of time

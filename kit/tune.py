@@ -9,7 +9,6 @@ log of its steps in `history.json`; of the steps that are to be compared on the 
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -22,7 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from kit import models, wheels
+from kit import models
 from kit.schema import digest
 from kit.watch import Watch, last_checkpoint, told
 
@@ -180,7 +179,7 @@ def keep(trainer, model: models.Model, folder: Path, card: dict) -> None:
     else:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards
     if trainer.is_world_process_zero():
-        save(trained, model, folder, card, weights)
+        models.save(trained, model, folder, card, weights)
 
 
 class Keep(TrainerCallback):
@@ -205,33 +204,6 @@ def kept(model_folder: Path) -> dict[int, Path]:
     folders = [Path(model_folder), *Path(model_folder).parent.glob("step-*")]
     found = {json.loads((folder / "card.json").read_text())["step"]: folder for folder in folders}
     return dict(sorted(found.items()))
-
-
-def save(trained, base: models.Model, folder: Path, card: dict, weights: dict | None = None):
-    """Weights, tokenizer, hash and card into `folder`, complete or not at all.
-
-    `weights` are those of `trained` where it holds a shard of them only. float32 becomes float16.
-    """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        weights = trained.state_dict() if weights is None else weights
-        once = {n: w for n, w in weights.items() if n not in trained.all_tied_weights_keys}
-        half = {n: w.half() if w.dtype == torch.float32 else w for n, w in once.items()}
-        trained.save_pretrained(part, state_dict=half)
-        base.tokenizer.save_pretrained(part)
-        files = sorted(part.glob("*.safetensors"))
-        (part / "weights.sha256").write_text(wheels.hash_files(files) + "\n")
-        (part / "card.json").write_text(json.dumps(card, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(
-            f"Cannot save the trained model in {folder} "
-            f"({getattr(error, 'strerror', None) or error}); make room and run again: the last "
-            f"checkpoint is kept."
-        ) from error
 
 
 def history(model_folder: Path) -> list[dict]:

@@ -269,7 +269,7 @@ def test_wrong_recipes_and_a_full_disk_are_one_sentence(tiny, tmp_path, monkeypa
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tune.wheels, "hash_files", full)
+    monkeypatch.setattr(models, "hash_files", full)
     with pytest.raises(OSError, match=r"\(No space left on device\); make room and run again"):
-        tune.save(models.load("random:llama").weights, tiny, tmp_path / "model", {})
+        models.save(models.load("random:llama").weights, tiny, tmp_path / "model", {})
     assert not list(tmp_path.iterdir())
