@@ -1,4 +1,4 @@
-"""What a stage shows: its key tables and figures, kept as files for the report and for papers.
+"""What a stage leaves for the report and for papers: its key tables and figures, and its numbers.
 
 Under outputs/<profile>/exhibits/<stage>/ a table is CSV (numbers as they are) and booktabs LaTeX
 (as a reader sees them), a figure is PDF, SVG and PNG; exhibits.json says what there is, in order.
@@ -16,7 +16,9 @@ import pandas as pd
 
 from kit import tables
 from kit.drawing import STYLE, Picture
+from kit.paths import run_dir
 from kit.provenance import write_json, write_text
+from kit.refusals import read_json
 
 LIST = "exhibits.json"
 BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that others look for
@@ -81,6 +83,12 @@ def load(folder: Path) -> list[Table | Figure]:
         else Table(row["caption"], row["columns"], row["rows"], tuple(row["words"]))
         for row in rows
     ]
+
+
+def load_results(profile: str) -> dict[str, dict]:
+    """The saved numbers of every notebook run so far, by stage, in running order."""
+    files = sorted((run_dir(profile) / "results").glob("*.json"))
+    return {file.stem: read_json(file) for file in files}
 
 
 def as_table(caption: str, frame: pd.DataFrame) -> Table:

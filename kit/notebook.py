@@ -17,7 +17,6 @@ from kit import exhibits
 from kit.drawing import Picture
 from kit.paths import run_dir
 from kit.provenance import FINGERPRINT_MIME, collect, write_json
-from kit.refusals import read_json
 
 DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
 
@@ -101,12 +100,6 @@ def save_results(
         results = results | {"verdicts": verdicts.drop(columns="n").to_dict("records")}
     exhibits.save(run_dir(profile) / "exhibits" / stage, tables or {}, figures or {})
     write_json(run_dir(profile) / "results" / f"{stage}.json", _plain(results, stage))
-
-
-def load_results(profile: str) -> dict[str, dict]:
-    """The saved numbers of every notebook run so far, by stage, in running order."""
-    files = sorted((run_dir(profile) / "results").glob("*.json"))
-    return {file.stem: read_json(file) for file in files}
 
 
 def _plain(value, where: str):

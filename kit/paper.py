@@ -11,7 +11,6 @@ from pathlib import Path
 
 from kit import exhibits
 from kit.exhibits import BASELINE, Figure, Table
-from kit.notebook import load_results
 from kit.paths import run_dir
 from kit.provenance import write_text
 
@@ -41,7 +40,7 @@ def write(profile: str) -> list[Path]:
     if "kitBaselineAcc" in seen:
         body.append("Without memory \\kitBaselineAcc\\% of the problems are solved, 95\\% interval "
                     "\\kitBaselineAccInterval.\n\n")  # fmt: skip
-    for stage in sorted(load_results(profile)):
+    for stage in sorted(exhibits.load_results(profile)):
         for shown in exhibits.load(folder / "exhibits" / stage):
             place = f"../exhibits/{stage}/{exhibits.slug(shown.caption)}"
             if isinstance(shown, Figure):
@@ -60,7 +59,7 @@ def write(profile: str) -> list[Path]:
 
 def macros(profile: str) -> Iterator[tuple[str, str, str]]:
     """(name, LaTeX, source) of every number in the key tables and of every verdict."""
-    folder, results = run_dir(profile), load_results(profile)
+    folder, results = run_dir(profile), exhibits.load_results(profile)
     for stage in results:
         for shown in exhibits.load(folder / "exhibits" / stage):
             if isinstance(shown, Table):

@@ -46,7 +46,7 @@ def write(
     """Write outputs/<profile>/report.html, whole or not at all, and return its path.
 
     `records` are those of the baseline and may be empty; `verdicts` is `claims.measured_table`
-    and `audits` is `tables.audits` of the same claims; `results` is `notebook.load_results`.
+    and `audits` is `tables.audits` of the same claims; `results` is `exhibits.load_results`.
     Of a run judged again, by `kit.verify`: `folder` is where it lies, `made_by` its provenance in
     place of that of here and now, `again` what differs and what was taken as it is.
     """

@@ -69,7 +69,7 @@ def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str =
         executed(folder, stage, profile, commit)
         done = {"inputs": {}, "wall_seconds": 1.0, "peak_memory_bytes": 1} | TIMES
         provenance.write_json(folder / "status" / f"{stage}.json", done)
-    report.write(profile, frame, verdicts, tables.audits(published), notebook.load_results(profile))
+    report.write(profile, frame, verdicts, tables.audits(published), exhibits.load_results(profile))
     return folder
 
 

@@ -36,7 +36,8 @@ def project(tmp_path_factory) -> Path:
     rows = [dict(zip(keys, row, strict=True), reason="because") for row in VERDICTS]
     code = f"load_results(PROFILE)\nsave_results('07_verdicts', {{'verdicts': {rows}}}, PROFILE)"
     cells = [new_code_cell("PROFILE = 'tour'\nSECONDS = 0")]
-    cells.append(new_code_cell(f"from kit.notebook import load_results, save_results\n{code}"))
+    imports = "from kit.exhibits import load_results\nfrom kit.notebook import save_results\n"
+    cells.append(new_code_cell(imports + code))
     cells.append(new_code_cell("import time\ntime.sleep(SECONDS)"))
     cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(new_notebook(cells=cells), root / "notebooks" / "07_verdicts.ipynb")

@@ -5,7 +5,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from kit import claims, notebook
+from kit import claims, exhibits, notebook
 from kit.drawing import Picture
 
 
@@ -40,9 +40,10 @@ def test_numbers_that_json_has_not_become_null(value, stored):
 
 
 def test_the_verdicts_of_a_notebook_are_saved_for_the_terminal(monkeypatch, tmp_path):
-    monkeypatch.setattr(notebook, "run_dir", lambda profile: tmp_path / profile)
+    for module in (exhibits, notebook):
+        monkeypatch.setattr(module, "run_dir", lambda profile: tmp_path / profile)
     found = claims.measured_table(claims.load()[:3], pd.DataFrame(), "tour")
     notebook.save_results("01_baseline", {"keys": []}, "tour", verdicts=found)
-    saved = notebook.load_results("tour")["01_baseline"]
+    saved = exhibits.load_results("tour")["01_baseline"]
     assert [row["claim"] for row in saved["verdicts"]] == list(found["claim"])
     assert {*saved["verdicts"][0]} == {*found} - {"n"}

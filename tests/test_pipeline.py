@@ -18,7 +18,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from kit import imports, notebook, parameters, paths, pipeline, provenance, stages
+from kit import exhibits, imports, notebook, parameters, paths, pipeline, provenance, stages
 from kit.refusals import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ FIRST = [
 SECOND = [
     "LIMIT = 1",
     TRACE.format("02_second") + "\nimport os, time\nfrom pathlib import Path",
-    "from kit.notebook import load_results\nfound = load_results('tour')",
+    "from kit.exhibits import load_results\nfound = load_results('tour')",
     "Path('pid.txt').write_text(str(os.getpid()))",
     "while Path('wait').exists():\n    time.sleep(0.05)",
     "LIMIT",
@@ -309,7 +309,7 @@ def test_a_damaged_results_file_is_named(tmp_path, monkeypatch):
     file = tmp_path / "tour/results/01_x.json"
     file.write_text('{"a": ')
     with pytest.raises(Refused, match=f"{file} is damaged .*run its notebook again"):
-        notebook.load_results("tour")
+        exhibits.load_results("tour")
 
 
 def test_a_mistyped_profile_in_a_notebook_makes_no_folder(tmp_path, monkeypatch):
@@ -484,7 +484,7 @@ def test_results_keep_twelve_digits_and_say_what_they_cannot_hold(tmp_path, monk
     monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
     values = {"third": 1 / 3, "n": np.int64(3), "none": math.nan, "row": (np.float32(0.5), True)}
     notebook.save_results("01_x", values, "tour")
-    assert notebook.load_results("tour") == {
+    assert exhibits.load_results("tour") == {
         "01_x": {"third": 0.333333333333, "n": 3, "none": None, "row": [0.5, True]}
     }
     with pytest.raises(TypeError, match=r"02_x\.a\[1\] is a Path|02_x\.a\[1\] is a PosixPath"):
