@@ -806,6 +806,18 @@ def vllm(here: Here, found: dict) -> str:
 # The command
 
 
+def joined(runs: list[dict]) -> dict:
+    """Several runs on one card as one: of a check made twice, the later; each says its commit."""
+    cards = {gpu["name"] for run in runs for gpu in run["provenance"]["hardware"]["gpus"]}
+    if len(cards) > 1:
+        raise ValueError(f"these runs are of several cards: {' and '.join(sorted(cards))}")
+    checks = {}
+    for run in runs:
+        commit = run["provenance"]["commit"]
+        checks |= {name: row | dict(commit=commit) for name, row in run["checks"].items()}
+    return runs[-1] | dict(checks=checks)
+
+
 def publish(found: dict, folder: Path) -> Path:
     """Keep what a real GPU said under its name in `folder`; ValueError for less than all of it."""
     if found["dry"] or CHECKS.keys() - found["checks"].keys():
@@ -825,13 +837,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of all checks")
     parser.add_argument("--out", type=Path, default=paths.OUTPUTS, help="folder for gpu.json")
     parser.add_argument(
-        "--publish", nargs="?", const="", metavar="GPU.JSON",
-        help="keep what this run, or that of a file, said under outputs/published/gpu",
+        "--publish", nargs="*", metavar="GPU.JSON", type=Path,
+        help="keep what this run, or those of files, said under outputs/published/gpu",
     )  # fmt: skip
     args = parser.parse_args(argv)
     shelf = paths.PUBLISHED / "gpu"
     if args.publish:
-        print(publish(json.loads(Path(args.publish).read_text()), shelf))
+        print(publish(joined([json.loads(file.read_text()) for file in args.publish]), shelf))
         return 0
     if unknown := set(args.only) - set(CHECKS):
         print(f"There is no check {min(unknown)!r}; known: {', '.join(CHECKS)}.", file=sys.stderr)
