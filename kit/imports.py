@@ -1,33 +1,57 @@
 """Which files of the kit a piece of source imports, so that a change in another leaves it alone."""
 
 import ast
+import symtable
 from functools import cache
 from pathlib import Path
 
 
 def kit_modules(code: tuple[str, ...], kit: Path) -> list[Path]:
-    """Files of the kit that these sources import, directly or through one another."""
+    """Files of the kit that these sources import, directly or through one another, and the
+    __init__ of each package on the way. ModuleNotFoundError for a module that has no file."""
     found: set[Path] = set()
-    waiting = [name for text in code for name in imported(text)]
+    waiting = {name for text in code for name in imported(text)}
     while waiting:
-        name = waiting.pop()
-        file = kit / (f"{name.split('.')[1]}.py" if "." in name else "__init__.py")
-        if file.is_file() and file not in found:  # "kit.paths.ROOT" leads to paths.py
+        for file in {*_files(waiting.pop(), kit)} - found:
             found.add(file)
-            waiting += ["kit", *imported(file.read_text(encoding="utf-8"))]
+            package = ".".join(("kit", *file.parent.relative_to(kit).parts))
+            waiting.update(imported(file.read_text(encoding="utf-8"), package))
     return sorted(found)
 
 
+def _files(name: str, kit: Path) -> list[Path]:
+    """Files that the import of a dotted name runs; "kit.paths.ROOT" leads to paths.py."""
+    place, files = kit, [kit / "__init__.py"]
+    for part in name.split(".")[1:]:
+        package, module = place / part / "__init__.py", place / f"{part}.py"
+        if package.is_file():
+            files.append(package)
+            place /= part
+        elif module.is_file():
+            return [*files, module]
+        elif part in ("*", *_names(files[-1])):
+            return files
+        else:
+            raise ModuleNotFoundError(f"{name} has no file {module.relative_to(kit.parent)}")
+    return files
+
+
+def _names(file: Path) -> tuple[str, ...]:
+    """Names that the body of a module reads or sets."""
+    table = symtable.symtable(file.read_text(encoding="utf-8"), str(file), "exec")
+    return tuple(table.get_identifiers())
+
+
 @cache
-def imported(text: str) -> tuple[str, ...]:
-    """Dotted names under `kit` that a source imports, anywhere in it."""
+def imported(text: str, package: str = "kit") -> tuple[str, ...]:
+    """Dotted names under `kit` that a source of `package` imports, anywhere in it."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))]
     names = []
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            base = f"kit.{base}".rstrip(".") if node.level else base
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*above, node.module] if node.module else above)
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return tuple(name for name in names if name.split(".")[0] == "kit")

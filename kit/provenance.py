@@ -122,7 +122,7 @@ def collect(root: Path = ROOT) -> dict:
         "commit": commit or "unknown",
         "dirty": None if changes is None else bool(changes),
         "lock_sha256": file_hash(root / "requirements.lock"),
-        "kit_sha256": files_hash(root, (root / "kit").glob("*.py")),
+        "kit_sha256": files_hash(root, (root / "kit").rglob("*.py")),
         "hardware": {
             "cpu": _cpu_model(),
             "cores": _cores(),

@@ -178,7 +178,11 @@ def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
     """A hash for each thing that decides the result of a stage; keys as in INPUTS."""
     root = stage.root
     data = [file for file in (root / "data").rglob("*") if file.is_file()]
-    modules = imports.kit_modules(_code(stage.cells), root / "kit")
+    try:
+        modules = imports.kit_modules(_code(stage.cells), root / "kit")
+    except ModuleNotFoundError as error:
+        raise Refused(f"{stage.notebook.name} imports, itself or through the kit, a module that "
+                      f"does not exist: {error}") from error  # fmt: skip
     return {
         "notebook": digest(stage.cells),
         "kit": files_hash(root, modules),

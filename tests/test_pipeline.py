@@ -1,9 +1,11 @@
 """The pipeline on tiny real notebooks: real kernels, real deaths, no model."""
 
 import fcntl
+import inspect
 import json
 import math
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -274,6 +276,7 @@ def test_no_notebook_reads_the_results_of_another_but_the_last():
     *alone, last = stages.load_stages("tour")
     assert last.judges and not any(stage.judges for stage in alone)
     readers = {f"{name}.py" for name in ("bundle", "paper", "recompute", "reference", "report")}
+    assert readers <= {file.name for file in (ROOT / "kit").rglob("*.py")}
     code = [text for stage in alone for text in stages._code(stage.cells)]
     reading = {file.name for file in imports.kit_modules(code, ROOT / "kit")}
     assert reading & readers <= {"recompute.py"}  # which is given its results
@@ -493,7 +496,7 @@ def test_results_keep_twelve_digits_and_say_what_they_cannot_hold(tmp_path, monk
 
 def test_imports_of_the_kit_are_followed(tmp_path):
     for name, text in {
-        "__init__": "",
+        "__init__": "__version__ = '1'",
         "a": "import kit.b as bee",
         "b": "def f():\n    from . import c",
         "c": "import json",
@@ -502,6 +505,87 @@ def test_imports_of_the_kit_are_followed(tmp_path):
         (tmp_path / f"{name}.py").write_text(text)
     found = imports.kit_modules(("%matplotlib inline\nfrom kit import a, __version__",), tmp_path)
     assert [file.name for file in found] == ["__init__.py", "a.py", "b.py", "c.py"]
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """A kit of packages, two of them nested, whose modules import each other in several ways."""
+    files = {
+        "__init__.py": '"""The kit, with decode."""',
+        "paths.py": "ROOT = 1",
+        "inference/__init__.py": "from kit.paths import ROOT as root",
+        "inference/decode.py": "from . import cache\nfrom ..models.load import load",
+        "inference/cache.py": "import json",
+        "inference/unrelated.py": "",
+        "models/__init__.py": "",
+        "models/load.py": "import kit.models.formats.gguf",
+        "models/formats/__init__.py": "",
+        "models/formats/gguf.py": "from ... import paths\nfrom .other import *\nfrom . import twin",
+        "models/formats/other.py": "",
+        "models/formats/twin/__init__.py": "def f():\n    from .deep import g",
+        "models/formats/twin/deep.py": "",
+    }
+    for name, text in files.items():
+        file = tmp_path / "kit" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return tmp_path / "kit"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from kit.inference.decode import decode",
+        "from kit.inference import decode",
+        "import kit.inference.decode",
+        "import kit.inference.decode as d, os",
+        "def f():\n    from kit.inference.decode import *",
+    ],
+)
+def test_imports_are_followed_through_folders_of_any_depth(folders, source):
+    found = imports.kit_modules((source,), folders)
+    every = {*folders.rglob("*.py")}
+    assert {*found} == every - {folders / "inference" / "unrelated.py"} and found == sorted(found)
+    (alone, package) = imports.kit_modules(("from kit import models",), folders)
+    assert (alone.parent, package.parent) == (folders, folders / "models")
+
+
+@pytest.mark.parametrize(
+    "source, missing",
+    [
+        ("from kit import decode", "kit/decode.py"),  # a word of the docstring
+        ("import kit.inference.sampling", "kit/inference/sampling.py"),
+        ("from kit.inference import root, sampling", "kit/inference/sampling.py"),
+        ("from kit.decode.fast import decode", "kit/decode.py"),
+    ],
+)
+def test_an_import_without_a_file_is_an_error(folders, source, missing):
+    with pytest.raises(ModuleNotFoundError, match=missing):
+        imports.kit_modules((source,), folders)
+
+
+def test_a_notebook_that_imports_no_file_is_refused_in_a_sentence(project):
+    edit(project / "notebooks/01_first.ipynb", "from kit import alpha", "from kit import alfa")
+    with pytest.raises(Refused, match=r"01_first.ipynb imports.* does not exist: kit.alfa .*alfa"):
+        states(project)
+
+
+def test_each_import_of_the_kit_in_a_notebook_is_the_file_that_python_finds():
+    for stage in stages.load_stages("tour"):
+        code = stages._code(stage.cells)
+        found = {*imports.kit_modules(code, ROOT / "kit")}
+        for name in {name for text in code for name in imports.imported(text)}:
+            value = pkgutil.resolve_name(name)
+            module = value if inspect.ismodule(value) else sys.modules[name.rpartition(".")[0]]
+            assert Path(module.__file__) in found, f"{stage.name}: {name}"
+
+
+def test_the_hash_of_the_sources_covers_all_folders(folders):
+    seen = [provenance.collect(folders.parent)["kit_sha256"]]
+    for name in ("paths.py", "inference/decode.py", "models/formats/twin/deep.py"):
+        edit(folders / name, "", "# more\n")
+        seen.append(provenance.collect(folders.parent)["kit_sha256"])
+    assert len({*seen}) == 4
 
 
 def test_a_clock_reads_as_a_clock():
