@@ -4,9 +4,9 @@ import json
 import threading
 
 import pytest
-from fake_hub import build_cache, serve
 
 from kit import hub, paths
+from tests.fake_hub import build_cache, serve
 
 OLD, NEW = "1" * 40, "2" * 40
 REPO, KEY = "org/name", "dataset:org/name"

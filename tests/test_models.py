@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import build_cache, serve
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from kit import hub, models, paths, wheels
 from kit.models import ModelError
 from kit.wheels import WheelError
+from tests.fake_hub import build_cache, serve
 
 
 def says(error: type[Exception], words: str, name: str, **options) -> None:

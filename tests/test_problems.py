@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fake_hub import build_cache
 
 from kit import hub, paths, suite
 from kit.families import FAMILIES
@@ -26,6 +25,7 @@ from kit.overlap import near_duplicates
 from kit.problems import OverlapError, ProblemSet, check_disjoint, hub_files, load
 from kit.published import SOURCES
 from kit.schema import Problem
+from tests.fake_hub import build_cache
 
 DATA = Path(os.environ.get("KIT_DATA", paths.ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no published files (KIT_DATA)")

@@ -20,13 +20,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.toml"))
-KIT = sorted((ROOT / "kit").glob("*.py"))
+KIT = sorted((ROOT / "kit").rglob("*.py"))
 NOT_A_NOTEBOOK = "preflight"  # the table of a profile that says what it will need
 HEADINGS = "Claim, Question, Parameters, Inputs, One example, Run, Table, Figure, Verdict, Limits"
-
-
-def name(path: Path) -> str:
-    return path.stem
 
 
 def pins(requirements) -> dict[str, str]:
@@ -265,24 +261,22 @@ def test_make_knows_each_variable_that_it_reads():
 # Sizes and names
 
 
-@pytest.mark.parametrize("path", KIT, ids=name)
-def test_a_module_of_the_kit_says_what_it_is_and_its_functions_are_short(path):
-    tree = ast.parse(path.read_text())
+def test_a_module_of_the_kit_says_what_it_is_and_its_functions_are_short(subtests):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in (node for node in ast.walk(tree) if isinstance(node, functions)):
-        assert node.end_lineno - node.lineno + 1 <= 60, node.name
-    if path.stem != "__main__":
-        assert ast.get_docstring(tree), "a module says what it is"
+    for path in KIT:
+        with subtests.test(path.relative_to(ROOT).as_posix()):
+            tree = ast.parse(path.read_text())
+            for node in (node for node in ast.walk(tree) if isinstance(node, functions)):
+                assert node.end_lineno - node.lineno + 1 <= 60, node.name
+            if path.stem != "__main__":
+                assert ast.get_docstring(tree), "a module says what it is"
 
 
-def test_the_kit_is_flat_and_every_name_says_something():
-    assert [child.name for child in (ROOT / "kit").iterdir() if child.is_dir()] in (
-        [],
-        ["__pycache__"],
-    )
+def test_every_name_in_the_kit_and_its_tests_says_something():
     empty = {"utils", "util", "helpers", "helper", "common", "misc", "core", "base", "lib"}
-    named = {path.stem for folder in ("kit", "tests") for path in (ROOT / folder).rglob("*.py")}
-    assert not named & empty
+    files = [*KIT, *(ROOT / "tests").rglob("*.py")]
+    named = {part for file in files for part in file.relative_to(ROOT).with_suffix("").parts}
+    assert {"kit", "decode"} <= named and not named & empty
 
 
 # Notebooks
@@ -327,70 +321,92 @@ def plain(cell) -> ast.Module:
     return ast.parse(cell.source)
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=name)
-def book(request) -> Book:
-    return Book(request.param)
+@pytest.fixture(scope="module")
+def books() -> dict[str, Book]:
+    return {path.stem: Book(path) for path in NOTEBOOKS}
 
 
-def test_a_notebook_is_valid(book):
-    nbformat.validate(book.nb)
-    assert book.nb.nbformat == 4
+def test_a_notebook_is_valid(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            nbformat.validate(book.nb)
+            assert book.nb.nbformat == 4
 
 
-def test_a_notebook_has_the_ten_headings_in_order(book):
-    source = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
-    assert re.findall(r"^## (.+)$", source, re.MULTILINE) == HEADINGS.split(", ")
-    assert len(re.findall(r"^# .+$", source, re.MULTILINE)) == 1
-    assert book.cells[0].source.startswith("# ")
+def test_a_notebook_has_the_ten_headings_in_order(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            source = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+            assert re.findall(r"^## (.+)$", source, re.MULTILINE) == HEADINGS.split(", ")
+            assert len(re.findall(r"^# .+$", source, re.MULTILINE)) == 1
+            assert book.cells[0].source.startswith("# ")
 
 
-def test_the_cells_of_a_notebook_are_short(book):
-    assert all(0 < len(cell.source.splitlines()) <= 25 for cell in book.code)
+def test_the_cells_of_a_notebook_are_short(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            assert all(0 < len(cell.source.splitlines()) <= 25 for cell in book.code)
 
 
-def test_parameters_are_few_upper_case_explained_and_used(book):
-    knobs, lines = book.knobs(), book.parameters().source.splitlines()
-    assert len(knobs.keys() - {"PROFILE"}) <= 12  # PROFILE is the pipeline's
-    after = book.code[book.code.index(book.parameters()) + 1 :]
-    read = {n.id for cell in after for n in ast.walk(plain(cell)) if isinstance(n, ast.Name)}
-    for knob, line in knobs.items():
-        assert re.fullmatch(r"[A-Z][A-Z0-9_]*", knob)
-        assert re.search(r"  # \S+", lines[line - 1]), f"{knob} has no comment"
-        assert knob in read, f"{knob} is not used"
+def test_parameters_are_few_upper_case_explained_and_used(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            knobs, lines = book.knobs(), book.parameters().source.splitlines()
+            assert len(knobs.keys() - {"PROFILE"}) <= 12  # PROFILE is the pipeline's
+            after = book.code[book.code.index(book.parameters()) + 1 :]
+            read = {
+                n.id for cell in after for n in ast.walk(plain(cell)) if isinstance(n, ast.Name)
+            }
+            for knob, line in knobs.items():
+                assert re.fullmatch(r"[A-Z][A-Z0-9_]*", knob)
+                assert re.search(r"  # \S+", lines[line - 1]), f"{knob} has no comment"
+                assert knob in read, f"{knob} is not used"
 
 
-def test_nothing_but_the_parameters_cell_sets_a_parameter(book):
-    others = [cell for cell in book.code if cell is not book.parameters()]
-    nodes = itertools.chain.from_iterable(ast.walk(plain(cell)) for cell in others)
-    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    assert not stored & book.knobs().keys()
+def test_nothing_but_the_parameters_cell_sets_a_parameter(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            others = [cell for cell in book.code if cell is not book.parameters()]
+            nodes = itertools.chain.from_iterable(ast.walk(plain(cell)) for cell in others)
+            stored = {
+                n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
+            assert not stored & book.knobs().keys()
 
 
-def test_a_notebook_was_run_from_top_to_bottom_or_not_at_all(book):
-    counts = [cell.execution_count for cell in book.code]
-    assert counts in ([None] * len(counts), list(range(1, len(counts) + 1)))
-    failed = [o for cell in book.code for o in cell.outputs if o.output_type == "error"]
-    assert not failed
+def test_a_notebook_was_run_from_top_to_bottom_or_not_at_all(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            counts = [cell.execution_count for cell in book.code]
+            assert counts in ([None] * len(counts), list(range(1, len(counts) + 1)))
+            failed = [o for cell in book.code for o in cell.outputs if o.output_type == "error"]
+            assert not failed
 
 
-def test_a_notebook_names_no_folder_of_a_machine(book):
-    for text in book.text():
-        found = re.search(r"(?<![\w.])/(home|root|work|tmp|Users|mnt)\b", text)
-        assert not found, text[max(0, found.start() - 40) : found.end() + 40]
+def test_a_notebook_names_no_folder_of_a_machine(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            for text in book.text():
+                found = re.search(r"(?<![\w.])/(home|root|work|tmp|Users|mnt)\b", text)
+                assert not found, text[max(0, found.start() - 40) : found.end() + 40]
 
 
-def test_a_notebook_asks_nothing_and_installs_nothing(book):
-    calls = [n for cell in book.code for n in ast.walk(plain(cell)) if isinstance(n, ast.Call)]
-    called = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
-    assert not called & {"input", "eval", "exec", "get_ipython"}
-    assert not any(re.search(r"\bpip\d? install\b", cell.source) for cell in book.code)
+def test_a_notebook_asks_nothing_and_installs_nothing(books, subtests):
+    for name, book in books.items():
+        with subtests.test(name):
+            calls = [
+                n for cell in book.code for n in ast.walk(plain(cell)) if isinstance(n, ast.Call)
+            ]
+            called = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+            assert not called & {"input", "eval", "exec", "get_ipython"}
+            assert not any(re.search(r"\bpip\d? install\b", cell.source) for cell in book.code)
 
 
-def test_a_notebook_defines_no_function_that_another_defines():
+def test_a_notebook_defines_no_function_that_another_defines(books):
     defined = [
         node.name
-        for path in NOTEBOOKS
-        for cell in Book(path).code
+        for book in books.values()
+        for cell in book.code
         for node in ast.walk(plain(cell))
         if isinstance(node, ast.FunctionDef)
     ]
@@ -400,15 +416,16 @@ def test_a_notebook_defines_no_function_that_another_defines():
 # Profiles and README
 
 
-@pytest.mark.parametrize("path", PROFILES, ids=name)
-def test_a_profile_names_only_notebooks_and_their_parameters(path):
-    tables = tomllib.loads(path.read_text())
-    tables.pop(NOT_A_NOTEBOOK, None)
-    knobs = {notebook.stem: Book(notebook).knobs().keys() for notebook in NOTEBOOKS}
-    for table, values in tables.items():
-        assert table in knobs, f"there is no notebook {table}"
-        assert values.keys() <= knobs[table], f"{table}: {values.keys() - knobs[table]}"
-        assert values.get("PROFILE", path.stem) == path.stem
+def test_a_profile_names_only_notebooks_and_their_parameters(books, subtests):
+    knobs = {name: book.knobs().keys() for name, book in books.items()}
+    for path in PROFILES:
+        with subtests.test(path.name):
+            tables = tomllib.loads(path.read_text())
+            tables.pop(NOT_A_NOTEBOOK, None)
+            for table, values in tables.items():
+                assert table in knobs, f"there is no notebook {table}"
+                assert values.keys() <= knobs[table], f"{table}: {values.keys() - knobs[table]}"
+                assert values.get("PROFILE", path.stem) == path.stem
 
 
 def test_there_are_notebooks_and_profiles_to_look_at():
@@ -421,8 +438,10 @@ def test_the_tree_of_the_readme_names_every_file_of_the_kit_and_no_other():
     tree = re.search(r"```\n\.\n.*?```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     kit = re.search(r"── kit/.*?\n(?=[├└])", tree, re.DOTALL)[0]
     named = re.findall(r"^│\s+[├└]── (\S+)\s+\S", kit, re.MULTILINE)
-    rooms = [path.name for path in KIT if not path.stem.startswith("__")]
-    assert sorted(named) == rooms
+    rooms = [f"{path.parent.name}/" for path in KIT if path.parent.parent == ROOT / "kit"]
+    files = [path.name for path in KIT if path.parent == ROOT / "kit"]
+    rooms += [file for file in files if not file.startswith("__")]
+    assert sorted(named) == sorted({*rooms})
     books = re.findall(r"[├└]── (\d\d_\w+\.ipynb)\s+\S", tree)
     assert books == [path.name for path in NOTEBOOKS]
     for other in (path.name for path in (ROOT / "kit").glob("*.j2")):

@@ -19,11 +19,11 @@ import sys
 
 import pandas
 import torch
-from fake_hub import build_cache
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
 from kit import articles, paths, published, verify
 from kit.store import Store
+from tests.fake_hub import build_cache
 
 MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B-Instruct-2507")
 KNOWING = "Qwen/Qwen2.5-0.5B"
