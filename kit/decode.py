@@ -4,6 +4,11 @@ All sequences of a step stand packed in one row of tokens, without padding; a se
 ends gives its place to the next request before the next step. Tokens depend on the weights,
 the request, its seed, and on which requests are decoded together (batch shape changes low
 bits), so callers cut a job into fixed groups and give one group at a time to `decode`.
+
+A bank of weights is any object with `fetch(path)`, which gives one block per level, [layers, units,
+row]; `prefetch(path)`, which starts to read them; and `widened(weights, batch_size)`, which gives
+an object with `put(place, blocks)` for the sequence at one place of the batch and a context manager
+`attached()`, inside which the model computes with what was put.
 """
 
 import time
@@ -19,11 +24,9 @@ from kit.draw import draw, uniforms
 from kit.forcing import NEVER, Forcing
 from kit.kv import Saved, SlotCache
 from kit.models import Model
-from kit.parametric import Bank
 from kit.policies import Full
 from kit.quantise import Quantised
 from kit.schema import Generation, Prompt, Sampling
-from kit.widen import Wider
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def decode(
     on_done: Callable[[int, int], None] | None = None,
     policy: Full = Full(),  # noqa: B008 (frozen)
     quantised: Quantised | None = None,
-    bank: Bank | None = None,
+    bank: object | None = None,
     forcing: Forcing = NEVER,
 ) -> list[Generation]:
     """Continue every request; results in the order of `requests`.
@@ -116,7 +119,7 @@ def decode(
     cut: list[tuple[_Running, Saved]] = []  # to be asked for an answer
     counted = energy.joules()
     read = _Read(batching.prefixes(prompts) if cache.shares_prefixes and not bank else {})
-    wider = Wider.empty(model.weights, bank.shape, batch_size) if bank else None
+    wider = bank.widened(model.weights, batch_size) if bank else None
     memory = wider.attached() if bank else nullcontext()
     with slots_attached(model), policy.attached(model.weights), memory, _unmixed(model):
         while waiting or running or cut:

@@ -21,7 +21,6 @@ import transformers
 from kit import decode, grade, paths
 from kit.forcing import NEVER
 from kit.models import Model
-from kit.parametric import Bank
 from kit.policies import DMS, Full
 from kit.prompts import FORM
 from kit.quantise import Quantised
@@ -89,11 +88,12 @@ def _plain(node):
 @dataclass(frozen=True)
 class Memory:
     """What the KV cache keeps, and how: an eviction policy and a quantisation; and the bank that
-    each question fetches from."""
+    each question fetches from. Besides what `decode` calls, the bank has `paths(questions)`, one
+    node per level for each question, and `key`, a text that identifies it in record keys."""
 
     policy: Full = Full()
     quantised: Quantised | None = None
-    bank: Bank | None = None  # feed-forward blocks fetched by the question
+    bank: object | None = None  # feed-forward blocks fetched by the question
 
     @property
     def name(self) -> str:

@@ -26,8 +26,9 @@ from kit.lower import Lower
 from kit.memorise import Recipe, Training
 from kit.models import Model
 from kit.packing import Row
-from kit.parametric import Bank, Shape
+from kit.parametric import Bank
 from kit.schema import Prompt
+from kit.widen import Shape
 
 CO_TRAINED = 1e-4  # learning rate of a model that is trained as well
 

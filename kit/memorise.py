@@ -26,8 +26,8 @@ from kit import clusters, lower, models, parametric, resume, shards, widen
 from kit.lower import Lower
 from kit.models import Model
 from kit.packing import IGNORED, Row
-from kit.parametric import Shape
 from kit.schema import digest
+from kit.widen import Shape
 
 
 @dataclass(frozen=True)

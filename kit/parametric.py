@@ -18,52 +18,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from kit import clusters, shards
 from kit.embed import Embedder
 from kit.models import Model
 from kit.schema import digest
+from kit.widen import Shape, Wider
 
 
 class BankError(ValueError):
     """A bank cannot be used: one sentence with what to do. The base works without it."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How large a bank is. A unit is a row of `row` numbers in each layer: for feed-forward units
-    those of gate, up and down, 3 times the model's width; see `kit.widen` for other kinds."""
-
-    row: int
-    layers: tuple[int, ...]  # that have memory
-    sizes: tuple[int, ...]  # units per layer of a node, by level; 0 for none
-    branching: int
-    kind: str = "ffn"
-
-    @property
-    def nodes(self) -> tuple[int, ...]:
-        """Per level."""
-        return tuple(self.branching ** (level + 1) for level in range(len(self.sizes)))
-
-    @property
-    def fetched(self) -> int:
-        """Parameters that one context fetches."""
-        return self.row * len(self.layers) * sum(self.sizes)
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole bank."""
-        units = sum(nodes * size for nodes, size in zip(self.nodes, self.sizes, strict=True))
-        return self.row * len(self.layers) * units
-
-    def block(self, level: int) -> tuple[int, int, int]:
-        """Shape of a block: layers, units, row."""
-        return len(self.layers), self.sizes[level], self.row
 
 
 def merge(
@@ -223,6 +193,10 @@ class Bank:
                 )
             self._checked.add((level, node))
         return block.to(self.device, self.dtype)
+
+    def widened(self, weights: PreTrainedModel, sequences: int) -> Wider:
+        """The model with room for what so many sequences fetch."""
+        return Wider.empty(weights, self.shape, sequences)
 
     def nbytes(self) -> dict[str, int]:
         """`bank`: all shards on disk; `fetched`: what one context reads of them; `resident`: held

@@ -21,7 +21,6 @@ from kit.parametric import Bank
 from kit.prompts import FORM
 from kit.schema import Problem, Record, Sampling, digest
 from kit.store import Store
-from kit.widen import Wider
 
 BATCH = 16  # questions read at once
 COSTS = ("prompt_tokens", "new_tokens", "seconds", "finish")
@@ -151,7 +150,7 @@ def fetched(model: Model, questions: Sequence[str], bank: Bank | None) -> Iterat
     if bank is None:
         yield
         return
-    wider = Wider.empty(model.weights, bank.shape, len(questions))
+    wider = bank.widened(model.weights, len(questions))
     for place, path in enumerate(bank.paths(questions)):
         wider.put(place, bank.fetch(path))
     with wider.attached():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,12 +21,11 @@ import pandas as pd
 import torch
 from psutil import virtual_memory
 
-from kit import budget, evaluate, evictor, frontier, grade, models, paths, policies, precision
+from kit import budget, evaluate, frontier, grade, models, paths, policies, precision
 from kit.budget import Architecture, Configuration
 from kit.evaluate import Job, Memory
 from kit.forcing import Forcing
 from kit.models import Model
-from kit.parametric import Bank
 from kit.prompts import FORM
 from kit.quantise import ITERATIONS
 from kit.schema import Prompt, Sampling, digest
@@ -37,6 +37,7 @@ ANSWER_TOKENS = 8
 NO_ROOM = (MemoryError, torch.OutOfMemoryError)
 OUT = "out of memory"
 EVICTORS = "evictors/smollm2-135m-seed0-{}.safetensors"  # shipped ones, under data/
+LoadEvictor = Callable[[Path, Model], object]  # file, model: what `policies.DMS` takes
 BUDGETED = {"window": policies.Window, "tova": policies.TOVA, "h2o": policies.H2O}
 
 
@@ -102,8 +103,9 @@ class Swept(NamedTuple):
     keys: list[list[str]]  # of the records behind it, by run and budget of tokens
 
 
-def memory_of(run: Run, model: Model) -> Memory:
-    """The cache of a run for `model`; ValueError for a policy that there is not.
+def memory_of(run: Run, model: Model, load_evictor: LoadEvictor | None = None) -> Memory:
+    """The cache of a run for `model`; ValueError for a policy that there is not, or for "dms"
+    without `load_evictor`.
 
     An evictor trained on the model is used with its quantised weights too.
     """
@@ -119,8 +121,9 @@ def memory_of(run: Run, model: Model) -> Memory:
             f"no policy {run.policy!r}; use full, {', '.join(f'{k} N' for k in BUDGETED)}, or "
             f"dms with one of the evictors in {file.parent}"
         )
-    adapter = evictor.load(file, model)
-    return Memory(policies.DMS(adapter), quantised)
+    if load_evictor is None:
+        raise ValueError(f"{run.policy!r} needs an evictor; pass load_evictor=evictor.load")
+    return Memory(policies.DMS(load_evictor(file, model)), quantised)
 
 
 def generate(
@@ -133,14 +136,16 @@ def generate(
     temperature: float = 0.6,
     batch_size: int = 64,
     report: Callable[[str], None] = print,
-    bank: Bank | None = None,
+    bank: object | None = None,
+    load_evictor: LoadEvictor | None = None,
 ) -> pd.DataFrame:
     """Records of one run on `base` with weights of its bits: an answer of every prompt and sample
     at every budget of tokens, as arm "... at N". Stored ones are not made again. Each question
-    fetches from `bank` where there is one."""
+    fetches from `bank` where there is one, see `evaluate.Memory`; runs of "dms" open their evictor
+    with `load_evictor`."""
     model = precision.named(base, run.bits)
     sampling = Sampling(max(grid.tokens), temperature, top_p=0.95 if temperature else 1.0)
-    memory = replace(memory_of(run, model), bank=bank)
+    memory = replace(memory_of(run, model, load_evictor), bank=bank)
     forcing = _forcing(model, grid, thinking=any(prompt.thinking for prompt in prompts))
     jobs = evaluate.plan(model, list(prompts), sampling, samples, batch_size, memory)
     keys = {job.key: [digest([job.key, asdict(forcing), cut]) for cut in grid.tokens]

@@ -12,13 +12,12 @@ Source: arXiv 2510.02375, sections 3.1 and 4.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from kit.parametric import Shape
 
 KINDS = {
     "ffn": ("mlp",),
@@ -28,6 +27,38 @@ KINDS = {
     "kv": ("self_attn",),
 }
 LORA_SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a bank is. A unit is a row of `row` numbers in each layer: for feed-forward units
+    those of gate, up and down, 3 times the model's width."""
+
+    row: int
+    layers: tuple[int, ...]  # that have memory
+    sizes: tuple[int, ...]  # units per layer of a node, by level; 0 for none
+    branching: int
+    kind: str = "ffn"
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Per level."""
+        return tuple(self.branching ** (level + 1) for level in range(len(self.sizes)))
+
+    @property
+    def fetched(self) -> int:
+        """Parameters that one context fetches."""
+        return self.row * len(self.layers) * sum(self.sizes)
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole bank."""
+        units = sum(nodes * size for nodes, size in zip(self.nodes, self.sizes, strict=True))
+        return self.row * len(self.layers) * units
+
+    def block(self, level: int) -> tuple[int, int, int]:
+        """Shape of a block: layers, units, row."""
+        return len(self.layers), self.sizes[level], self.row
 
 
 def shape(weights: PreTrainedModel, kind: str, layers, sizes, branching: int) -> Shape:

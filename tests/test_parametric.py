@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from kit import clusters, embed, parametric, shards, widen
-from kit.parametric import Bank, BankError, Shape
+from kit.parametric import Bank, BankError
 from tests.conftest import loaded
 
 
@@ -36,7 +36,7 @@ def made(tmp_path_factory, tiny):
 
 def test_parameters_are_those_of_the_paper():
     """160M anchor: width 512, 35 layers; 18.06M fetched of 4.62B (section 4.1)."""
-    shape = Shape(3 * 512, tuple(range(35)), (256, 64, 16, 0), 16)
+    shape = widen.Shape(3 * 512, tuple(range(35)), (256, 64, 16, 0), 16)
     assert shape.fetched == 18_063_360
     assert shape.parameters == 4_624_220_160
     assert shape.nodes == (16, 256, 4096, 65536)

@@ -41,6 +41,9 @@ class Each:
     def fetch(self, path):
         return [self.blocks[path[0]]]
 
+    def widened(self, weights, sequences):
+        return widen.Wider.empty(weights, self.shape, sequences)
+
 
 def alone(model, prompt: str, option: str) -> torch.Tensor:
     """Log-probabilities of the tokens of one option, by one forward pass of the whole text."""

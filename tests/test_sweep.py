@@ -12,6 +12,7 @@ from kit import budget, decode, evaluate, paths, problems, prompts, stages, swee
 from kit.store import Store
 from kit.sweep import Grid, Run
 from tests.conftest import loaded
+from tests.toys import drawn
 
 SUMS = problems.load("laptop", "test", families=["chain_sum"], levels=[1]).problems[:4]
 PLAIN = prompts.build(prompts.plain, SUMS)
@@ -125,6 +126,20 @@ def test_votes_need_samples_and_policies_names(tiny, tmp_path):
     for wrong in ("dms 3x", "window", "ring 4"):
         with pytest.raises(ValueError, match=f"no policy '{wrong}'; use full, window N"):
             sweep.memory_of(Run(policy=wrong), tiny)
+
+
+def test_an_evictor_is_opened_by_what_the_caller_hands_over(tiny):
+    run, opened = Run(policy="dms 4x", kv_bits=4), []
+    with pytest.raises(ValueError, match="'dms 4x' needs an evictor; pass load_evictor"):
+        sweep.memory_of(run, tiny)
+
+    def load_evictor(file, model):
+        opened.append((file.name, model))
+        return drawn(model)
+
+    memory = sweep.memory_of(run, tiny, load_evictor)
+    assert opened == [("smollm2-135m-seed0-4x.safetensors", tiny)]
+    assert memory.policy.evictor.base_hash == tiny.weights_hash and memory.quantised.bits == 4
 
 
 def test_a_run_without_room_is_recorded_and_the_rest_goes_on(tiny, tmp_path, monkeypatch):
