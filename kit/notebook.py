@@ -24,13 +24,19 @@ DIGITS = 12  # of a stored float: the low bits differ between machines and mean 
 def show(function: Callable) -> None:
     """Display the source of a kit function, highlighted where the front end can."""
     from IPython.display import display
+
+    display(highlighted(function), raw=True)
+
+
+def highlighted(function: Callable) -> dict[str, str]:
+    """The source of a function by MIME type: as HTML and as it stands."""
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
     source = inspect.getsource(function)
     html = highlight(source, PythonLexer(), HtmlFormatter(noclasses=True))
-    display({"text/html": html, "text/plain": source}, raw=True)
+    return {"text/html": html, "text/plain": source}
 
 
 def banner() -> None:

@@ -1,5 +1,7 @@
 """What a training shows while it runs in a notebook."""
 
+import json
+
 import pandas as pd
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
@@ -7,6 +9,7 @@ from IPython.utils.capture import capture_output
 
 from kit import claims, exhibits, notebook
 from kit.drawing import Picture
+from tests import shown
 
 
 @pytest.fixture
@@ -47,3 +50,23 @@ def test_the_verdicts_of_a_notebook_are_saved_for_the_terminal(monkeypatch, tmp_
     saved = exhibits.load_results("tour")["01_baseline"]
     assert [row["claim"] for row in saved["verdicts"]] == list(found["claim"])
     assert {*saved["verdicts"][0]} == {*found} - {"n"}
+
+
+def test_what_the_notebooks_show_is_the_source_of_today(subtests):
+    for path in shown.NOTEBOOKS:
+        with subtests.test(path.name):
+            text = path.read_text()
+            fresh = shown.renewed(text) == text
+            assert fresh, f"{path.name} shows an older source: run `python -m tests.shown`"
+
+
+def test_an_old_source_in_a_notebook_is_renewed(subtests):
+    for path in (path for path in shown.NOTEBOOKS if "notebook.show(" in path.read_text()):
+        with subtests.test(path.name):
+            book = json.loads(path.read_text())
+            for cell in book["cells"]:
+                for output in cell.get("outputs", []) * ("notebook.show(" in str(cell["source"])):
+                    if "text/html" in output.get("data", {}):
+                        output["data"] |= {"text/plain": ["old"], "text/html": ["<b>old</b>"]}
+            old = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+            assert old != path.read_text() and shown.renewed(old) == path.read_text()
