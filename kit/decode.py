@@ -28,6 +28,10 @@ from kit.policies import Full
 from kit.quantise import Quantised
 from kit.schema import Generation, Prompt, Sampling
 
+# Part of every record's key. Raise it by one when tokens, or what they cost, may differ from those
+# of before for the same weights and request: records stored under another one are decoded anew.
+DECODE_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Request:

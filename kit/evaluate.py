@@ -6,19 +6,17 @@ most. Since the cut depends on the whole job only, an interrupted run ends with 
 as an undisturbed one.
 """
 
-import ast
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
 
 import pandas
 import torch
 import transformers
 
-from kit import decode, grade, paths
+from kit import decode, grade
 from kit.forcing import NEVER
 from kit.models import Model
 from kit.policies import DMS, Full
@@ -27,20 +25,6 @@ from kit.quantise import Quantised
 from kit.schema import Generation, Prompt, Record, Sampling, digest
 from kit.store import Store
 
-# The code whose change makes stored tokens, or stored grades, out of date.
-DECODE_SOURCES = ("quantise", "slots", "attention", "policies", "eviction", "blocks", "parts")
-DECODE_SOURCES += (
-    "kv",
-    "evictor",
-    "batching",
-    "clusters",
-    "parametric",
-    "widen",
-    "draw",
-    "forcing",
-)
-DECODE_SOURCES += ("decode",)
-GRADE_SOURCES = ("boxed", "latex", "equality", "extract", "workers", "grade")
 # Half a minute of two older cores, as parameters x new tokens allowed, of which about 0.6 come;
 # what a token of a prompt counts. Measured, see LOG.md.
 WORK, READ = 6e11, 0.7
@@ -55,34 +39,6 @@ class Job:
     generation_key: str  # the part of the key that determines the tokens
     prompt: Prompt
     sample: int
-
-
-@cache
-def code_version(modules: tuple[str, ...]) -> str:
-    """Hash of what the named kit modules do: their syntax trees without docstrings.
-
-    The same in each Python, so that records of one are found by another.
-    """
-    trees = []
-    for name in modules:
-        tree = ast.parse((paths.ROOT / "kit" / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                if isinstance(body[0].value, ast.Constant):
-                    body.pop(0)
-            if isinstance(node, ast.JoinedStr):  # Python 3.12 ends a format with an empty text
-                node.values = [each for each in node.values if getattr(each, "value", None) != ""]
-        trees.append(_plain(tree))
-    return digest(trees, 16)
-
-
-def _plain(node):
-    """A syntax tree as lists, the same in each Python: the fields that one adds are empty here."""
-    if isinstance(node, ast.AST):
-        fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
-        return [type(node).__name__, *([name, _plain(value)] for name, value in fields)]
-    return [_plain(each) for each in node] if isinstance(node, list) else repr(node)
 
 
 @dataclass(frozen=True)
@@ -130,21 +86,14 @@ def plan(
     reads = [model.weights_hash, json.dumps(config, sort_keys=True, default=str)]
     reads += [model.tokenizer.chat_template, sorted(model.stop_ids)]
     runs = [str(model.dtype), model.device.type, torch.__version__, transformers.__version__]
+    runs.append(decode.DECODE_VERSION)
     base = [*reads, *runs, asdict(sampling), memory.key, batch_size]
-    jobs, code = [], code_version(DECODE_SOURCES)
-    for prompt in sorted(prompts, key=lambda prompt: digest([base, code, prompt.id, prompt.arm])):
+    jobs = []
+    for prompt in sorted(prompts, key=lambda prompt: digest([base, prompt.id, prompt.arm])):
         for sample in range(samples):
-            tokens = digest([base, code, prompt.id, prompt.arm, sample])
-            graded = digest(
-                [
-                    tokens,
-                    code_version(GRADE_SOURCES),
-                    prompt.problem.answer,
-                    prompt.problem.asks,
-                    FORM,
-                ]
-            )
-            jobs.append(Job(graded, tokens, prompt, sample))
+            tokens = digest([base, prompt.id, prompt.arm, sample])
+            graded = [tokens, grade.GRADE_VERSION, prompt.problem.answer, prompt.problem.asks, FORM]
+            jobs.append(Job(digest(graded), tokens, prompt, sample))
     if len({job.generation_key for job in jobs}) < len(jobs):
         raise ValueError("The same prompt stands twice in one job; give each problem once per arm.")
     return jobs
@@ -210,7 +159,7 @@ def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) 
     made = []
     for row, text, verdict in zip(records.to_dict("records"), texts, grades, strict=True):
         tokens = digest([row["generation_key"], arm, text])
-        graded = digest([tokens, code_version(GRADE_SOURCES), row["answer"], row["asks"], FORM])
+        graded = digest([tokens, grade.GRADE_VERSION, row["answer"], row["asks"], FORM])
         row |= {"key": graded, "generation_key": tokens, "arm": arm, "text": text}
         made.append(Record(**row | asdict(verdict)))
     store.append(made)

@@ -17,6 +17,9 @@ from kit.equality import equal
 from kit.latex import LONGEST
 from kit.schema import ASKS, Grade
 
+# Part of every record's key. Raise it by one when a verdict may differ from that of before on the
+# same text: records stored under another one are graded anew, not decoded.
+GRADE_VERSION = 1
 FORMS = ("boxed", "answer line", "any")
 
 _COMPLIANT_LINE = re.compile(r"^[ \t]*+answer:[ \t]*+\S", re.IGNORECASE | re.MULTILINE)

@@ -23,9 +23,10 @@ import pyarrow
 from kit import arms
 from kit.adapter import Lines
 from kit.agent import Extractor, SelfJudge, lessons
+from kit.decode import DECODE_VERSION
 from kit.embed import Embedder
 from kit.engine import Engine, language_model
-from kit.evaluate import DECODE_SOURCES, code_version, evaluate
+from kit.evaluate import evaluate
 from kit.lessons import Strategy
 from kit.schema import Problem, Sampling, digest
 from kit.store import Store
@@ -78,7 +79,7 @@ def build(
 ) -> tuple[Bank, pandas.DataFrame]:
     """The bank of `recipe` in a folder of `folder` named by all that determines it, and what
     `learn` gives."""
-    programs = [Extractor().dump_state(), SelfJudge().dump_state(), code_version(DECODE_SOURCES)]
+    programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
     parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(recipe), *programs]
     name = digest([*parts, [problem.id for problem in problems]], 12)
     bank = Bank(f"{folder}/{name}", embedder)

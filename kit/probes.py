@@ -15,13 +15,13 @@ import torch
 import transformers
 
 from kit import decode, grade
-from kit.evaluate import DECODE_SOURCES, GRADE_SOURCES, code_version
 from kit.models import Model
 from kit.parametric import Bank
 from kit.prompts import FORM
 from kit.schema import Problem, Record, Sampling, digest
 from kit.store import Store
 
+PROBE_VERSION = 1  # of what a model is asked here; raise it by one when an answer may change
 BATCH = 16  # questions read at once
 COSTS = ("prompt_tokens", "new_tokens", "seconds", "finish")
 COSTS += ("kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes", "joules")
@@ -113,7 +113,7 @@ def likelihoods(
     states = torch.cat([state.repeat_interleave(each, 0)[:, None], after], 1)
     states = states[:, : answers.shape[1]]
     logits = _logits(model, states[spoken.bool()]).log_softmax(-1)
-    found = torch.zeros(answers.shape, dtype=torch.float32, device=ids.device)
+    found = logits.new_zeros(answers.shape)
     found[spoken.bool()] = logits.gather(1, answers[spoken.bool()][:, None])[:, 0]
     return found.sum(1).view(len(prompts), each).cpu().numpy()
 
@@ -184,12 +184,10 @@ def _begun(model: Model, problems, store: Store, arm: str, bank, passages, seed:
 def _keyed(model: Model, problem: Problem, prompt: str, how: list):
     """(key, generation key, prompt id) of one record."""
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
-    code = code_version((*DECODE_SOURCES, "probes"))
-    tokens = digest([*runs, transformers.__version__, code, prompt, how])
-    graded = digest(
-        [tokens, code_version(GRADE_SOURCES), problem.answer, problem.asks, FORM, problem.id]
-    )
-    return graded, tokens, digest(prompt)
+    runs += [transformers.__version__, decode.DECODE_VERSION, PROBE_VERSION]
+    tokens = digest([*runs, prompt, how])
+    graded = [tokens, grade.GRADE_VERSION, problem.answer, problem.asks, FORM, problem.id]
+    return digest(graded), tokens, digest(prompt)
 
 
 def _records(

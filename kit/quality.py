@@ -14,12 +14,13 @@ import pandas
 import torch
 
 from kit import distil, models
-from kit.decode import slots_attached
-from kit.evaluate import DECODE_SOURCES, code_version
+from kit.decode import DECODE_VERSION, slots_attached
 from kit.kv import SlotCache
 from kit.models import Model
 from kit.policies import Full
 from kit.schema import digest
+
+QUALITY_VERSION = 1  # of what `forced` measures; raise it by one when that may change
 
 
 @torch.inference_mode()
@@ -85,8 +86,8 @@ def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFr
 def stored(folder: Path, model: Model, ids, policy: Full, prompt: int = 32) -> pandas.DataFrame:
     """What `forced` finds, kept in `folder` as Parquet and read back when it is asked for again."""
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
-    code = code_version((*DECODE_SOURCES, "distil", "quality"))
-    file = Path(folder) / f"{digest([*runs, code, policy.key, prompt, ids.tolist()])}.parquet"
+    runs += [DECODE_VERSION, QUALITY_VERSION]
+    file = Path(folder) / f"{digest([*runs, policy.key, prompt, ids.tolist()])}.parquet"
     if not file.is_file():
         frame = forced(model, ids, policy, prompt)
         file.parent.mkdir(parents=True, exist_ok=True)

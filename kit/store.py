@@ -26,7 +26,9 @@ _ARROW = {
     bool: pyarrow.bool_(),
 }
 _TYPES = typing.get_type_hints(Record)
-SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)])
+# Keys of records hold versions; in stores without this mark they hold hashes of the kit's sources.
+KEYS = {"keys": "versions"}
+SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)], metadata=KEYS)
 ADDED = {"joules": "cast(0 as double)", "dtype": "''", "asks": "'any'"}  # older stores lack some
 VOLATILE = ("seconds", "joules")  # differs between two runs of the same work
 
@@ -55,9 +57,17 @@ class Store:
                 ) from error
             self._table.add_columns(lacks)
             self._table.alter_columns(*({"path": name, "nullable": True} for name in lacks))
+        self._marked = bool(self._table.schema.metadata)
 
     def keys(self, among: Iterable[str] | None = None) -> set[str]:
-        """Keys of everything stored, or of what is stored of `among`."""
+        """Keys of everything stored, or of what is stored of `among`, the others to be computed;
+        ValueError where that cannot be told."""
+        if among is not None and not self._marked:
+            raise ValueError(
+                f"The store in {self.folder} was filled by an earlier kit, under keys that none of "
+                f"its records would be found by; bundle that run if it is to be kept, move that "
+                f"folder away and run again."
+            )
         where = None if among is None else _any("key", among)
         return set(self._read(["key"], where)["key"])
 

@@ -14,8 +14,8 @@ import time
 import pytest
 import torch
 
-from kit import decode, evaluate, evictor, paths, prompts
-from kit.evaluate import DECODE_SOURCES, GRADE_SOURCES, Memory, code_version, plan
+from kit import decode, evaluate, evictor, grade, paths, prompts
+from kit.evaluate import Memory, plan
 from kit.policies import DMS, Full, Window
 from kit.prompts import FORMAT_INSTRUCTION
 from kit.quantise import Quantised
@@ -101,7 +101,7 @@ def test_a_new_grader_grades_what_is_stored(tiny, tmp_path, decoded, monkeypatch
     store = Store(tmp_path)
     old, _ = run(tiny, store, sampling=WARM, group_size=4)
     decoded.clear()
-    renew(monkeypatch, GRADE_SOURCES)
+    monkeypatch.setattr(grade, "GRADE_VERSION", grade.GRADE_VERSION + 1)
     new, _ = run(tiny, store, sampling=WARM, group_size=4)
     assert decoded == []
     assert set(old["key"]).isdisjoint(new["key"]) and len(store.table()) == 12
@@ -114,7 +114,7 @@ def test_a_new_grader_in_the_middle_of_a_run_keeps_the_groups(tiny, tmp_path, de
     """Groups are decoded together, so a job's group must not depend on how it is graded."""
     run(tiny, Store(tmp_path / "one"), sampling=WARM, group_size=2)
     before = [{r.problem_id for r in requests} for requests in decoded]
-    renew(monkeypatch, GRADE_SOURCES)
+    monkeypatch.setattr(grade, "GRADE_VERSION", grade.GRADE_VERSION + 1)
     decoded.clear()
     run(tiny, Store(tmp_path / "two"), sampling=WARM, group_size=2)
     assert [{r.problem_id for r in requests} for requests in decoded] == before
@@ -122,17 +122,9 @@ def test_a_new_grader_in_the_middle_of_a_run_keeps_the_groups(tiny, tmp_path, de
 
 def test_a_new_decoder_decodes_again(tiny, tmp_path, decoded, monkeypatch):
     run(tiny, Store(tmp_path))
-    renew(monkeypatch, DECODE_SOURCES)
+    monkeypatch.setattr(decode, "DECODE_VERSION", decode.DECODE_VERSION + 1)
     run(tiny, Store(tmp_path))
     assert [len(requests) for requests in decoded] == [6, 6]
-
-
-def renew(monkeypatch, sources: tuple[str, ...]) -> None:
-    """Pretend that the code of `sources` has changed."""
-    real = evaluate.code_version
-    monkeypatch.setattr(
-        evaluate, "code_version", lambda names: "new" if names == sources else real(names)
-    )
 
 
 def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
@@ -254,70 +246,6 @@ def test_the_same_prompt_twice_is_refused(tiny, tmp_path):
     assert Store(tmp_path).keys() == set()
 
 
-# The version of the code
-
-SOURCE = '''
-"""A module."""
-
-LIMIT = 3  # a comment
-
-class A:
-    """A class."""
-    def f(self, x: int) -> int:
-        """A function."""
-        return x + LIMIT
-'''
-
-
-@pytest.fixture
-def version(tmp_path, monkeypatch):
-    """Version of a module with the given source."""
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    (tmp_path / "kit").mkdir()
-
-    def of(source: str, name: str = "one") -> str:
-        (tmp_path / "kit" / f"{name}.py").write_text(source)
-        code_version.cache_clear()
-        return code_version((name,))
-
-    yield of
-    code_version.cache_clear()
-
-
-def test_comments_docstrings_and_layout_do_not_change_the_version(version):
-    base = version(SOURCE)
-    bare = "LIMIT=3\nclass A:\n  def f(self, x:int) -> int: return (x+LIMIT)"
-    assert version(bare) == base
-    assert version(SOURCE.replace("A function.", "Another.\n\n    Longer.")) == base
-    assert version(SOURCE.replace("a comment", "another")) == base
-    assert version(SOURCE, name="two") == base
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [("= 3", "= 4"), ("x + LIMIT", "x - LIMIT"), ("f(", "g("), ("return x", "return 'x'")],
-)
-def test_code_changes_the_version(version, old, new):
-    assert SOURCE.count(old) == 1
-    assert version(SOURCE.replace(old, new)) != version(SOURCE)
-
-
-def test_a_version_is_the_same_in_each_python(version):
-    source = SOURCE + "\n\ndef g(x, width=2):\n    return f'{x:>{width}} {[\"\", None]}'\n"
-    assert version(source) == "a6a72713977502ff"
-
-
-def test_strings_that_are_not_docstrings_change_the_version(version):
-    assert version("x = 'a'") != version("x = 'b'")
-    assert version("def f():\n    return 'a'") != version("def f():\n    return 'b'")
-
-
-def test_the_named_sources_exist_and_differ():
-    names = DECODE_SOURCES + GRADE_SOURCES
-    assert len({code_version((name,)) for name in names}) == len(names)
-    assert code_version(DECODE_SOURCES) != code_version(DECODE_SOURCES[::-1])
-
-
 # Prompts and the hashes of the schema
 
 
@@ -366,7 +294,6 @@ WORKER = textwrap.dedent(
     problems = [Problem(f"p{i}", "say " * i, "1", "f", 1, "t") for i in range(1, 13)]
     asked = prompts.build(prompts.plain, problems)
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_k=100, top_p=0.9, seed=1)
-    evaluate.plan(model, asked, sampling, 2, 3)  # reads the source files for all forks
     evaluate.WORK, evaluate.FEWEST = 1.0, 2  # so that no group is larger than it must be
     for line in sys.stdin:
         pid = os.fork()

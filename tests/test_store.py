@@ -164,7 +164,8 @@ def test_a_store_at_a_uri_and_keys_among_some(tmp_path):
 
 @pytest.mark.parametrize("lacking", [["asks"], ["dtype", "asks"], ["joules", "dtype", "asks"]])
 def test_a_store_from_before_a_column_was_kept_goes_on(tmp_path, lacking):
-    old = pyarrow.schema([column for column in SCHEMA if column.name not in lacking])
+    kept = [column for column in SCHEMA if column.name not in lacking]
+    old = pyarrow.schema(kept, metadata=SCHEMA.metadata)
     row = dataclasses.asdict(record("a", joules=0.0, dtype="", asks="any"))
     row = {name: value for name, value in row.items() if name not in lacking}
     table = lancedb.connect(tmp_path).create_table("records", schema=old)
@@ -177,6 +178,17 @@ def test_a_store_from_before_a_column_was_kept_goes_on(tmp_path, lacking):
     )
     assert back(store.table()) == [first, second]
     assert Store(tmp_path).keys() == {"a", "b"}
+
+
+def test_a_store_whose_keys_hashed_the_sources_is_read_and_takes_no_more(tmp_path):
+    old = SCHEMA.remove_metadata()
+    table = lancedb.connect(tmp_path).create_table("records", schema=old)
+    table.add(pyarrow.Table.from_pylist([dataclasses.asdict(record("a"))], schema=old))
+    store = Store(tmp_path)
+    for write in (lambda: store.append([record("b")]), lambda: store.keys(["a", "b"])):
+        with pytest.raises(ValueError, match=f"The store in {tmp_path} was filled by an earlier"):
+            write()
+    assert back(store.table()) == [record("a")] and store.keys() == {"a"}
 
 
 def test_a_store_that_lost_files_is_named_in_one_sentence(tmp_path):
