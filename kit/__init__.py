@@ -1,11 +1,12 @@
 """What does memory buy a small language model, per byte?
 
-    problems -> prompts -> decode -> grade -> store -> stats -> tables, figures -> claims -> report
-                           ^    ^
-                 models ---+    +--- kv (activation memory)
+    data -> models -> inference -> evaluation -> analysis -> pipeline -> report
 
-Each module is one word of that line and imports only from modules to its left;
-`lint-imports` checks it. Notebooks walk the line; `kit.pipeline` runs the notebooks.
+    reasoning_bank   dms   training   parametric   budget
+
+The first row is the line that data flows along; the second are five published systems, which
+stand on it. A folder imports only from folders below it in the contract of pyproject.toml, which
+`lint-imports` checks: the systems know the line, the line knows no system.
 """
 
 __version__ = "0.1.0"

@@ -14,13 +14,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from kit import pipeline, refusals, stages, summary
 from kit.paths import PUBLISHED, run_dir
-from kit.preflight import preflight
-from kit.provenance import unusable_gpu
-from kit.refusals import Refused
+from kit.pipeline import refusals, stages
+from kit.pipeline import run as pipeline
+from kit.pipeline.preflight import preflight
+from kit.pipeline.provenance import unusable_gpu
+from kit.pipeline.refusals import Refused
+from kit.report import summary
 
-UNMEASURED = "not measured yet"  # as in kit.claims, whose import takes a second
+UNMEASURED = "not measured yet"  # as in kit.analysis.claims, whose import takes a second
 KEEP_GOING = "go on after a failed notebook: none needs another but 07, which judges what there is"
 EXIT_CODES = """exit status:
   0    everything asked for is up to date
@@ -109,7 +111,9 @@ def _status(profile: str, args: argparse.Namespace) -> int:
 def _advise(profile: str, args: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from kit import advise, budget, hub
+    from kit import hub
+    from kit.budget import advisor as advise
+    from kit.budget import ledger
 
     try:
         memory, context = advise.size(args.memory), advise.tokens(args.context)
@@ -127,7 +131,7 @@ def _advise(profile: str, args: argparse.Namespace) -> int:
         ]
         print(json.dumps({"run": chosen.name, "why": why, "configurations": rows}, indent=1))
         return 0
-    print(f"{args.model} at {context:,} tokens in {budget.text(memory)}\n")
+    print(f"{args.model} at {context:,} tokens in {ledger.text(memory)}\n")
     shown = advise.table(found if rows else advise.narrow(found, chosen), memory)
     print(
         tabulate(
@@ -148,7 +152,7 @@ def _report(profile: str, _: argparse.Namespace) -> int:
 
 
 def _bundle(profile: str, _: argparse.Namespace) -> int:
-    from kit import bundle
+    from kit.report import bundle
 
     try:
         made = bundle.write(profile)
@@ -161,7 +165,7 @@ def _bundle(profile: str, _: argparse.Namespace) -> int:
 
 
 def _verify(_: str, args: argparse.Namespace) -> int:
-    from kit import bundle, verify
+    from kit.report import bundle, verify
 
     differs, tell = False, (lambda _: None) if args.json else functools.partial(print, flush=True)
     for place in args.file or verify.published():
@@ -184,7 +188,8 @@ def _verify(_: str, args: argparse.Namespace) -> int:
 def _diff(_: str, args: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from kit import bundle, reference
+    from kit.report import bundle
+    from kit.report import published as reference
 
     try:
         runs = [bundle.read(place if place.exists() else run_dir(str(place)))
@@ -236,7 +241,8 @@ def print_reference(profile: str, published: Path = PUBLISHED) -> None:
     """How this run differs from the published one of its profile, where there is one."""
     if not (published / profile).is_dir():
         return
-    from kit import bundle, reference
+    from kit.report import bundle
+    from kit.report import published as reference
 
     runs = bundle.read(published / profile), bundle.read(run_dir(profile))
     print("\n" + "\n".join(reference.against(*runs)))

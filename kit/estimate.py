@@ -17,7 +17,7 @@ from math import log2
 from types import SimpleNamespace
 
 from kit.paths import ROOT
-from kit.stages import Stage, load_stages
+from kit.pipeline.stages import Stage, load_stages
 
 BILLIONS = 0.135  # parameters of the bundled model, on which the rates are measured
 # Seconds that a stage of the laptop profile took, over what its tokens make at the rates of that
@@ -41,7 +41,9 @@ def rates() -> dict:
     began = time.perf_counter()
     import torch
 
-    from kit import decode, memorise, models  # noqa: F401 (the imports of a notebook)
+    from kit.inference import decode
+    from kit.models import load as models
+    from kit.parametric import train as memorise  # noqa: F401 (the imports of a notebook)
     from kit.schema import Sampling
 
     model = models.load(models.BUNDLED)
@@ -108,9 +110,9 @@ def _dms(given) -> tuple[float, float]:
 
 
 def _phase2(given) -> tuple[float, float]:
-    from kit.recipes import RECIPES
-    from kit.rounds import ARMS, Plan
-    from kit.tune import Recipe
+    from kit.training.expert_iteration import ARMS, Plan
+    from kit.training.grpo_recipes import RECIPES
+    from kit.training.sft import Recipe
 
     def of(recipe, table: dict):
         changed = {name: value for name, value in table.items() if name != "seeds"}
@@ -138,7 +140,7 @@ def _parametric(given) -> tuple[float, float]:
 
 
 def _budget(given) -> tuple[float, float]:
-    from kit.sweep import Grid
+    from kit.budget.sweep import Grid
 
     runs, tokens = len(Grid(**given.GRID).runs) + 2, given.GRID["tokens"]
     each = answer(max(tokens)) + 8 * len(tokens)  # forced answers
@@ -160,7 +162,7 @@ WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # tokens 
 
 def main() -> None:
     """Print what `measured` returns."""
-    from kit import claims
+    from kit.analysis import claims
 
     speed, published, found = rates(), claims.load(), {}
     for profile in sys.argv[1:]:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from kit import exhibits
-from kit.drawing import Picture
+from kit.analysis.plot_style import Picture
 from kit.paths import run_dir
-from kit.provenance import FINGERPRINT_MIME, collect, write_json
+from kit.pipeline.provenance import FINGERPRINT_MIME, collect, write_json
+from kit.report import exhibits
 
 DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
 
@@ -82,7 +82,7 @@ def record_fingerprint(name: str, value: str) -> None:
 
 
 def record_model(model) -> None:
-    """Say which weights this run used, and in which dtype. `model` is a kit.models.Model."""
+    """Say which weights this run used, and in which dtype. `model` is a kit.models.load.Model."""
     record_fingerprint("model", f"{model.name} {model.weights_hash} {model.dtype}")
     record_fingerprint("dtype", model.dtype_name)
 

@@ -34,7 +34,7 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
 def one_at_a_time(monkeypatch):
     """References to the weights of all models that are loaded, each when none of the others is
     left; Python looks for circles of references only where it is told to."""
-    from kit import models
+    from kit.models import load as models
 
     load, seen = models.load, []
 
@@ -54,7 +54,7 @@ def one_at_a_time(monkeypatch):
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled real model in float32."""
-    from kit import models
+    from kit.models import load as models
 
     return models.load(models.BUNDLED, dtype="float32")
 
@@ -85,6 +85,6 @@ def tiny(tiny_folder):
 
 def loaded(tiny_folder: Path, dtype: str):
     """The tiny model in `dtype`; where a file's tests run in several, its own fixture `tiny`."""
-    from kit import models
+    from kit.models import load as models
 
     return dataclasses.replace(models.load(str(tiny_folder), dtype=dtype), name="tiny")

@@ -41,7 +41,8 @@ import torch
 if importlib.util.find_spec("lancedb") is None:  # too large to carry; nothing here stores anything
     sys.modules["lancedb"] = types.ModuleType("lancedb")
 
-from kit import paths, provenance  # noqa: E402
+from kit import paths
+from kit.pipeline import provenance  # noqa: E402
 
 LIMIT = 450  # seconds of all checks together; what hangs in the driver is ended 20 later
 PACK = paths.ROOT / ".gpu"  # what tests.gpu_pack puts there
@@ -182,7 +183,7 @@ def random_model(here: Here, **changes):
     """Random bfloat16 weights in the shape of Qwen3-1.7B, with `changes`."""
     from transformers import Qwen3Config
 
-    from kit import models
+    from kit.models import load as models
 
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen3Config(**here.shape | changes)
@@ -194,7 +195,7 @@ def saved_model(here: Here, folder: Path) -> str:
     """A folder that TRL can load: random weights, and the tokenizer of the bundled model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-    from kit import models
+    from kit.models import load as models
 
     packed = PACK / "tokenizer"
     config = Qwen3Config(**here.shape | dict(num_hidden_layers=here.layers))
@@ -208,7 +209,7 @@ def saved_model(here: Here, folder: Path) -> str:
 
 def pair_of(here: Here, family: str) -> list:
     """The same tiny model in float32 on the CPU and on this device."""
-    from kit import models
+    from kit.models import load as models
 
     pair = [models.load(f"random:{family}", "float32", where) for where in ("cpu", here.device)]
     pair[1].weights.load_state_dict(pair[0].weights.state_dict())  # each device draws its own
@@ -217,7 +218,7 @@ def pair_of(here: Here, family: str) -> list:
 
 def small_policies(model) -> dict:
     """Every policy, with budgets that evict from a few dozen tokens; an evictor of the CPU."""
-    from kit import policies as p
+    from kit.inference import policies as p
     from tests.toys import drawn
 
     made = {"full": p.Full(), "dms": p.DMS(drawn(model, window=6))}
@@ -265,7 +266,7 @@ def environment(here: Here, found: dict) -> str:
 @check(90)
 def kernel_cases(here: Here, found: dict) -> str:
     """The Triton kernel against softmax in float64, all shapes and dtypes of its tests."""
-    from tests import test_kernels as cases
+    from tests.inference import test_triton_attention as cases
 
     for name, dtype in [("ragged", torch.bfloat16)] if here.dry else cases.CHECKS:
         error = cases.worst_error(cases.CASES[name], dtype, here.device)
@@ -278,15 +279,16 @@ def kernel_cases(here: Here, found: dict) -> str:
 @check(40)
 def kernel_and_plain(here: Here, found: dict) -> str:
     """The Triton kernel against the plain path on the same cache, while decoding in float32."""
-    from kit import blocks, decode, models
-    from kit.policies import Full, Knorm
+    from kit.inference import decode, paged_attention
+    from kit.inference.policies import Full, Knorm
+    from kit.models import load as models
     from kit.schema import Sampling
 
-    plain, errors = blocks.attend, []
+    plain, errors = paged_attention.attend, []
 
     def both(query, pool, step, plane, watch=False):
         want, probability = plain(query, pool, step, plane, watch=True)  # watching is plain
-        kernel = blocks._attend_paged(query, pool, step, plane)
+        kernel = paged_attention._attend_paged(query, pool, step, plane)
         errors.append((kernel - want).abs().max().item())
         return want, probability if watch else None
 
@@ -294,7 +296,7 @@ def kernel_and_plain(here: Here, found: dict) -> str:
     sampling = Sampling(2 if here.dry else 16)
     for family in ("gemma3",) if here.dry else models.RANDOM:
         model = models.load(f"random:{family}", "float32", here.device)
-        with mock.patch.object(blocks, "attend", both):
+        with mock.patch.object(paged_attention, "attend", both):
             for policy in (Full(), Knorm(9)):
                 decode.decode(model, requests, sampling, 2, policy=policy)
     found |= dict(attentions=len(errors), worst=max(errors))
@@ -305,7 +307,8 @@ def kernel_and_plain(here: Here, found: dict) -> str:
 @check(60)
 def as_transformers(here: Here, found: dict) -> str:
     """Greedy tokens in float32, and logits in bfloat16 as near to float64, as transformers'."""
-    from kit import decode, models
+    from kit.inference import decode
+    from kit.models import load as models
     from kit.schema import Sampling
     from tests import rounding
 
@@ -343,8 +346,8 @@ def as_transformers(here: Here, found: dict) -> str:
 @torch.inference_mode()
 def slot_logits(model, ids: tuple[int, ...], prompt: int) -> torch.Tensor:
     """Logits after the first `prompt` tokens of `ids` and after each later one: [tokens, V]."""
-    from kit import decode
-    from kit.kv import SlotCache
+    from kit.inference import decode
+    from kit.inference.kv_cache import SlotCache
 
     cache = SlotCache(model.weights, 1)
     with decode.slots_attached(model):
@@ -360,10 +363,12 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
     left to rounding: which of equal keys Knorm keeps (tokens that repeat, heads that normalise
     their keys), so its tokens are not compared; and the codes of quantised caches, of which the
     device may change a tenth at most of what quantising does."""
-    from kit import decode, models, quality
-    from kit.forcing import NEVER, Forcing
-    from kit.policies import Full, Knorm
-    from kit.quantise import Quantised
+    from kit.dms import fidelity
+    from kit.inference import decode
+    from kit.inference.budget_forcing import NEVER, Forcing
+    from kit.inference.kv_quantization import Quantised
+    from kit.inference.policies import Full, Knorm
+    from kit.models import load as models
     from kit.schema import Sampling
 
     wrong, sampling = [], Sampling(4 if here.dry else 12)
@@ -387,7 +392,7 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
         ids = torch.randint(1, 250, (2, 24 if here.dry else 80))
         for bits in (8, 4):
             how = dict(prompt=16, quantised=Quantised(bits, 16, 8))
-            cpu, other = (quality.forced(model, ids, **how) for model in pair)
+            cpu, other = (fidelity.forced(model, ids, **how) for model in pair)
             moves, costs = float((cpu["kl"] - other["kl"]).abs().max()), float(cpu["kl"].max())
             found[f"{family}, kv {bits}-bit"] = [moves, costs]
             wrong += [f"{family} kv {bits}-bit"] if not moves <= costs / 10 else []
@@ -422,9 +427,9 @@ def kernel_bandwidth(here: Here, found: dict) -> str:
 @check(110)
 def decode_steps(here: Here, found: dict) -> str:
     """A decode step of every policy and precision: time, launches, waits for the device."""
-    from kit import evictor
-    from kit import policies as p
-    from kit.quantise import Quantised
+    from kit.dms import evictor
+    from kit.inference import policies as p
+    from kit.inference.kv_quantization import Quantised
 
     model, budget = random_model(here), 16 if here.dry else 2048
     made = evictor.Evictor(model.weights, evictor.OFFICIAL, model.weights_hash)
@@ -460,9 +465,9 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantised=No
     peak_gb (allocated), live_gb."""
     from torch.profiler import ProfilerActivity, profile
 
-    from kit import decode
-    from kit.draw import draw
-    from kit.kv import SlotCache
+    from kit.inference import decode
+    from kit.inference.kv_cache import SlotCache
+    from kit.inference.sampling import draw
     from kit.schema import Sampling
 
     here.clear()
@@ -499,8 +504,8 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantised=No
 def tokens_per_second(here: Here, found: dict) -> str:
     """Whole generations at Qwen3-1.7B's shape: the kit, with and without eviction, and
     transformers."""
-    from kit import decode
-    from kit import policies as p
+    from kit.inference import decode
+    from kit.inference import policies as p
     from kit.schema import Sampling
 
     batch, prompt, new = (2, 24, 4) if here.dry else (32, 512, 128)
@@ -531,12 +536,12 @@ def tokens_per_second(here: Here, found: dict) -> str:
 @check(15)
 def forcing_memory(here: Here, found: dict) -> str:
     """Bytes that wait to be asked for an answer, over those of the cache, while none ends."""
-    from kit import decode, kv
-    from kit.forcing import Forcing
+    from kit.inference import decode, kv_cache
+    from kit.inference.budget_forcing import Forcing
     from kit.schema import Sampling
 
     model, held, shares = random_model(here, num_hidden_layers=2), {}, [0.0]
-    read, restore = kv.SlotCache.read, kv.SlotCache.restore
+    read, restore = kv_cache.SlotCache.read, kv_cache.SlotCache.restore
 
     def reads(cache, sequence):
         saved = read(cache, sequence)
@@ -552,7 +557,7 @@ def forcing_memory(here: Here, found: dict) -> str:
     cuts = (4, 8, 12) if here.dry else (10, 30, 50, 70, 90, 110, 130, 150)
     requests = [decode.Request((1, 2, 3), f"p{i}") for i in range(8)]
     forcing, sampling = Forcing(cuts, (5,), 4), Sampling(cuts[-1] + 4, 1.0)
-    with mock.patch.multiple(kv.SlotCache, read=reads, restore=restores):
+    with mock.patch.multiple(kv_cache.SlotCache, read=reads, restore=restores):
         decode.decode(model, requests, sampling, 8, forcing=forcing)
     found["copies_over_cache"] = max(shares)
     if max(shares) > 0.5 and not here.dry:
@@ -565,7 +570,7 @@ def free_memory(here: Here, found: dict) -> str:
     """What `sweep.available` says once a cache has been dropped, against what is free."""
     if here.dry:
         raise Skipped("memory of a CPU is everybody's")
-    from kit import sweep
+    from kit.budget import sweep
 
     before = sweep.available()
     block = torch.empty(before // 4, dtype=torch.uint8, device="cuda")
@@ -578,14 +583,16 @@ def free_memory(here: Here, found: dict) -> str:
 @check(15)
 def kept_text(here: Here, found: dict) -> str:
     """What 03 shows of held-out ids that lie on the CPU."""
-    from kit import figures, policies, quality
+    from kit.analysis import plots as figures
+    from kit.dms import fidelity
+    from kit.inference import policies
     from tests.toys import drawn
 
     model = pair_of(here, "llama")[1]
     made = moved(policies.DMS(drawn(pair_of(here, "llama")[0], window=6)), here.device)
     ids = torch.randint(1, 250, (48,))
-    found["kl"] = float(quality.forced(model, ids[None], made, 16)["kl"].iloc[0])
-    kept = quality.kept(model, ids, made, 16)
+    found["kl"] = float(fidelity.forced(model, ids[None], made, 16)["kl"].iloc[0])
+    kept = fidelity.kept(model, ids, made, 16)
     figures.kept_text([str(i) for i in ids.tolist()], kept)
     figures.kept_heatmap(kept, len(ids))
     found["kept"] = sum(len(head) for layer in kept for head in layer) / 48 / sum(map(len, kept))
@@ -596,7 +603,8 @@ def kept_text(here: Here, found: dict) -> str:
 @check(40)
 def evictor_training(here: Here, found: dict) -> str:
     """Steps of `dms.Training` as 03 does them: one sequence of 4,096 tokens."""
-    from kit import dms, evictor
+    from kit.dms import evictor
+    from kit.dms import train as dms
 
     model, tokens = random_model(here), 48 if here.dry else 4096
     recipe = dataclasses.replace(evictor.LAPTOP, batch=1, context=tokens, ramp_steps=100)
@@ -614,8 +622,10 @@ def bank_training(here: Here, found: dict) -> str:
     """Steps of `memorise.Training` as 05 does them: 8 rows of 1,024 tokens, Qwen2.5-0.5B."""
     from transformers import Qwen2Config
 
-    from kit import memorise, models, widen
-    from kit.packing import IGNORED, Row
+    from kit.models import load as models
+    from kit.parametric import ffn_memory
+    from kit.parametric import train as memorise
+    from kit.parametric.packing import IGNORED, Row
 
     sizes = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
     sizes |= dict(num_attention_heads=14, num_key_value_heads=2, vocab_size=151_936)
@@ -627,7 +637,7 @@ def bank_training(here: Here, found: dict) -> str:
         config.to_json_file(Path(folder, "config.json"), use_diff=False)
         model = models.load(f"random:{folder}", "bfloat16", here.device)
         layers = [*range(sizes["num_hidden_layers"])]
-        shape = widen.shape(model.weights, "ffn", layers, (256, 128), 8)
+        shape = ffn_memory.shape(model.weights, "ffn", layers, (256, 128), 8)
         place, rows = torch.arange(context) % 20, []
         for i in range(4 * batch):
             ids = torch.randint(3, 4000, (context,))
@@ -648,8 +658,8 @@ def trained(here: Here, found: dict, steps: list[dict], size: str) -> str:
 @check(30)
 def weights_in_4_bit(here: Here, found: dict) -> str:
     """A decode step with weights in 4 bit as 06 takes them, against one with the plain weights."""
-    from kit import sweep
-    from kit.policies import Full
+    from kit.budget import sweep
+    from kit.inference.policies import Full
 
     model = random_model(here, num_hidden_layers=2 if here.dry else 4)
     for name, weights in (("16 bit", model), ("4 bit", sweep.quantised(model, 4))):
@@ -664,7 +674,7 @@ def weights_in_4_bit(here: Here, found: dict) -> str:
 @check(70)
 def sft_training(here: Here, found: dict) -> str:
     """Two trainings of all weights after each other; the second holds no more than the first."""
-    from kit import tune
+    from kit.training import sft
 
     length = 24 if here.dry else 512
     example = {"input_ids": [*range(5, 5 + length)]}
@@ -679,8 +689,8 @@ def sft_training(here: Here, found: dict) -> str:
         base = saved_model(here, Path(folder, "base"))
         here.clear()
         for seed in range(2):
-            recipe = tune.Recipe(steps=2, batch=2, micro_batch=1, save_every=100, seed=seed)
-            tune.sft(base, [example] * 4, recipe, Path(folder), report, here.device)
+            recipe = sft.Recipe(steps=2, batch=2, micro_batch=1, save_every=100, seed=seed)
+            sft.sft(base, [example] * 4, recipe, Path(folder), report, here.device)
     found |= dict(layers=here.layers, held_gb=held)
     said = trained(here, found, steps, f"{here.layers} layers, 2 x {length} tokens a step")
     assert held[2] <= 1.2 * held[0], f"the first is still there in the second: {held} GB; {said}"
@@ -690,12 +700,13 @@ def sft_training(here: Here, found: dict) -> str:
 @check(80)
 def grpo_training(here: Here, found: dict) -> str:
     """Steps of GRPO with the kit's rollouts, in the dtypes that this device gives."""
-    from kit import grpo, prompts, recipes
+    from kit.data import prompts
     from kit.schema import Problem
+    from kit.training import grpo, grpo_recipes
 
     new, steps = 4 if here.dry else 256, []
     asked = [Problem(f"p{i}", f"What is {i} + 2?", str(i + 2), "sums", 1, "t") for i in range(4)]
-    recipe = recipes.Recipe(
+    recipe = grpo_recipes.Recipe(
         steps=2, groups=2, size=4, micro_batch=4, max_new_tokens=new, keep_every=0
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -710,7 +721,7 @@ def grpo_training(here: Here, found: dict) -> str:
 @check(10)
 def energy_counts(here: Here, found: dict) -> str:
     """Joules drawn while the device multiplies for two seconds."""
-    from kit import energy
+    from kit.inference import energy
 
     before, began, count = energy.joules(), time.perf_counter(), 64 if here.dry else 8192
     x = torch.randn(count, count, device=here.device, dtype=torch.bfloat16)
@@ -727,7 +738,10 @@ def real_weights(here: Here, found: dict) -> str:
     were published, and what a shipped evictor costs, against the CPU."""
     import pandas
 
-    from kit import decode, evictor, models, policies, problems, prompts, quality
+    from kit.data import problems, prompts
+    from kit.dms import evictor, fidelity
+    from kit.inference import decode, policies
+    from kit.models import load as models
     from kit.schema import Sampling
 
     folder = paths.MODELS / "smollm2-135m"
@@ -750,7 +764,7 @@ def real_weights(here: Here, found: dict) -> str:
     text = model.tokenizer("\n\n".join(rows["text"]) * 20)["input_ids"][: count * length]
     ids, kl = torch.tensor(text).view(count, length), []
     for one in (models.load(models.BUNDLED, "float32", "cpu"), model):
-        kl.append(quality.forced(one, ids, policies.DMS(evictor.load(file, one)), 32)["kl"])
+        kl.append(fidelity.forced(one, ids, policies.DMS(evictor.load(file, one)), 32)["kl"])
     found |= dict(answers=len(same), as_published=sum(same), kl_cpu=[*kl[0]], kl=[*kl[1]])
     assert sum(same) >= 0.9 * len(same), f"{sum(same)} of {len(same)} answers as published"
     gap = float((kl[0] - kl[1]).abs().max())
@@ -763,8 +777,8 @@ def real_weights(here: Here, found: dict) -> str:
 def cuda_graphs(here: Here, found: dict) -> str:
     """The kernel, then the forward pass of a whole decode step, captured and replayed. Late, since
     a capture that fails may spoil the device for this process."""
-    from tests import test_kernels
     from tests.bench import bench_kernels as bench
+    from tests.inference import test_triton_attention as test_kernels
 
     if not here.dry:
         test_kernels.test_a_cuda_graph_sees_new_counts()
@@ -856,7 +870,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "KINETO_LOG_LEVEL": "5"}
     if args.dry:  # before anything imports triton: the kernel is interpreted
         os.environ["TRITON_INTERPRET"] = "1"
-        from tests import test_kernels
+        from tests.inference import test_triton_attention as test_kernels
 
         test_kernels._start()
     faulthandler.dump_traceback_later(args.limit + 20, exit=True)

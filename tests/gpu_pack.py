@@ -14,7 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kit import models, paths, wheels
+from kit import paths
+from kit.models import load as models
+from kit.models import wheels
 from tests.gpu_check import PACK
 
 MOST = 64 * 2**20

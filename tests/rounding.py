@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from kit import models
-from kit.models import Model
+from kit.models import load as models
+from kit.models.load import Model
 
 TIMES = 4  # how far off something may be, in errors of a plain computation in the same dtype
 

@@ -7,9 +7,14 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from kit import claims, exhibits, figures, notebook, paths, provenance, report, tables
+from kit import notebook, paths
+from kit.analysis import claims, tables
+from kit.analysis import plots as figures
+from kit.evaluation.store import Store
+from kit.pipeline import provenance
+from kit.report import exhibits
+from kit.report import html as report
 from kit.schema import Record
-from kit.store import Store
 
 CAPTION = exhibits.BASELINE
 TIMES = {"started": "2026-11-22T00:00:00+00:00", "finished": "2026-11-22T00:01:00+00:00"}

@@ -254,7 +254,7 @@ def _paged_attention(seen: Seen, query, keys, values, bias, table, count):
 
 
 def moved(model):
-    """`model` (a kit.models.Model, or a module) with its weights on the device."""
+    """`model` (a kit.models.load.Model, or a module) with its weights on the device."""
     if not isinstance(model, torch.nn.Module):
         return replace(model, weights=moved(model.weights))
     known = {}
@@ -304,7 +304,9 @@ def device() -> Iterator[Seen]:
         mock.patch.object(torch._C, "_InferenceMode", inference),
         mock.patch.object(torch.nn.Module, "to", to),
         mock.patch.object(torch.nn.utils.rnn, "pad_sequence", _pad_sequence),
-        mock.patch("kit.kernels.paged_attention", partial(_paged_attention, seen)),
+        mock.patch(
+            "kit.inference.triton_attention.paged_attention", partial(_paged_attention, seen)
+        ),
     ]
     with ExitStack() as stack:
         for patch in patches:

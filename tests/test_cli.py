@@ -14,8 +14,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from kit import cli, provenance
-from kit.refusals import Refused
+from kit import cli
+from kit.pipeline import provenance
+from kit.pipeline.refusals import Refused
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {key: value for key, value in os.environ.items() if key != "KIT_OUTPUTS"}
@@ -36,7 +37,8 @@ def project(tmp_path_factory) -> Path:
     rows = [dict(zip(keys, row, strict=True), reason="because") for row in VERDICTS]
     code = f"load_results(PROFILE)\nsave_results('07_verdicts', {{'verdicts': {rows}}}, PROFILE)"
     cells = [new_code_cell("PROFILE = 'tour'\nSECONDS = 0")]
-    imports = "from kit.exhibits import load_results\nfrom kit.notebook import save_results\n"
+    imports = "from kit.report.exhibits import load_results\n"
+    imports += "from kit.notebook import save_results\n"
     cells.append(new_code_cell(imports + code))
     cells.append(new_code_cell("import time\ntime.sleep(SECONDS)"))
     cells[0].metadata["tags"] = ["parameters"]
@@ -70,7 +72,7 @@ def test_reproduce_ends_with_verdicts_and_paths_and_repeats_nothing(project):
     assert "up to date" in second.stdout
     assert "Report:    outputs/tour/report.html" in second.stdout
     imported = {line.rpartition("|")[2].strip() for line in second.stderr.splitlines()}
-    assert "kit.pipeline" in imported
+    assert "kit.pipeline.run" in imported
     assert not imported & {"torch", "papermill", "nbformat", "lancedb", "numpy", "transformers"}
 
     status = kit(project, "status", "--profile", "tour")

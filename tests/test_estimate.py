@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from kit import estimate
-from kit.stages import load_stages
+from kit.pipeline.stages import load_stages
 
 OLD = {"start": 8.0, "decoded": 108.0, "trained": 200.0}  # two old cores in float32, see LOG.md
 

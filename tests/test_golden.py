@@ -21,15 +21,19 @@ import numpy
 import pytest
 import torch
 
-from kit import clusters, decode, evictor, grade, parametric, probes, quality, shards, widen
-from kit.decode import Request
-from kit.forcing import Forcing
-from kit.models import Model
-from kit.policies import DMS, H2O, TOVA, Full, Knorm, Random, Window
-from kit.quantise import Quantised
+from kit.dms import evictor, fidelity
+from kit.evaluation import grader
+from kit.inference import decode
+from kit.inference.budget_forcing import Forcing
+from kit.inference.decode import Request
+from kit.inference.kv_quantization import Quantised
+from kit.inference.policies import DMS, H2O, TOVA, Full, Knorm, Random, Window
+from kit.models.load import Model
+from kit.parametric import bank as parametric
+from kit.parametric import cluster_tree, ffn_memory, qa, shards
 from kit.schema import Sampling
 from tests import toys
-from tests.test_grade import ASKED, CASES, SENTENCES, TABLE
+from tests.evaluation.test_grader import ASKED, CASES, SENTENCES, TABLE
 
 FILE = Path(__file__).with_name("golden.json")
 GREEDY = Sampling(max_new_tokens=12)
@@ -64,13 +68,13 @@ def dms(toy: Model, recipe: evictor.Recipe) -> DMS:
 
 def bank(toy: Model, folder: Path, kind: str) -> parametric.Bank:
     """Three subtrees of two levels."""
-    shape, files = widen.shape(toy.weights, kind, (1, 2), (3, 2), 3), []
+    shape, files = ffn_memory.shape(toy.weights, kind, (1, 2), (3, 2), 3), []
     for node in range(3):
         sizes = [(3**level, *shape.block(level)) for level in range(2)]
         blocks = [0.5 * numbers(200 + node, *size).float() for size in sizes]
         files.append(shards.write(folder / shards.name(node), blocks))
     levels = tuple(numbers(300 + i, 3**i, 3, 8).float().numpy() for i in range(2))
-    parametric.merge(folder, toy, clusters.Tree(levels), shape, files)
+    parametric.merge(folder, toy, cluster_tree.Tree(levels), shape, files)
     return parametric.Bank(folder, toy)
 
 
@@ -129,7 +133,7 @@ def tokens(dtype: str = "float64") -> dict[str, list[str]]:
         for policy in (Full(), TOVA(8), H2O(8), dms(toy, evictor.LAPTOP)):
             found[f"{toy.name}, {policy.name}"] = said(toy, policy=policy)
         found[f"{toy.name}, kv 4-bit"] = said(toy, quantised=Quantised(4, 16, 4))
-    for kind in widen.KINDS:
+    for kind in ffn_memory.KINDS:
         with tempfile.TemporaryDirectory() as folder:
             memory = bank(qwen3, Path(folder), kind)
             found[f"bank {kind}"] = said(qwen3, bank=memory)
@@ -148,10 +152,10 @@ def verdicts() -> dict[str, str]:
     rows += [(text, gold, "answer line", "any") for text, gold, _ in SENTENCES]
     rows += [(f"Answer: {answer}", gold, "answer line", asks) for asks, gold, answer, _ in ASKED]
     found = {}
-    for form in grade.FORMS:
+    for form in grader.FORMS:
         asked = [row for row in rows if row[2] == form]
         texts, golds, _, asks = zip(*asked)
-        for row, v in zip(asked, grade.grade_many(texts, golds, form, asks)):
+        for row, v in zip(asked, grader.grade_many(texts, golds, form, asks)):
             kept = f"{v.method}, {'' if v.compliant else 'not '}as asked: {v.extracted}"
             found[json.dumps(row, ensure_ascii=False)] = f"{v.reason}, {kept}"
     return found
@@ -162,7 +166,7 @@ def measures() -> dict[str, list[str]]:
     toy, ids = model("llama"), torch.tensor([prompt(seed, 0, 48) for seed in (4, 5)])
     found = {}
     for policy in (TOVA(8), dms(toy, evictor.LAPTOP)):
-        frame = quality.forced(toy, ids, policy).drop(columns="policy")
+        frame = fidelity.forced(toy, ids, policy).drop(columns="policy")
         found[policy.name] = [f"{name} {row[name]:.6f}" for row in frame.to_dict("records")
                               for name in frame]  # fmt: skip
     return found
@@ -179,16 +183,16 @@ def likelihoods() -> dict[str, list[str]]:
     """Log-probabilities of options, and surprisal of text, to three digits."""
     toy = replace(model("llama"), tokenizer=Bytes())
     texts = ["Question: Where is Lagos?\nAnswer:", "Question: Who?\nAnswer:"]
-    worth = probes.likelihoods(toy, texts, [["Nigeria", "Peru"], ["I", "they"]])
+    worth = qa.likelihoods(toy, texts, [["Nigeria", "Peru"], ["I", "they"]])
     found = {text: [f"{x:.3f}" for x in row] for text, row in zip(texts, worth)}
-    return found | {"surprisal": [f"{x:.3f}" for x in probes.surprisal(toy, texts)]}
+    return found | {"surprisal": [f"{x:.3f}" for x in qa.surprisal(toy, texts)]}
 
 
 FROZEN = {
     "DECODE_VERSION": (decode, tokens),
-    "GRADE_VERSION": (grade, verdicts),
-    "QUALITY_VERSION": (quality, measures),
-    "PROBE_VERSION": (probes, likelihoods),
+    "GRADE_VERSION": (grader, verdicts),
+    "QUALITY_VERSION": (fidelity, measures),
+    "PROBE_VERSION": (qa, likelihoods),
 }
 
 

@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 
-from kit import models, paths  # noqa: E402
+from kit import paths
+from kit.models import load as models  # noqa: E402
 from tests import gpu_check, gpu_pack  # noqa: E402
 
 ABSENT = ("lancedb", "dspy", "optuna", "papermill", "nbformat", "nbconvert", "ipykernel", "IPython")

@@ -7,8 +7,10 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from kit import claims, exhibits, notebook
-from kit.drawing import Picture
+from kit import notebook
+from kit.analysis import claims
+from kit.analysis.plot_style import Picture
+from kit.report import exhibits
 from tests import shown
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kit import models, policies
+from kit.inference import policies
+from kit.models import load as models
 from tests.peers import compare
 
 PEER = [[[0, 1, 8, 9], [0, 3, 5, 9]], [[2, 4, 6, 8], [1, 3, 5, 7]]]  # 2 layers x 2 heads x 4

@@ -11,31 +11,23 @@ import dataclasses
 import pytest
 import torch
 
-from kit import (
-    blocks,
-    decode,
-    dms,
-    embed,
-    evictor,
-    figures,
-    gates,
-    memorise,
-    models,
-    packing,
-    policies,
-    precision,
-    probes,
-    quality,
-    rollouts,
-    widen,
-)
-from kit.forcing import Forcing
-from kit.lower import Lower
-from kit.quantise import Quantised
+from kit.analysis import plots as figures
+from kit.dms import evictor, fidelity, gates
+from kit.dms import train as dms
+from kit.inference import decode, paged_attention, policies
+from kit.inference.budget_forcing import Forcing
+from kit.inference.kv_quantization import Quantised
+from kit.models import embedder as embed
+from kit.models import load as models
+from kit.models import quantization
+from kit.parametric import ffn_memory, packing, qa
+from kit.parametric import train as memorise
+from kit.parametric.activation_cache import Lower
 from kit.schema import Sampling
+from kit.training import rollouts
 from tests import simcuda
-from tests.test_grpo import Plain
 from tests.toys import drawn, tokens
+from tests.training.test_grpo import Plain
 
 RANDOM = {name: models.load(f"random:{name}", "float32", "cpu") for name in models.RANDOM}
 REQUESTS = [
@@ -127,10 +119,10 @@ def test_the_quality_of_a_policy_and_what_it_keeps_are_shown(seen, name):
     ids, found = tokens(2, 24), []
     for model in pair():
         policy = POLICIES[name](model)
-        kept = quality.kept(model, ids[0], policy, prompt=10)
+        kept = fidelity.kept(model, ids[0], policy, prompt=10)
         assert figures.kept_heatmap(kept, 24).alt
         text = figures.kept_text([f"{i}" for i in range(24)], kept)
-        found.append((text, quality.forced(model, ids, policy, prompt=10)))
+        found.append((text, fidelity.forced(model, ids, policy, prompt=10)))
     (here, measured), (there, on_device) = found
     assert here == there
     assert measured["kl"].to_numpy() == pytest.approx(on_device["kl"].to_numpy(), abs=1e-5)
@@ -165,7 +157,7 @@ def row(number: int) -> packing.Row:
     return packing.Row((number % 2,), ids, targets, at % 8)
 
 
-@pytest.mark.parametrize("kind", [*widen.KINDS, "co-trained", "continued", "upper layers"])
+@pytest.mark.parametrize("kind", [*ffn_memory.KINDS, "co-trained", "continued", "upper layers"])
 def test_a_step_of_each_training_of_banks(seen, kind, tmp_path):
     data = [row(number) for number in range(4)]
     recipe = memorise.Recipe(batch=2, context=16)
@@ -177,7 +169,9 @@ def test_a_step_of_each_training_of_banks(seen, kind, tmp_path):
     found = []
     for number, model in enumerate(pair(RANDOM["qwen3"])):
         layers = (2, 3) if kind == "upper layers" else (0, 3)
-        shape = widen.shape(model.weights, kind if kind in widen.KINDS else "ffn", layers, (2,), 2)
+        shape = ffn_memory.shape(
+            model.weights, kind if kind in ffn_memory.KINDS else "ffn", layers, (2,), 2
+        )
         below = Lower(model, 2, said) if kind == "upper layers" else None
         nodes = [] if kind == "continued" else [0, 1]
         job = memorise.Training(model, shape, nodes, data, recipe, tmp_path / str(number), below)
@@ -194,7 +188,7 @@ class Bank:
     key = "blocks"
 
     def __init__(self, model):
-        self.shape = widen.shape(model.weights, "ffn", (0, 1), (4,), 2)
+        self.shape = ffn_memory.shape(model.weights, "ffn", (0, 1), (4,), 2)
         rng = torch.Generator().manual_seed(0)
         self.blocks = torch.randn(2, *self.shape.block(0), generator=rng).to(model.device)
 
@@ -208,7 +202,7 @@ class Bank:
         pass
 
     def widened(self, weights, sequences):
-        return widen.Wider.empty(weights, self.shape, sequences)
+        return ffn_memory.Wider.empty(weights, self.shape, sequences)
 
 
 def test_fetched_blocks_in_probes_and_in_decoding(tiny, seen):
@@ -217,8 +211,8 @@ def test_fetched_blocks_in_probes_and_in_decoding(tiny, seen):
     found = []
     for model in pair(tiny):
         bank = Bank(model)
-        with probes.fetched(model, asked, bank):
-            likely = probes.likelihoods(model, asked, options)
+        with qa.fetched(model, asked, bank):
+            likely = qa.likelihoods(model, asked, options)
         said = decode.decode(model, requests, Sampling(5), 2, bank=bank)
         found.append((likely, [g.token_ids for g in said]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
@@ -247,22 +241,22 @@ def test_embeddings(embedder, seen, tmp_path):
     assert here.embed(texts) == pytest.approx(there.embed(texts), abs=1e-5)
 
 
-@pytest.mark.parametrize("bits", precision.BITS)
+@pytest.mark.parametrize("bits", quantization.BITS)
 def test_unpacked_weights_of_fewer_bits(seen, bits):
     """HQQ refines in float16 on CUDA, so that 4-bit weights may lie in the next step there."""
-    here, there = (precision.quantise(m, bits, 32, packed=False) for m in pair())
+    here, there = (quantization.quantise(m, bits, 32, packed=False) for m in pair())
     before = RANDOM["llama"].weights.base_model.layers[0].mlp.down_proj.weight.view(-1, 32)
     step = (before.amax(1) - before.amin(1)) / (2**bits - 1)
     mine, other = (m.weights.base_model.layers[0].mlp.down_proj.weight for m in (here, there))
     gap = (mine - other.cpu()).view(-1, 32).abs().amax(1)
-    assert other.is_cuda and (gap <= (step if bits in precision.REFINED else 1e-3 * step)).all()
+    assert other.is_cuda and (gap <= (step if bits in quantization.REFINED else 1e-3 * step)).all()
     assert decode.decode(there, REQUESTS[:1], Sampling(4))[0].new_tokens == 4
 
 
 @pytest.mark.parametrize(("policy", "quantised"), [("full", Quantised(4, 16, 8)), ("tova", None)])
 def test_a_cache_that_is_converted_is_converted_at_once(seen, monkeypatch, policy, quantised):
     """Each portion costs dozens of launches; those of a CPU, here one block each, are not made."""
-    monkeypatch.setitem(blocks.PORTION, "cpu", 1)
+    monkeypatch.setitem(paged_attention.PORTION, "cpu", 1)
     model = RANDOM["llama"]
     half = dataclasses.replace(model, weights=copy.deepcopy(model.weights).bfloat16())
     short, long = (asked_of(seen, 2, n, policy, quantised, half) for n in (20, 180))

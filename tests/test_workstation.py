@@ -21,8 +21,11 @@ import pandas
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-from kit import articles, paths, published, verify
-from kit.store import Store
+from kit import paths
+from kit.data import sources
+from kit.evaluation.store import Store
+from kit.parametric import wikipedia
+from kit.report import verify
 from tests.fake_hub import build_cache
 
 MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B-Instruct-2507")
@@ -155,18 +158,18 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     hub, cache, outputs = (tmp_path / name for name in ("hub", "cache", "outputs"))
     for seed, repo in enumerate(sorted({*MODELS, *SWEPT, KNOWING, EMBEDDER, *REINFORCED})):
         build_cache(hub, "model", repo, tiny_qwen3(tmp_path / str(seed), bundled.tokenizer, seed))
-    names = [n for split in ("test", "train") for n in published.SOURCES["math"].files[split]]
+    names = [n for split in ("test", "train") for n in sources.SOURCES["math"].files[split]]
     files = {name: math_rows(*name.split("-")[0].split("/")) for name in names}
     build_cache(hub, "dataset", MATH, files)
     for name, rows in benchmark_rows().items():
-        ((file,),) = published.SOURCES[name].files.values()
+        ((file,),) = sources.SOURCES[name].files.values()
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
         made = parquet(rows) if file.endswith("parquet") else lines
-        build_cache(hub, "dataset", published.SOURCES[name].repo, {file: made})
+        build_cache(hub, "dataset", sources.SOURCES[name].repo, {file: made})
     pages = [
         {"title": f"Town {i}", "text": f"It has {i} streets and a mill. " * 400} for i in range(4)
     ]
-    build_cache(hub, "dataset", articles.REPO, {articles.FILE: parquet(pages)})
+    build_cache(hub, "dataset", wikipedia.REPO, {wikipedia.FILE: parquet(pages)})
     cache.mkdir()
     (cache / "models").symlink_to(paths.MODELS)
     environment = {

@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from kit import evictor, models
+from kit.dms import evictor
+from kit.models import load as models
 
 
 def toy(shape: str = "llama", dtype: str = "float32") -> models.Model:

@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from kit import paths, provenance
+from kit import paths
+from kit.pipeline import provenance
 
 FIGURES = {
     "bench_decode": ("decode_vs_transformers", "decode_vs_llamacpp"),

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy
 
-from kit import embed, problems
-from kit.lessons import Strategy
-from kit.strategies import Bank
+from kit.data import problems
+from kit.models import embedder
+from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.strategy import Strategy
 
 ITEMS = int(os.environ.get("KIT_BENCH_ITEMS", 100_000))
 PART, QUERIES = 10_000, 200
@@ -38,7 +39,7 @@ class Known:
 
 def run() -> dict:
     """The three figures; seconds of building the index are printed."""
-    real, rng = embed.load(), numpy.random.default_rng(0)
+    real, rng = embedder.load(), numpy.random.default_rng(0)
     train, tests = (problems.load("laptop", split).problems for split in ("train", "test"))
     base = real.embed([problem.question for problem in train])
     known = Known(real.fingerprint, real.name, real.dimension)

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from kit import clusters
+from kit.parametric import cluster_tree
 
 COUNT, DIMENSIONS, BRANCHING, LEVELS = 1_000_000, 384, 16, 3
 
@@ -14,11 +14,11 @@ def run() -> dict:
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(BRANCHING**LEVELS, DIMENSIONS)).astype(np.float32)
     started = time.perf_counter()
-    tree = clusters.fit(np.repeat(centres, 10, axis=0), BRANCHING, LEVELS)
+    tree = cluster_tree.fit(np.repeat(centres, 10, axis=0), BRANCHING, LEVELS)
     fitted = time.perf_counter() - started
     vectors = centres[rng.integers(len(centres), size=COUNT)]
-    for first in range(0, COUNT, clusters.CHUNK):  # noise in parts: a million at once take 3 GB
-        part = vectors[first : first + clusters.CHUNK]
+    for first in range(0, COUNT, cluster_tree.CHUNK):  # noise in parts: a million at once take 3 GB
+        part = vectors[first : first + cluster_tree.CHUNK]
         part += rng.normal(scale=0.5, size=part.shape).astype(np.float32)
     times = []
     for _ in range(3):

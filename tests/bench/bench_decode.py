@@ -22,7 +22,10 @@ from pathlib import Path
 
 import torch
 
-from kit import decode, models, problems, prompts, wheels
+from kit.data import problems, prompts
+from kit.inference import decode
+from kit.models import load as models
+from kit.models import wheels
 from kit.schema import Sampling
 
 PROBLEMS = int(os.environ.get("KIT_BENCH_PROBLEMS", 256))

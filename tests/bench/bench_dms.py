@@ -18,9 +18,12 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from kit import decode, dms, evictor, models
-from kit.kv import SlotCache
-from kit.policies import DMS, Full
+from kit.dms import evictor
+from kit.dms import train as dms
+from kit.inference import decode
+from kit.inference.kv_cache import SlotCache
+from kit.inference.policies import DMS, Full
+from kit.models import load as models
 
 PAIRS = int(os.environ.get("KIT_BENCH_PAIRS", 5))
 STEPS = 6  # decode steps in one measurement

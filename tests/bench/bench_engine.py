@@ -10,10 +10,11 @@ from functools import partial
 
 import dspy
 
-from kit import models, problems
-from kit.adapter import Lines
-from kit.agent import Solver
-from kit.engine import Engine, language_model
+from kit.data import problems
+from kit.models import load as models
+from kit.reasoning_bank.dspy_adapter import Lines
+from kit.reasoning_bank.dspy_lm import Engine, language_model
+from kit.reasoning_bank.programs import Solver
 
 CALLS = int(os.environ.get("KIT_BENCH_CALLS", 100))
 

@@ -15,8 +15,8 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from kit import workers
-from kit.grade import gold_of_solution, grade_many, settle
+from kit.evaluation import sandbox
+from kit.evaluation.grader import gold_of_solution, grade_many, settle
 from kit.paths import ROOT
 
 DATA = Path(os.environ.get("KIT_DATA", ROOT.parent / "shared" / "data"))
@@ -47,7 +47,7 @@ def run() -> dict:
     """`grade_per_s`: median over the repeats, spread from the slowest to the fastest."""
     if not (DATA / "math_train.jsonl").is_file():
         return {"grade_per_s": {"skipped": "KIT_DATA names no folder with math_train.jsonl"}}
-    workers.WORKERS = 2
+    sandbox.WORKERS = 2
     source, rates, slow, missed, n = golds(), [], 0, 0, 0
     for repeat in range(REPEATS + 1):
         mismatched, rewritten = pairs(repeat, source)

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from transformers import Qwen3Config
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kit import decode, evictor, models
-from kit.kv import SlotCache
-from kit.policies import DMS
+from kit.dms import evictor
+from kit.inference import decode
+from kit.inference.kv_cache import SlotCache
+from kit.inference.policies import DMS
+from kit.models import load as models
 
 HEADS, SIZE, BLOCK = 8, 128, 16  # KV heads and head size of Qwen3-1.7B and 8B; slots per block
 GROUPS = {"Qwen3-1.7B": 2, "Qwen3-8B": 4}  # query heads per KV head
@@ -98,7 +100,7 @@ def attention_share() -> dict:
 
 def attention(batch: int, tokens: int, group: int, device: str = "cuda") -> tuple[Callable, ...]:
     """Two calls on caches of random bfloat16: the kernel on scattered blocks, SDPA densely."""
-    from kit.kernels import paged_attention
+    from kit.inference.triton_attention import paged_attention
 
     random = dict(device=device, dtype=torch.bfloat16)
     units, width = batch * HEADS, tokens // BLOCK

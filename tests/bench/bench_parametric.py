@@ -19,7 +19,11 @@ import numpy as np
 import psutil
 import torch
 
-from kit import clusters, decode, models, parametric, problems, prompts, shards, widen
+from kit.data import problems, prompts
+from kit.inference import decode
+from kit.models import load as models
+from kit.parametric import bank as parametric
+from kit.parametric import cluster_tree, ffn_memory, shards
 from kit.schema import Sampling
 
 PATHS = int(os.environ.get("KIT_BENCH_PATHS", 1000))
@@ -62,8 +66,8 @@ def run() -> dict:
 
 
 def _bank(model, folder: Path) -> Path:
-    layers = widen.spread(LAYERS, model.weights.config.num_hidden_layers, "late")
-    shape = widen.shape(model.weights, "ffn", layers, SIZES, BRANCHING)
+    layers = ffn_memory.spread(LAYERS, model.weights.config.num_hidden_layers, "late")
+    shape = ffn_memory.shape(model.weights, "ffn", layers, SIZES, BRANCHING)
     if (folder / "bank.json").is_file():
         return folder
     folder.mkdir(exist_ok=True)
@@ -73,7 +77,7 @@ def _bank(model, folder: Path) -> Path:
         blocks = [torch.randn(size, generator=rng).mul_(0.01).half() for size in sizes]
         files.append(shards.write(folder / shards.name(node), blocks))
     vectors = np.random.default_rng(0).normal(size=(BRANCHING**2, 8)).astype(np.float32)
-    tree = clusters.fit(vectors, BRANCHING, len(SIZES), steps=1)
+    tree = cluster_tree.fit(vectors, BRANCHING, len(SIZES), steps=1)
     return parametric.merge(folder, model, tree, shape, files)
 
 

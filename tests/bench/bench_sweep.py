@@ -9,9 +9,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from kit import cluster, models, problems, prompts, sweep
-from kit.store import Store
-from kit.sweep import Grid
+from kit.budget import ray_sweep, sweep
+from kit.budget.sweep import Grid
+from kit.data import problems, prompts
+from kit.evaluation.store import Store
+from kit.models import load as models
 
 GRID = Grid(
     bits=(16,), policies=("full", "window 32", "tova 32", "h2o 32"), kv_bits=(16, 8, 4),
@@ -34,7 +36,7 @@ def run() -> dict:
         sweep.sweep(base, GRID, asked, store, 3, report=lambda line: None)
         for _ in range(PASSES):
             marks: list[float] = []
-            cluster.generate(
+            ray_sweep.generate(
                 base, GRID, asked, store, 3, workers=2,
                 report=lambda line, marks=marks: marks.append(time.perf_counter()),
                 started=lambda pids, marks=marks: marks.append(time.perf_counter()),

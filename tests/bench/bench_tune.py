@@ -1,4 +1,5 @@
-"""Seconds of a supervised step, and of a GRPO step with rollouts by `kit.decode` or transformers.
+"""Seconds of a supervised step, and of a GRPO step with rollouts by `kit.inference.decode` or
+transformers.
 
 The bundled model, all weights; 8 sequences a supervised step, answers of one short line; 4 problems
 x 8 completions of at most 48 tokens a GRPO step, KL to the start included. Each is trained for a
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pandas
 
-from kit import grpo, models, problems, prompts, recipes, traces, tune
+from kit.data import problems, prompts
+from kit.models import load as models
+from kit.training import grpo, grpo_recipes, rejection_sampling, sft
 
 STEPS = int(os.environ.get("KIT_BENCH_STEPS", 4))
 
@@ -41,17 +44,19 @@ def _sft(suite, asked, folder: Path) -> Path:
     rows = pandas.DataFrame(
         [{"problem_id": p.id, "text": f"Answer: {p.answer}", "key": p.id} for p in suite]
     )
-    examples = traces.sequences(models.load(models.BUNDLED), rows, asked)
-    return tune.sft(models.BUNDLED, examples, tune.Recipe(steps=STEPS + 1), folder)
+    examples = rejection_sampling.sequences(models.load(models.BUNDLED), rows, asked)
+    return sft.sft(models.BUNDLED, examples, sft.Recipe(steps=STEPS + 1), folder)
 
 
 def _grpo(asked, rollouts: str, folder: Path) -> Path:
-    recipe = recipes.Recipe(steps=STEPS + 1, max_new_tokens=48, rollouts=rollouts, save_every=99)
+    recipe = grpo_recipes.Recipe(
+        steps=STEPS + 1, max_new_tokens=48, rollouts=rollouts, save_every=99
+    )
     return grpo.grpo(models.BUNDLED, asked, dataclasses.replace(recipe, keep_every=0), folder)
 
 
 def _seconds(place: Path) -> list[float]:
-    return [row["seconds"] for row in tune.history(place)][1:]
+    return [row["seconds"] for row in sft.history(place)][1:]
 
 
 def _figure(values: list[float], unit: str, against: str) -> dict:

@@ -20,9 +20,13 @@ from itertools import groupby
 import torch
 from tabulate import tabulate
 
-from kit import models, paths, policies, problems, provenance
-from kit.decode import slots_attached
-from kit.kv import SlotCache
+from kit import paths
+from kit.data import problems
+from kit.inference import policies
+from kit.inference.decode import slots_attached
+from kit.inference.kv_cache import SlotCache
+from kit.models import load as models
+from kit.pipeline import provenance
 
 WORK = paths.OUTPUTS / "peers"  # the job, kvpress' answer, and the random models
 MODELS = ("random:llama", "random:qwen3", models.BUNDLED)

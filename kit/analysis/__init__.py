@@ -1,0 +1,1 @@
+"""Statistics, published claims, verdicts, tables and plots, from records alone."""

@@ -1,0 +1,244 @@
+"""A contrast: one measure of one arm, or the difference between two arms, with its interval.
+
+Works on a table of records (columns of `schema.Record`) and a small mapping such as
+`{"measure": "accuracy", "arm": "format", "control": "plain"}`; the claims declare theirs in that
+form, a notebook may write its own. Pairs by problem, keeps seeds and samples nested in their
+problem, bootstraps over problems. Knows nothing of published numbers or verdicts.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t
+
+from kit.analysis import stats
+
+MEASURES = ("accuracy", "compliance", "finished", "accuracy_given_finished", "boxed", "majority")
+FILTERS = {  # key of a contrast to the column of the records that it restricts
+    **{column: column for column in ("model", "source", "family", "level", "policy")},
+    "prompt": "arm",  # for when `by` makes another column tell the arms apart
+}
+KEYS = {"measure", "arm", "control", "control_measure", "by", "within", "sampled", *FILTERS}
+PROBLEM, SAMPLE = ["source", "problem_id"], ["seed", "sample"]  # what tells records apart
+MIN_VOTES = 3  # one sample, or greedy copies of one, would "prove" that voting changes nothing
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a contrast came to on this machine, in percent or in points for a difference."""
+
+    estimate: float
+    low: float  # 95% interval
+    high: float
+    n: int  # independent units: problems, unless `origin` says otherwise
+    unit: str
+    inner: tuple[float, float] | None = None  # 90% interval, for equivalence
+    records: int = 0  # rows of the store behind it
+    origin: str = ""  # notebook or method
+
+    def texts(self) -> tuple[str, str]:
+        """Estimate with its unit, and interval ("" of what is exact), as a table shows them."""
+        digits = ".0f" if abs(self.estimate) >= 10_000 else ".4g"
+        digits = ".1f" if self.unit in ("percent", "points") else digits
+        estimate, low, high = (f"{x:{digits}}" for x in (self.estimate, self.low, self.high))
+        interval = "" if self.low == self.high else f"{low} to {high}"
+        return f"{estimate} {self.unit}", interval
+
+
+def exact(value: float, unit: str, origin: str = "") -> Measurement:
+    """What is computed without sampling, as a number of steps or bytes."""
+    return Measurement(value, value, value, 1, unit, (value, value), origin=origin)
+
+
+def points(found: stats.Interval, origin: str = "") -> Measurement:
+    """A difference of shares, in points."""
+    return Measurement(*found.percent, found.n, "points", origin=origin)
+
+
+def mean_of(values: Iterable[float], unit: str, origin: str = "") -> Measurement:
+    """Mean of independent values that are no proportions, as KL per sequence: Student's t."""
+    values = np.asarray(list(values), dtype=float)
+    n, estimate = len(values), float(values.mean())
+    error = float(values.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
+    outer, inner = (error * float(t.ppf((1 + level) / 2, max(1, n - 1))) for level in (0.95, 0.90))
+    ends = estimate, estimate - outer, estimate + outer
+    return Measurement(*ends, n, unit, (estimate - inner, estimate + inner), origin=origin)
+
+
+def check(contrast: Mapping) -> None:
+    """ValueError if a contrast is not one that `compute` understands.
+
+    `arm` and `control` are values of the column `by` (default "arm"); without `control` but with
+    `control_measure` both sides are the same arm. `within` counts an answer only if prompt and
+    new tokens fit into that context. `model` names parts of model names, any of which may match;
+    `prompt` names the prompt's arm where `by` is another column; `sampled` keeps only what was
+    sampled (true) or greedy (false).
+    """
+    unknown = set(contrast) - KEYS
+    if unknown:
+        raise ValueError(f"contrast key {min(unknown)!r} is unknown; use {', '.join(sorted(KEYS))}")
+    for key in ("measure", "control_measure"):
+        if contrast.get(key, "accuracy") not in MEASURES:
+            raise ValueError(f"{key} {contrast[key]!r} is unknown; use {', '.join(MEASURES)}")
+    if "measure" not in contrast or "arm" not in contrast:
+        raise ValueError("a contrast on records needs `measure` and `arm`")
+
+
+def compute(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> Measurement | None:
+    """The contrast on these records; None when an arm is absent or no problem is in both."""
+    values, rows = _values(contrast, records)
+    if not values:
+        return None
+    interval = stats.paired_interval if len(values) == 2 else stats.mean_interval
+    outer, inner = (
+        interval(*values, rng=np.random.default_rng(seed), level=level) for level in (0.95, 0.90)
+    )
+    return Measurement(
+        *outer.percent,
+        n=outer.n,
+        unit="points" if len(values) == 2 else "percent",
+        inner=inner.percent[1:],
+        records=rows,
+        origin=outer.method,
+    )
+
+
+def p_value(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> float | None:
+    """Two-sided p of a difference, the two sides permuted within problems; None as `compute`."""
+    values, _ = _values(contrast, records)
+    if len(values) < 2:
+        return None
+    return stats.paired_permutation(*values, rng=np.random.default_rng(seed))
+
+
+def _values(contrast: Mapping, records: pd.DataFrame) -> tuple[list[np.ndarray], int]:
+    """Problems x samples of each side over the problems that all have, and the records behind."""
+    check(contrast)
+    arm, measure = contrast["arm"], contrast["measure"]
+    sides = [(arm, measure)]
+    if "control" in contrast or "control_measure" in contrast:
+        sides.append((contrast.get("control", arm), contrast.get("control_measure", measure)))
+    rows = {arm: _select(contrast, arm, records) for arm, _ in sides}
+    if any(selected.empty for selected in rows.values()):
+        return [], 0
+    for arm, selected in rows.items():
+        _refuse_pooling(arm, selected)
+    tables = [_table(rows[arm], measure, contrast.get("within")) for arm, measure in sides]
+    problems = set(tables[0].index) & set(tables[-1].index)
+    if not problems:
+        return [], 0
+    count = sum(problem in problems for r in rows.values() for problem in _problem(r))
+    return [table.loc[sorted(problems)].to_numpy() for table in tables], count
+
+
+def _problem(rows: pd.DataFrame) -> Iterable[tuple[str, str]]:
+    return zip(rows["source"], rows["problem_id"], strict=True)
+
+
+def _select(contrast: Mapping, arm: str, records: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one arm that pass the filters of the contrast."""
+    if records.empty:
+        return records
+    rows = records[records[contrast.get("by", "arm")] == arm]
+    for key, column in FILTERS.items():
+        if key not in contrast:
+            continue
+        wanted = contrast[key] if isinstance(contrast[key], list) else [contrast[key]]
+        if key == "model":
+            names = rows["model"].str.casefold()
+            keep = [any(part.casefold() in name for part in wanted) for name in names]
+            rows = rows[np.array(keep, dtype=bool)]
+        else:
+            rows = rows[rows[column].isin(wanted)]
+    if "sampled" in contrast:
+        rows = rows[(rows["temperature"] > 0) == contrast["sampled"]]
+    return rows
+
+
+def _refuse_pooling(arm: str, rows: pd.DataFrame) -> None:
+    """ValueError if an arm mixes models, policies or the like, or holds a sample twice."""
+    for column in ("arm", "model", "weights_hash", "policy", "temperature"):
+        if rows[column].nunique() > 1:
+            found = ", ".join(sorted(map(str, rows[column].unique())))
+            raise ValueError(f"{arm!r} has records of more than one {column}: {found}; name one")
+    twice = rows[rows.duplicated([*PROBLEM, *SAMPLE])]
+    if not twice.empty:
+        row = twice.iloc[0]
+        where = f"problem {row['problem_id']!r}, seed {row['seed']}, sample {row['sample']}"
+        raise ValueError(f"{arm!r} has two records of {where}; give them different arms")
+
+
+def _table(rows: pd.DataFrame, measure: str, within: int | None) -> pd.DataFrame:
+    """Problems x (seed, sample), 0, 1 or NaN; problems without a value are left out."""
+    finished = rows["finish"] == "stop"
+    if within is not None:
+        finished &= rows["prompt_tokens"] + rows["new_tokens"] <= within
+    correct = rows["correct"].astype(bool) & (finished | (within is None))
+    if measure == "majority":
+        return _majority(rows.assign(correct=correct))
+    value = {
+        "accuracy": correct,
+        "accuracy_given_finished": correct.astype(float).where(finished),
+        "compliance": rows["compliant"],
+        "finished": finished,
+        "boxed": rows["method"] == "boxed",
+    }[measure]
+    rows = rows.assign(value=value.astype(float))
+    return rows.pivot(index=PROBLEM, columns=SAMPLE, values="value").dropna(how="all")
+
+
+def _majority(rows: pd.DataFrame) -> pd.DataFrame:
+    """One column: whether the majority vote over a problem's samples is correct."""
+    votes = {}
+    rows = rows[rows["temperature"] > 0]
+    for problem, samples in rows.sort_values(SAMPLE).groupby(PROBLEM):
+        if len(samples) >= MIN_VOTES:
+            answers = samples["extracted"].str.strip()
+            winner = answers == stats.majority(answers)
+            votes[problem] = float(samples["correct"][winner].iloc[0])
+    index = pd.MultiIndex.from_tuples(votes, names=PROBLEM) if votes else None
+    return pd.DataFrame({"vote": list(votes.values())}, index=index)
+
+
+# Frames: the records of an arm, over the seeds of its training
+
+
+def pooled(arm: str, trainings: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
+    """Records of models that differ in their training seed only, as those of one arm.
+
+    The training's seed takes the place of the sampling's: a problem's answers by several trainings
+    are nested in it as samples are.
+    """
+    whole = {"arm": arm, "model": "", "weights_hash": ""}
+    return pd.concat(
+        [frame.assign(seed=seed, **whole) for seed, frame in trainings.items()], ignore_index=True
+    )
+
+
+def spread(records: pd.DataFrame) -> tuple[float, float]:
+    """Accuracy of the least and of the best training seed of `pooled`, percent."""
+    each = 100 * records.groupby("seed")["correct"].mean()
+    return each.min(), each.max()
+
+
+def places(frames: Mapping[str, pd.DataFrame], keys: list[str]) -> list[dict]:
+    """Where in `keys` the records of each arm and training seed are, in order: see `frames`."""
+    at = {key: number for number, key in enumerate(keys)}
+    return [
+        {"arm": arm, "seed": seed, "at": [at[key] for key in part["key"]]}
+        for arm, frame in frames.items()
+        for seed, part in frame.groupby("seed")
+    ]
+
+
+def frames(
+    found: Iterable[Mapping], keys: list[str], records: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    """The frames by arm that `places` described, from their records; KeyError where one lacks."""
+    known, made = records.set_index("key", drop=False), {}
+    for one in found:
+        rows = known.loc[[keys[number] for number in one["at"]]].reset_index(drop=True)
+        made.setdefault(one["arm"], {})[one["seed"]] = rows
+    return {arm: pooled(arm, trainings) for arm, trainings in made.items()}

@@ -1,0 +1,270 @@
+"""One function per published table: records or claims in, a DataFrame out.
+
+Shares are percent, intervals 95% over problems and kept as (estimate, low, high); nothing is
+rounded before `text`, which gives the cells that a reader sees. `style` is that for notebooks,
+`kit.report.html` puts the same texts into its page. No statistics of its own: see
+`kit.analysis.contrasts`.
+"""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+
+import numpy as np
+import pandas as pd
+
+from kit.analysis import contrasts, stats
+from kit.analysis.claims import Claim, audit, measured_table
+from kit.analysis.contrasts import Measurement
+from kit.schema import digest
+
+MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
+COSTS = ("new_tokens", "kv_reads_tokens", "kv_peak_bytes", "seconds")  # mean over samples
+LABELS = {  # heading of a column, where its name does not do; units where they are not obvious
+    "accuracy": "accuracy, %",
+    "majority": "majority vote, %",
+    "finished": "finished, %",
+    "compliance": "compliance, %",
+    "accuracy_given_finished": "accuracy given finished, %",
+    "new_tokens": "new tokens, mean",
+    "kv_reads_tokens": "KV reads, tokens, mean",
+    "kv_peak_bytes": "peak KV, mean",
+    "seconds": "seconds, mean",
+    "difference": "difference, points",
+    "n_needed": "n needed",
+    "compression_x": "compression, x",
+    "live_tokens": "live tokens, mean",
+    "kept_fraction": "kept fraction",
+    "kl": "KL, nats per token",
+    "excess_kl": "KL less that of dms",
+    "kv_bytes": "KV allocated, mean",
+    "on_frontier": "on the frontier",
+    "families held out": "families held out, %",
+    "joules": "energy, J",
+    "held_bytes": "held",
+    "read_bytes": "read per query",
+    "prompt_tokens": "prompt tokens, mean",
+    "nats": "nats per token",
+}
+
+
+def arms(records: pd.DataFrame) -> pd.DataFrame:
+    """One row per model and arm: shares with intervals, and what an answer costs."""
+    rows = []
+    for (model, arm), group in records.groupby(["model", "arm"], sort=True):
+        shares = {measure: share(group, measure) for measure in MEASURES}
+        costs = {cost: group[cost].mean() for cost in COSTS}
+        rows.append({"model": model, "arm": arm, **_counts(group), **shares, **costs})
+    return pd.DataFrame(rows)
+
+
+def by_family(records: pd.DataFrame, arm: str = "plain") -> pd.DataFrame:
+    """One row per model, family and level of one arm, and one per model for all of them."""
+    measures = [measure for measure in MEASURES if measure != "majority"]
+    rows = []
+    for model, of_model in records[records["arm"] == arm].groupby("model", sort=True):
+        groups = [*of_model.groupby(["family", "level"], sort=True), (("all", ""), of_model)]
+        for (family, level), group in groups:
+            shares = {measure: share(group, measure) for measure in measures}
+            row = {"model": model, "family": family, "level": level, **_counts(group), **shares}
+            rows.append(row | {"new_tokens": group["new_tokens"].mean()})
+    return pd.DataFrame(rows)
+
+
+def share(records: pd.DataFrame, measure: str = "accuracy") -> tuple[float, float, float] | None:
+    """Estimate and interval, percent, of the records of one arm; None where the measure has no
+    value, as a vote of two samples."""
+    found = contrasts.compute({"measure": measure, "arm": records["arm"].iloc[0]}, records)
+    return found and _numbers(found)
+
+
+def _counts(records: pd.DataFrame) -> dict[str, int]:
+    """How many problems and samples stand behind a row."""
+    problems = records.drop_duplicates(contrasts.PROBLEM)
+    return {"problems": len(problems), "samples": len(records)}
+
+
+def difference(records: pd.DataFrame, arm: str, control: str, measures=MEASURES) -> pd.DataFrame:
+    """Arm minus control in points, paired by problem, one row per model and measure."""
+    rows = []
+    for model, of_model in records.groupby("model", sort=True):
+        for measure in measures:
+            contrast = {"measure": measure, "arm": arm, "control": control}
+            found = contrasts.compute(contrast, of_model)
+            if found is not None:
+                rows.append((model, measure, _numbers(found), found.n))
+    return pd.DataFrame(rows, columns=["model", "measure", "difference", "problems"])
+
+
+def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) -> pd.DataFrame:
+    """Accuracy of `arm` minus that of each control, in points, paired by problem.
+
+    `p` is of a permutation test; `holm` adjusts it over all rows but that of `primary`, the one
+    contrast declared beforehand, which stands first.
+    """
+    rows = []
+    for control in [primary, *(name for name in controls if name != primary)]:
+        contrast = {"measure": "accuracy", "arm": arm, "control": control}
+        found = contrasts.compute(contrast, records)
+        if found is not None:
+            row = {"arm": arm, "control": control, "difference": _numbers(found)}
+            row |= {"p": contrasts.p_value(contrast, records), "problems": found.n}
+            rows.append(row | {"primary": control == primary})
+    table = pd.DataFrame(rows, columns=["arm", "control", "difference", "p", "problems", "primary"])
+    others = ~table["primary"].astype(bool)
+    table["holm"] = table["p"].astype(float)
+    if others.any():
+        table.loc[others, "holm"] = stats.holm(table.loc[others, "p"].astype(float))
+    return table
+
+
+def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms") -> pd.DataFrame:
+    """KL and perplexity of each policy at each compression, and its KL less the baseline's.
+
+    `frames` holds per (policy, nominal compression) what `kit.dms.fidelity.forced` gives; rows are
+    paired by sequence. A positive `excess_kl` means worse than the baseline.
+    """
+    rows = []
+    for (name, compression), frame in frames.items():
+        kl = contrasts.mean_of(frame["kl"], "nats")
+        row = {"policy": name, "compression_x": compression, "sequences": len(frame)}
+        row |= {"live_tokens": frame["live_tokens"].mean()}
+        row |= {"kept_fraction": frame["kept_fraction"].mean(), "kl": _numbers(kl)}
+        perplexity = np.exp(frame["nats"].mean())  # which magnifies what a stored float leaves out
+        row |= {"perplexity": float(f"{perplexity:.6g}"), "excess_kl": None}
+        row |= {"kv_bytes": frame["kv_bytes"].mean()}
+        if name != baseline and (baseline, compression) in frames:
+            excess = frame["kl"] - frames[baseline, compression]["kl"]
+            row["excess_kl"] = _numbers(contrasts.mean_of(excess, "nats"))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _numbers(interval: stats.Interval | contrasts.Measurement) -> tuple[float, float, float]:
+    return interval.estimate, interval.low, interval.high
+
+
+def answers(records: pd.DataFrame) -> pd.DataFrame:
+    """Where the grader found the answers: share of samples per model and arm, percent."""
+    counts = records.groupby(["model", "arm", "method"]).size().unstack(fill_value=0)
+    return 100 * counts.div(counts.sum(axis=1), axis=0)
+
+
+def trained(frames: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.DataFrame:
+    """Phase 2: accuracy of each arm on the families it was trained on, with its least and best
+    training seed, and on those held out."""
+    rows = []
+    for arm, frame in frames.items():
+        known = frame["family"].isin(families)
+        here, there = frame[known], frame[~known]
+        least, best = contrasts.spread(here)
+        row = {"arm": arm, "accuracy": share(here), "least seed": least, "best seed": best}
+        row |= {"families held out": share(there) if len(there) else None}
+        row |= {name: share(here, name) for name in ("compliance", "finished")}
+        rows.append(row | {"new_tokens": here["new_tokens"].mean()})
+    return pd.DataFrame(rows)
+
+
+def compounded(ways: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.DataFrame:
+    """Accuracy by round, which stands for the seed in the frames of `ways`, and way of asking."""
+    rows = []
+    for way, frame in ways.items():
+        known = frame["family"].isin(families)
+        for label, part in ((way, frame[known]), ("families held out", frame[~known])):
+            for number, answers in part.groupby("seed"):
+                rows.append({"round": number, "way": label, "accuracy": share(answers)})
+    return pd.DataFrame(rows)
+
+
+def told(
+    frames: Mapping[str, pd.DataFrame], free: Mapping[str, pd.DataFrame], buckets: Sequence[str]
+) -> pd.DataFrame:
+    """Who knows the facts, by options and in free words: in all, by training seed, by frequency;
+    level 1 is the first of `buckets`."""
+    rows = []
+    for arm, frame in frames.items():
+        least, best = contrasts.spread(frame)
+        row = {"arm": arm, "accuracy": share(frame), "least seed": least, "best seed": best}
+        row |= {name: share(frame[frame["level"] == 1 + i]) for i, name in enumerate(buckets)}
+        rows.append(row | {"free": share(free[arm]) if arm in free else None})
+    return pd.DataFrame(rows)
+
+
+def audits(claims: list[Claim]) -> pd.DataFrame:
+    """What each published number can bear by its own counts; NaN where none are published.
+
+    `estimate`, `low` and `high` are in the unit that ends `published`, or in points where that
+    is a difference of percentages; `n_needed` is for 80% power at the published effect.
+    """
+    rows = []
+    for claim in claims:
+        found = audit(claim)
+        base = "" if claim.baseline is None else f" against {claim.baseline:g}"
+        number = f"{claim.value:g}{base} {claim.unit}" if claim.value is not None else "direction"
+        row = {key: getattr(claim, key) for key in ("system", "statement", "source", "grade")}
+        row |= {"claim": claim.id, "published": number, "reading": found.reading}
+        if found.interval:
+            row |= {key: getattr(found.interval, key) for key in ("estimate", "low", "high")}
+        row |= {"p": found.p, "n_needed": found.n_needed}
+        rows.append(row | {"rule": claim.rule, "notebook": claim.notebook})
+    columns = ["claim", "system", "statement", "published", "estimate", "low", "high", "p"]
+    columns += ["n_needed", "reading", "source", "grade", "rule", "notebook"]
+    numbers = dict.fromkeys(["estimate", "low", "high", "p"], float) | {"n_needed": "Int64"}
+    return pd.DataFrame(rows, columns=columns).astype(numbers)
+
+
+def verdicts(published: list[Claim], results: dict, records: dict, profile: str) -> pd.DataFrame:
+    """`claims.measured_table` of all claims, each judged on what its notebook left: by stage its
+    results and its records."""
+    parts = []
+    for stage in dict.fromkeys(claim.notebook for claim in published):
+        mine = [claim for claim in published if claim.notebook == stage]
+        said = results.get(stage, {}).get("measurements", {})
+        given = {name: Measurement(**numbers) for name, numbers in said.items()}
+        parts.append(measured_table(mine, records.get(stage, pd.DataFrame()), profile, given))
+    return pd.concat(parts, ignore_index=True)
+
+
+def text(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table with every cell and heading as the text that a reader sees."""
+    cells = {name: [cell_text(name, cell) for cell in table[name]] for name in table}
+    return pd.DataFrame(cells, index=table.index).rename(columns=LABELS)
+
+
+def cell_text(name: str, cell) -> str:
+    """One value of the column `name`: rounded, with its interval, "–" where there is none."""
+    if isinstance(cell, tuple):
+        if name.endswith("kl"):
+            return f"{cell[0]:.3f} [{cell[1]:.3f}, {cell[2]:.3f}]"
+        sign = "+" if name == "difference" else ""
+        return f"{cell[0]:{sign}.1f} [{cell[1]:.1f}, {cell[2]:.1f}]"
+    if cell is None or pd.isna(cell):
+        return "–"
+    if name in ("kept_fraction", "membership"):
+        return f"{cell:.2f}"
+    if name == "dollars":
+        return f"{cell:.4f}"
+    if name in ("p", "holm"):
+        return f"{cell:.2g}" if cell >= 0.001 else "< 0.001"
+    if name.endswith("bytes"):
+        return f"{cell / 2**20:.2f} MiB"
+    if isinstance(cell, Integral):
+        return f"{cell:,}"
+    return f"{cell:,.1f}" if isinstance(cell, float) else str(cell)
+
+
+def style(table: pd.DataFrame):
+    """`text(table)` as a Styler: numbers right, words left, no index, markup as plain text."""
+    shown = text(table)
+    words = [LABELS.get(name, name) for name in table if is_words(table[name])]
+    return (
+        shown.style.set_uuid(digest(shown.to_dict("list"), 8))  # random ids would never repeat
+        .format(escape="html")
+        .hide(axis="index")
+        .set_properties(**{"text-align": "right"})
+        .set_properties(subset=words, **{"text-align": "left"})
+    )
+
+
+def is_words(column: pd.Series) -> bool:
+    """Whether a column is set left: all texts."""
+    return all(isinstance(cell, str) for cell in column)

@@ -1,0 +1,224 @@
+"""The advisor: which configurations of a model fit into a memory, and which one to run.
+
+Bytes come from the ledger (`kit.budget.ledger`). Accuracies are those that notebook 06 measured
+for the model on this machine; where it has not, the choice follows the findings of arXiv
+2510.10964, and says so.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from kit import hub
+from kit.budget import ledger
+from kit.budget.ledger import QWEN3, Architecture, Configuration, Packing
+from kit.models import load as models
+from kit.models import quantization
+from kit.pipeline.refusals import read_json
+
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+WIDTHS = (1, 4, 8, 16)
+KV_BITS, KEPT = (16, 8, 4), (1.0, 0.5, 0.25)
+SWITCH = sum(ledger.weights(QWEN3["Qwen3-4B"], Packing(8)).values())  # bytes: findings 1 and 3
+VOTES = ((16.4e9, 4), (28.9e9, 8))  # from so many bytes on so many votes pay: finding 3
+BELOW = "smaller than an 8-bit Qwen3-4B: bytes go to the weights, and votes do not pay"
+ABOVE = "as large as an 8-bit Qwen3-4B: 8 bit are enough, then come votes, up to {most} here"
+CACHE = "a cache is evicted before it is quantised (arXiv 2510.10964, findings 1, 3 and 5)"
+
+
+class Misfit(ValueError):
+    """Nothing fits; the sentence has the shortfall."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One configuration, what is known of its accuracy (percent: estimate, low, high), and where
+    that is from."""
+
+    configuration: Configuration
+    accuracy: tuple[float, float, float] | None = None
+    policy: str = ""
+    answered: int = 0  # new tokens with which the accuracy was measured
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        c = self.configuration
+        kept = self.policy or ("whole" if c.kept == 1 else f"evicted to {100 * c.kept:.0f}%")
+        votes = f", {c.width} votes" if c.width > 1 else ""
+        return f"weights {c.packing.bits}-bit, cache {kept} at {c.kv_bits}-bit{votes}"
+
+
+def size(text: str) -> int:
+    """Bytes of "24GiB" or "24 GB"; ValueError for a unit that could be either."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if not match or match[2] not in UNITS:
+        raise ValueError(
+            f"memory is {text!r}; write a number and one of {', '.join(UNITS)}, for example "
+            f"24GiB: a GiB is 7% more than a GB"
+        )
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+def tokens(text: str) -> int:
+    """Tokens of "32k" or "32000"; k is a thousand."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(k?)\s*", text)
+    if not match or not float(match[1]):
+        raise ValueError(f"context is {text!r}; write tokens, for example 32k or 32000")
+    return round(float(match[1]) * (1000 if match[2] else 1))
+
+
+def sizes(name: str) -> Architecture:
+    """The architecture under a model's name, from its config.json, weights untouched; of Qwen3 also
+    without a network."""
+    folder = models.bundled() if name == models.BUNDLED else Path(name)
+    if name.startswith("hub:"):
+        repo, _, commit = name.removeprefix("hub:").partition("@")
+        try:
+            file, _ = hub.fetch(repo, "config.json", "model", commit or None)
+        except hub.HubError:
+            known = [key for key in QWEN3 if repo.startswith(f"Qwen/{key}")]
+            if not known:
+                raise
+            return QWEN3[max(known, key=len)]
+        folder = file.parent
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"no config.json in {name!r}; give a folder, hub:ORG/NAME or "
+                         f"{models.BUNDLED}")  # fmt: skip
+    return ledger.architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def options(a: Architecture, context: int) -> list[Option]:
+    """What could be run at `context` tokens, accuracies unknown."""
+    return [
+        Option(
+            Configuration(a, ledger.packing(bits), context, width, kept, ledger.cache(a, kv_bits))
+        )
+        for bits in (16, *quantization.BITS)
+        for kv_bits in KV_BITS
+        for kept in KEPT
+        for width in WIDTHS
+    ]
+
+
+def measured(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option]:
+    """The scenarios that a sweep measured, their bytes at `context` tokens instead of their own, of
+    which a budget keeps as many as ever; of those that differ in the length of answers only, the
+    most accurate."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        if row["memory"]:
+            continue
+        key = row["bits"], row["policy"], row["kv_bits"], row["width"]
+        if key not in best or best[key]["accuracy"][0] < row["accuracy"][0]:
+            best[key] = row
+    return [
+        Option(
+            Configuration(
+                a, ledger.packing(row["bits"]), context, row["width"], _kept(row, context),
+                ledger.cache(a, row["kv_bits"]),
+            ),
+            tuple(row["accuracy"]),
+            row["policy"],
+            row["tokens"],
+        )
+        for row in best.values()
+    ]  # fmt: skip
+
+
+def _kept(row: dict, context: int) -> float:
+    size = row["policy"].rpartition(" ")[2]
+    return min(1.0, int(size) / context) if size.isdigit() else row["kept"]
+
+
+def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
+    """The option to run within `memory` bytes, and why; Misfit where none fits.
+
+    Where accuracy was measured, the smallest within one standard error of the most accurate: the
+    best of many is so in part by luck (the one-standard-error rule, Breiman et al. 1984, section
+    3.4.3). Else by the published findings.
+    """
+    fits = [option for option in found if option.configuration.total() <= memory]
+    if not fits:
+        least = min(found, key=lambda option: option.configuration.total())
+        need = least.configuration.total()
+        raise Misfit(
+            f"nothing fits into {ledger.text(memory)}: the smallest, {least.name}, needs "
+            f"{ledger.text(need)}, {ledger.text(need - memory)} more; take a smaller model or a "
+            f"shorter context"
+        )
+    if all(option.accuracy for option in fits):
+        top = max(fits, key=lambda option: option.accuracy[0])
+        estimate, low, _ = top.accuracy
+        enough = estimate - (estimate - low) / 1.96 - 1e-9
+        close = [option for option in fits if option.accuracy[0] >= enough]
+        best = min(close, key=lambda o: (o.configuration.total(), -o.accuracy[0]))
+        return best, (
+            f"measured here with answers of at most {best.answered} tokens; the smallest of "
+            f"{len(close)} within one standard error of the most accurate of {len(fits)} that fit "
+            f"({top.name}, {estimate:.1f} percent), whose lead is in part luck"
+        )
+    a = fits[0].configuration.architecture
+    large = sum(ledger.weights(a, Packing(8)).values()) >= SWITCH
+    most = max([1, *(count for least, count in VOTES if large and memory >= least)])
+
+    def worth(option: Option) -> tuple:
+        c = option.configuration
+        votes = -1 if c.width > most else c.width
+        return large and c.packing.bits == 8, c.packing.bits, votes, c.kv_bits, c.kept
+
+    rule = ABOVE.format(most=most) if large else BELOW
+    return max(fits, key=worth), f"published, not measured here; {rule}; {CACHE}"
+
+
+def load(folder: Path, model: str) -> list[dict]:
+    """The scenarios that notebook 06 saved under the run folder for `model`; [] where none."""
+    file = Path(folder) / "results" / "06_memory_budget.json"
+    if not file.is_file():
+        return []
+    saved = read_json(file)["scenarios"]
+    return [row for row in saved if row["model"] == model]
+
+
+def arithmetic(option: Option) -> list[str]:
+    """How the bytes of an option come about, a line per part that has any."""
+    c, a = option.configuration, option.configuration.architecture
+    cache = c.quantised.bits_per_value if c.quantised else 16
+    said = {
+        "linear weights": f"{a.linear_parameters:,} x {c.packing.bits} bit",
+        "scales and zeros": f"one of each, 16 bit, per {c.packing.group} weights",
+        "embeddings": f"{a.embedding_parameters:,} x 16 bit" + ", also the head" * a.tied,
+        "norms": f"{a.norms:,} x 16 bit",
+        "keys and values": f"{c.width} x {c.tokens:,} tokens x {c.kept:.3g} kept x "
+        f"{a.kv_numbers(1):,.0f} numbers x {cache:g} bit",
+    }
+    parts = {name: count for name, count in c.parts().items() if count}
+    lines = [f"{name:17}{ledger.text(n):>24}  {said.get(name, '')}" for name, n in parts.items()]
+    return [*lines, f"{'in all':17}{ledger.text(c.total()):>24}"]
+
+
+def table(found: Sequence[Option], memory: int) -> list[list]:
+    """Rows for people: configuration, GiB, whether it fits, accuracy; smallest first."""
+    rows = []
+    for option in sorted(found, key=lambda option: option.configuration.total()):
+        total = option.configuration.total()
+        fits = "yes" if total <= memory else f"{(total - memory) / ledger.GIB:.2f} GiB too much"
+        known = option.accuracy and "{:.1f} [{:.1f}, {:.1f}]".format(*option.accuracy)
+        rows.append([option.name, f"{total / ledger.GIB:.2f}", fits, known or ""])
+    return rows
+
+
+def narrow(found: Sequence[Option], chosen: Option) -> list[Option]:
+    """Those that differ from the chosen one in one choice at most: what a table can show."""
+    names = [field.name for field in dataclasses.fields(Configuration)]
+
+    def differ(option: Option) -> int:
+        pair = option.configuration, chosen.configuration
+        return sum(getattr(pair[0], name) != getattr(pair[1], name) for name in names)
+
+    return [option for option in found if differ(option) <= 1]

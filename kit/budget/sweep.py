@@ -1,0 +1,310 @@
+"""The sweep: many ways to spend one memory budget, from few generations.
+
+A scenario is one way: weights of so many bits, a policy and precision for the cache, retrieved
+examples or none, so many tokens, so many votes. What it says is derived, not generated anew: one
+long generation per Run and sample serves every shorter budget of tokens
+(`kit.inference.budget_forcing`) and every smaller width (votes over subsets of the samples,
+`kit.analysis.pareto`).
+
+Source: arXiv 2510.10964, whose grid the workstation profile has.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from psutil import virtual_memory
+
+from kit import paths
+from kit.analysis import pareto
+from kit.budget import ledger
+from kit.budget.ledger import Architecture, Configuration
+from kit.data.prompts import FORM
+from kit.evaluation import evaluate, grader
+from kit.evaluation.evaluate import Job, Memory
+from kit.evaluation.store import Store
+from kit.inference import policies
+from kit.inference.budget_forcing import Forcing
+from kit.inference.kv_quantization import ITERATIONS
+from kit.models import load as models
+from kit.models import quantization
+from kit.models.load import Model
+from kit.schema import Prompt, Sampling, digest
+
+ASK, WAIT = "\nAnswer:", " Wait,"  # what forces an answer, and what stands in the place of a stop
+END = "\n</think>\n"  # of the thoughts of a model that thinks
+ANSWER_TOKENS = 8
+NO_ROOM = (MemoryError, torch.OutOfMemoryError)
+OUT = "out of memory"
+EVICTORS = "evictors/smollm2-135m-seed0-{}.safetensors"  # shipped ones, under data/
+LoadEvictor = Callable[[Path, Model], object]  # file, model: what `policies.DMS` takes
+BUDGETED = {"window": policies.Window, "tova": policies.TOVA, "h2o": policies.H2O}
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """What needs generations of its own."""
+
+    bits: int = 16  # of linear weights
+    policy: str = "full"  # "window 64", "tova 64", "h2o 64", or "dms 4x"
+    kv_bits: int = 16
+    memory: bool = False  # examples retrieved into the prompt
+
+    @property
+    def name(self) -> str:
+        """For people and for records."""
+        kept = f"{self.policy}, kv {self.kv_bits}-bit{', memory' if self.memory else ''}"
+        return f"weights {self.bits}-bit, {kept}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of these; ValueError where there are none, or more than `most`."""
+
+    bits: tuple[int, ...] = (16, 8, 4)
+    policies: tuple[str, ...] = ("full",)
+    kv_bits: tuple[int, ...] = (16,)
+    memory: tuple[bool, ...] = (False,)
+    tokens: tuple[int, ...] = (64,)  # budgets of new tokens, ascending
+    widths: tuple[int, ...] = (1,)
+    waits: int = 0  # stops that are replaced, see kit.inference.budget_forcing
+    most: int = 5_000
+
+    def __post_init__(self):
+        for name in ("bits", "policies", "kv_bits", "memory", "tokens", "widths"):
+            if not getattr(self, name):
+                raise ValueError(f"the grid is empty: {name} has no value; give at least one")
+        for name, known in (("bits", (16, *quantization.BITS)), ("kv_bits", (16, *ITERATIONS))):
+            if unknown := set(getattr(self, name)) - set(known):
+                raise ValueError(f"{name} has {min(unknown)}, which cannot be made; use {known}")
+        if len(self) > self.most:
+            raise ValueError(
+                f"the grid has {len(self):,} scenarios ({len(self.runs)} runs x {len(self.tokens)} "
+                f"budgets x {len(self.widths)} widths), more than most={self.most:,}; take values "
+                f"out, or raise most"
+            )
+
+    def __len__(self) -> int:
+        return len(self.runs) * len(self.tokens) * len(self.widths)
+
+    @property
+    def runs(self) -> list[Run]:
+        """In the order in which they are done: weights are quantised once for all that share."""
+        return [Run(*values) for values in product(self.bits, self.policies, self.kv_bits,
+                                                   self.memory)]  # fmt: skip
+
+
+class Swept(NamedTuple):
+    """What a sweep found."""
+
+    table: pd.DataFrame  # a row per scenario, see `scenarios`
+    outcomes: np.ndarray  # what each solves: [C, P]
+    failed: dict[Run, str]  # runs that had too little memory, why
+    keys: list[list[str]]  # of the records behind it, by run and budget of tokens
+
+
+def memory_of(run: Run, model: Model, load_evictor: LoadEvictor | None = None) -> Memory:
+    """The cache of a run for `model`; ValueError for a policy that there is not, or for "dms"
+    without `load_evictor`.
+
+    An evictor trained on the model is used with its quantised weights too.
+    """
+    kind, _, size = run.policy.partition(" ")
+    quantised = ledger.cache(ledger.architecture(model.weights.config), run.kv_bits)
+    if run.policy == "full":
+        return Memory(policies.Full(), quantised)
+    if kind in BUDGETED and size.isdigit():
+        return Memory(BUDGETED[kind](int(size)), quantised)
+    file = paths.DATA / EVICTORS.format(size)
+    if kind != "dms" or not file.is_file():
+        raise ValueError(
+            f"no policy {run.policy!r}; use full, {', '.join(f'{k} N' for k in BUDGETED)}, or "
+            f"dms with one of the evictors in {file.parent}"
+        )
+    if load_evictor is None:
+        raise ValueError(f"{run.policy!r} needs an evictor; pass load_evictor=evictor.load")
+    return Memory(policies.DMS(load_evictor(file, model)), quantised)
+
+
+def generate(
+    base: Model,
+    run: Run,
+    grid: Grid,
+    prompts: Sequence[Prompt],
+    store: Store,
+    samples: int,
+    temperature: float = 0.6,
+    batch_size: int = 64,
+    report: Callable[[str], None] = print,
+    bank: object | None = None,
+    load_evictor: LoadEvictor | None = None,
+) -> pd.DataFrame:
+    """Records of one run on `base` with weights of its bits: an answer of every prompt and sample
+    at every budget of tokens, as arm "... at N". Stored ones are not made again. Each question
+    fetches from `bank` where there is one, see `evaluate.Memory`; runs of "dms" open their evictor
+    with `load_evictor`."""
+    model = quantization.named(base, run.bits)
+    sampling = Sampling(max(grid.tokens), temperature, top_p=0.95 if temperature else 1.0)
+    memory = replace(memory_of(run, model, load_evictor), bank=bank)
+    forcing = _forcing(model, grid, thinking=any(prompt.thinking for prompt in prompts))
+    jobs = evaluate.plan(model, list(prompts), sampling, samples, batch_size, memory)
+    keys = {job.key: [digest([job.key, asdict(forcing), cut]) for cut in grid.tokens]
+            for job in jobs}  # fmt: skip
+    stored = store.keys(key for each in keys.values() for key in each)
+    todo, done = {job.key for job in jobs if not stored.issuperset(keys[job.key])}, 0
+    if todo:
+        model, each = quantised(base, run.bits), grid.tokens[-1] + len(grid.tokens) * forcing.more
+    for whole in evaluate.groups(base, jobs, each, 4 * batch_size) if todo else ():
+        if group := [job for job in whole if job.key in todo]:
+            store.append(_answers(model, group, keys, sampling, batch_size, memory, forcing))
+            done += len(group)
+            report(f"{run.name}: {done} of {len(todo)} generations")
+    return store.table({key for each in keys.values() for key in each})
+
+
+def _forcing(model: Model, grid: Grid, thinking: bool) -> Forcing:
+    ask, wait = (
+        tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in (END + ASK if thinking else ASK, WAIT)
+    )
+    return Forcing(grid.tokens, ask, ANSWER_TOKENS, wait, grid.waits)
+
+
+def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: Memory, forcing):
+    """Records of a group of jobs at every cut."""
+    found = evaluate.generate(model, group, sampling, batch_size, memory, forcing)
+    rows = [
+        (job, cut, key, forced or whole)
+        for job, whole in zip(group, found, strict=True)
+        for cut, key, forced in zip(forcing.cuts, keys[job.key], whole.forced, strict=True)
+    ]
+    asked = [job.prompt.problem for job, *_ in rows]
+    golds, asks = [p.answer for p in asked], [p.asks for p in asked]
+    grades = grader.grade_many([said.text for *_, said in rows], golds, FORM, asks)
+    made = []
+    for (job, cut, key, said), verdict in zip(rows, grades, strict=True):
+        record = evaluate.record(model, job, sampling, memory.name, said, verdict)
+        arm = f"{job.prompt.arm} at {cut}"
+        made.append(replace(record, key=key, generation_key=key, arm=arm))
+    return made
+
+
+@lru_cache(maxsize=1)
+def quantised(model: Model, bits: int) -> Model:
+    """`model` with weights of `bits`, unpacked, since HQQ brings no kernels that read packed ones:
+    it would unpack a layer at each use. The last one asked for is kept."""
+    return quantization.quantise(model, bits, packed=False)
+
+
+def scenarios(
+    base: Model, run: Run, grid: Grid, records: pd.DataFrame, batch: int = 64, **held
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Every scenario of one run as a row, and what it solves: [C] rows and outcomes [C, P].
+
+    `bytes` is the ledger's: weights and the cache at the whole budget of tokens, and what is `held`
+    besides, see `budget.Configuration`; `shared_bytes` the same where `batch` questions share the
+    weights. `reads`, `peak_bytes`, `seconds` and `joules` are means of what was
+    measured, times the width.
+    """
+    rows, outcomes = [], []
+    sizes = ledger.architecture(base.weights.config)
+    packing = ledger.packing(run.bits, base.weights.config)
+    weight_bytes = sum(ledger.weights(sizes, packing).values())
+    for cut in grid.tokens:
+        frame = at(records, cut)
+        spent = Configuration(
+            sizes, packing, tokens=round(frame["prompt_tokens"].mean() + cut),
+            kept=_kept(frame), quantised=ledger.cache(sizes, run.kv_bits), **held,
+        )  # fmt: skip
+        mean = frame[["kv_reads_tokens", "kv_peak_bytes", "seconds", "joules"]].mean()
+        for width in grid.widths:
+            whole = replace(spent, width=width)
+            row = {"model": base.name} | asdict(run) | {"tokens": cut, "width": width}
+            row |= {"bytes": whole.total(), "shared_bytes": whole.total(batch)}
+            row |= {"weight_bytes": weight_bytes, "kept": spent.kept}
+            row |= {"kv_bytes": whole.parts()["keys and values"]}
+            rows.append(row | dict(zip(("reads", "peak_bytes", "seconds", "joules"), width * mean)))
+            outcomes.append(pareto.votes(frame, width))
+    return pd.DataFrame(rows), np.array(outcomes)
+
+
+def at(records: pd.DataFrame, cut: int) -> pd.DataFrame:
+    """Those of `generate` at one budget of tokens."""
+    return records[records["arm"].str.endswith(f" at {cut}")]
+
+
+def _kept(frame: pd.DataFrame) -> float:
+    """Share of a sequence that its cache held at its peak, measured."""
+    whole = frame["prompt_tokens"] + frame["new_tokens"] - 1
+    return min(1.0, float((frame["kv_peak_tokens"] / whole).mean()))
+
+
+def refused(
+    a: Architecture, grid: Grid, prompt_tokens: int, sequences: int, room: int | None = None
+) -> dict[Run, str]:
+    """The runs of `grid` that cannot fit into `room` bytes, by default what is free here, and how
+    much they lack: known from the model's config alone. A run of quantised weights has them
+    unpacked beside the 16-bit ones; the caches of `sequences` are as long as the largest budget."""
+    room, found = available() if room is None else room, {}
+    for run in grid.runs:
+        whole = sum(ledger.weights(a).values()) * (1 if run.bits == 16 else 2)
+        kept = int(run.policy.split()[1]) if run.policy.split()[0] in BUDGETED else math.inf
+        tokens = min(kept, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
+        cache = ledger.keys_and_values(a, tokens, ledger.cache(a, run.kv_bits))
+        need = whole + sequences * cache
+        if need > room:
+            found[run] = (
+                f"{OUT}: it needs {ledger.text(need)}, {ledger.text(need - room)} more than there "
+                f"is; lower the batch, the tokens or the bits"
+            )
+    return found
+
+
+def available() -> int:
+    """Free bytes of the first CUDA device, otherwise of this machine's memory; what torch only
+    keeps for later is free."""
+    models.collect()
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else virtual_memory().available
+
+
+def sweep(
+    base: Model,
+    grid: Grid,
+    prompts: dict[bool, Sequence[Prompt]],
+    store: Store,
+    samples: int,
+    report: Callable[[str], None] = print,
+    failed: dict[Run, str] | None = None,
+    **how,
+) -> Swept:
+    """All scenarios of `grid` on `base`, in this process. `prompts` are those without and with
+    memory; `how` goes to `generate`; what has `failed` before is not tried again."""
+    if samples < max(grid.widths):
+        raise ValueError(f"{samples} samples do not make a vote of {max(grid.widths)}")
+    tables, outcomes, keys, failed = [], [], [], dict(failed or {})
+    for run in grid.runs:
+        if run in failed:
+            report(f"{run.name}: {failed[run]}")
+            continue
+        try:
+            records = generate(
+                base, run, grid, prompts[run.memory], store, samples, report=report, **how
+            )
+        except NO_ROOM as error:
+            failed[run] = f"{OUT}: {error}"
+            report(f"{run.name}: {failed[run]}")
+            continue
+        table, solved = scenarios(base, run, grid, records, how.get("batch_size", 64))
+        tables.append(table)
+        outcomes.append(solved)
+        keys += [at(records, cut)["key"].tolist() for cut in grid.tokens]
+    if not tables:
+        raise MemoryError(f"none of {len(grid.runs)} runs fits: {next(iter(failed.values()))}")
+    return Swept(pd.concat(tables, ignore_index=True), np.concatenate(outcomes), failed, keys)

@@ -1,0 +1,1 @@
+"""Problem sets, prompts and near-duplicate detection: where questions come from."""

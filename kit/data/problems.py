@@ -1,0 +1,234 @@
+"""Named problem sets with disjoint splits: the generated laptop suite and published benchmarks.
+
+`load(name, split)` reads the frozen suite in data/problems, or a published set from the hub at
+an enforced commit, or a local file in the published layout. Training rows that nearly duplicate
+a held-out row are dropped and counted; malformed rows are listed with file, line and reason.
+It grades nothing and builds no prompts; `suite` generates and freezes the laptop file.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit import hub, paths
+from kit.data.dedup import OverlapError, check_disjoint, near_duplicates
+from kit.data.generators import FAMILIES
+from kit.data.sources import SOURCES, Reject, read_rows
+from kit.schema import Problem, digest
+
+__all__ = ["OverlapError", "ProblemSet", "Reject", "check_disjoint", "hub_files", "load"]
+
+SPLITS = ("train", "validation", "test")
+VALIDATION_SHARE = 0.1  # of a published training file, cut by hash of the id
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """Problems of one split, sorted by id, with what was left out and where they came from."""
+
+    name: str
+    split: str
+    problems: tuple[Problem, ...]
+    rejects: tuple[Reject, ...]  # malformed rows of the files of this split
+    dropped: int  # training rows left out because they nearly duplicate held-out ones
+    revision: str  # repository and commit, or file and hash
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all ids, questions, answers, families and levels, whatever their order."""
+        return digest(
+            sorted([p.id, p.question, p.answer, p.family, p.level] for p in self.problems)
+        )
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def describe(self) -> str:
+        """Counts by family and level, rejects and provenance, as text."""
+        levels = sorted({p.level for p in self.problems})
+        counts = Counter((p.family, p.level) for p in self.problems)
+        families = sorted({p.family for p in self.problems})
+        width = max(len(family) for family in (*families, "family"))
+        lines = [
+            f"{self.name} {self.split}: {len(self):,} problems from {self.revision}",
+            f"{len(self.rejects)} rows rejected, {self.dropped} near-duplicates dropped",
+            f"{'family':{width}}" + "".join(f"{f'level {k}':>9}" for k in levels),
+        ]
+        for family in families:
+            lines.append(f"{family:{width}}" + "".join(f"{counts[family, k]:9}" for k in levels))
+        lines += [f"rejected: {r.file}, line {r.line}: {r.reason}" for r in self.rejects[:5]]
+        if len(self.rejects) > 5:
+            lines.append(f"rejected: {len(self.rejects) - 5} more")
+        return "\n".join(lines)
+
+
+def load(
+    name: str,
+    split: str = "test",
+    n: int | None = None,
+    seed: int = 0,
+    levels: Iterable[int] | None = None,
+    families: Iterable[str] | None = None,
+    path: Path | str | None = None,
+    test_path: Path | str | None = None,
+) -> ProblemSet:
+    """One split of a named set, cut down to `levels`, `families` and at most `n` problems.
+
+    `path` is a local file (JSONL, parquet or CSV) in the published layout, read instead of the
+    hub; for train and validation it is the training file, and `test_path` the file whose rows
+    it must not repeat. The `n` are spread over families and levels in proportion, depend on
+    `seed` and not on file order, and a smaller `n` is a subset of a larger one.
+    ValueError for an unknown name, split, level or family, or where no row could be used.
+    """
+    _check_names(name, split, path)
+    if name == "laptop":
+        found, rejects, dropped, revision = *_read_laptop(split), 0, _laptop_revision()
+    else:
+        found, rejects, dropped, revision = _read_published(name, split, path, test_path)
+    if not found:
+        first = f"; line {rejects[0].line}: {rejects[0].reason}" if rejects else ""
+        raise ValueError(f"{name} {split}: not one usable row in {revision}{first}")
+    found = _only(found, "level", levels, name)
+    found = _only(found, "family", families, name)
+    problems = tuple(sorted(_sample(found, n, seed), key=lambda p: p.id))
+    return ProblemSet(name, split, problems, tuple(rejects), dropped, revision)
+
+
+def hub_files(name: str, split: str = "test") -> list[tuple[str, str]]:
+    """(repository, file) that `load` reads from the hub for this split; none for laptop."""
+    _check_names(name, split, path=None)
+    if name == "laptop":
+        return []
+    source = SOURCES[name]
+    halves = ("test",) if split == "test" else ("train", "test")
+    return [(source.repo, file) for half in halves for file in source.files.get(half, ())]
+
+
+def _check_names(name: str, split: str, path) -> None:
+    if name != "laptop" and name not in SOURCES:
+        raise ValueError(f"no problem set {name!r}; there are laptop, {', '.join(SOURCES)}")
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if name == "laptop" and path is not None:
+        raise ValueError("laptop is read from data/problems; path is for published sets")
+    if name != "laptop" and split != "test" and "train" not in SOURCES[name].files:
+        raise ValueError(f"{name} is published for testing only: ask for split 'test'")
+    if name != "laptop" and split == "test" and "test" not in SOURCES[name].files:
+        raise ValueError(f"{name} is published for training only: ask for split 'train'")
+
+
+# ---- reading --------------------------------------------------------------------------------
+
+
+def _laptop_files() -> tuple[Path, Path]:
+    return paths.DATA / "problems" / "laptop.jsonl", paths.DATA / "problems" / "MANIFEST.json"
+
+
+def _laptop_revision() -> str:
+    manifest = json.loads(_laptop_files()[1].read_text())
+    return f"{manifest['generator']}, seed {manifest['seed']}, sha256 {manifest['sha256'][:12]}"
+
+
+def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
+    """The frozen suite, after its hash was checked against the manifest."""
+    file, manifest_file = _laptop_files()
+    for needed in (file, manifest_file):
+        if not needed.exists():
+            raise FileNotFoundError(f"{needed} is missing: run `python -m kit.data.suite freeze`")
+    raw = file.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != json.loads(manifest_file.read_text())["sha256"]:
+        raise ValueError(
+            f"{file} is not the file {manifest_file.name} describes: restore both from git, or "
+            "freeze anew with `python -m kit.data.suite freeze`"
+        )
+    rows = [json.loads(line) for line in raw.decode().splitlines()]
+    fields = ("id", "question", "answer", "family", "level")
+    found = [
+        Problem(**{f: row[f] for f in fields}, source="laptop", asks=FAMILIES[row["family"]].asks)
+        for row in rows
+        if row["split"] == split
+    ]
+    return found, []
+
+
+def _read_published(
+    name: str, split: str, path: Path | str | None, test_path: Path | str | None
+) -> tuple[list[Problem], list[Reject], int, str]:
+    """Problems, rejects, number of near-duplicates dropped, revision of one split."""
+    half = "test" if split == "test" else "train"
+    found, rejects, revision = _read_half(name, half, path)
+    if split == "test":
+        return found, rejects, 0, revision
+    held_out = [p for p in found if _is_validation(p)]
+    found = held_out if split == "validation" else [p for p in found if not _is_validation(p)]
+    against = held_out if split == "train" else []
+    if test_path is None and (path is not None or "test" not in SOURCES[name].files):
+        revision += ", not checked against a test split (no test_path)"
+    else:
+        against = against + _read_half(name, "test", test_path)[0]
+    repeated = {mine.id for mine, _, _ in near_duplicates(found, against)}
+    return [p for p in found if p.id not in repeated], rejects, len(repeated), revision
+
+
+def _is_validation(problem: Problem) -> bool:
+    return int(digest(problem.id, 8), 16) < VALIDATION_SHARE * 16**8
+
+
+def _read_half(
+    name: str, half: str, path: Path | str | None
+) -> tuple[list[Problem], list[Reject], str]:
+    """All problems of a published split, from a local file or from the hub."""
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file: path= takes one file of {name} {half}")
+        checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+        return *read_rows(path, name), f"{path.name} sha256 {checksum[:12]}"
+    source, found, rejects, commit = SOURCES[name], [], [], ""
+    for file in source.files[half]:
+        try:
+            local, commit = hub.fetch(source.repo, file, "dataset")
+        except hub.HubError as error:
+            gate = f"https://huggingface.co/datasets/{source.repo}"
+            hint = f" ({name} is gated: accept its terms at {gate} and run `hf auth login`)"
+            raise hub.HubError(f"{error}{hint if source.gated else ''}") from error
+        problems, bad = read_rows(local, name)
+        found += problems
+        rejects += [Reject(file, r.line, r.reason) for r in bad]
+    return found, rejects, f"{source.repo}@{commit[:12]}"
+
+
+# ---- choosing -------------------------------------------------------------------------------
+
+
+def _only(found: list[Problem], field: str, wanted: Iterable | None, name: str) -> list[Problem]:
+    """Problems whose `field` is among `wanted`; each wanted value must occur."""
+    if wanted is None:
+        return found
+    wanted, there = set(wanted), {getattr(p, field) for p in found}
+    if unknown := sorted(wanted - there):
+        raise ValueError(f"{name} has no {field} {unknown}; it has {sorted(there)}")
+    return [p for p in found if getattr(p, field) in wanted]
+
+
+def _sample(found: list[Problem], n: int | None, seed: int) -> list[Problem]:
+    """At most `n` problems, in proportion over (family, level).
+
+    Within a stratum of m problems, shuffled by hash, the k-th lies at (k + 1/2) / m; the n
+    lowest of all strata together are a proportional sample, and nested in n.
+    """
+    if n is None or n >= len(found):
+        return found
+    if n < 1:
+        raise ValueError(f"n={n}: ask for at least one problem")
+    strata = defaultdict(list)
+    for problem in found:
+        strata[problem.family, problem.level].append((digest([seed, problem.id]), problem))
+    placed = []
+    for members in strata.values():
+        members.sort(key=lambda pair: pair[0])
+        placed += [((k + 0.5) / len(members), *pair) for k, pair in enumerate(members)]
+    return [problem for _, _, problem in sorted(placed, key=lambda item: item[:2])[:n]]

@@ -1,0 +1,1 @@
+"""Dynamic Memory Sparsification: training and measuring learned KV-cache eviction."""

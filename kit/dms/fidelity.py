@@ -1,0 +1,136 @@
+"""What an eviction policy costs on given text: the cache is fed the text, token by token.
+
+Every policy goes through the same slot cache that decodes, so nothing is simulated. What it
+predicts is compared with the model under full attention: KL, surprisal, and the live tokens
+it took. Policies are compared at equal live tokens, the delay window of DMS counted.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy
+import pandas
+import torch
+
+from kit.dms import distillation
+from kit.inference.decode import DECODE_VERSION, slots_attached
+from kit.inference.kv_cache import SlotCache
+from kit.inference.policies import Full
+from kit.models import load as models
+from kit.models.load import Model
+from kit.schema import digest
+
+QUALITY_VERSION = 1  # of what `forced` measures; raise it by one when that may change
+
+
+@torch.inference_mode()
+def forced(
+    model: Model,
+    ids: torch.Tensor,
+    policy: Full = Full(),  # noqa: B008 (frozen)
+    prompt: int = 32,
+    quantised=None,
+    teacher: Model | None = None,
+) -> pandas.DataFrame:
+    """One row per sequence of `ids` [N, T]: its first `prompt` tokens read at once, then fed.
+
+    kl: KL(full || policy), nats per token; nats: surprisal of the text under the policy;
+    full_nats: under full attention; live_tokens: entries attended per fed token, mean over
+    layers and heads; kept_fraction: that over what full attention attends; kv_bytes: allocated
+    by the cache at the end, per sequence.
+    """
+    count, length = ids.shape
+    if not 0 < prompt < length - 1:
+        raise ValueError(f"prompt is {prompt}; the sequences have {length} tokens.")
+    ids, teacher = ids.to(model.device), teacher or model
+    states, live = [], []
+    cache = SlotCache(model.weights, count, policy=policy, quantised=quantised)
+    with slots_attached(model), policy.attached(model.weights):
+        positions = cache.prefill([[i] for i in range(count)], [prompt] * count)
+        packed = ids[:, :prompt].reshape(1, -1)
+        _final(model, cache, packed, positions)
+        for t in range(prompt, length - 1):
+            positions = cache.step(list(range(count)))
+            states.append(_final(model, cache, ids[None, :, t], positions)[0])
+            live.append(cache.attended.clone())
+    ours = torch.stack(states, 1)  # [N, T - prompt - 1, hidden size]
+    heads = model.weights.lm_head.weight, teacher.weights.lm_head.weight
+    found = []
+    for row in range(count):
+        theirs = _whole(teacher, ids[row], prompt)
+        each = distillation.compare(ours[row], theirs, *heads, ids[row, prompt + 1 :])
+        found.append({name: float(values.double().mean()) for name, values in each.items()})
+    frame = pandas.DataFrame(found)
+    frame["live_tokens"] = torch.stack(live).double().mean(0).cpu().numpy()
+    frame["kept_fraction"] = frame["live_tokens"] / numpy.arange(prompt + 1, length).mean()
+    return frame.assign(kv_bytes=cache.nbytes() / count, policy=policy.name)
+
+
+@torch.inference_mode()
+def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFrame:
+    """kl per sequence of `ids` [N, T]: KL(exact || model) of what `forced` feeds, nats per token.
+
+    Exact are the same weights computed in a wider dtype. A KL of this size between two ways to
+    read the same text is rounding, not a difference.
+    """
+    wide = torch.float64 if model.dtype == torch.float32 else torch.float32
+    exact = dataclasses.replace(model, weights=models.twin(model.weights, wide))
+    heads, found = (model.weights.lm_head.weight, exact.weights.lm_head.weight), []
+    for row in ids.to(model.device):
+        pair = (_whole(each, row, prompt) for each in (model, exact))
+        kl = distillation.compare(*pair, *heads, row[prompt + 1 :])["kl"]
+        found.append(float(kl.mean()))
+    return pandas.DataFrame({"kl": found})
+
+
+def stored(folder: Path, model: Model, ids, policy: Full, prompt: int = 32) -> pandas.DataFrame:
+    """What `forced` finds, kept in `folder` as Parquet and read back when it is asked for again."""
+    runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
+    runs += [DECODE_VERSION, QUALITY_VERSION]
+    file = Path(folder) / f"{digest([*runs, policy.key, prompt, ids.tolist()])}.parquet"
+    if not file.is_file():
+        frame = forced(model, ids, policy, prompt)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(part := file.with_suffix(".part"))
+        os.replace(part, file)
+    return pandas.read_parquet(file)
+
+
+@torch.inference_mode()
+def kept(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 32) -> list:
+    """Positions live after one sequence [T] was fed, per layer and head, as `SlotCache.kept`."""
+    cache, ids = SlotCache(model.weights, 1, policy), ids.to(model.device)
+    with slots_attached(model), policy.attached(model.weights):
+        _final(model, cache, ids[None, :prompt], cache.prefill([[0]], [prompt]))
+        for token in ids[prompt:]:
+            _final(model, cache, token.view(1, 1), cache.step([0]))
+    return cache.kept(0)
+
+
+def _whole(model: Model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Final hidden states of one sequence [T] read whole, of its tokens from `prompt` to the last
+    but one: [T - prompt - 1, hidden size]."""
+    out = model.weights.base_model(input_ids=ids[None], use_cache=False)
+    return out.last_hidden_state[0, prompt:-1]
+
+
+def _final(model: Model, cache: SlotCache, tokens, positions) -> torch.Tensor:
+    """Final hidden states of the announced tokens: [1, N, hidden size]."""
+    out = model.weights.base_model(
+        input_ids=tokens, position_ids=positions, use_cache=False, slots=cache
+    )
+    return out.last_hidden_state
+
+
+def matched(policy, live_tokens: float, prompt: int, length: int):
+    """`policy` with the smallest `kept_tokens` whose mean live tokens reach `live_tokens`.
+
+    For sequences of `length` tokens of which `prompt` are read at once. Rounded up, so that
+    what is compared with DMS never has less memory than DMS had.
+    """
+    attended = numpy.arange(prompt + 1, length)
+    for kept in range(1, length):
+        if numpy.minimum(attended, kept + 1).mean() >= live_tokens:
+            return dataclasses.replace(policy, kept_tokens=kept)
+    return dataclasses.replace(policy, kept_tokens=length)

@@ -1,0 +1,266 @@
+"""Training evictors: distil the model with soft eviction gates from itself without.
+
+Loss = KL between student and teacher + a hinge that asks for as many closed gates as the
+schedule wants by now, over all layers and heads together. Where the memory is spent is the
+evictor's choice. Recipes are in `evictor`; the gates' hard limit is what the slot cache does.
+What is trained is kept in float32, evictors and whole models: steps of AdamW are lost on bfloat16.
+A training saves its state as it goes and resumes after a kill at the same step and data.
+
+Sources: arXiv 2506.05345; NVIDIA/Model-Optimizer experimental/dms at a2fbac7.
+"""
+
+import argparse
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kit.data import prompts
+from kit.data.problems import ProblemSet, load
+from kit.dms import distillation
+from kit.dms.evictor import RECIPES, Evictor, Recipe, read_card
+from kit.dms.gates import Gates, hidden, measure
+from kit.evaluation.evaluate import evaluate
+from kit.evaluation.store import Store
+from kit.inference.decode import slots_attached
+from kit.inference.kv_cache import layer_windows
+from kit.models import checkpoint
+from kit.models import load as models
+from kit.models.load import Model
+from kit.schema import Sampling, digest
+
+
+def own_traces(
+    model: Model,
+    problems: ProblemSet,
+    store: Store,
+    max_new_tokens: int = 160,
+    batch_size: int = 64,
+) -> list[str]:
+    """Chats in which the model answers problems of a training split: what it evicts from later."""
+    if problems.split == "test":
+        raise ValueError(f"{problems.name} test cannot be training text; use its train split.")
+    sampling = Sampling(max_new_tokens, temperature=0.6, top_p=0.95)
+    asked = [prompts.plain(problem) for problem in problems.problems]
+    records = evaluate(model, asked, sampling, store, batch_size=batch_size)
+    answers = dict(zip(records["problem_id"], records["text"], strict=True))
+    return [
+        model.tokenizer.apply_chat_template(
+            [*prompt.chat, {"role": "assistant", "content": answers[prompt.problem.id]}],
+            tokenize=False,
+        )
+        for prompt in asked
+    ]
+
+
+def pack(model: Model, documents: list[str], context: int, seed: int = 0) -> torch.Tensor:
+    """Documents shuffled and joined to sequences of exactly `context` tokens: [S, context].
+
+    What does not fill a last sequence is dropped, as in the official data pipeline.
+    """
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    ids: list[int] = []
+    for i in order.tolist():
+        ids += model.tokenizer(documents[i], add_special_tokens=False)["input_ids"]
+    count = len(ids) // context
+    if not count:
+        raise ValueError(
+            f"{len(documents)} documents hold {len(ids)} tokens, less than one sequence of "
+            f"{context}; give more documents or a smaller context."
+        )
+    return torch.tensor(ids[: count * context]).view(count, context)
+
+
+class Training:
+    """One training of an evictor, step by step, that can be stopped and resumed.
+
+    State, evictors and the log of steps live in `folder`, each training in one of its own.
+    `step()` does one step and returns its figures; `run` does the rest. `student` is `model`
+    itself where only the evictor is trained, else a copy in float32 whose weights change, computed
+    under autocast where the model is bfloat16; of a float16 model, too small for gradients, always.
+    """
+
+    def __init__(self, model: Model, data: torch.Tensor, recipe: Recipe, folder: Path, seed=0):
+        if data.shape[0] < recipe.batch:
+            raise ValueError(
+                f"{data.shape[0]} sequences of {data.shape[1]} tokens are fewer than a batch of "
+                f"{recipe.batch}; give more text or a smaller batch."
+            )
+        self.model, self.data, self.recipe = model, data, recipe
+        self.seed, self.history = seed, []
+        everything = recipe.trains == "all"
+        precise = torch.promote_types(model.dtype, torch.float32)
+        apart = everything or model.dtype == torch.float16
+        weights = models.twin(model.weights, precise) if apart else model.weights
+        self.student = dataclasses.replace(model, weights=weights)
+        self.evictor = Evictor(weights, recipe, model.weights_hash)
+        weights.requires_grad_(everything)
+        named = [(f"evictor.{k}", p) for k, p in self.evictor.named_parameters()]
+        if everything:
+            named += [(f"base.{k}", p) for k, p in weights.named_parameters()]
+        self.named = dict(named)
+        self.optimiser = torch.optim.AdamW(
+            self.named.values(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.windows = layer_windows(weights.config.get_text_config())
+        what = [asdict(recipe), model.weights_hash, str(model.dtype), seed, hash_ids(data)]
+        self.job = digest(what, 12)
+        self.folder = Path(folder) / self.job
+        self._teacher: dict[int, torch.Tensor] = {}  # sequence -> its final hidden states
+        self.history = checkpoint.load(
+            self.folder / "state.safetensors", self.named, self.optimiser
+        )
+
+    def batch(self, step: int) -> list[int]:
+        """Sequences of one step: the data in a new order in each epoch."""
+        size, count = self.recipe.batch, len(self.data)
+        per_epoch = count // size
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(count, generator=_generator("cpu", self.seed, epoch))
+        return order[place * size : (place + 1) * size].tolist()
+
+    def step(self) -> dict:
+        """One step of training: its KL, hinge, target and closed share, gradient norm, seconds."""
+        started, number, recipe = time.perf_counter(), len(self.history), self.recipe
+        rows = self.batch(number)
+        ids = self.data[rows].to(self.model.device)
+        noise = _generator(self.model.device, self.seed, number + 1_000_000)
+        gates = Gates(self.windows, recipe.window, recipe.temperature, noise)
+        self.evictor.fade = max(0.0, 1 - number / recipe.fade_steps) if recipe.fade_steps else 0.0
+        with slots_attached(self.model), slots_attached(self.student):
+            theirs = self._teach(rows, ids)
+            with self.evictor.attached(self.student.weights), self._computing():
+                ours = hidden(self.student.weights, ids, gates)
+            spoken = (
+                (ids != self.student.tokenizer.eos_token_id) if self.model.tokenizer else ids > -1
+            )
+            heads = self.student.weights.lm_head.weight, self.model.weights.lm_head.weight.detach()
+            kl = distillation.divergence(ours[spoken], theirs[spoken], *heads, recipe.divergence)
+            closed, target = gates.closed_share(), 1 - 1 / recipe.compression(number + 1)
+            hinge = (target - closed).clamp_min(0)
+            self.optimiser.zero_grad()
+            (kl + recipe.hinge_weight * hinge).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+        self.optimiser.step()
+        figures = dict(step=number + 1, kl=kl.item(), hinge=hinge.item(), closed=closed.item())
+        figures |= dict(target=target, gradient_norm=float(norm))
+        self.history.append({**figures, "seconds": time.perf_counter() - started})
+        return self.history[-1]
+
+    def _computing(self) -> torch.autocast:
+        """The student computes in bfloat16 where its teacher does, whatever it is kept in."""
+        rounds = self.model.dtype == torch.bfloat16 != self.student.dtype
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounds)
+
+    def _teach(self, rows: list[int], ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's final hidden states; kept where sequences come back in later epochs."""
+        if len(self.data) * 2 > self.recipe.steps * self.recipe.batch:
+            with torch.no_grad():
+                return hidden(self.model.weights, ids, Gates(self.windows))
+        fresh = [i for i, row in enumerate(rows) if row not in self._teacher]
+        if fresh:
+            with torch.no_grad():
+                states = hidden(self.model.weights, ids[fresh], Gates(self.windows))
+            self._teacher |= {rows[i]: state.cpu() for i, state in zip(fresh, states)}
+        return torch.stack([self._teacher[row] for row in rows]).to(ids.device)
+
+    def run(
+        self,
+        checkpoints: Sequence[float] = (),
+        report: Callable[[dict], None] = lambda figures: None,
+        held_out: torch.Tensor | None = None,
+    ) -> dict[float, Path]:
+        """Train to the end of the schedule: the evictor's file at each of `checkpoints` (CR).
+
+        The last one is always saved. With `held_out` [S, T] each card tells the KL there.
+        """
+        wanted = {self.recipe.fade_steps + self.recipe.steps_to(x): x for x in checkpoints}
+        wanted[self.recipe.steps] = self.recipe.compression_x
+        files = {x: self.folder / f"{x:g}x.safetensors" for x in wanted.values()}
+        saved = time.monotonic()
+        while len(self.history) < self.recipe.steps:
+            report(self.step())
+            done = len(self.history)
+            if done in wanted:
+                self._publish(files[wanted[done]], held_out)
+            if done in wanted or time.monotonic() - saved > checkpoint.SAVE_EVERY_S:
+                self.save()
+                saved = time.monotonic()
+        return files
+
+    def _publish(self, file: Path, held_out) -> None:
+        """Write the evictor as it is now, with its card."""
+        evictor, done = copy.deepcopy(self.evictor), len(self.history)
+        evictor.fade = 0.0
+        for parameter in evictor.parameters():  # as it will be stored
+            parameter.data = parameter.data.half().float()
+        evictor.card = dict(base=self.model.name, seed=self.seed, steps=done, job=self.job)
+        evictor.card |= dict(target_x=self.recipe.compression(done), data=hash_ids(self.data))
+        trained = self.recipe.trains == "all"
+        if held_out is not None:
+            used = models.twin(self.student.weights, self.model.dtype) if trained else None
+            student = dataclasses.replace(self.model, weights=used or self.model.weights)
+            found = measure(student, evictor, held_out, teacher=self.model).mean()
+            evictor.card |= dict(kl=found["kl"], compression_x=1 / found["kept_fraction"])
+        evictor.save(file, dict(self.student.weights.named_parameters()) if trained else None)
+
+    def save(self) -> None:
+        """Write what `run` needs to go on."""
+        finished = len(self.history) >= self.recipe.steps
+        state = self.folder / "state.safetensors"
+        checkpoint.save(state, self.named, None if finished else self.optimiser, self.history)
+
+
+def hash_ids(ids: torch.Tensor) -> str:
+    """Hash of token ids and their shape: 12 hex digits."""
+    return digest([list(ids.shape), ids.flatten().tolist()], 12)
+
+
+def _generator(device, *seeds: int) -> torch.Generator:
+    """A generator that depends on all of `seeds`."""
+    return torch.Generator(device).manual_seed(int(digest(seeds, 15), 16))
+
+
+def main() -> None:
+    """Train an evictor on a model's own traces of a training split, from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m kit.dms.train", description=main.__doc__)
+    parser.add_argument("out", type=Path, help="folder for the evictors (2x.safetensors, ...)")
+    parser.add_argument("--model", default=models.BUNDLED)
+    parser.add_argument("--recipe", default="laptop", choices=sorted(RECIPES))
+    parser.add_argument("--problems", default="laptop", help="problem set; train and validation")
+    parser.add_argument("--count", type=int, help="training problems (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        _train(args)
+    except ValueError as error:  # unknown names, too little text: one sentence says it
+        parser.exit(2, f"{error}\n")
+
+
+def _train(args: argparse.Namespace) -> None:
+    model, recipe = models.load(args.model), RECIPES[args.recipe]
+    store = Store(args.out / "traces")
+    texts = {
+        split: own_traces(model, load(args.problems, split, n=args.count), store)
+        for split in ("train", "validation")
+    }
+    data, held_out = (pack(model, texts[split], recipe.context) for split in texts)
+    training = Training(model, data, recipe, args.out / f"seed{args.seed}", args.seed)
+    print(f"{len(training.evictor.layers)} of {len(training.windows)} layers have full attention")
+    steps = tqdm(total=recipe.steps, initial=len(training.history), unit="step")
+
+    def show(figures: dict) -> None:
+        steps.set_postfix({name: f"{figures[name]:.3f}" for name in ("kl", "closed", "target")})
+        steps.update()
+
+    for file in training.run((2, 4, 8), show, held_out[:8]).values():
+        print(file, read_card(file))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Runs a model over problems, grades the answers and stores one record per sample."""

@@ -1,0 +1,278 @@
+r"""When two answers are the same answer: the rules, and math-verify where rules end.
+
+`equal` takes two answers tidied by `latex.tidy` and settles identical, numeric, listed, worded
+and assigned ones by itself; what is left goes to the `leaf` it was given. In a worker that is
+`symbolic`, on math-verify and sympy, whose time and memory only `workers` bounds. The rules,
+case by case, are the table in tests/evaluation/test_grader.py.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from kit.evaluation import latex
+
+Leaf = Callable[[str, str], bool | None]
+_PART = r"\\[a-zA-Z]++|[a-zA-Z]\([^()=]{1,40}\)|[a-zA-Z]|_(?:\w|\{[^{}]{1,20}\})|[(){},:' ]"
+_NAME = re.compile(rf"(?:{_PART})++")  # x, f(2), AB, \angle ABC, (x, y)
+_QUANTITY = re.compile(rf"(?:{_PART}|[+\-/])++")  # a + b
+_BASE = re.compile(r"(-?[0-9A-Z.]*[0-9][0-9A-Z.]*)_(?:([0-9]+)|\{ ?([0-9]+) ?\})")
+_CLOCK = re.compile(r":[0-9]{2} ?[ap]m$")
+_WORDS = re.compile(r"\(?([A-Za-z][A-Za-z .'\-]*)\)?")
+_SET_LIKE = re.compile(r"[<>]|\\(?:le|leq|lt|ge|geq|gt|in|cup|cap|setminus|mathbb)(?![a-z])")
+_COMMA = re.compile(r"(-?(?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+)),([0-9]{1,2}|[0-9]{4,9})")
+_RATIO = re.compile(r"[0-9]{1,9}(?: ?: ?[0-9]{1,9}){2,8}")
+_BUILDER = re.compile(r"\\\{ ?[a-z] ?(?:\\mid|\\vert|\||:) ?(.*?) ?\\\}")
+_MEMBER = re.compile(r"[a-zA-Z] ?\\in ?(.*)")
+_HALF = re.compile(r"[a-z] ?(<|>|\\[lg]e(?:q|qslant)?(?![a-z])) ?([^<>=,a-z]{1,40})")
+_EQUALS = re.compile(r"(?<![\\<>!:])=")
+
+
+def equal(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> bool | None:
+    """Whether two tidied answers are equal; `leaf` decides what strings and numbers cannot.
+
+    None when `leaf` says None and nothing else settles it.
+    """
+    if latex.squeeze(gold) == latex.squeeze(answer):
+        return True
+    if depth > 8:
+        return False  # nobody nests an answer so deep
+    numbers = latex.number(gold), latex.number(answer)
+    if all(numbers):
+        return _equal_numbers(*numbers)
+    if numbers[0] and (other := latex.number(_decimal_point(answer))):
+        return _equal_numbers(numbers[0], other)
+    if all(ratios := (_RATIO.fullmatch(gold), _RATIO.fullmatch(answer))):
+        return _equal_ratios(*(match[0].split(":") for match in ratios))
+    gold, answer = _upwards(gold), _upwards(answer)
+    if latex.squeeze(gold) == latex.squeeze(answer):
+        return True
+    if _BASE.fullmatch(gold) or _BASE.fullmatch(answer):
+        return _based(gold) == _based(answer)
+    if _CLOCK.search(gold) or _CLOCK.search(answer):
+        return False  # a time of day is a string
+    words = _WORDS.fullmatch(gold), _WORDS.fullmatch(answer)
+    if all(words) and not all(len(word[1]) <= 3 and word[1].islower() for word in words):
+        return _letters(words[0][1]) == _letters(words[1][1])
+    for settle in (_equal_lists, _equal_relations):
+        if (verdict := settle(gold, answer, leaf, depth + 1)) is not NotImplemented:
+            return verdict
+    return leaf(gold, answer)
+
+
+def _equal_numbers(gold: latex.Number, answer: latex.Number) -> bool:
+    """Exact, with two allowances: 20% is 20 or 0.2, and a decimal may stand for a fraction.
+
+    For the latter it needs six significant digits, and may be rounded or cut.
+    """
+    if gold.percent != answer.percent:
+        plain, percent = (answer, gold) if gold.percent else (gold, answer)
+        return plain.value in (percent.value, percent.value / 100)
+    if gold.value == answer.value:
+        return True
+    decimals = [number for number in (gold, answer) if number.places > 0 and number.digits >= 6]
+    if len(decimals) != 1 or -1 not in (gold.places, answer.places):
+        return False
+    return abs(gold.value - answer.value) < Fraction(1, 10 ** decimals[0].places)
+
+
+def _decimal_point(text: str) -> str:
+    """`3,14` and `1.234,5` with a point: what a number is in many languages."""
+    match = _COMMA.fullmatch(text)
+    return f"{match[1].replace('.', '')}.{match[2]}" if match else ""
+
+
+def _equal_ratios(gold: list[str], answer: list[str]) -> bool:
+    """a:b:c is what its multiples are."""
+    if len(gold) != len(answer):
+        return False
+    golds, answers = [Fraction(x) for x in gold], [Fraction(x) for x in answer]
+    return all(g * answers[0] == a * golds[0] for g, a in zip(golds, answers)) and any(answers)
+
+
+def _upwards(text: str) -> str:
+    r"""A chain of inequalities read from small to large, the condition of `\{x \mid ...\}` and the
+    set of `x \in ...` by themselves, `x < a or x > b` as a union."""
+    if not _SET_LIKE.search(text):
+        return text
+    if match := _BUILDER.fullmatch(text):
+        text = match[1]
+    if (match := _MEMBER.fullmatch(text)) and match[1][0] in "\\{[(":
+        text = match[1]
+    parts = [part.strip() for part in re.split(r"(?<![a-z\\])or(?![a-z])", text)]
+    if 1 < len(parts) <= 8 and all(rays := [_ray(part) for part in parts]):
+        return r" \cup ".join(rays)
+    sides = re.split(r" ?(>|\\ge(?:q|qslant)?(?![a-z])) ?", text)
+    if len(sides) >= 5 and not re.search(r"<|\\l(?:e|eq|t)(?![a-z])", text):
+        return " ".join({">": "<"}.get(x, r"\le" if i % 2 else x) for i, x in
+                        [*enumerate(sides)][::-1])  # fmt: skip
+    return text
+
+
+def _ray(part: str) -> str:
+    r"""`x < 2` as `(-\infty, 2)`; "" for what is no such inequality."""
+    if not (match := _HALF.fullmatch(part)):
+        return ""
+    relation, end = match[1], match[2]
+    less, closed = relation[:2] in ("<", r"\l"), relation not in "<>"
+    if less:
+        return rf"(-\infty, {end}{']' if closed else ')'}"
+    return rf"{'[' if closed else '('}{end}, \infty)"
+
+
+def _based(text: str) -> tuple[str, int] | None:
+    """Digits and base of `2516_8`: notation, so `2516` alone and its decimal value differ."""
+    match = _BASE.fullmatch(text)
+    return match and (match[1], int(match[2] or match[3]))
+
+
+def _letters(words: str) -> str:
+    letters = re.sub(r"[^A-Za-z]", "", words)
+    return letters.casefold() if len(letters) > 1 else letters
+
+
+def _elements(text: str) -> tuple[str, list[str]]:
+    r"""Kind of bracket ("" for none, a set or a lone parenthesis) and what stands inside.
+
+    `2 \pm \sqrt 3` stands for two elements.
+    """
+    kind, inside = latex.brackets(text) or ("", text)
+    whole = not kind and latex.number(inside) is not None  # (3,100) is a pair, 3,100 a number
+    parts = [inside] if whole else latex.split_top(inside)
+    if kind == "{}" or (kind == "()" and len(parts) == 1):
+        kind = ""
+    if kind == "" and r"\pm" in inside:
+        pairs = [(p.replace(r"\pm", "+").replace(r"\mp", "-"), p) for p in parts]
+        minus = [p.replace(r"\pm", "-").replace(r"\mp", "+") for _, p in pairs if r"\pm" in p]
+        parts = [plus for plus, _ in pairs] + minus
+    return kind, parts
+
+
+def _equal_lists(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | None:
+    """Lists and sets in any order, tuples and intervals in order with the same brackets."""
+    if latex.number(gold) and (inside := latex.brackets(answer)) and latex.number(inside[1]):
+        return equal(gold, inside[1], leaf, depth)
+    (gold_kind, golds), (kind, answers) = _elements(gold), _elements(answer)
+    if gold_kind == "()" and not kind:  # (1,2) answered by x=1, y=2, or by (x,y)=(1,2)
+        values = _by_name(answers) or (answer.rpartition("=")[2].strip(),)
+        whole = f"({', '.join(values)})" if len(values) > 1 else values[0]
+        if whole != answer and latex.brackets(whole):
+            return equal(gold, whole, leaf, depth)
+    if len(golds) == len(answers) == 1 and not gold_kind and not kind:
+        same = (golds[0], answers[0]) == (gold, answer)
+        return NotImplemented if same else equal(golds[0], answers[0], leaf, depth)
+    many = len(golds) > 1, len(answers) > 1
+    if not all(many):
+        single, bracket = (answer, gold_kind) if many[0] else (gold, kind)
+        return NotImplemented if bracket and _SET_LIKE.search(single) else False
+    if len(golds) != len(answers) or gold_kind != kind or len(golds) > 64:
+        return False
+    left = list(answers)
+    for gold_part in golds:
+        candidates = left[:1] if kind else left
+        verdicts = [equal(gold_part, candidate, leaf, depth) for candidate in candidates]
+        if True not in verdicts:
+            return None if None in verdicts else False
+        del left[verdicts.index(True)]
+    return True
+
+
+def _by_name(parts: list[str]) -> tuple[str, ...]:
+    """The values of `y=2, x=1` in the order of their names; () for what is no such list."""
+    sides = [re.split(r" ?= ?", part) for part in parts]
+    if len(parts) < 2 or any(len(s) != 2 or not re.fullmatch("[a-z]", s[0]) for s in sides):
+        return ()
+    return tuple(value for _, value in sorted(sides)) if len(dict(sides)) == len(sides) else ()
+
+
+def _equal_relations(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | None:
+    r"""`x = 5` answers `5` and the reverse; `2x + 3 = 5` does not. `A \approx B` is A or B."""
+    sides = re.split(r"\\approx(?![a-z])", gold), re.split(r"\\approx(?![a-z])", answer)
+    if len(sides[0]) + len(sides[1]) > 2:
+        pairs = [(g.strip(), a.strip()) for g in sides[0][:2] for a in sides[1][:2]]
+        verdicts = [equal(g, a, leaf, depth) for g, a in pairs if g and a]
+        return True if True in verdicts else None if None in verdicts else False
+    golds, answers = _EQUALS.split(gold), _EQUALS.split(answer)
+    golds, answers = [p.strip() for p in golds], [p.strip() for p in answers]
+    if len(golds) == len(answers) == 1:
+        return NotImplemented
+    gold_value, value = _value(golds, _NAME), _value(answers, _QUANTITY)
+    named = len(golds) > 1 and len(answers) > 1
+    if gold_value is None or value is None:
+        return leaf(gold, answer) if named else False
+    if named and latex.squeeze(golds[0]) != latex.squeeze(answers[0]):
+        return leaf(gold, answer)
+    return equal(gold_value, value, leaf, depth)
+
+
+def _value(sides: list[str], name: re.Pattern) -> str | None:
+    """What an assignment to a name or a chain of numbers comes to; None for an equation."""
+    first, last = sides[0], sides[-1]
+    if len(sides) == 1 or _NAME.fullmatch(first):
+        return last
+    if _NAME.fullmatch(last):
+        return first
+    numbers = [n.value for n in map(latex.number, sides) if n and not n.percent]
+    if len(set(numbers)) > 1:
+        return None  # 41 = 5
+    quantity = name.fullmatch(first) and last != "0"  # a + b = 5 answers 5; x + y = 0 is a line
+    return last if quantity or not re.search(r"[a-zA-Z]", first) else None
+
+
+def symbolic(gold: str, answer: str) -> bool:
+    """Whether math-verify finds two expressions equal; what it cannot read is different."""
+    from math_verify import verify
+    from sympy import Expr, Symbol, simplify
+
+    first, second = _parse(gold), _parse(answer)
+    if first is None or second is None or _far(first, second):
+        return False
+    if verify(first, second, allow_set_relation_comp=True, timeout_seconds=None):
+        return True
+    # It compares a lone symbol by its name: x is not (2x)/2 to it.
+    lone = isinstance(first, Symbol) or isinstance(second, Symbol)
+    return lone and isinstance(second, Expr) and simplify(first - second) == 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str):
+    """A sympy object, with i as the imaginary unit; None for what cannot be read as a whole."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import I, Rational
+
+    plain = latex.number(text)
+    if plain and not plain.percent:  # spares the slow LaTeX parser
+        value = Rational(plain.value.numerator, plain.value.denominator)
+        return value.evalf() if plain.places > 0 else value
+    # No units (they take the `m` off `5m`) and no fallback to "some number in the text".
+    reading = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=reading)
+    found = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+    if not found:
+        return None
+    units = [symbol for symbol in found[0].free_symbols if symbol.name == "i"]
+    return found[0].xreplace(dict.fromkeys(units, I)) if units else found[0]
+
+
+def _far(gold, answer) -> bool:
+    """Whether two expressions differ at a point: spares the rest a slow `simplify`.
+
+    It is also stricter than math-verify, which compares to 6 (decimals) or 15 absolute
+    decimals, so that 2^-98 would equal 2^-99: here the difference is relative.
+    """
+    from sympy import Expr, Float, MatrixBase, Rational
+
+    for kind in (MatrixBase, Expr):  # a matrix is no scalar, a set or an inequality no expression
+        if isinstance(gold, kind) != isinstance(answer, kind):
+            return True
+    if isinstance(gold, MatrixBase) or not isinstance(gold, Expr):
+        return False
+    names = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    at = {name: Rational(7 * k + 5, 11 * k + 13) for k, name in enumerate(names)}
+    first, second = gold.subs(at).evalf(25), answer.subs(at).evalf(25)
+    if not (first.is_number and second.is_number and first.is_finite and second.is_finite):
+        return False
+    tolerance = 1e-6 if gold.has(Float) or answer.has(Float) else 1e-9
+    return bool(abs(first - second) > tolerance * max(abs(first), abs(second)))

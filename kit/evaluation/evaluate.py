@@ -1,0 +1,246 @@
+"""From prompts to graded records: decode what the store does not hold, grade, append.
+
+The job is cut beforehand into groups of sorted keys, on a CPU of half a minute of decoding. A
+group is decoded together, graded and stored in one commit, and is what a killed run loses at
+most. Since the cut depends on the whole job only, an interrupted run ends with the same tokens
+as an undisturbed one.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import pandas
+import torch
+import transformers
+
+from kit.data.prompts import FORM
+from kit.evaluation import grader
+from kit.evaluation.store import Store
+from kit.inference import decode
+from kit.inference.budget_forcing import NEVER
+from kit.inference.kv_quantization import Quantised
+from kit.inference.policies import DMS, Full
+from kit.models.load import Model
+from kit.schema import Generation, Prompt, Record, Sampling, digest
+
+# Half a minute of two older cores, as parameters x new tokens allowed, of which about 0.6 come;
+# what a token of a prompt counts. Measured, see LOG.md.
+WORK, READ = 6e11, 0.7
+FEWEST = 16  # samples of a group, though they take longer: fewer share each reading of the weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample to be: what it continues and the keys it is stored under."""
+
+    key: str
+    generation_key: str  # the part of the key that determines the tokens
+    prompt: Prompt
+    sample: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the KV cache keeps, and how: an eviction policy and a quantisation; and the bank that
+    each question fetches from. Besides what `decode` calls, the bank has `paths(questions)`, one
+    node per level for each question, and `key`, a text that identifies it in record keys."""
+
+    policy: Full = Full()
+    quantised: Quantised | None = None
+    bank: object | None = None  # feed-forward blocks fetched by the question
+
+    @property
+    def name(self) -> str:
+        """For the column `policy` of the records."""
+        names = [self.policy.name, *([self.quantised.name] if self.quantised else [])]
+        return " + ".join(names)
+
+    @property
+    def key(self) -> list:
+        """For record keys."""
+        kept = [self.policy.key, asdict(self.quantised) if self.quantised else None]
+        return [*kept, self.bank.key] if self.bank else kept
+
+
+def plan(
+    model: Model,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    samples: int,
+    batch_size: int,
+    memory: Memory = Memory(),  # noqa: B008 (frozen)
+) -> list[Job]:
+    """Every sample of every prompt with its key, sorted by what determines the tokens, the samples
+    of a prompt together: they share what they read.
+
+    So a change of the grader leaves the groups, and with them the tokens, as they were.
+    """
+    if isinstance(memory.policy, DMS) and memory.policy.evictor.base_hash not in model.hashes:
+        raise ValueError(
+            f"{memory.name} was trained for weights {memory.policy.evictor.base_hash}, "
+            f"{model.name} has {model.weights_hash}; load an evictor of this model."
+        )
+    config = {k: v for k, v in model.weights.config.to_diff_dict().items() if k[0] != "_"}
+    reads = [model.weights_hash, json.dumps(config, sort_keys=True, default=str)]
+    reads += [model.tokenizer.chat_template, sorted(model.stop_ids)]
+    runs = [str(model.dtype), model.device.type, torch.__version__, transformers.__version__]
+    runs.append(decode.DECODE_VERSION)
+    base = [*reads, *runs, asdict(sampling), memory.key, batch_size]
+    jobs = []
+    for prompt in sorted(prompts, key=lambda prompt: digest([base, prompt.id, prompt.arm])):
+        for sample in range(samples):
+            tokens = digest([base, prompt.id, prompt.arm, sample])
+            graded = [
+                tokens,
+                grader.GRADE_VERSION,
+                prompt.problem.answer,
+                prompt.problem.asks,
+                FORM,
+            ]
+            jobs.append(Job(digest(graded), tokens, prompt, sample))
+    if len({job.generation_key for job in jobs}) < len(jobs):
+        raise ValueError("The same prompt stands twice in one job; give each problem once per arm.")
+    return jobs
+
+
+def groups(model: Model, jobs: list[Job], tokens: int, most: int) -> list[list[Job]]:
+    """The jobs cut into what is decoded together and stored at once: `most` of them, or on a CPU as
+    many, of at most `tokens` new tokens each, as take half a minute, if those are not too few.
+
+    Depends on the whole job alone, never on what is stored.
+    """
+    room = WORK / model.weights.num_parameters() if model.device.type == "cpu" else math.inf
+    found, spent = [], 0.0
+    for i, job in enumerate(jobs):
+        again = i and job.prompt is jobs[i - 1].prompt  # read once for all of its samples
+        cost = tokens if again else tokens + READ * len(decode.tokenise(model, job.prompt))
+        size = len(found[-1]) if found else most
+        if size == most or (size >= FEWEST and spent + cost > room):
+            found.append([])
+            spent = 0.0
+        found[-1].append(job)
+        spent += cost
+    return found
+
+
+def evaluate(
+    model: Model,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    store: Store,
+    samples: int = 1,
+    batch_size: int = 64,
+    group_size: int = 256,
+    report: Callable[[str], None] = print,
+    memory: Memory = Memory(),  # noqa: B008 (frozen)
+) -> pandas.DataFrame:
+    """Records of all samples of all prompts; only what is missing is computed, in groups of at most
+    `group_size`."""
+    jobs = plan(model, prompts, sampling, samples, batch_size, memory)
+    stored = store.keys(job.key for job in jobs)
+    todo = sum(job.key not in stored for job in jobs)
+    report(f"{len(jobs)} samples, {len(jobs) - todo} already stored")
+    started, finished = time.perf_counter(), 0
+    for whole in groups(model, jobs, sampling.max_new_tokens, group_size) if todo else ():
+        group = [job for job in whole if job.key not in stored]
+        if not group:
+            continue
+        store.append(_complete(model, group, sampling, batch_size, store, memory))
+        finished += len(group)
+        took = time.perf_counter() - started
+        left = took / finished * (todo - finished)
+        report(f"{finished}/{todo} samples, {took:.0f} s, {left:.0f} s left")
+    return store.table({job.key for job in jobs})
+
+
+def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) -> pandas.DataFrame:
+    """Records of `arm` made of others without decoding: their costs, other texts, graded anew.
+
+    What a tool, or a choice between samples, made of each answer. `texts` is in the order of
+    `records`, whose other columns are kept.
+    """
+    grades = grader.grade_many(texts, [*records["answer"]], FORM, [*records["asks"]])
+    made = []
+    for row, text, verdict in zip(records.to_dict("records"), texts, grades, strict=True):
+        tokens = digest([row["generation_key"], arm, text])
+        graded = digest([tokens, grader.GRADE_VERSION, row["answer"], row["asks"], FORM])
+        row |= {"key": graded, "generation_key": tokens, "arm": arm, "text": text}
+        made.append(Record(**row | asdict(verdict)))
+    store.append(made)
+    return store.table({record.key for record in made})
+
+
+def _complete(
+    model: Model, group: list[Job], sampling, batch_size, store: Store, memory: Memory
+) -> list[Record]:
+    """Decode and grade one group. Text stored under another grader is graded, not decoded."""
+    old = store.generated({job.generation_key for job in group})
+    known = {row.generation_key: row for row in old.itertuples()}
+    fresh = [job for job in group if job.generation_key not in known]
+    generations = dict(known)
+    done = generate(model, fresh, sampling, batch_size, memory) if fresh else []
+    generations.update((job.generation_key, g) for job, g in zip(fresh, done))
+    ordered = [generations[job.generation_key] for job in group]
+    asked = [job.prompt.problem for job in group]
+    golds, asks = [p.answer for p in asked], [p.asks for p in asked]
+    grades = grader.grade_many([g.text for g in ordered], golds, FORM, asks)
+    rows = zip(group, ordered, grades)
+    return [record(model, job, sampling, memory.name, g, v) for job, g, v in rows]
+
+
+def generate(
+    model: Model, jobs: list[Job], sampling, batch_size: int, memory: Memory, forcing=NEVER
+) -> list[Generation]:
+    """What `model` with `memory` says to each of `jobs`."""
+    questions = [job.prompt.problem.question for job in jobs]
+    paths = memory.bank.paths(questions) if memory.bank else [()] * len(jobs)
+    requests = [
+        decode.Request(decode.tokenise(model, job.prompt), job.prompt.problem.id, job.sample, path)
+        for job, path in zip(jobs, paths)
+    ]
+    how = dict(policy=memory.policy, quantised=memory.quantised, bank=memory.bank)
+    return decode.decode(model, requests, sampling, batch_size, forcing=forcing, **how)
+
+
+def record(model: Model, job: Job, sampling, policy: str, generation: Generation, verdict):
+    """What was said and how it was graded, as it is stored."""
+    problem = job.prompt.problem
+    return Record(
+        key=job.key,
+        generation_key=job.generation_key,
+        model=model.name,
+        weights_hash=model.weights_hash,
+        arm=job.prompt.arm,
+        policy=policy,
+        source=problem.source,
+        problem_id=problem.id,
+        family=problem.family,
+        level=problem.level,
+        sample=job.sample,
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        question=problem.question,
+        answer=problem.answer,
+        prompt_id=job.prompt.id,
+        retrieved=" ".join(job.prompt.retrieved),
+        refused=job.prompt.refused,
+        text=generation.text,
+        finish=generation.finish,
+        prompt_tokens=generation.prompt_tokens,
+        new_tokens=generation.new_tokens,
+        seconds=generation.seconds,
+        kv_reads_tokens=generation.kv_reads_tokens,
+        kv_peak_tokens=generation.kv_peak_tokens,
+        kv_peak_bytes=generation.kv_peak_bytes,
+        joules=generation.joules,
+        correct=verdict.correct,
+        extracted=verdict.extracted,
+        reason=verdict.reason,
+        method=verdict.method,
+        compliant=verdict.compliant,
+        asks=problem.asks,
+        dtype=model.dtype_name,
+    )

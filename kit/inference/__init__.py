@@ -1,0 +1,1 @@
+"""KV cache, eviction policies and the decode loop: prompts in, generations out."""

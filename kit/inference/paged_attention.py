@@ -1,0 +1,188 @@
+"""The blocks that keys and values lie in: one Pool per layer, and attention over its blocks.
+
+A Pool allocates what its table uses and a sixteenth at most to spare; slots are handed out by
+`slots`. Attention reads the blocks where they lie, converts them in bounded portions where they
+are stored in fewer bits than it computes in, and joins the blocks of a unit by their softmax
+weights, as paged and flash decoding do (arXiv 2309.06180, 2205.14135).
+
+What is rounded where, here, in `attention`, in `kernels` and wherever else the kit attends:
+queries, keys and values have what the model's dtype holds; scores, the softmax over them, and all
+sums and joins are float32 at least; what a layer reads is rounded once, to the model's dtype. So a
+text read in two ways differs by rounding alone, and as little as fused kernels allow.
+
+Axes: u units in this step, n blocks in use, Z slots per block, Hs KV heads in a block,
+      G query heads per KV head, D head size.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from kit.inference.block_table import MASKED, Step, spare
+from kit.inference.kv_quantization import Quantised, pack, unpack
+
+# Numbers converted to a wider type at once: what stays in the cache of a CPU. On a GPU, where each
+# portion costs dozens of launches, all of them, short of a gigabyte of float32.
+PORTION = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+
+class Pool:
+    """Keys and values of one layer: [capacity, Hs, Z, D] each."""
+
+    def __init__(self, heads: int, block: int, size: int, dtype: torch.dtype, device):
+        self.block, self.state = block, []
+        self.arrays = [_empty(heads, block, size, dtype, device) for _ in range(2)]
+
+    def reserve(self, blocks: int) -> None:
+        """Have room for so many blocks."""
+        have = len(self.arrays[0])
+        if blocks > have:
+            room = spare(blocks, have)
+            for i, array in enumerate(self.arrays):
+                # Fresh blocks are zero: a free slot has weight 0, and 0 x nan is nan.
+                try:
+                    self.arrays[i] = array.new_zeros(room, *array.shape[1:])
+                except RuntimeError as error:  # what torch says on the CPU; OutOfMemoryError is one
+                    raise MemoryError(
+                        f"No memory for {room * self.block} slots of keys and values in a layer; "
+                        f"lower the batch size, or keep fewer tokens."
+                    ) from error
+                self.arrays[i][:have] = array
+
+    def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store keys and values [k, Hs, D] in flat slots [k]; ValueError for another dtype."""
+        if unlike := {key.dtype, value.dtype} - {self.arrays[0].dtype}:
+            raise ValueError(
+                f"A layer hands over {unlike.pop()}, the weights and the KV cache are "
+                f"{self.arrays[0].dtype}; decode without autocast, and a model in one dtype."
+            )
+        self.put(slots, [key, value])
+
+    def put(self, slots: torch.Tensor, rows: list[torch.Tensor]) -> None:
+        """Put what `rows` returned into flat slots [k]."""
+        for array, row in zip(self.arrays, rows):
+            array[slots // self.block, :, slots % self.block] = row
+
+    def rows(self, slots: torch.Tensor) -> list[torch.Tensor]:
+        """Copy of what is stored in flat slots [k]: [k, Hs, ...] each."""
+        return [array[slots // self.block, :, slots % self.block] for array in self.arrays]
+
+    def move(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy whole blocks."""
+        for array in self.arrays:
+            array[to] = array[source]
+
+    def portions(self, step: Step, plane: int, dtype: torch.dtype) -> Iterator[tuple]:
+        """Blocks in use, a bounded number at a time where they need converting to `dtype`:
+        (which, keys, values)."""
+        used, keys = step.table.used[plane], self.arrays[0]
+        most = PORTION[keys.device.type] // keys[0].numel()
+        for part in _parts(used, used if keys.dtype == dtype else most):
+            yield part, *(array[part].to(dtype) for array in self.arrays)
+
+    def nbytes(self) -> int:
+        """Allocated bytes, used or not."""
+        return sum(array.nbytes for array in [*self.arrays, *self.state])
+
+
+class QuantisedPool(Pool):
+    """Keys and values as codes with scales and zeros; each unit's newest ones also exact.
+
+    `exact` [U, residual, Hs, D]: the token at position p lies at p % residual. A slot is read
+    from there as long as its position is among the newest, whether or not others were evicted.
+    """
+
+    def __init__(self, heads, block, size, dtype, device, quantised: Quantised, units: int):
+        self.block, self.quantised = block, quantised
+        bits, groups = quantised.bits, size // quantised.group
+        quantised.bytes_per_token(size, heads, 1)  # refuses a group that does not divide the head
+        kinds = [(size * bits // 8, torch.uint8), (groups, torch.half), (groups, torch.half)] * 2
+        self.arrays = [_empty(heads, block, wide, kind, device) for wide, kind in kinds]
+        shape = (units, quantised.residual, heads, size)
+        self.state = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+
+    def write(self, slots, key, value):
+        bits, group = self.quantised.bits, self.quantised.group
+        self.put(slots, [*pack(key, bits, group), *pack(value, bits, group)])
+
+    def remember(self, units: torch.Tensor, end, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep the newest of these tokens exact: units [u], keys and values [units, t, Hs, D] of
+        the t tokens before position `end` (one number, or [u]). Fewer rows than units repeat."""
+        residual, ago = self.quantised.residual, min(key.shape[1], self.quantised.residual)
+        if not ago:
+            return
+        at = torch.as_tensor(end, device=units.device).expand(len(units)).unsqueeze(1)
+        at = at - torch.arange(ago, 0, -1, device=units.device)  # [u, ago]
+        for exact, rows in zip(self.state, (key, value)):
+            newest = rows[:, -ago:].repeat(len(units) // len(rows), 1, 1, 1)
+            exact[units.unsqueeze(1), at % residual] = newest
+
+    def portions(self, step, plane, dtype):
+        used, residual, table = step.table.used[plane], self.quantised.residual, step.table
+        numbers = self.arrays[0][0].numel() * 8 // self.quantised.bits
+        newest = (step.positions - residual)[step.row[plane]]  # [n]
+        for part in _parts(used, PORTION[table.position.device.type] // numbers):
+            arrays = [array[part] for array in self.arrays]
+            both = [unpack(*arrays[i : i + 3], self.quantised.bits, dtype) for i in (0, 3)]
+            position = table.position[plane, part]
+            block, offset = (position > newest[part].unsqueeze(1)).nonzero(as_tuple=True)
+            unit, at = table.owner[plane, part][block], position[block, offset]
+            for rows, exact in zip(both, self.state):
+                rows[block, :, offset] = exact[unit, at % max(1, residual)].to(dtype)
+            yield part, *both
+
+
+def _empty(heads: int, block: int, wide: int, dtype, device) -> torch.Tensor:
+    return torch.empty(0, heads, block, wide, dtype=dtype, device=device)
+
+
+def _parts(count: int, most: int) -> Iterator[slice]:
+    """0 .. count cut into slices of at most `most`, and at least 1."""
+    for first in range(0, count, max(1, most)):
+        yield slice(first, min(first + max(1, most), count))
+
+
+def attend(query: torch.Tensor, pool: Pool, step: Step, plane: int, watch: bool = False):
+    """Attention of one new token per unit over its live slots.
+
+    query [u, Hs, G, D], scaled; returns [u, Hs, G, D] in its dtype, and the probabilities
+    [n, Hs, G, Z] of the slots of all blocks when `watch` is set, else None.
+    """
+    used, table = step.table.used[plane], step.table
+    if query.is_cuda and not watch and type(pool) is Pool and query.dtype == torch.float32:
+        return _attend_paged(query, pool, step, plane), None
+    row = step.row[plane, :used]
+    bias = table.bias[plane, :used, None, None]  # [n, 1, 1, Z]
+    # Partial results per block, the last one empty; joined per unit by their softmax weights.
+    part = query.new_zeros(used + 1, *query.shape[1:-1], query.shape[-1] + 1)
+    top = query.new_full((used + 1, *query.shape[1:-1], 1), MASKED)
+    weights = []
+    for which, keys, values in pool.portions(step, plane, query.dtype):
+        scores = (query[row[which]] @ keys.transpose(-1, -2)).add_(bias[which])  # [., Hs, G, Z]
+        torch.amax(scores, -1, keepdim=True, out=top[which])
+        weight = scores.sub_(top[which]).exp_()
+        part[which, ..., :-1], part[which, ..., -1:] = weight @ values, weight.sum(-1, keepdim=True)
+        if watch:
+            weights.append(weight)
+    of_unit = step.blocks[plane, :, : step.longest[plane]]  # [u, M]
+    tops = top[of_unit]  # [u, M, Hs, G, 1]
+    highest = tops.amax(1, keepdim=True)
+    joined = (part[of_unit] * (tops - highest).exp_()).sum(1)  # [u, Hs, G, D+1]
+    total = joined[..., -1:]
+    probability = None
+    if watch:
+        share = (top[:-1] - highest.squeeze(1)[row]).exp_() / total[row]
+        probability = torch.cat(weights).mul_(share)
+    return joined[..., :-1] / total, probability
+
+
+def _attend_paged(query: torch.Tensor, pool: Pool, step: Step, plane: int) -> torch.Tensor:
+    """`attend` by a kernel that reads live blocks where they lie, in one go."""
+    from kit.inference.triton_attention import (
+        paged_attention,  # needs Triton, which is of use on CUDA only
+    )
+
+    used = step.table.used[plane]
+    keys, values = (array[:used] for array in pool.arrays)
+    bias, blocks, count = step.table.bias[plane, :used], step.blocks[plane], step.count[plane]
+    return paged_attention(query, keys, values, bias, blocks, count)

@@ -1,0 +1,262 @@
+"""What to forget: eviction policies as small frozen dataclasses, one paper each.
+
+All but Full and DMS share one budget: a unit (layer, or layer and KV head) that has seen t
+tokens keeps `kept_tokens` of them, or `kept_fraction` of t (rounded down, at least FLOOR). A
+prompt is read with dense attention and then cut to the budget; in decoding a new token attends
+to what is kept and itself, then the lowest-ranked token goes if the unit is over its budget.
+
+A policy ranks tokens; `eviction` finds the lowest, `kv` frees it. Left out: R-KV (2505.24133),
+whose pairwise key similarities and buffer of recent queries would not fit on a page.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+FLOOR = 8  # tokens that a `kept_fraction` keeps at least
+CHUNK = 512  # query rows whose attention is held at once
+
+
+@dataclass(frozen=True)
+class Full:
+    """Nothing is forgotten."""
+
+    spread: ClassVar[str] = "model"  # what keeps tokens of its own: "model", "layer" or "head"
+    watches: ClassVar[bool] = False  # whether it needs to see attention probabilities
+
+    @property
+    def name(self) -> str:
+        """For tables and figures."""
+        return "full"
+
+    @property
+    def key(self) -> dict:
+        """For record keys: all that determines what is kept."""
+        return {"policy": "full"}
+
+    def check(self, context: int, full_layers: tuple[int, ...]) -> None:
+        """Raise ValueError for a model of this context and these full-attention layers."""
+
+    def attached(self, weights: PreTrainedModel) -> AbstractContextManager:
+        """Context in which the policy hears the model."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Budgeted(Full):
+    """What the policies with a budget share."""
+
+    kept_tokens: int | None = None
+    kept_fraction: float | None = None
+
+    def __post_init__(self):
+        tokens, fraction = self.kept_tokens, self.kept_fraction
+        who = type(self).__name__
+        if (tokens is None) == (fraction is None):
+            raise ValueError(
+                f"{who} got kept_tokens={tokens} and kept_fraction={fraction}; give exactly one."
+            )
+        if tokens is not None and (tokens < 1 or tokens != int(tokens)):
+            raise ValueError(f"{who} got kept_tokens={tokens}; give a whole number from 1 on.")
+        if fraction is not None and not 0 < fraction <= 1:
+            raise ValueError(f"{who} got kept_fraction={fraction}; give more than 0, at most 1.")
+
+    @property
+    def name(self):
+        tokens, fraction = self.kept_tokens, self.kept_fraction
+        return f"{type(self).__name__.lower()} {tokens or f'{100 * fraction:.3g}%'}"
+
+    @property
+    def key(self):
+        return {"policy": type(self).__name__.lower(), **asdict(self)}
+
+    def check(self, context, full_layers):
+        who = type(self).__name__
+        if not full_layers:
+            raise ValueError(
+                f"{who} evicts in layers with full attention and this model has none; use Full."
+            )
+        if self.kept_tokens is not None and self.kept_tokens > context:
+            raise ValueError(
+                f"{who} keeps {self.kept_tokens} tokens, the model reads {context}; keep fewer."
+            )
+
+    def budget(self, seen: torch.Tensor) -> torch.Tensor:
+        """Tokens kept of `seen` tokens, elementwise."""
+        if self.kept_tokens is not None:
+            return torch.full_like(seen, self.kept_tokens)
+        return (seen.double() * self.kept_fraction).long().clamp(min=FLOOR)
+
+    def recent(self, budget: torch.Tensor) -> torch.Tensor:
+        """How many of the newest tokens are safe whatever their score."""
+        return torch.zeros_like(budget)
+
+    def arrival(self, layer: int, unit, position, key) -> torch.Tensor:
+        """Score of new tokens [...] from their unit and position [...] and key [..., Hs, D]."""
+        return torch.zeros(key.shape[:-2], dtype=key.dtype, device=key.device)
+
+    def prompt_scores(self, layer: int, query, key) -> torch.Tensor:
+        """Scores [units of a sequence, T] of a prompt: query [H*G, T, D], scaled; key [H, T, D]."""
+        if self.spread == "head":
+            key = key.unsqueeze(2)  # [H, T, 1, D]
+        else:
+            key = key.transpose(0, 1).unsqueeze(0)  # [1, T, H, D]
+        unit = torch.arange(len(key), device=key.device).unsqueeze(1)
+        position = torch.arange(key.shape[1], device=key.device).unsqueeze(0)
+        return self.arrival(layer, unit, position, key).expand(key.shape[:2])
+
+
+@dataclass(frozen=True)
+class Window(Budgeted):
+    """The first `sinks` tokens and the newest ones, the same in all layers and heads.
+
+    Efficient Streaming Language Models with Attention Sinks (StreamingLLM), arXiv 2309.17453;
+    positions stay those of the text, where the paper counts them inside the cache.
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        least = FLOOR if self.kept_tokens is None else self.kept_tokens
+        if not 0 <= self.sinks < least:
+            raise ValueError(
+                f"Window got sinks={self.sinks} and keeps {least} tokens at least; "
+                f"give sinks from 0 to {least - 1}."
+            )
+
+    def arrival(self, layer, unit, position, key):
+        return position.to(key.dtype).masked_fill(position < self.sinks, torch.inf)
+
+
+@dataclass(frozen=True)
+class Random(Budgeted):
+    """A random sample of all tokens seen, per layer and head; the newest is always in it.
+
+    The control of every ranking. The rank of a token is a hash of seed, layer, head and
+    position: it does not depend on what else is decoded, and each past token is as likely to
+    be kept as any other, near or far.
+    """
+
+    spread: ClassVar[str] = "head"
+    seed: int = 0
+
+    def recent(self, budget):
+        return torch.ones_like(budget)
+
+    def arrival(self, layer, unit, position, key):
+        mixed = position * 0x9E3779B1 + unit * 0x85EBCA77 + layer * 0xC2B2AE3D + self.seed
+        for multiplier in (0x2C1B3C6D, 0x297A2D39, 0x1B56C4E9):  # a hash of 32 bits
+            mixed = mixed & 0xFFFFFFFF
+            mixed = (mixed ^ (mixed >> 16)) * multiplier
+        return ((mixed & 0xFFFFFFFF) / 2**32).to(key.dtype)
+
+
+@dataclass(frozen=True)
+class Knorm(Budgeted):
+    """Keeps the keys of small norm, per layer and head.
+
+    A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430.
+    """
+
+    spread: ClassVar[str] = "head"
+
+    def arrival(self, layer, unit, position, key):
+        return -torch.linalg.vector_norm(key, dim=(-2, -1))
+
+
+@dataclass(frozen=True)
+class TOVA(Budgeted):
+    """Drops the token that the newest query attends to least, averaged over heads, per layer.
+
+    Transformers are Multi-State RNNs, arXiv 2401.06104. The newest token is not exempt.
+    """
+
+    spread: ClassVar[str] = "layer"
+    watches: ClassVar[bool] = True
+
+    def update(self, score: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+        """New scores [n, Z] after a step that attended with `probability` [n, Hs, G, Z]."""
+        return probability.mean((1, 2))
+
+    def prompt_scores(self, layer, query, key):
+        return causal_attention(query[:, -1:], key).mean((0, 1))
+
+
+@dataclass(frozen=True)
+class H2O(Budgeted):
+    """Half of the budget the newest tokens, half those that gathered most attention so far.
+
+    H2O: Heavy-Hitter Oracle, arXiv 2306.14048. Attention is summed over queries and over the
+    query heads of a KV head; each layer and KV head keeps its own.
+    """
+
+    spread: ClassVar[str] = "head"
+    watches: ClassVar[bool] = True
+
+    def recent(self, budget):
+        return budget // 2
+
+    def update(self, score, probability):
+        return score + probability.sum((1, 2))
+
+    def prompt_scores(self, layer, query, key):
+        total = torch.zeros(key.shape[:2], dtype=query.dtype, device=key.device)
+        for first in range(0, query.shape[1], CHUNK):
+            rows = query[:, first : first + CHUNK]
+            seen = key[:, : first + rows.shape[1]]
+            total[:, : seen.shape[1]] += causal_attention(rows, seen).sum((1, 2))
+        return total
+
+
+@dataclass(frozen=True)
+class DMS(Full):
+    """Each layer and KV head forgets what a trained evictor says, `evictor.window` tokens later.
+
+    Dynamic Memory Sparsification (Inference-Time Hyper-Scaling with KV Cache Compression),
+    arXiv 2506.05345. The evictor's logit on token t+1 decides for token t.
+    """
+
+    evictor: (
+        object  # kit.dms.evictor.Evictor, or whatever has its name, window, layers and attached()
+    )
+
+    spread: ClassVar[str] = "head"
+
+    @property
+    def name(self):
+        return self.evictor.name
+
+    @property
+    def key(self):
+        return {"policy": "dms", "evictor": self.evictor.fingerprint}
+
+    def check(self, context, full_layers):
+        if not full_layers:
+            raise ValueError("DMS evicts in layers with full attention and this model has none.")
+        if tuple(self.evictor.layers) != full_layers:
+            raise ValueError(
+                f"The evictor decides for layers {list(self.evictor.layers)}, this model has full "
+                f"attention in layers {list(full_layers)}; train an evictor for this model."
+            )
+        if not 1 <= self.evictor.window <= context:
+            raise ValueError(
+                f"The evictor's window is {self.evictor.window}; give one from 1 to the "
+                f"{context} tokens that the model reads."
+            )
+
+    def attached(self, weights):
+        return self.evictor.attached(weights)
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Probabilities [H, G, t, T] of the last t queries [H*G, t, D], scaled, over keys [H, T, D]."""
+    heads, length, rows = key.shape[0], key.shape[1], query.shape[1]
+    grouped = query.unflatten(0, (heads, -1)).flatten(1, 2)  # [H, G*t, D]
+    scores = (grouped @ key.to(query.dtype).transpose(1, 2)).unflatten(1, (-1, rows))
+    at = torch.arange(length, device=key.device)
+    future = at > at[length - rows :, None]
+    return scores.masked_fill_(future, -torch.inf).softmax(-1)

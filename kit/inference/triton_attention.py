@@ -1,0 +1,228 @@
+"""Decode attention on a GPU that reads the blocks in use and nothing else, in Triton.
+
+One query token per unit against the pooled blocks of `kit.inference.block_table`, as
+`kit.inference.kv_cache` lays them out. PagedAttention (Kwon et al., arXiv 2309.06180): keys and
+values are found through a block table. Flash-decoding (Dao et al., 2023): a unit's blocks are cut
+into chunks that programs of their own reduce, and a second kernel joins the partial softmaxes, so
+that few units still fill the card. Only `kit.inference.kv_cache`'s CUDA branch imports this; on
+the CPU nothing here runs, except in Triton's interpreter, where the tests check it. Free slots
+inside a block in use are read and masked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels below are decorated
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORTEST, LONGEST = 128, 2048  # tokens of one chunk: less is launch cost, more is a long tail
+PROGRAMS = 8  # wanted per multiprocessor: five fit at once, the others even out the end
+_SMALL = ["table", "count", "tops", "totals"]
+_DEAD = tl.constexpr(-1e29)  # scores below belong to masked slots, which carry -1e30
+
+
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor,
+    table: torch.Tensor,
+    count: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of one new token of each of U units to its live slots: [U, Hs, G, D] float32.
+
+    query [U, Hs, G, D], already scaled, rounded to the dtype of the keys where tensor cores
+    multiply; keys, values [n, Hs, Z, D]; bias [n, Z] float32, 0 for a live slot and -1e30 for a
+    free one, whose keys and values must be finite; table [U, M] the blocks of each unit, of which
+    the first `count` [U] are in use (at most M, block numbers below n: not checked, they stay on
+    the device). A unit without live slots gets zeros. Scores and sums are float32. Nothing waits
+    for the device, so a CUDA graph can capture it; M may exceed what is in use.
+    """
+    _check(query, keys, values, bias, table, count)
+    units, heads, group, size = query.shape
+    block, width = keys.shape[2], table.shape[1]
+    out = torch.empty(units, heads, group, size, dtype=torch.float32, device=query.device)
+    if width == 0 or units == 0:
+        return out.zero_()
+    span = chunk_tokens(units * heads, width * block, _processors(query.device))
+    chunks = triton.cdiv(width * block, span)
+    # A lone chunk is the result; otherwise partial results wait in a workspace to be joined.
+    part = out if chunks == 1 else out.new_empty(units, heads, chunks, group, size)
+    stats = out.new_empty(2, units * heads * chunks * group)  # largest score, sum of weights
+    shape = dict(HEADS=heads, GROUP=group, SIZE=size, BLOCK=block)
+    inputs = (query.contiguous(), keys, values, bias, table, count, part, stats[0], stats[1])
+    tile = tiling(group, size, keys.dtype)
+    _attend[(units * heads, chunks)](*inputs, table.stride(0), span, **shape, **tile)
+    if chunks > 1:
+        partial = (part, stats[0], stats[1], count, out)
+        _join[(units * heads * group,)](*partial, chunks, span, **shape, WIDE=tile["WIDE"])
+    return out
+
+
+def chunk_tokens(units: int, longest: int, processors: int) -> int:
+    """Tokens that one program reads, a power of two, for units of at most `longest` tokens.
+
+    From shapes alone: the counts stay on the device. A chunk has a fixed length, so a unit with
+    many live tokens takes many programs and a unit with few takes few.
+    """
+    fair = units * longest // (PROGRAMS * processors)
+    return min(max(triton.next_power_of_2(fair + 1) // 2, SHORTEST), LONGEST)
+
+
+def tiling(group: int, size: int, dtype: torch.dtype) -> dict:
+    """How a program walks its chunk: padded shapes, tokens per tile and stages.
+
+    16 KiB of keys and as much of values are in flight per tile; five such programs fit one
+    multiprocessor of an H100, which hides the latency of its memory. Products are tl.dot at any
+    group size: Triton pads the query heads to the 16 rows of a tensor core, and compiled for
+    sm_90 a group of 2 then takes 88 registers where element-wise sums take 238.
+    """
+    rows, wide = triton.next_power_of_2(group), triton.next_power_of_2(size)
+    wide = max(wide, 16)  # the depth of one tensor core product
+    tile = min(max(16, 16384 // (wide * dtype.itemsize)), SHORTEST)
+    if dtype == torch.float32 and rows > 8:
+        tile = 16  # exact float32 products run without tensor cores and would spill
+    return dict(ROWS=rows, WIDE=wide, TILE=tile, STAGES=3)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 8  # the interpreter: as if it were a small card, so that small tests split
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check(query, keys, values, bias, table, count) -> None:
+    if query.dim() != 4 or keys.dim() != 4 or table.dim() != 2:
+        raise ValueError(
+            "paged_attention takes query [U, Hs, G, D], keys [n, Hs, Z, D] and table [U, M]; got "
+            f"{list(query.shape)}, {list(keys.shape)} and {list(table.shape)}."
+        )
+    units, heads, _, size = query.shape
+    blocks, _, block, _ = keys.shape
+    wanted = {
+        "keys": (keys, (blocks, heads, block, size), DTYPES),
+        "values": (values, (blocks, heads, block, size), (keys.dtype,)),
+        "bias": (bias, (blocks, block), (torch.float32,)),
+        "table": (table, (units, table.shape[1]), (torch.int32, torch.int64)),
+        "count": (count, (units,), (torch.int32, torch.int64)),
+    }
+    for name, (tensor, shape, dtypes) in wanted.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; query {list(query.shape)} and keys "
+                f"{list(keys.shape)} ask for {list(shape)}."
+            )
+        if tensor.dtype not in dtypes or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}; give it as one of "
+                f"{', '.join(map(str, dtypes))} on {query.device}."
+            )
+        # Rows of the table may be strided: a table with room to grow is passed as a slice.
+        if not (tensor.is_contiguous() or name == "table" and tensor.stride(1) == 1):
+            raise ValueError(f"{name} is not contiguous; pass {name}.contiguous().")
+    if block & (block - 1):
+        raise ValueError(f"Blocks have {block} slots; choose a power of two such as 16 or 32.")
+    if not (query.is_cuda or INTERPRETED):
+        raise ValueError(f"paged_attention needs CUDA tensors; query is on {query.device}.")
+
+
+# What changes from step to step is not specialised on, or each new table width would compile anew.
+@triton.jit(do_not_specialize=["table_stride", "span"], do_not_specialize_on_alignment=_SMALL)
+def _attend(
+    query,
+    keys,
+    values,
+    bias,
+    table,
+    count,
+    part,  # [U*Hs, chunks, G, D]
+    tops,  # [U*Hs, chunks, G]
+    totals,
+    table_stride,
+    span,  # tokens of a chunk
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # GROUP padded
+    WIDE: tl.constexpr,  # SIZE padded
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Program (unit and head, chunk): its softmax over one chunk, for all query heads at once."""
+    pair, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    chunks = tl.num_programs(1)
+    unit, head = pair // HEADS, pair % HEADS
+    first = chunk * span
+    end = tl.minimum(first + span, tl.load(count + unit).to(tl.int32) * BLOCK)
+    if first >= end and chunks > 1:
+        return  # _join does not look here
+    row, column, step = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TILE)
+    within = (column < SIZE)[None, :]
+    line = ((pair * chunks + chunk) * GROUP + row)[:, None]
+    own = (row < GROUP)[:, None] & within
+    q = tl.load(query + (pair * GROUP + row)[:, None] * SIZE + column[None, :], own, 0.0)
+    q = q.to(keys.dtype.element_ty)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, WIDE], tl.float32)
+    for start in tl.range(first, end, TILE, num_stages=STAGES):
+        token = start + step
+        inside = token < end
+        number = tl.load(table + unit * table_stride + token // BLOCK, inside, 0).to(tl.int64)
+        shift = tl.load(bias + number * BLOCK + token % BLOCK, inside, -1e30)
+        at = ((number * HEADS + head) * BLOCK + token % BLOCK)[:, None] * SIZE + column[None, :]
+        k = tl.load(keys + at, inside[:, None] & within, 0.0)
+        v = tl.load(values + at, inside[:, None] & within, 0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") + shift[None, :]
+        higher = tl.maximum(top, tl.max(score, 1))
+        fade = tl.exp(top - higher)
+        weight = tl.exp(score - higher[:, None])
+        total = total * fade + tl.sum(weight, 1)
+        out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
+        top = higher
+    if chunks == 1:  # the largest weight is 1, so a sum below 1 is that of no slots at all
+        out = tl.where(top[:, None] > _DEAD, out / tl.maximum(total, 1.0)[:, None], 0.0)
+    else:
+        at = (pair * chunks + chunk) * GROUP + row
+        tl.store(tops + at, top, row < GROUP)
+        tl.store(totals + at, total, row < GROUP)
+    tl.store(part + line * SIZE + column[None, :], out, own)
+
+
+@triton.jit(do_not_specialize=["chunks", "span"], do_not_specialize_on_alignment=_SMALL)
+def _join(
+    part,
+    tops,
+    totals,
+    count,
+    out,
+    chunks,
+    span,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Program (unit, head, query head): joins the partial softmaxes of its chunks."""
+    line = tl.program_id(0).to(tl.int64)
+    pair, row = line // GROUP, line % GROUP
+    used = tl.cdiv(tl.load(count + pair // HEADS).to(tl.int32) * BLOCK, span)
+    column = tl.arange(0, WIDE)
+    top, total = -1e30, 0.0
+    joined = tl.zeros([WIDE], tl.float32)
+    for start in range(0, used, 16):
+        chunk = start + tl.arange(0, 16)
+        inside = chunk < used
+        at = (pair * chunks + chunk) * GROUP + row
+        here = tl.load(tops + at, inside, -1e30)
+        piece = inside[:, None] & (column < SIZE)[None, :]
+        piece = tl.load(part + at[:, None] * SIZE + column[None, :], piece, 0.0)
+        higher = tl.maximum(top, tl.max(here, 0))
+        fade, weight = tl.exp(top - higher), tl.exp(here - higher)
+        total = total * fade + tl.sum(weight * tl.load(totals + at, inside, 0.0), 0)
+        joined = joined * fade + tl.sum(weight[:, None] * piece, 0)
+        top = higher
+    joined = tl.where(top > _DEAD, joined / tl.maximum(total, 1.0), 0.0)
+    tl.store(out + line * SIZE + column, joined, column < SIZE)

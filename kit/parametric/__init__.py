@@ -1,0 +1,1 @@
+"""Hierarchical parametric memory: feed-forward blocks that a question fetches."""

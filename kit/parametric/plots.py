@@ -1,0 +1,92 @@
+"""Figures of parametric memory: the tree, knowledge of head and tail, accuracy against bytes."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
+
+from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture, line
+
+
+def tree(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:
+    """The clusters as boxes as wide as they are large, one row per level, first members in the
+    leaves; `paths` maps the name of a member to its path."""
+    levels, total = len(next(iter(paths.values()))), len(paths)
+    with matplotlib.rc_context(STYLE):
+        picture = Picture(figsize=(WIDTH, 0.9 + 0.5 * levels), layout="constrained")
+        axes = picture.subplots()
+        for level in range(levels):
+            sizes, left = Counter(path[level] for path in paths.values()), 0
+            for node in range(branching ** (level + 1)):
+                colour = SERIES[node // branching**level % len(SERIES)][0]
+                box = (left / total, levels - level - 1), sizes[node] / total, 0.9
+                axes.add_patch(Rectangle(*box, facecolor=colour, alpha=0.35, edgecolor="white"))
+                middle = (left + sizes[node] / 2) / total
+                if sizes[node] / total > 0.03:
+                    axes.text(middle, levels - level - 0.55, f"{sizes[node]}", ha="center",
+                              va="center", fontsize=7)  # fmt: skip
+                left += sizes[node]
+        names, middle = {}, {}
+        order = sorted(paths, key=lambda name: paths[name][-1])
+        for place, name in enumerate(order):
+            names.setdefault(paths[name][-1], name)
+            middle.setdefault(paths[name][-1], place / total)
+        for leaf, name in names.items():
+            axes.text(middle[leaf], -0.1, name, rotation=90, va="top", ha="left", fontsize=6)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(-1.1, levels)
+        axes.axis("off")
+    sizes = Counter(path[0] for path in paths.values())
+    picture.alt = (
+        f"{total} subjects in {len(sizes)} clusters of {min(sizes.values())} to "
+        f"{max(sizes.values())}, {len(names)} leaves; a leaf each begins with "
+        f"{', '.join([*names.values()][:8])}."
+    )
+    return picture
+
+
+def buckets(table: pd.DataFrame) -> Picture:
+    """Accuracy by frequency, one line per arm; `table` has an `arm` and (estimate, low, high) for
+    head, middle and tail."""
+    parts = [name for name in ("head", "middle", "tail") if name in table]
+    with matplotlib.rc_context(STYLE):
+        picture = Picture(figsize=(WIDTH, 3.2), layout="constrained")
+        axes, count = picture.subplots(), len(table)
+        for number, row in enumerate(table.to_dict("records")):
+            at = np.arange(len(parts)) + 0.06 * (number - (count - 1) / 2)
+            line(axes, at, [row[part] for part in parts], number, row["arm"])
+        axes.set_xticks(range(len(parts)), parts)
+        axes.set_xlabel("how often a fact was told, thirds by rank")
+        axes.set_ylabel("accuracy, percent, 95% interval")
+        picture.legend(loc="outside upper center", ncols=3, frameon=False)
+    said = [
+        f"{row['arm']} {', '.join(f'{row[part][0]:.0f}%' for part in parts)}"
+        for row in table.to_dict("records")
+    ]
+    picture.alt = f"Accuracy in {', '.join(parts)}: {'; '.join(said)}."
+    return picture
+
+
+def read(table: pd.DataFrame) -> Picture:
+    """Accuracy against the bytes that a query reads beside the model; `table` has `arm`,
+    `accuracy` as (estimate, low, high) and `read_bytes`."""
+    with matplotlib.rc_context(STYLE):
+        picture = Picture(figsize=(WIDTH, 3.0), layout="constrained")
+        axes = picture.subplots()
+        for number, row in enumerate(table.to_dict("records")):
+            line(axes, [row["read_bytes"] / 2**20], [row["accuracy"]], number, row["arm"])
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
+        axes.set_xlabel("MiB read per query beside the model")
+        axes.set_ylabel("accuracy, percent, 95% interval")
+        picture.legend(loc="outside upper center", ncols=3, frameon=False)
+    said = [
+        f"{row['arm']} {row['accuracy'][0]:.0f}% for {row['read_bytes'] / 2**20:.2f} MiB"
+        for row in table.to_dict("records")
+    ]
+    picture.alt = f"Accuracy against bytes read: {'; '.join(said)}."
+    return picture

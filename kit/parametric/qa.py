@@ -1,0 +1,210 @@
+"""What a model knows: questions with options by likelihood, free answers, and surprisal of text.
+
+A question stands as plain text after what was retrieved for it, "Question: ...", "Answer:". The
+option with the largest log-probability is the choice; a free answer is what follows on the line.
+Both become records like all others, graded by the one grader.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+
+from kit.data.prompts import FORM
+from kit.evaluation import grader
+from kit.evaluation.store import Store
+from kit.inference import decode
+from kit.models.load import Model
+from kit.parametric.bank import Bank
+from kit.schema import Problem, Record, Sampling, digest
+
+PROBE_VERSION = 1  # of what a model is asked here; raise it by one when an answer may change
+BATCH = 16  # questions read at once
+COSTS = ("prompt_tokens", "new_tokens", "seconds", "finish")
+COSTS += ("kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes", "joules")
+
+
+def text(problem: Problem, passages: Sequence[str] = ()) -> str:
+    """What the model continues."""
+    return "\n".join([*passages, f"Question: {problem.question}", "Answer:"])
+
+
+def choose(
+    model: Model,
+    problems: Sequence[Problem],
+    options: Sequence[Sequence[str]],
+    store: Store,
+    arm: str,
+    bank: Bank | None = None,
+    passages: Sequence[Sequence[str]] | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Records of `arm`: the most likely of each problem's options, stored ones not asked again;
+    `seed` is that of the training, and stands in the records as a sampling's would."""
+    prompts, made, todo = _begun(model, problems, store, arm, bank, passages, seed, options)
+    todo.sort(key=lambda i: max(map(len, options[i])))  # less padding
+    for first in range(0, len(todo), BATCH):
+        part, started = todo[first : first + BATCH], time.perf_counter()
+        with fetched(model, [problems[i].question for i in part], bank):
+            scores = likelihoods(model, [prompts[i] for i in part], [options[i] for i in part])
+        said = [options[i][int(np.argmax(row))] for i, row in zip(part, scores)]
+        cost = dict(new_tokens=0, seconds=(time.perf_counter() - started) / len(part))
+        cost |= dict(finish="stop", kv_reads_tokens=0.0, kv_peak_bytes=0, joules=0.0)
+        lengths = [len(_ids(model, prompts[i])) for i in part]
+        costs = [cost | dict(prompt_tokens=n, kv_peak_tokens=float(n)) for n in lengths]
+        asked = [(problems[i], *made[i]) for i in part]
+        store.append(_records(model, asked, arm, seed, said, costs))
+    return store.table({key for key, *_ in made})
+
+
+def complete(
+    model: Model,
+    problems: Sequence[Problem],
+    store: Store,
+    arm: str,
+    bank: Bank | None = None,
+    passages: Sequence[Sequence[str]] | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 12,
+) -> pd.DataFrame:
+    """Records of `arm`: the first line of a free, greedy answer; all else as in `choose`."""
+    free = [["free", max_new_tokens]] * len(problems)
+    prompts, made, todo = _begun(model, problems, store, arm, bank, passages, seed, free)
+    if todo:
+        paths = bank.paths([problems[i].question for i in todo]) if bank else [()] * len(todo)
+        requests = [
+            decode.Request(tuple(_ids(model, prompts[i])), problems[i].id, 0, path)
+            for i, path in zip(todo, paths)
+        ]
+        done = decode.decode(model, requests, Sampling(max_new_tokens), bank=bank)
+        said = [(g.text.strip().splitlines() or [""])[0] for g in done]
+        costs = [{name: getattr(g, name) for name in COSTS} for g in done]
+        asked = [(problems[i], *made[i]) for i in todo]
+        store.append(_records(model, asked, arm, seed, said, costs))
+    return store.table({key for key, *_ in made})
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: Model, prompts: Sequence[str], options: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """Log-probability of each option, a space before it, after its prompt: [prompts, options]."""
+    each = len(options[0])
+    ids, mask = _padded([_ids(model, prompt) for prompt in prompts], model)
+    out = model.weights.base_model(input_ids=ids, attention_mask=mask, use_cache=True)
+    last = mask.sum(1) - 1
+    state = out.last_hidden_state[torch.arange(len(ids)), last]  # [n, width]
+    answers, spoken = _padded([_ids(model, f" {o}") for row in options for o in row], model)
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(each)
+    read = answers[:, : max(1, answers.shape[1] - 1)]  # nothing is asked of an option's last token
+    whole = torch.cat([mask.repeat_interleave(each, 0), spoken[:, : read.shape[1]]], 1)
+    start = (last + 1).repeat_interleave(each)[:, None]
+    after = model.weights.base_model(
+        input_ids=read,
+        attention_mask=whole,
+        position_ids=start + torch.arange(read.shape[1], device=start.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    states = torch.cat([state.repeat_interleave(each, 0)[:, None], after], 1)
+    states = states[:, : answers.shape[1]]
+    logits = _logits(model, states[spoken.bool()]).log_softmax(-1)
+    found = logits.new_zeros(answers.shape)
+    found[spoken.bool()] = logits.gather(1, answers[spoken.bool()][:, None])[:, 0]
+    return found.sum(1).view(len(prompts), each).cpu().numpy()
+
+
+@torch.inference_mode()
+def surprisal(
+    model: Model, texts: Sequence[str], bank: Bank | None = None, contexts: Sequence[str] = ()
+) -> np.ndarray:
+    """Nats per token of each text, its first token given; a path is chosen by the text, or by its
+    entry in `contexts`."""
+    found = []
+    for first in range(0, len(texts), BATCH):
+        part = list(texts[first : first + BATCH])
+        ids, mask = _padded([_ids(model, one) for one in part], model)
+        with fetched(model, list(contexts[first : first + BATCH]) or part, bank):
+            states = model.weights.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        for row, spoken, state in zip(ids, mask.bool(), states):
+            row, state = row[spoken], state[spoken]
+            logits = _logits(model, state[:-1])
+            found.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
+    return np.array(found)
+
+
+def _logits(model: Model, states: torch.Tensor) -> torch.Tensor:
+    """[n, V] in at least float32: bfloat16 would round logits by up to a sixteenth, more than sets
+    two options apart."""
+    precise = torch.promote_types(model.dtype, torch.float32)
+    return states.to(precise) @ model.weights.lm_head.weight.to(precise).T
+
+
+@contextmanager
+def fetched(model: Model, questions: Sequence[str], bank: Bank | None) -> Iterator[None]:
+    """Inside this block a batch of these questions, in order, has what they fetch."""
+    if bank is None:
+        yield
+        return
+    wider = bank.widened(model.weights, len(questions))
+    for place, path in enumerate(bank.paths(questions)):
+        wider.put(place, bank.fetch(path))
+    with wider.attached():
+        yield
+
+
+def _ids(model: Model, said: str) -> list[int]:
+    return model.tokenizer(said, add_special_tokens=False)["input_ids"]
+
+
+def _padded(rows: Sequence[list[int]], model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, padded behind: [n, T] each."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(row) for row in rows], batch_first=True)
+    mask = pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    return ids.to(model.device), mask.to(model.device)
+
+
+def _begun(model: Model, problems, store: Store, arm: str, bank, passages, seed: int, how):
+    """Prompts, (key, generation key, prompt id) of each record, and which are not in the store."""
+    passages = passages or [()] * len(problems)
+    prompts = [text(p, read) for p, read in zip(problems, passages, strict=True)]
+    made = [
+        _keyed(model, p, prompt, [bank.key if bank else "", seed, arm, *each])
+        for p, prompt, each in zip(problems, prompts, how, strict=True)
+    ]
+    stored = store.keys(key for key, *_ in made)
+    return prompts, made, [i for i, (key, *_) in enumerate(made) if key not in stored]
+
+
+def _keyed(model: Model, problem: Problem, prompt: str, how: list):
+    """(key, generation key, prompt id) of one record."""
+    runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
+    runs += [transformers.__version__, decode.DECODE_VERSION, PROBE_VERSION]
+    tokens = digest([*runs, prompt, how])
+    graded = [tokens, grader.GRADE_VERSION, problem.answer, problem.asks, FORM, problem.id]
+    return digest(graded), tokens, digest(prompt)
+
+
+def _records(
+    model: Model, asked, arm: str, seed: int, said: list[str], costs: list[dict]
+) -> list[Record]:
+    said = [f"Answer: {answer}" for answer in said]
+    grades = grader.grade_many(said, [problem.answer for problem, *_ in asked], FORM)
+    return [
+        Record(
+            key=key, generation_key=tokens, model=model.name, weights_hash=model.weights_hash,
+            arm=arm, policy="full", source=problem.source, problem_id=problem.id,
+            family=problem.family, level=problem.level, sample=0, seed=seed, temperature=0.0,
+            question=problem.question, answer=problem.answer, prompt_id=prompt, text=answer,
+            correct=verdict.correct, extracted=verdict.extracted, reason=verdict.reason,
+            method=verdict.method, compliant=verdict.compliant, asks=problem.asks,
+            dtype=model.dtype_name, **cost,
+        )
+        for (problem, key, tokens, prompt), answer, verdict, cost in zip(asked, said, grades, costs)
+    ]  # fmt: skip

@@ -1,0 +1,39 @@
+"""Passages to retrieve: the rival of memory in weights. Texts and their vectors in LanceDB."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lancedb
+import pyarrow
+
+from kit.models.embedder import Embedder
+from kit.schema import digest
+
+
+class Passages:
+    """`texts` under `folder`, found by the meaning of a question. Equal texts are stored once."""
+
+    def __init__(self, folder: Path, texts: Sequence[str], embedder: Embedder):
+        self.texts, self.embedder = list(dict.fromkeys(texts)), embedder
+        database = lancedb.connect(Path(folder))
+        name = f"passages-{digest([self.texts, embedder.fingerprint], 12)}"
+        if name in database.list_tables().tables:
+            self._table = database.open_table(name)
+            return
+        vectors = embedder.embed(self.texts)
+        flat = pyarrow.FixedSizeListArray.from_arrays(vectors.ravel(), embedder.dimension)
+        rows = pyarrow.table({"text": self.texts, "vector": flat})
+        self._table = database.create_table(name, rows)
+
+    def search(self, questions: Sequence[str], k: int) -> list[list[str]]:
+        """The `k` nearest texts of each question by cosine, the nearest last, beside it."""
+        found = []
+        for vector in self.embedder.embed(list(questions), query=True):
+            rows = self._table.search(vector).distance_type("cosine").limit(k).to_list()
+            found.append([row["text"] for row in reversed(rows)])
+        return found
+
+    def nbytes(self) -> dict[str, int]:
+        """`texts` and `vectors`, of which an exact search reads all."""
+        texts = sum(len(text.encode()) for text in self.texts)
+        return {"texts": texts, "vectors": 4 * self.embedder.dimension * len(self.texts)}

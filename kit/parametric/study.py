@@ -1,0 +1,258 @@
+"""The same facts kept in many ways: in fetched blocks, in other shapes of them, in the model.
+
+An arm is a model with a bank or without; all are trained on the same sentences, and what a context
+fetches has as many parameters in each. See `kit.parametric.train` for the training.
+
+    python -m kit.parametric.study FOLDER --only 0 1     trains two subtrees of a bank, other
+    processes
+                                                  or machines that share FOLDER the others
+
+Source: arXiv 2510.02375, sections 4 and 5.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from kit.models import embedder as embed
+from kit.models import load as models
+from kit.models.embedder import Embedder
+from kit.models.load import Model
+from kit.parametric import bank as parametric
+from kit.parametric import cluster_tree, facts, ffn_memory, packing, shards
+from kit.parametric import train as memorise
+from kit.parametric.activation_cache import Lower
+from kit.parametric.bank import Bank
+from kit.parametric.facts import Fact, Sentence
+from kit.parametric.ffn_memory import Shape
+from kit.parametric.packing import Row
+from kit.parametric.train import Recipe, Training
+from kit.schema import Prompt
+
+CO_TRAINED = 1e-4  # learning rate of a model that is trained as well
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where memory is, and how much."""
+
+    branching: int = 4
+    sizes: tuple[int, ...] = (32, 16)  # feed-forward units per layer, by level
+    where: str = "late"  # see widen.spread
+    layers: int = 10
+    kind: str = "ffn"  # see widen.KINDS
+
+    def shape(self, model: Model) -> Shape:
+        """The Shape on `model`; of other kinds as many units as have the parameters."""
+        depth = model.weights.config.get_text_config().num_hidden_layers
+        layers = ffn_memory.spread(min(self.layers, depth), depth, self.where)
+        made = ffn_memory.shape(model.weights, self.kind, layers, self.sizes, self.branching)
+        plain = ffn_memory.shape(model.weights, "ffn", layers, self.sizes, self.branching)
+        sizes = tuple(max(1, round(size * plain.row / made.row)) for size in self.sizes)
+        return dataclasses.replace(made, sizes=sizes)
+
+    def one(self) -> "Layout":
+        """All that a context fetches as one block for everybody."""
+        return dataclasses.replace(self, branching=1, sizes=(sum(self.sizes),))
+
+    def flat(self) -> "Layout":
+        """As many leaves, one level, all that a context fetches in each."""
+        leaves = self.branching ** len(self.sizes)
+        return dataclasses.replace(self, branching=leaves, sizes=(sum(self.sizes),))
+
+
+def worked(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
+    """Solved problems to be told as facts are: the answer after the question as it is asked."""
+    told = []
+    for rank, prompt in enumerate(prompts):
+        p, how = prompt.problem, {"add_generation_prompt": True, "enable_thinking": prompt.thinking}
+        asked = model.tokenizer.apply_chat_template(prompt.chat, tokenize=False, **how)
+        fact = Fact("worked", p.question, p.answer, rank)
+        told.append(Sentence(asked, f"Answer: {p.answer}", fact))
+    return told
+
+
+@dataclass(frozen=True)
+class Study:
+    """Facts told in sentences to a model, and where all trainings on them are kept."""
+
+    model: Model
+    embedder: Embedder
+    known: tuple[Fact, ...]
+    told: tuple[Sentence, ...]
+    folder: Path
+    report: Callable[[dict], None] = lambda figures: None
+
+    @cached_property
+    def _lower(self) -> dict[int, Lower | None]:
+        return {}
+
+    def below(self, shape: Shape) -> Lower | None:
+        """What the layers below the first with memory say, shared by all trainings."""
+        first = min(shape.layers)
+        if first not in self._lower:
+            said = {(s.context, s.completion) for s in self.told}
+            ids = [tuple(packing.encode(self.model, *pair)[0]) for pair in said]
+            fits = Lower.fits(self.model, first, sum(map(len, ids)))
+            self._lower[first] = Lower(self.model, first, ids) if fits else None
+        return self._lower[first]
+
+    @cached_property
+    def _made(self) -> dict[tuple, cluster_tree.Tree | list[Row]]:
+        return {}
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """What is clustered, in the order of `known`: [N, dimension]."""
+        return facts.documents(self.known, self.embedder)
+
+    def tree(self, layout: Layout) -> cluster_tree.Tree:
+        """Clusters of the documents, fitted once."""
+        key = layout.branching, len(layout.sizes)
+        if key not in self._made:
+            self._made[key] = cluster_tree.fit(self.documents, *key)
+        return self._made[key]
+
+    def paths(self, tree: cluster_tree.Tree) -> dict[Fact, tuple[int, ...]]:
+        """The path of each fact, by its document."""
+        found = tree.assign(self.documents).tolist()
+        return {fact: tuple(path) for fact, path in zip(self.known, found, strict=True)}
+
+    def rows(self, tree: cluster_tree.Tree, context: int) -> list[Row]:
+        """The sentences packed along the paths of their facts, tokenised once."""
+        key = tree.branching, len(tree.levels), context
+        if key not in self._made:
+            paths = self.paths(tree)
+            said = [(sentence.context, sentence.completion) for sentence in self.told]
+            along = [paths[sentence.fact] for sentence in self.told]
+            self._made[key] = packing.rows(self.model, said, along, context)
+        return self._made[key]
+
+    def bank(
+        self,
+        layout: Layout,
+        recipe: Recipe,
+        share: float = 1.0,
+        only: Sequence[int] | None = None,
+    ) -> Path | None:
+        """A bank trained with the model frozen, on every 1/`share`-th row: its folder. `only` some
+        subtrees: see `memorise.bank`."""
+        tree = self.tree(layout)
+        rows = self.rows(tree, recipe.context)[:: round(1 / share)]
+        shape, name = layout.shape(self.model), self.embedder.fingerprint
+        how = self.model, tree, shape, rows, recipe, self.folder, name, self.report, only
+        return memorise.bank(*how, self.below(shape))
+
+    def arm(self, name: str, layout: Layout, recipe: Recipe) -> tuple[Model, Bank | None]:
+        """The model and the bank of one arm.
+
+        "fetched"; "wrong": the blocks of the next subtree; "generic": one block for everybody,
+        trained on as much as one subtree is; "shared": the same, trained on everything; "flat": one
+        level; a kind of `widen.KINDS`; "fetched-early", "fetched-middle", "fetched-uniform": other
+        layers; "continued": the model itself trained on the same rows; "co-trained": both.
+        """
+        turn = 0
+        if name in ("continued", "co-trained"):
+            return self._with_model(name == "co-trained", layout, recipe)
+        if name == "generic":
+            folder = self.bank(layout.one(), recipe, 1 / (layout.branching + 1))
+        elif name in ("fetched", "wrong"):
+            folder, turn = self.bank(layout, recipe), int(name == "wrong")
+        else:
+            if name in ("shared", "flat"):
+                changed = layout.one() if name == "shared" else layout.flat()
+            elif name in ffn_memory.KINDS:
+                changed = dataclasses.replace(layout, kind=name)
+            else:
+                changed = dataclasses.replace(layout, where=name.removeprefix("fetched-"))
+                if changed.shape(self.model) == layout.shape(self.model):
+                    raise ValueError(
+                        f"{name} has the layers of fetched, {layout.shape(self.model).layers}, so "
+                        f"that it is no other arm; lower layers of the layout."
+                    )
+            folder = self.bank(changed, recipe)
+        return self.model, Bank(folder, self.model, self.embedder, turn=turn)
+
+    def _with_model(self, blocks: bool, layout: Layout, recipe: Recipe):
+        tree, shape = self.tree(layout), layout.shape(self.model)
+        rows = self.rows(tree, recipe.context)
+        recipe = dataclasses.replace(
+            recipe, anchor_rate=CO_TRAINED, generic=blocks / (layout.branching + 1)
+        )
+        nodes = range(layout.branching) if blocks else ()
+        job = Training(self.model, shape, nodes, rows, recipe, self.folder)
+        place = job.run(self.report)
+        base = self.model
+        model = models.load(str(place / "model"), base.dtype_name, str(base.device))
+        if not blocks:
+            return model, None
+        name = self.embedder.fingerprint
+        folder = parametric.merge(place / "bank", model, tree, shape, job.files, name)
+        return model, Bank(folder, model, self.embedder)
+
+    def edited(
+        self, layout: Layout, recipe: Recipe, node: int, altered: Sequence[Sentence]
+    ) -> Bank:
+        """The bank of "fetched" with the blocks of subtree `node` trained on other sentences."""
+        tree, shape = self.tree(layout), layout.shape(self.model)
+        before, name = self.bank(layout, recipe), self.embedder.fingerprint
+        other = dataclasses.replace(self, told=tuple(altered))
+        job = Training(
+            self.model, shape, [node], other.rows(tree, recipe.context), recipe, self.folder
+        )
+        job.run(self.report)
+        files = [before / shards.name(number) for number in range(layout.branching)]
+        files[node] = job.files[0]
+        folder = parametric.merge(job.folder / "bank", self.model, tree, shape, files, name)
+        return Bank(folder, self.model, self.embedder)
+
+
+def main() -> None:
+    """Train a bank on the frozen facts, all of it or some subtrees."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kit.parametric.study", description=main.__doc__
+    )
+    parser.add_argument("out", type=Path, help="folder for jobs and bank")
+    parser.add_argument("--model", default=models.BUNDLED)
+    parser.add_argument(
+        "--families", nargs="+", default=[*facts.TELL], help="of kit.parametric.facts"
+    )
+    parser.add_argument("--cities", type=int, default=facts.CITIES)
+    parser.add_argument("--told", type=int, default=20_000, help="sentences")
+    parser.add_argument("--branching", type=int, default=8)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 16], help="units by level")
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--where", default="late", help="all, early, middle, late or uniform")
+    parser.add_argument("--only", type=int, nargs="+", help="subtrees to train here")
+    args = parser.parse_args()
+    try:
+        place = _train(args)
+    except ValueError as error:  # unknown names, bad sizes: one sentence says it
+        parser.exit(2, f"{error}\n")
+    print(place or "These subtrees are done, others are not: the last to end makes the bank.")
+
+
+def _train(args: argparse.Namespace) -> Path | None:
+    known = facts.load(args.families, args.cities)
+    bar = tqdm(unit="step")
+
+    def show(figures: dict) -> None:
+        bar.set_postfix(subtree=figures["nodes"][0], loss=f"{figures['loss']:.2f}")
+        bar.update()
+
+    told = tuple(facts.tell(known, args.told, seed=0))
+    whole = models.load(args.model), embed.load(), tuple(known), told, args.out, show
+    layout = Layout(args.branching, tuple(args.sizes), args.where, args.layers)
+    if unknown := sorted(set(args.only or ()) - set(range(args.branching))):
+        raise ValueError(f"no subtree {unknown[0]}; there are 0 to {args.branching - 1}")
+    return Study(*whole).bank(layout, Recipe(), only=args.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Training a bank of parametric memory: blocks learn what the contexts of their cluster say.
+
+Blocks are kept in float32, and the anchor as well where it is trained: steps of AdamW are lost on
+bfloat16. With a frozen anchor, the model itself, each subtree of the first level is a job of its
+own, which any process or machine may do, and the bank is put together from what they left. Trained
+together with the anchor, all subtrees are one job, and now and then a generic block stands in for
+the one fetched. Sentences of one path are packed into rows of `context` tokens, each sentence apart
+from the others by its positions; the loss is on completions only.
+
+Source: arXiv 2510.02375, section 3.3: AdamW (0.9, 0.95), cosine, clipped at 1.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kit.models import checkpoint
+from kit.models import load as models
+from kit.models.load import Model
+from kit.parametric import activation_cache, cluster_tree, ffn_memory, shards
+from kit.parametric import bank as parametric
+from kit.parametric.activation_cache import Lower
+from kit.parametric.ffn_memory import Shape
+from kit.parametric.packing import IGNORED, Row
+from kit.schema import digest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How blocks are trained. Defaults are those of the laptop."""
+
+    batch: int = 2  # rows per step
+    context: int = 128  # tokens per row
+    epochs: int = 1
+    learning_rate: float = 3e-3  # of the blocks
+    anchor_rate: float = 0.0  # learning rate of the model itself; 0 leaves it frozen
+    generic: float = 0.0  # share of the rows that read the generic block instead of their own
+    least: float = 0.1  # of the learning rate, at the end
+    weight_decay: float = 1e-3
+    clip: float = 1.0
+    seed: int = 0
+
+
+def loss(model: Model, batch: Sequence[Row], below: Lower | None = None) -> torch.Tensor:
+    """Mean over rows of the mean cross-entropy of their completions, nats per token; `below` knows
+    the states of the lower layers."""
+    ids, targets, positions = (
+        torch.stack([getattr(row, name) for row in batch]).to(model.device)
+        for name in ("ids", "targets", "positions")
+    )
+    given = {"input_ids": ids}
+    if below:
+        given = {"inputs_embeds": below.states(ids, positions).to(model.dtype)}
+    with activation_cache.only(model.weights, below.first) if below else nullcontext():
+        out = model.weights.base_model(**given, position_ids=positions, use_cache=False)
+    states = out.last_hidden_state
+    spoken = targets != IGNORED  # the head is a third of the model: only where it is asked
+    logits = model.weights.lm_head(states[spoken]).float()
+    each = torch.nn.functional.cross_entropy(logits, targets[spoken], reduction="none")
+    share = 1 / spoken.sum(1).clamp_min(1)
+    return (each * share[spoken.nonzero()[:, 0]]).sum() / len(batch)
+
+
+class Training:
+    """One job: blocks of the subtrees `nodes`, trained on the rows whose paths go through them;
+    the model as well where `recipe.anchor_rate` says so, and without `nodes` the model alone.
+
+    `run` goes on where a killed one stopped. It leaves in its folder a shard per subtree, the
+    generic block as generic.safetensors, and the trained model as `model`.
+    """
+
+    def __init__(
+        self, model: Model, shape: Shape, nodes: Sequence[int], data: Sequence[Row], recipe: Recipe,
+        folder: Path, below: Lower | None = None,
+    ):  # fmt: skip
+        self.shape, self.nodes, self.recipe, self.history = shape, tuple(nodes), recipe, []
+        self.data = [row for row in data if row.path[0] in nodes or not nodes]
+        seen = hashlib.sha256()
+        for row in self.data:
+            seen.update(f"{row.path}".encode() + row.ids.numpy().tobytes())
+            seen.update(row.targets.numpy().tobytes())
+        job = [model.weights_hash, str(model.dtype), asdict(shape), nodes and [*nodes]]
+        self.folder = Path(folder) / digest([*job, asdict(recipe), seen.hexdigest()], 12)
+        self.files = [self.folder / shards.name(node) for node in self.nodes]
+        self.steps = recipe.epochs * math.ceil(len(self.data) / recipe.batch)
+        self.base, self.model, self.below = model, model, below
+        if recipe.anchor_rate or model.dtype == torch.float16:  # too small for gradients
+            weights = models.twin(model.weights, torch.float32).train(bool(recipe.anchor_rate))
+            self.model = replace(model, weights=weights)
+        self.model.weights.requires_grad_(bool(recipe.anchor_rate))
+        self.named: dict[str, torch.nn.Parameter] = {}
+        for node in self.nodes:
+            self._begin(f"{node}", int(digest([recipe.seed, node], 7), 16))
+        if recipe.generic:
+            self._begin("generic", recipe.seed)
+        self.optimiser = self._optimiser()
+
+    def _begin(self, name: str, seed: int) -> None:
+        shape = self.shape
+        if name == "generic":  # one block as large as a path's
+            shape = replace(shape, sizes=(sum(shape.sizes),))
+        for level, blocks in enumerate(ffn_memory.initial(self.model.weights, shape, seed)):
+            self.named[f"{name}|{level}"] = torch.nn.Parameter(blocks.to(self.model.device))
+
+    def _optimiser(self) -> torch.optim.AdamW:
+        groups = [{"params": [*self.named.values()], "peak": self.recipe.learning_rate}]
+        if self.recipe.anchor_rate:
+            anchor = dict(self.model.weights.named_parameters())
+            groups.append({"params": [*anchor.values()], "peak": self.recipe.anchor_rate})
+            self.named |= {f"model.{name}": value for name, value in anchor.items()}
+        groups = [group for group in groups if group["params"]]
+        kind = dict(betas=(0.9, 0.95), weight_decay=self.recipe.weight_decay)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True, **kind)
+
+    def batch(self, step: int) -> list[int]:
+        """Rows of one step: the data in a new order in each epoch."""
+        epoch, place = divmod(step, math.ceil(len(self.data) / self.recipe.batch))
+        order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.data))
+        return order[place * self.recipe.batch : (place + 1) * self.recipe.batch].tolist()
+
+    def step(self) -> dict:
+        """One step of training: its loss, gradient norm, completion tokens and seconds."""
+        started, number, recipe = time.perf_counter(), len(self.history), self.recipe
+        batch = [self.data[i] for i in self.batch(number)]
+        part = 0.5 * (1 + math.cos(math.pi * number / self.steps))
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * (recipe.least + (1 - recipe.least) * part)
+        with ExitStack() as stack:
+            if self.nodes:
+                chance = np.random.default_rng([recipe.seed, number, 1]).random(len(batch))
+                generic = (chance < recipe.generic).tolist()
+                fetched = torch.stack([self._fetched(r.path, g) for r, g in zip(batch, generic)])
+                fetched = fetched.to(self.model.dtype)
+                wider = ffn_memory.Wider(self.model.weights, self.shape, fetched)
+                stack.enter_context(wider.attached())
+            found = loss(self.model, batch, self.below)
+        if not math.isfinite(found.item()):
+            raise ValueError(
+                f"The loss is {found.item()} at step {number + 1} of subtrees {self.nodes}; lower "
+                f"learning_rate."
+            )
+        self.optimiser.zero_grad()
+        found.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), recipe.clip)
+        self.optimiser.step()
+        tokens = sum(int((row.targets != IGNORED).sum()) for row in batch)
+        figures = dict(nodes=self.nodes, step=number + 1, loss=found.item(), tokens=tokens)
+        figures |= dict(gradient_norm=float(norm), seconds=time.perf_counter() - started)
+        self.history.append(figures)
+        return figures
+
+    def _fetched(self, path: tuple[int, ...], generic: bool) -> torch.Tensor:
+        """Blocks of a path, levels after each other: [layers, units, row]."""
+        if generic:
+            return self.named["generic|0"][0]
+        levels = range(len(self.shape.sizes))
+        mine = [self.named[f"{path[0]}|{level}"] for level in levels]
+        places = [path[level] % self.shape.branching**level for level in levels]
+        return torch.cat([blocks[place] for blocks, place in zip(mine, places)], dim=1)
+
+    def run(self, report: Callable[[dict], None] = lambda figures: None) -> Path:
+        """Train to the end; the folder of what was made. Done before, it is returned."""
+        if (self.folder / "history.json").is_file():
+            return self.folder
+        self.history = checkpoint.load(
+            self.folder / "state.safetensors", self.named, self.optimiser
+        )
+        saved = time.monotonic()
+        while len(self.history) < self.steps:
+            report(self.step())
+            if time.monotonic() - saved > checkpoint.SAVE_EVERY_S:
+                self.save()
+                saved = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for node, file in zip(self.nodes, self.files):
+            shards.write(file, self._blocks(f"{node}"))
+        if self.recipe.generic:
+            shards.write(self.folder / "generic.safetensors", self._blocks("generic"))
+        if self.recipe.anchor_rate:
+            card = {"base": self.base.name, "recipe": asdict(self.recipe), "rows": len(self.data)}
+            models.save(self.model.weights, self.base, self.folder / "model", card)
+        (self.folder / "history.json").write_text(json.dumps(self.history))  # says that it is done
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        return self.folder
+
+    def _blocks(self, name: str) -> list[torch.Tensor]:
+        found = [value for key, value in self.named.items() if key.split("|")[0] == name]
+        return [blocks.detach().half() for blocks in found]
+
+    def save(self) -> None:
+        """Write what `run` needs to go on."""
+        checkpoint.save(self.folder / "state.safetensors", self.named, self.optimiser, self.history)
+
+
+def bank(
+    model: Model,
+    tree: cluster_tree.Tree,
+    shape: Shape,
+    data: Sequence[Row],
+    recipe: Recipe,
+    folder: Path,
+    embedder: str = "",
+    report: Callable[[dict], None] = lambda figures: None,
+    only: Iterable[int] | None = None,
+    below: Lower | None = None,
+) -> Path | None:
+    """A bank trained on `data` for the frozen model: its folder, for `parametric.Bank`.
+
+    `only` some subtrees does those jobs; other processes or machines that share `folder` do the
+    others. The bank is put together by who finds them all done, else the result is None.
+    """
+    mine, places = range(shape.branching) if only is None else set(only), []
+    for node in range(shape.branching):
+        job = Training(model, shape, [node], data, recipe, folder, below)
+        if node in mine:
+            job.run(report)
+        places.append(job.folder)
+    if not all((place / "history.json").is_file() for place in places):
+        return None
+    place = Path(folder) / digest([[one.name for one in places], embedder], 12)
+    if not (place / "bank.json").is_file():
+        files = [one / shards.name(node) for node, one in enumerate(places)]
+        parametric.merge(place, model, tree, shape, files, embedder)
+    return place

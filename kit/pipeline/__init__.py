@@ -1,0 +1,1 @@
+"""Runs the notebooks in order: what is fresh, what failed, which code ran on what."""

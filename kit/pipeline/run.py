@@ -1,0 +1,265 @@
+"""Run the notebooks in order: skip what is fresh, stamp what ran, stop at a failure or go on.
+
+`run` is `make reproduce`. Each stage goes through `kit.pipeline.kernel` into
+outputs/<profile>/notebooks/, opens with its provenance, and counts as done only once its
+status file stands; killed at any instant, the next run repeats that stage and no other.
+What makes a stage fresh is decided in `kit.pipeline.stages`.
+"""
+
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+
+from kit.paths import NOTEBOOKS, OUTPUTS
+from kit.pipeline import provenance
+from kit.pipeline.provenance import GIB
+from kit.pipeline.refusals import Refused, read_json
+from kit.pipeline.stages import TOUR, Stage, freshness, inputs, load_stages, select, store_files
+from kit.schema import digest
+
+SOURCE_LINES = 5  # of a failing cell
+QUIET, QUIET_NEW_CELL = 30, 10  # seconds between progress lines where no terminal is
+FAILED = 1  # exit status: a stage failed
+LOCKED = 3  # exit status: another run works in the same folder
+
+
+def run(
+    profile: str,
+    *,
+    notebooks_dir: Path = NOTEBOOKS,
+    outputs_dir: Path = OUTPUTS,
+    from_: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+    keep_going: bool = False,
+    expected: Mapping[str, float] = MappingProxyType({}),
+    after: Callable[[Stage], None] = lambda stage: None,
+) -> int:
+    """Bring the stages of a profile up to date and return the exit status.
+
+    0 when all asked for is fresh, 1 when a stage failed, 130 after Ctrl-C. With `keep_going` the
+    stages after a failed one run too: they stand alone, but for the one that judges what there is
+    (`Stage.judges`). `expected` has seconds by stage, for the progress line; `after` is called
+    when a stage is done, and where `only` one is asked for also if it was. Raises Refused for what
+    the caller must change (profile, stage, a second run), OSError where the disk is full or a
+    folder cannot be written.
+    """
+    stages = load_stages(profile, notebooks_dir.resolve(), outputs_dir.resolve())
+    chosen, failed = select(stages, from_, only), []
+    with _alone(outputs_dir.resolve() / profile):
+        for stage in chosen:
+            earlier = stages[: stages.index(stage)]
+            label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
+            forced = force or (bool(from_) and stage is chosen[0])
+            if fresh := not forced and freshness(stage, earlier)[0] == "fresh":
+                say(f"{label}  up to date")
+            elif code := _run_stage(stage, earlier, label, expected.get(stage.name)):
+                failed.append(stage.name)
+                if code != FAILED or not keep_going:
+                    return code
+                continue
+            if only or not fresh:
+                after(stage)
+    if failed:
+        say(f"failed: {', '.join(failed)}; the others went on without")
+    return FAILED if failed else 0
+
+
+def _run_stage(
+    stage: Stage, earlier: list[Stage], label: str, expected: float | None = None
+) -> int:
+    """Exit status of one stage; says on the terminal how it goes and how it ended."""
+    done = stage.status()
+    line = Line(label, len(stage.cells), done["wall_seconds"] if done else expected)
+    try:
+        return _execute(stage, earlier, line)
+    except KeyboardInterrupt:
+        stage.running.unlink(missing_ok=True)
+        line.end("interrupted; what it stored is kept, and the same command goes on from here")
+        return 130
+    except OSError:
+        line.end("stopped")
+        raise
+
+
+def _execute(stage: Stage, earlier: list[Stage], line: "Line") -> int:
+    from kit.pipeline import kernel  # papermill: 1.5 s that a run with nothing to do saves
+
+    before, started = inputs(stage, earlier), _now()
+    for file in (stage.executed, stage.status_file):  # what cannot be is told before the hours
+        file.parent.mkdir(parents=True, exist_ok=True)
+    env = {"KIT_OUTPUTS": str(stage.folder.parent)}
+    overrides = stage.overrides
+    outcome = kernel.execute(stage.notebook, stage.running, overrides, stage.root, env, line.tick)
+    stamp = provenance.collect(stage.root) | {
+        "stage": stage.name,
+        "profile": stage.profile,
+        "parameters": stage.parameters,
+        "seed": stage.parameters.get("SEED"),
+        "wall_seconds": round(outcome.seconds, 2),
+        "peak_memory_bytes": outcome.peak_bytes,
+        "started": started,
+        "finished": _now(),
+        "failure": outcome.problem,
+    }
+    _write_notebook(stage, stamp)
+    if outcome.problem:
+        line.end("failed")
+        say(_failure(stage, outcome))
+        return FAILED
+    _write_status(stage, stamp, before)
+    stage.failed.unlink(missing_ok=True)
+    peak = f"{outcome.peak_bytes / GIB:.1f} GiB"
+    line.end(f"done in {clock(outcome.seconds)}, peak memory {peak}")
+    return 0
+
+
+def _write_notebook(stage: Stage, stamp: dict) -> None:
+    """Stamp and scrub what papermill left; whole or failed decides the name."""
+    import nbformat
+
+    notebook = nbformat.read(stage.running, as_version=4)
+    stamp["fingerprints"] = provenance.fingerprints(notebook)
+    scrub = provenance.scrubber(stage.root, stage.folder.parent)
+    clean = nbformat.from_dict(provenance.scrub_tree(notebook, scrub))
+    clean.metadata["kit"] = provenance.scrub_tree(stamp, scrub)
+    top = nbformat.v4.new_markdown_cell(scrub(provenance.as_markdown(stamp)))
+    top.metadata["tags"] = ["provenance"]
+    clean.cells.insert(0, top)
+    target = stage.failed if stamp["failure"] else stage.executed
+    provenance.write_text(target, nbformat.writes(clean))
+    stage.running.unlink()
+
+
+def _write_status(stage: Stage, stamp: dict, before: dict[str, str]) -> None:
+    """From here on the stage counts as done."""
+    status = {
+        "ok": True,
+        "fingerprint": digest(before),
+        "inputs": before,
+        "notebook_sha256": provenance.file_hash(stage.executed),
+        "results_sha256": provenance.file_hash(stage.results_file),
+        "store": store_files(stage),
+    }
+    keys = ("stage", "wall_seconds", "peak_memory_bytes", "started", "finished")
+    provenance.write_json(stage.status_file, status | {key: stamp[key] for key in keys})
+
+
+def _failure(stage: Stage, outcome) -> str:
+    """What happened, where, and how to go on. `outcome` is a kit.pipeline.kernel.Outcome."""
+    lines = [f"{stage.name}: {outcome.problem}"]
+    if outcome.killed:
+        where = "its parameters cell" if stage.profile == TOUR else f"{stage.profile}.toml"
+        sizes = [name for name in stage.parameters if "BATCH" in name] or ["the sizes"]
+        most = f"{provenance.memory_limit_bytes() / GIB:.1f} GiB"
+        lines[0] += (f": peak {outcome.peak_bytes / GIB:.1f} GiB of {most}; "
+                     f"lower {' or '.join(sizes)} in {where}")  # fmt: skip
+    source = outcome.source.strip().splitlines()
+    shown = source[:SOURCE_LINES] + ["..."] * (len(source) > SOURCE_LINES)
+    lines += [f"cell {outcome.cell} of {len(stage.cells)} in {stage.notebook.name}:"]
+    lines += [f"    {text}" for text in shown]
+    lines += [outcome.detail] if outcome.detail else []
+    if "[Errno 28]" in outcome.problem:
+        lines.append("The disk is full: free some space first.")
+    lines.append(f"As far as it came: {short(stage.failed)}")
+    lines.append(f"Then go on with: make reproduce PROFILE={stage.profile} FROM={stage.number}")
+    return "\n".join(lines)
+
+
+class Line:
+    """The progress of one stage: one line kept up to date, or a few where no terminal is."""
+
+    def __init__(self, label: str, cells: int, last_seconds: float | None):
+        self.label, self.cells, self.last_seconds = label, cells, last_seconds
+        self.began = self.printed = time.monotonic()
+        self.cell = 0
+        self.terminal = sys.stdout.isatty()
+        if not self.terminal:
+            before = f" (about {clock(last_seconds)})" if last_seconds else ""
+            say(f"{label}  started{before}")
+
+    def tick(self, cell: int) -> None:
+        """Show that `cell` runs. Called several times a second from another thread."""
+        now = time.monotonic()
+        text = f"{self.label}  cell {cell}/{self.cells}  {clock(now - self.began)}"
+        left = (self.last_seconds or 0) - (now - self.began)
+        text += f", about {clock(left)} left" if left > 0 else ""
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            say(f"\r{text[:width]}\x1b[K", end="")
+        elif now - self.printed >= (QUIET if cell == self.cell else QUIET_NEW_CELL):
+            say(text)
+            self.printed, self.cell = now, cell
+
+    def end(self, text: str) -> None:
+        """The last word on this stage."""
+        erase = "\r\x1b[K" if self.terminal else ""
+        say(f"{erase}{self.label}  {text}")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print at once. A run goes on when who read along has gone (`| head`)."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def clock(seconds: float) -> str:
+    """0:07, 12:30, 3:04:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of one outputs folder; the system drops it when this process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "run.lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise Refused(f"another run (process {file.read()}) works in {short(folder)}; "
+                          "wait for it or stop it", LOCKED) from error  # fmt: skip
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def running(stage: Stage) -> str:
+    """ "cell 15 of 40" while a run works on this stage, "" otherwise."""
+    if not stage.running.is_file():
+        return ""
+    with open(stage.folder / "run.lock", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return ""  # what a killed run left
+        except BlockingIOError:
+            pass
+    try:
+        cells = [cell["metadata"] for cell in read_json(stage.running)["cells"]]
+    except (Refused, FileNotFoundError):  # just being written, or just done
+        return "a cell"
+    own = [cell for cell in cells if "injected-parameters" not in cell.get("tags", [])]
+    begun = [cell.get("papermill", {}).get("status") != "pending" for cell in own]
+    return f"cell {sum(begun)} of {len(own)}"
+
+
+def short(path: Path) -> str:
+    """A path as a person at the terminal would type it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

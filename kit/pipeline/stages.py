@@ -1,0 +1,285 @@
+"""What a stage is, and whether its result on disk still holds.
+
+A stage is one notebook under one profile. It is fresh when everything that decides its
+result is what it was at its last complete run: notebook source, the kit modules it imports,
+data/, parameters, requirements.lock and the results of earlier stages. Reads and hashes only;
+running is `kit.pipeline.run`. Imports nothing heavy: a run with nothing to do ends at once.
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit.paths import NOTEBOOKS, OUTPUTS
+from kit.pipeline import imports, parameters
+from kit.pipeline.provenance import file_hash, files_hash
+from kit.pipeline.refusals import Refused, read_json
+from kit.schema import DTYPES, digest
+
+TOUR = "tour"  # the profile that is the parameters cells themselves
+PREFLIGHT = "preflight"  # the one table of a profile that is not a notebook's
+INPUTS = {
+    "notebook": "the notebook",
+    "kit": "the kit modules it imports",
+    "data": "data/",
+    "parameters": "its parameters",
+    "lock": "requirements.lock",
+    "upstream": "the results of an earlier stage",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook under one profile, and where everything about it lies."""
+
+    notebook: Path
+    profile: str
+    folder: Path  # outputs/<profile>
+    defaults: dict  # parameters cell: name -> value (its source text if not a literal)
+    overrides: dict  # from the profile, and PROFILE and KIT_DTYPE where the cell names them
+    cells: tuple[tuple[str, str, bool], ...]  # (type, source, tagged "parameters")
+
+    @property
+    def name(self) -> str:
+        """The notebook's name without .ipynb."""
+        return self.notebook.stem
+
+    @property
+    def root(self) -> Path:
+        """The project: the folder of notebooks/, kit/ and data/."""
+        return self.notebook.parent.parent
+
+    @property
+    def number(self) -> str:
+        """The digits that FROM= and ONLY= take."""
+        return self.name.split("_")[0]
+
+    @property
+    def executed(self) -> Path:
+        """The executed notebook, present only after a complete run."""
+        return self.folder / "notebooks" / f"{self.name}.ipynb"
+
+    @property
+    def failed(self) -> Path:
+        """What was left of the last run if that failed."""
+        return self.folder / "notebooks" / f"{self.name}.failed.ipynb"
+
+    @property
+    def running(self) -> Path:
+        """Saved after every cell while the stage runs."""
+        return self.folder / "notebooks" / f"{self.name}.running.ipynb"
+
+    @property
+    def status_file(self) -> Path:
+        """Our own record of a complete run; papermill's metadata lies after a kernel death."""
+        return self.folder / "status" / f"{self.name}.json"
+
+    @property
+    def results_file(self) -> Path:
+        """What the notebook wrote through `kit.notebook.save_results`."""
+        return self.folder / "results" / f"{self.name}.json"
+
+    @property
+    def parameters(self) -> dict:
+        """Every parameter with the value it runs with."""
+        return self.defaults | self.overrides
+
+    @property
+    def judges(self) -> bool:
+        """Whether it reads the results of those before it; all other stages stand alone."""
+        return any("load_results(" in source for source in _code(self.cells))
+
+    @property
+    def failure(self) -> str:
+        """Why the last run failed, in a sentence; "" where it did not."""
+        if not self.failed.is_file():
+            return ""
+        try:
+            return read_json(self.failed)["metadata"]["kit"]["failure"]
+        except (Refused, LookupError, TypeError):
+            return f"{self.failed.name} is damaged"
+
+    @property
+    def state(self) -> str:
+        """What its last run left, whatever has changed since; see `freshness` for that."""
+        if self.running.is_file():
+            return "running"
+        if self.failed.is_file():
+            return "failed"
+        return "done" if self.status_file.is_file() else "not run yet"
+
+    def status(self) -> dict | None:
+        """The record of the last complete run, None when there is none or it is damaged."""
+        try:
+            done = read_json(self.status_file) if self.status_file.is_file() else None
+        except Refused:
+            return None
+        return (
+            done if isinstance(done, dict) and {"inputs", "wall_seconds"} <= done.keys() else None
+        )
+
+
+def profiles(notebooks: Path = NOTEBOOKS) -> list[str]:
+    """Names that PROFILE= takes."""
+    return sorted({TOUR, *(file.stem for file in (notebooks / "profiles").glob("*.toml"))})
+
+
+def read_profile(profile: str, notebooks: Path = NOTEBOOKS) -> dict[str, dict]:
+    """The tables of a profile file by name; empty for a tour without a file."""
+    if profile not in profiles(notebooks):
+        known = ", ".join(profiles(notebooks))
+        raise Refused(f"there is no profile {profile!r}; take one of: {known}")
+    file = notebooks / "profiles" / f"{profile}.toml"
+    if not file.is_file():
+        return {}
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f"{file.name} is not valid TOML: {error}") from error
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise Refused(f"{file.name}: {name} stands outside a table; put it under a notebook")
+    return tables
+
+
+def load_stages(profile: str, notebooks: Path = NOTEBOOKS, outputs: Path = OUTPUTS) -> list[Stage]:
+    """All stages of a profile in running order, every key of the profile checked."""
+    tables = read_profile(profile, notebooks)
+    files = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
+    names = [file.stem for file in files]
+    if not files:
+        raise Refused(f"there is no notebook NN_*.ipynb in {notebooks}")
+    for table in tables:
+        if table not in [*names, PREFLIGHT]:
+            raise Refused(f"{profile}.toml names the notebook {table}, which does not exist; "
+                          f"there are: {', '.join(names) or 'none'}")  # fmt: skip
+    return [_load(file, profile, tables.get(file.stem, {}), outputs / profile) for file in files]
+
+
+def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Stage]:
+    """The stages that FROM= or ONLY= ask for, by number or name."""
+    if from_ and only:
+        raise Refused("FROM and ONLY exclude each other; give one")
+    wanted = from_ or only
+    if not wanted:
+        return stages
+    hits = [stage for stage in stages if wanted.removesuffix(".ipynb") == stage.name]
+    hits = hits or [stage for stage in stages if wanted.zfill(2) == stage.number]
+    if len(hits) != 1:
+        many = "there are several stages" if hits else "there is no stage"
+        raise Refused(f"{many} {wanted}; take one of: {', '.join(s.name for s in stages)}")
+    return hits if only else stages[stages.index(hits[0]) :]
+
+
+def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
+    """A hash for each thing that decides the result of a stage; keys as in INPUTS."""
+    root = stage.root
+    data = [file for file in (root / "data").rglob("*") if file.is_file()]
+    try:
+        modules = imports.kit_modules(_code(stage.cells), root / "kit")
+    except ModuleNotFoundError as error:
+        raise Refused(f"{stage.notebook.name} imports, itself or through the kit, a module that "
+                      f"does not exist: {error}") from error  # fmt: skip
+    return {
+        "notebook": digest(stage.cells),
+        "kit": files_hash(root, modules),
+        "data": files_hash(root, data),
+        "parameters": digest(stage.overrides),
+        "lock": file_hash(root / "requirements.lock"),
+        "upstream": digest([[s.name, file_hash(s.results_file)] for s in earlier if stage.judges]),
+    }
+
+
+def freshness(stage: Stage, earlier: list[Stage]) -> tuple[str, str]:
+    """("fresh" | "stale" | "missing" | "failed", why)."""
+    if stage.failed.is_file():
+        return "failed", stage.failure
+    done = stage.status()
+    if done is None:
+        there = stage.status_file.is_file()
+        return ("stale", "its status file is damaged") if there else ("missing", "not run yet")
+    why = _staleness(stage, earlier, done)
+    return ("stale", why) if why else ("fresh", "")
+
+
+def _staleness(stage: Stage, earlier: list[Stage], done: dict) -> str:
+    now = inputs(stage, earlier)
+    changed = [text for key, text in INPUTS.items() if now[key] != done["inputs"].get(key)]
+    if changed:
+        return " and ".join(changed) + " changed"
+    if file_hash(stage.executed) != done.get("notebook_sha256"):
+        return "the executed notebook was edited or deleted"
+    if file_hash(stage.results_file) != done.get("results_sha256"):
+        return "its results file was edited or deleted"
+    if lost := len({*done.get("store", [])} - {*store_files(stage)}):
+        return f"store/ lost {lost} of its {len(done['store'])} files, and records with them"
+    return ""
+
+
+def store_files(stage: Stage) -> list[str]:
+    """Files of the store, where the results of a stage name records; a store only ever grows."""
+    results = read_json(stage.results_file) if stage.results_file.is_file() else {}
+    data = stage.folder / "store" / "records.lance" / "data"
+    return sorted(file.stem[-12:] for file in data.glob("*")) if results.get("keys") else []
+
+
+def incomplete(stages: Sequence[Stage]) -> str:
+    """Which stages failed, and why, or have not run, in a sentence; "" where all are done."""
+    left = [stage for stage in stages if stage.state != "done"]
+    return "; ".join(
+        f"{stage.name} {stage.state}" + f" ({stage.failure})" * (stage.state == "failed")
+        for stage in left
+    )
+
+
+def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
+    cells = _read_cells(file)
+    try:
+        for source in _code(cells):
+            imports.imported(source)
+        tagged = [source for _, source, is_tagged in cells if is_tagged]
+        defaults = parameters.assignments(tagged[0]) if tagged else {}
+    except SyntaxError as error:
+        raise Refused(f"{file.name} has a cell that is not valid Python: {error}") from error
+    for key in table:
+        if key not in defaults:
+            raise Refused(f"{profile}.toml, table {file.stem}: the parameters cell does not name "
+                          f"{key}; it names: {', '.join(defaults) or 'nothing'}")  # fmt: skip
+        if wrong := parameters.misfit(table[key], defaults[key]):
+            raise Refused(f"{profile}.toml, table {file.stem}: {key} {wrong}")
+    if table.get("PROFILE", profile) != profile:
+        raise Refused(f"{profile}.toml, table {file.stem}: PROFILE is {table['PROFILE']!r}; it is "
+                      f"the name of the file, {profile!r}")  # fmt: skip
+    own = {"PROFILE": profile, "DTYPE": _dtype()}
+    own = {name: value for name, value in own.items() if name in defaults and value}
+    return Stage(file, profile, folder, defaults, table | own, cells)
+
+
+def _dtype() -> str:
+    """What KIT_DTYPE asks of all notebooks: it outranks the profile. "" where it asks nothing."""
+    wanted = os.environ.get("KIT_DTYPE", "").removeprefix("auto")
+    if wanted and wanted not in DTYPES:
+        raise Refused(f"DTYPE is {wanted!r}; take one of: auto, {', '.join(DTYPES)}")
+    return wanted
+
+
+def _read_cells(file: Path) -> tuple[tuple[str, str, bool], ...]:
+    try:
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError) as error:
+        raise Refused(f"{file.name} is not a notebook (version 4): {error}") from error
+    return tuple(
+        (
+            cell["cell_type"],
+            "".join(cell["source"]),
+            "parameters" in cell["metadata"].get("tags", []),
+        )
+        for cell in cells
+    )
+
+
+def _code(cells: tuple[tuple[str, str, bool], ...]) -> tuple[str, ...]:
+    return tuple(source for kind, source, _ in cells if kind == "code")

@@ -1,0 +1,1 @@
+"""ReasoningBank: strategies extracted from solved problems, stored and retrieved."""

@@ -1,0 +1,300 @@
+"""The strategy bank: lessons distilled from problems, on an embedded LanceDB table.
+
+A search never returns a lesson that was distilled from the problem being solved, from a
+near-duplicate of it, or whose text gives the answer away; what the guard refuses is returned
+beside what is found. Every write is one commit, so a killed writer leaves whole additions, and
+the bank as it was at a tagged step can be opened again.
+
+Sources: ReasoningBank (arXiv 2509.25140): retrieval by past question; reasoning-bank-slm:
+retrieval by item text. Reciprocal rank fusion: Cormack et al., SIGIR 2009.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from datetime import timedelta
+
+import lancedb
+import numpy
+import pandas
+import pyarrow
+from lancedb.index import FTS, IvfHnswSq
+from lancedb.query import MatchQuery
+
+from kit.models.embedder import Embedder
+from kit.reasoning_bank.strategy import KINDS, Found, Strategy, refusal, row_schema
+from kit.schema import Problem, digest
+
+EXACT_ROWS = 10_000  # below, every vector is compared; from here on an index is
+FUSION = 60  # the constant of reciprocal rank fusion
+SEEN_AFTER = timedelta(seconds=5)  # what another process writes
+SAME = 0.9  # cosine from which two strategies say the same
+WAYS = ("vector", "text", "hybrid")
+
+
+class Bank:
+    """Strategies at `uri`: a folder, `s3://bucket/prefix` or whatever LanceDB opens.
+
+    `storage_options` go to LanceDB (credentials, endpoint). Raises ValueError where the table
+    there has other columns or was made with another embedder.
+    """
+
+    def __init__(self, uri, embedder: Embedder, storage_options: dict | None = None):
+        self.uri, self.embedder = str(uri), embedder
+        self._options, self._read_only, self._indexed = storage_options, False, {}
+        self.database = lancedb.connect(
+            self.uri, storage_options=storage_options, read_consistency_interval=SEEN_AFTER
+        )
+        made = {"embedder": embedder.fingerprint, "embedder_name": embedder.name}
+        schema = row_schema(embedder.dimension)
+        if "strategies" in self.database.list_tables().tables:
+            self._table = self.database.open_table("strategies")
+            self._check(schema, made)
+        else:
+            self._table = self.database.create_table(
+                "strategies", schema=schema.with_metadata(made), exist_ok=True
+            )
+
+    def _check(self, schema: pyarrow.Schema, made: dict) -> None:
+        there = self._table.schema
+        meta = {k.decode(): v.decode() for k, v in (there.metadata or {}).items()}
+        if meta.get("embedder") != made["embedder"]:
+            raise ValueError(
+                f"The bank {self.uri} was embedded by {meta.get('embedder_name', 'another model')} "
+                f"({meta.get('embedder')}), not by {made['embedder_name']} ({made['embedder']}); "
+                f"open it with that embedder or build a new bank."
+            )
+        if there.remove_metadata() != schema.remove_metadata():
+            ours, theirs = set(schema.names), set(there.names)
+            raise ValueError(
+                f"The bank {self.uri} was written by another version of the kit (columns "
+                f"{sorted(ours ^ theirs) or 'of other types'} differ); build it again elsewhere."
+            )
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise ValueError(
+                f"This is the bank {self.uri} as it was at a tag, to read only; write to the bank."
+            )
+
+    def __len__(self) -> int:
+        return self._table.count_rows()
+
+    def add(self, strategies: Sequence[Strategy]) -> int:
+        """Add what is not there yet, in one commit; returns how many were new."""
+        self._check_writable()
+        unknown = {item.kind for item in strategies} - set(KINDS)
+        if unknown:
+            raise ValueError(f"Strategies of kind {sorted(unknown)}; kinds are {KINDS}.")
+        fresh = {item.id: item for item in strategies}
+        if not fresh:
+            return 0
+        rows = self._rows(list(fresh.values()))
+        merge = self._table.merge_insert("id").when_not_matched_insert_all()
+        return merge.execute(rows).num_inserted_rows
+
+    def _rows(self, items: list[Strategy]) -> pyarrow.Table:
+        columns = {name: [getattr(item, name) for item in items] for name in _names()}
+        columns |= {"id": [i.id for i in items], "text": [i.text for i in items]}
+        schema = self._table.schema
+        columns["vector"] = list(self.embedder.embed(columns["text"]))
+        columns["question_vector"] = list(self.embedder.embed(columns["question"], query=True))
+        return pyarrow.Table.from_pydict({name: columns[name] for name in schema.names}, schema)
+
+    def search(
+        self,
+        problem: Problem,
+        k: int = 2,
+        by: str = "text",
+        how: str = "vector",
+        kinds: Sequence[str] = KINDS,
+    ) -> Found:
+        """The `k` best strategies for `problem` that the guard lets through.
+
+        by "text": its question against what the strategies say; by "question": against the
+        questions they come from, where `k` counts past problems and all their strategies are
+        given (the paper's way). how: "vector", "text" (BM25) or "hybrid" (both, fused by rank).
+        Ties are broken by id. An empty bank finds nothing.
+        """
+        if by not in ("text", "question") or how not in WAYS or k < 0:
+            raise ValueError(
+                f"by is {by!r}, how {how!r}, k {k}; by is text or question, how one of {WAYS}, "
+                f"k at least 0."
+            )
+        if how != "vector" and by == "question":
+            raise ValueError('Past questions are searched by how="vector" only.')
+        if not k:
+            return Found((), (), {})
+        vector, limit = self.embedder.embed([problem.question], query=True)[0], k + 8
+        every = set(kinds) >= set(KINDS)  # then no filter: it would cost as much as the search
+        where = None if every else f"kind IN ({', '.join(map(repr, kinds)) or 'NULL'})"
+        while True:
+            ranked, complete = self._ranked(problem.question, vector, by, how, where, limit)
+            found, enough = self._guarded(ranked, problem, vector, k, by)
+            # A tie at the last place could hide a better id: look further until it is broken.
+            if complete or (enough and found.scores[-1] > ranked[-1]["score"]):
+                return found
+            limit *= 4
+
+    def _ranked(self, question, vector, by, how, where, limit) -> tuple[list[dict], bool]:
+        """The first `limit` rows, best first, with `score`; whether these are all there are."""
+        parts = []
+        if how in ("vector", "hybrid"):
+            column = {"text": "vector", "question": "question_vector"}[by]
+            parts.append(self._nearest(vector, column, where, limit))
+        if how in ("text", "hybrid"):
+            parts.append(self._matching(question, where, limit))
+        complete = all(len(part) < limit for part in parts)
+        if len(parts) == 1:
+            return parts[0], complete
+        ranks, rows = Counter(), {}
+        for part in parts:
+            for rank, row in enumerate(part):
+                ranks[row["id"]] += 1 / (FUSION + 1 + rank)
+                rows[row["id"]] = row
+        return _sorted([row | {"score": ranks[i]} for i, row in rows.items()]), complete
+
+    def _nearest(self, vector, column: str, where: str | None, limit: int) -> list[dict]:
+        exact = len(self) < EXACT_ROWS
+        if not exact:
+            self._index(column, IvfHnswSq(distance_type="cosine"))
+        query = self._table.search(vector, vector_column_name=column).distance_type("cosine")
+        query = query.where(where, prefilter=True) if where else query
+        query = query.bypass_vector_index() if exact else query.nprobes(20).refine_factor(4)
+        shown = [*_names(), "id", "question_vector", "_distance"]  # reading the rest takes longer
+        rows = query.select(shown).limit(limit).to_list()
+        return _sorted([row | {"score": 1 - row.pop("_distance")} for row in rows])
+
+    def _matching(self, question: str, where: str | None, limit: int) -> list[dict]:
+        self._index("text", FTS())
+        query = self._table.search(MatchQuery(question, column="text"), query_type="fts")
+        query = query.where(where, prefilter=True) if where else query
+        rows = query.limit(limit).to_list()
+        return _sorted([row | {"score": row.pop("_score")} for row in rows])
+
+    def _index(self, column: str, config) -> None:
+        """Build the index of `column`, or again when rows have come that it does not cover."""
+        if self._read_only or self._indexed.get(column) == self._table.version:
+            return
+        stats = self._table.index_stats(f"{column}_idx")
+        slack = 0 if isinstance(config, FTS) else 0.1 * len(self)  # those are compared one by one
+        if stats is None or stats.num_unindexed_rows > slack:
+            self._table.create_index(column, config=config)
+        self._indexed[column] = self._table.version
+
+    def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, by: str):
+        """The first `k` that may be shown, and whether there are as many."""
+        found, scores, refused, past = [], [], {}, []
+        for row in ranked:
+            if by == "question" and row["problem_id"] not in past and len(past) == k:
+                break
+            item = _strategy(row)
+            reason = refusal(item, problem, float(vector @ row["question_vector"]))
+            if reason:
+                refused[row["id"]] = reason
+                continue
+            if item.problem_id not in past:
+                past.append(item.problem_id)
+            found.append(item)
+            scores.append(row["score"])
+            if by == "text" and len(found) == k:
+                break
+        enough = len(found if by == "text" else past) == k
+        return Found(tuple(found), tuple(scores), refused), enough
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Remove strategies; a tagged state that held them still does."""
+        self._check_writable()
+        if ids:
+            self._table.delete(f"id IN ({_quoted(ids)})")
+
+    def credit(self, ids: Sequence[str], won: bool) -> None:
+        """Count one use of each of `ids`, and a win where the answer was correct."""
+        self._check_writable()
+        if ids:
+            values = {"uses": "uses + 1"} | ({"wins": "wins + 1"} if won else {})
+            self._table.update(where=f"id IN ({_quoted(ids)})", values_sql=values)
+
+    def merge(self, cosine: float = SAME) -> list[tuple[str, str]]:
+        """Merge strategies of one kind that say the same: pairs (kept id, dropped id).
+
+        Texts whose cosine reaches `cosine` count as the same; the one with the smaller step,
+        then id, stays and inherits uses and wins. One commit.
+        """
+        self._check_writable()
+        frame = self.table().sort_values(["step", "id"], ignore_index=True)
+        vectors = numpy.stack(frame["vector"]) if len(frame) else numpy.zeros((0, 1))
+        kept, pairs = [], []
+        for i in range(len(frame)):
+            same = [j for j in kept if frame["kind"][j] == frame["kind"][i]]
+            near = vectors[same] @ vectors[i] if same else numpy.zeros(0)
+            if len(near) and near.max() >= cosine:
+                j = same[int(near.argmax())]
+                pairs.append((frame["id"][j], frame["id"][i]))
+                frame.loc[j, ["uses", "wins"]] += frame.loc[i, ["uses", "wins"]]
+            else:
+                kept.append(i)
+        if pairs:
+            schema = self._table.schema
+            rows = pyarrow.Table.from_pandas(frame.loc[kept], schema, preserve_index=False)
+            self._table.add(rows, mode="overwrite")
+        return pairs
+
+    def tag(self, name: str) -> None:
+        """Name the state as it is now; ValueError where the name is taken."""
+        self._check_writable()
+        if name in self.tags():
+            raise ValueError(f"The bank {self.uri} has a tag {name!r} already; choose another.")
+        if len(self):
+            self._index("text", FTS())  # a tagged state cannot be indexed later
+        self._table.tags.create(name, self._table.version)
+
+    def tags(self) -> list[str]:
+        return sorted(self._table.tags.list())
+
+    def checkout(self, name: str) -> "Bank":
+        """The bank as it was when tagged `name`, to read only."""
+        if name not in self.tags():
+            raise ValueError(f"The bank {self.uri} has no tag {name!r}; it has {self.tags()}.")
+        then = Bank(self.uri, self.embedder, self._options)
+        then._table.checkout(name)
+        then._read_only = True
+        return then
+
+    def table(self) -> pandas.DataFrame:
+        """All rows, sorted by id."""
+        frame = self._table.search().limit(None).to_pandas()
+        return frame.sort_values("id", ignore_index=True)
+
+    def strategies(self) -> list[Strategy]:
+        """Everything in the bank, sorted by id."""
+        return [_strategy(row) for row in self.table().to_dict("records")]
+
+    def nbytes(self) -> int:
+        """Bytes of the table in storage, indices not counted."""
+        return self._table.stats()["total_bytes"]
+
+    def logical_hash(self) -> str:
+        """SHA-256 of what the bank says, vectors left out: equal however it was built."""
+        rows = sorted((item.id, asdict(item)) for item in self.strategies())
+        return digest(rows)
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(Strategy)]
+
+
+def _strategy(row: dict) -> Strategy:
+    return Strategy(**{name: row[name] for name in _names()})
+
+
+def _sorted(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: (-row["score"], row["id"]))
+
+
+def _quoted(ids: Sequence[str]) -> str:
+    bad = [i for i in ids if not re.fullmatch(r"[0-9a-f]{16}", i)]
+    if bad:
+        raise ValueError(f"{bad[0]!r} is no strategy id; ids are 16 hex digits.")
+    return ", ".join(f"'{i}'" for i in sorted(ids))

@@ -1,0 +1,203 @@
+"""The loop that fills a bank: retrieve, solve, judge, extract, append.
+
+Problems go through it in groups of fixed size. What a group learnt is added in one commit and
+tagged `step-N`; a killed build goes on at the first group without a tag and ends with the same
+bank, because which prompts are decoded together depends on the group only.
+
+What each step cost and judged stands in the table "steps" beside the bank's.
+
+Offline, as reasoning-bank-slm did it: nothing retrieved, judged by the gold answers, one pass over
+training problems, then frozen. Streaming, as ReasoningBank did it: judged by the model itself,
+each group solved with what the groups before it learnt.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import dspy
+import pandas
+import pyarrow
+
+from kit.evaluation.evaluate import evaluate
+from kit.evaluation.store import Store
+from kit.inference.decode import DECODE_VERSION
+from kit.models.embedder import Embedder
+from kit.reasoning_bank import arms
+from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.dspy_adapter import Lines
+from kit.reasoning_bank.dspy_lm import Engine, language_model
+from kit.reasoning_bank.programs import Extractor, SelfJudge, lessons
+from kit.reasoning_bank.strategy import Strategy
+from kit.schema import Problem, Sampling, digest
+
+JUDGES = ("gold", "self")
+WIDTH = 3  # trajectories, or self-checks, of MaTTS where nothing else is said
+STEP = pyarrow.schema(
+    [
+        ("step", pyarrow.int64()),
+        ("lessons", pyarrow.int64()),
+        ("unread", pyarrow.int64()),  # replies without what was asked for
+        ("prompt_tokens", pyarrow.int64()),
+        ("new_tokens", pyarrow.int64()),
+        ("seconds", pyarrow.float64()),
+        ("judged", pyarrow.list_(pyarrow.bool_())),  # of the attempts, by record key
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a bank is built."""
+
+    judge: str = "gold"  # "gold": the grader; "self": the model's own opinion, without labels
+    k: int = 0  # retrieved while building; 0 is offline
+    by: str = "question"  # what retrieval compares, see Bank.search
+    width: int = 1  # trajectories per problem; from 2 on they are contrasted (parallel MaTTS)
+    temperature: float = 0.7  # of solving
+    solve_tokens: int = 128
+    extract_temperature: float = 0.7
+    extract_tokens: int = 160
+    group: int = 32  # problems between two commits
+
+    def __post_init__(self):
+        if self.judge not in JUDGES or min(self.width, self.group) < 1 or self.k < 0:
+            raise ValueError(
+                f"judge is {self.judge!r}, width {self.width}, group {self.group}, k {self.k}; "
+                f"judge is one of {JUDGES}, width and group at least 1, k at least 0."
+            )
+
+
+def build(
+    folder,
+    engine: Engine,
+    embedder: Embedder,
+    problems: Sequence[Problem],
+    store: Store,
+    recipe: Recipe,
+) -> tuple[Bank, pandas.DataFrame]:
+    """The bank of `recipe` in a folder of `folder` named by all that determines it, and what
+    `learn` gives."""
+    programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
+    parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(recipe), *programs]
+    name = digest([*parts, [problem.id for problem in problems]], 12)
+    bank = Bank(f"{folder}/{name}", embedder)
+    return bank, learn(bank, engine, problems, store, recipe)
+
+
+def learn(
+    bank: Bank,
+    engine: Engine,
+    problems: Sequence[Problem],
+    store: Store,
+    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    report: Callable[[str], None] = print,
+) -> pandas.DataFrame:
+    """Fill `bank` from `problems`; records of the attempts with a column `judged` (True, False or
+    None where the judgement could not be read) come back."""
+    adapter, frames = Lines(), []
+    groups = [problems[i : i + recipe.group] for i in range(0, len(problems), recipe.group)]
+    with dspy.context(lm=language_model(engine, temperature=recipe.temperature), adapter=adapter):
+        if "start" not in bank.tags():
+            bank.tag("start")
+        done, tags = steps(bank).set_index("step")["judged"].to_dict(), bank.tags()
+        for step, group in enumerate(groups):
+            began, asked, unread = time.perf_counter(), _tokens(engine), len(adapter.failed)
+            known = bank.checkout(_tag(step - 1)) if recipe.k else bank
+            frame = _solve(known, engine, group, store, recipe)
+            frames.append(frame)
+            if _tag(step) in tags:
+                frame["judged"] = list(done[step])
+                continue
+            frame["judged"] = _judge(engine, frame, recipe)
+            new = bank.add(_extract(engine, group, frame, recipe, step))
+            cost = {"seconds": time.perf_counter() - began, "unread": len(adapter.failed) - unread}
+            cost |= {name: now - asked[name] for name, now in _tokens(engine).items()}
+            _note(bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost)
+            bank.tag(_tag(step))
+            said = f", {cost['unread']} replies unread" if cost["unread"] else ""
+            report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{said}")
+    return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+
+
+def steps(bank: Bank) -> pandas.DataFrame:
+    """One row per step of `learn`: lessons, judgements of its attempts, its seconds, and the tokens
+    of judging and extracting (those of the attempts stand in their records)."""
+    if "steps" not in bank.database.list_tables().tables:
+        return pandas.DataFrame({name: [] for name in STEP.names})
+    found = bank.database.open_table("steps").to_pandas()
+    return found.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+
+
+def _note(bank: Bank, row: dict) -> None:
+    table = bank.database.create_table("steps", schema=STEP, exist_ok=True)
+    table.add(pyarrow.Table.from_pylist([row], schema=STEP))
+
+
+def _tokens(engine: Engine) -> dict[str, int]:
+    return {"prompt_tokens": engine.prompt_tokens, "new_tokens": engine.new_tokens}
+
+
+def _tag(step: int) -> str:
+    return f"step-{step:04}" if step >= 0 else "start"
+
+
+def _solve(bank: Bank, engine: Engine, group, store: Store, recipe: Recipe) -> pandas.DataFrame:
+    if recipe.k:
+        prompts = arms.retrieved(bank, group, recipe.k, arm="streaming", by=recipe.by)
+    else:
+        prompts = arms.format_only(group)
+    sampling = Sampling(recipe.solve_tokens, recipe.temperature, top_p=0.95)
+    return evaluate(
+        engine.model, prompts, sampling, store, recipe.width, engine.batch_size,
+        report=lambda line: None, memory=engine.memory,
+    )  # fmt: skip
+
+
+def _judge(engine: Engine, frame: pandas.DataFrame, recipe: Recipe) -> list[bool | None]:
+    if recipe.judge == "gold":
+        return frame["correct"].tolist()
+    judge = SelfJudge()
+    asked = [partial(judge, question=r.question, solution=r.text) for r in frame.itertuples()]
+    return [_got(result).correct for result in engine.together(asked)]
+
+
+def _extract(engine: Engine, group, frame, recipe: Recipe, step: int) -> list[Strategy]:
+    """What each problem of the group taught; nothing where no judgement could be read."""
+    extractor, asked, about = Extractor(), [], []
+    for problem in group:
+        mine = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
+        tried = [(row.text, bool(row.judged)) for row in mine.itertuples()]
+        if tried:
+            asked.append(partial(extractor, problem.question, tried, seed=step))
+            about.append((problem, any(correct for _, correct in tried)))
+    made_by = digest([extractor.dump_state(), recipe.extract_tokens], 12)
+    with dspy.context(
+        lm=language_model(
+            engine, temperature=recipe.extract_temperature, max_tokens=recipe.extract_tokens
+        )
+    ):
+        results = engine.together(asked)
+    return [
+        Strategy(
+            **lesson,
+            kind="success" if correct else "failure",
+            problem_id=problem.id,
+            family=problem.family,
+            level=problem.level,
+            question=problem.question,
+            model=f"{engine.model.name}@{engine.model.weights_hash}",
+            extractor=made_by,
+            step=step,
+        )
+        for (problem, correct), result in zip(about, results, strict=True)
+        for lesson in lessons(_got(result).lessons)
+    ]
+
+
+def _got(result):
+    """A program's result; what it raised is raised."""
+    if isinstance(result, BaseException):
+        raise result
+    return result

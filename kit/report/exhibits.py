@@ -1,0 +1,124 @@
+"""What a stage leaves for the report and for papers: its key tables and figures, and its numbers.
+
+Under outputs/<profile>/exhibits/<stage>/ a table is CSV (numbers as they are) and booktabs LaTeX
+(as a reader sees them), a figure is PDF, SVG and PNG; exhibits.json says what there is, in order.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+from kit.analysis import tables
+from kit.analysis.plot_style import STYLE, Picture
+from kit.paths import run_dir
+from kit.pipeline.provenance import write_json, write_text
+from kit.pipeline.refusals import read_json
+
+LIST = "exhibits.json"
+BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that others look for
+FEW, MANY = 4, 8  # rows at most, columns more, of a LaTeX table that is turned
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX)
+FORMATS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as a reader sees it; the first cell of a row is its heading."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+    words: tuple[int, ...] = (0,)  # columns set left, the others hold numbers
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure as an SVG file, and what it says in words."""
+
+    caption: str
+    file: Path
+    alt: str
+
+
+def save(
+    folder: Path, shown: Mapping[str, pd.DataFrame], drawn: Mapping[str, Picture]
+) -> list[Path]:
+    """Write tables and figures, by caption, into `folder`, which they replace: the files."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    listed, names = [], [slug(caption) for caption in (*drawn, *shown)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"captions make equal file names: {sorted(names)}; tell them apart")
+    for caption, picture in drawn.items():
+        for kind, metadata in FORMATS.items():
+            with matplotlib.rc_context(STYLE):
+                file = folder / f"{slug(caption)}.{kind}"
+                picture.savefig(file, metadata=metadata, dpi=300, transparent=kind == "svg")
+        listed.append({"caption": caption, "file": f"{slug(caption)}.svg", "alt": picture.alt})
+    for caption, frame in shown.items():
+        table = as_table(caption, frame)
+        write_text(folder / f"{slug(caption)}.csv", frame.to_csv(index=False))
+        write_text(folder / f"{slug(caption)}.tex", _latex(table))
+        listed.append(vars(table))
+    write_json(folder / LIST, listed)
+    return sorted(folder.iterdir())
+
+
+def load(folder: Path) -> list[Table | Figure]:
+    """What `save` left in `folder`, in its order; [] where there is nothing."""
+    if not (folder / LIST).is_file():
+        return []
+    rows = json.loads((folder / LIST).read_text(encoding="utf-8"))
+    return [
+        Figure(row["caption"], folder / row["file"], row["alt"])
+        if "file" in row
+        else Table(row["caption"], row["columns"], row["rows"], tuple(row["words"]))
+        for row in rows
+    ]
+
+
+def load_results(profile: str) -> dict[str, dict]:
+    """The saved numbers of every notebook run so far, by stage, in running order."""
+    files = sorted((run_dir(profile) / "results").glob("*.json"))
+    return {file.stem: read_json(file) for file in files}
+
+
+def as_table(caption: str, frame: pd.DataFrame) -> Table:
+    """`frame` as `kit.analysis.tables.text` shows it."""
+    texts = tables.text(frame)
+    words = tuple(number for number, name in enumerate(frame) if tables.is_words(frame[name]))
+    return Table(caption, [*texts.columns], texts.to_numpy().tolist(), words)
+
+
+def _latex(table: Table) -> str:
+    """booktabs; few rows of many columns stand upright, or a column of text would not hold them."""
+    rows, columns, words = table.rows, table.columns, table.words
+    if len(rows) <= FEW and len(columns) > MANY:
+        numbers = [i for i in range(len(columns)) if i not in words]
+        columns = ["", *(" ".join(row[i] for i in words) for row in rows)]
+        rows = [[table.columns[i], *(row[i] for row in rows)] for i in numbers]
+        words = (0,)
+    frame = pd.DataFrame(rows, columns=range(len(columns)))
+    heads = dict(enumerate(columns))
+    shown = frame.style.hide(axis="index").format(escape="latex")
+    shown = shown.format_index(lambda at: escaped(heads[at]), axis="columns")
+    form = "".join("l" if number in words else "r" for number in heads)
+    return f"% {table.caption}\n{shown.to_latex(hrules=True, column_format=form)}"
+
+
+def escaped(text: str) -> str:
+    """`text` for LaTeX."""
+    return text.translate(LATEX)
+
+
+def slug(caption: str) -> str:
+    """The file name of what has this caption, without its ending."""
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")

@@ -1,0 +1,258 @@
+"""The report: one self-contained HTML page about one profile's run.
+
+Turns what notebook 07 has at hand into plain texts and pictures; the words and the looks of the
+page are in report.html.j2. The page loads nothing, runs one script, which sorts tables
+(report.js), and names no person, host or folder of this machine. No statistics here: every number
+comes from `kit.analysis.tables` or the verdicts.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from kit.analysis import plot_style, tables
+from kit.analysis import plots as figures
+from kit.analysis.claims import NOTEBOOKS, RULES, UNMEASURED, WORDS
+from kit.paths import ROOT, run_dir
+from kit.pipeline import provenance, stages
+from kit.pipeline.provenance import GIB
+from kit.report import exhibits
+from kit.report.exhibits import Table
+
+TEMPLATE = "report.html.j2"
+SCRIPT = Path(__file__).with_name("report.js")  # sorts tables; allowed by its hash alone
+CONTROL, ARM = "plain", "format"  # the baseline's two prompts, in the order of the columns
+OUT = "out of reach here"
+WORD_ORDER = [*(word for word in WORDS if word != OUT), UNMEASURED, OUT]
+PICTURE = re.compile(r'(src="data:[^"]*")')
+
+
+def write(
+    profile: str,
+    records: pd.DataFrame,
+    verdicts: pd.DataFrame,
+    audits: pd.DataFrame,
+    results: dict[str, dict],
+    *,
+    folder: Path | None = None,
+    made_by: dict | None = None,
+    again: tuple[list[str], list[str]] | None = None,
+) -> Path:
+    """Write outputs/<profile>/report.html, whole or not at all, and return its path.
+
+    `records` are those of the baseline and may be empty; `verdicts` is `claims.measured_table`
+    and `audits` is `tables.audits` of the same claims; `results` is `exhibits.load_results`.
+    Of a run judged again, by `kit.report.verify`: `folder` is where it lies, `made_by` its
+    provenance in place of that of here and now, `again` what differs and what was taken as it is.
+    """
+    folder = folder or run_dir(profile)
+    every = [replace(each, profile=profile, folder=folder)
+             for each in stages.load_stages(stages.TOUR)]  # fmt: skip
+    rows = _verdict_rows(verdicts, audits, every, results)
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(TEMPLATE)
+    script = SCRIPT.read_text(encoding="utf-8")
+    measured = [row for row in rows if row["word"] not in (UNMEASURED, OUT)]
+    page = template.render(
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        filters=[*dict.fromkeys((row["word"], row["slug"]) for row in measured)],
+        profile=profile,
+        again=again,
+        left=stages.incomplete([each for each in every if _wanting(each)]),
+        total=len(rows),
+        words=[(word, n) for word in WORD_ORDER if (n := sum(r["word"] == word for r in rows))],
+        measured=measured,
+        waiting=[row for row in rows if row["word"] == UNMEASURED],
+        out=[row for row in rows if row["word"] == OUT],
+        baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],
+        systems=_systems(folder, every),
+        audit=_audit(audits),
+        effects=_picture(figures.published_effects(audits)),
+        facts=_facts(made_by or provenance.collect(), records, results),
+        stages=_stages(every, results),
+        commands=[(stage.name, _command(stage)) for stage in every],
+    )
+    path = folder / "report.html"
+    provenance.write_text(path, _outside_pictures(page, provenance.scrubber(ROOT, folder.parent)))
+    return path
+
+
+def _outside_pictures(page: str, scrub: Callable[[str], str]) -> str:
+    """`scrub` the page; a stray match inside base64 would spoil a picture."""
+    parts = PICTURE.split(page)
+    parts[::2] = map(scrub, parts[::2])
+    return "".join(parts)
+
+
+def _by_model(records: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [] if records.empty else [*records.groupby("model", sort=True)]
+
+
+def _wanting(stage: stages.Stage) -> bool:
+    """Whether the page lacks something for it: it failed, or measures claims and has not run."""
+    return stage.state == "failed" or (stage.state == "not run yet" and stage.name in NOTEBOOKS)
+
+
+def _command(stage: stages.Stage) -> str:
+    return f"make reproduce PROFILE={stage.profile} ONLY={stage.number}"
+
+
+def _verdict_rows(
+    verdicts: pd.DataFrame, audits: pd.DataFrame, every: list, results: dict[str, dict]
+) -> list[dict]:
+    """Every claim with what a reader may ask about it, ordered by its verdict."""
+    commands = {stage.name: _command(stage) for stage in every}
+    executed = {stage.name for stage in every if stage.executed.is_file()}
+    failed = {stage.name: f"{stage.name} failed: {stage.failure}" for stage in every
+              if stage.state == "failed"}  # fmt: skip
+    about = audits[["claim", "statement", "source", "grade", "rule", "notebook"]]
+    rows = verdicts.merge(about, on="claim", validate="one_to_one").to_dict("records")
+    for row in rows:
+        row["word"] = row["verdict"] or UNMEASURED
+        row["slug"] = row["word"].replace(" ", "-")
+        if row["word"] == UNMEASURED:
+            row["reason"] = failed.get(row["notebook"], row["reason"])
+        row["sentence"] = RULES[row["rule"]]
+        row["command"] = commands.get(row["notebook"])  # None for a notebook yet to be written
+        row["n"] = tables.cell_text("n", row["n"])
+        row["records"] = None  # where links to them would not resolve
+        if row["measured"] and row["notebook"] in executed & results.keys():
+            row["records"] = f"{len(results[row['notebook']].get('keys', [])):,}"
+    return sorted(rows, key=lambda row: WORD_ORDER.index(row["word"]))
+
+
+def _baseline(model: str, records: pd.DataFrame) -> dict:
+    """Texts, tables and the figure of one model."""
+    seen = {*records["arm"]}
+    order = [arm for arm in (CONTROL, ARM) if arm in seen]
+    order += sorted(seen.difference(order))
+    families = {arm: tables.by_family(records, arm) for arm in order}
+    by_arm = tables.arms(records).set_index("arm").loc[order]
+    first = by_arm.iloc[0]
+    return {
+        "name": _name(model),
+        "arm": order[0],
+        "accuracy": dict(zip(("estimate", "low", "high"), first["accuracy"], strict=True)),
+        "problems": int(first["problems"]),
+        "samples": int(first["samples"]),
+        "arms": _arms(_name(model), by_arm, tables.difference(records, ARM, CONTROL)),
+        "figure": _picture(figures.accuracy_by_family(families)),
+        "families": [_family_table(arm, table) for arm, table in families.items()],
+    }
+
+
+def _arms(model: str, by_arm: pd.DataFrame, change: pd.DataFrame) -> Table:
+    """One column per arm, which a phone can show, and the paired difference beside them."""
+    pairs = zip(change["measure"], change["difference"], strict=True)
+    texts = {measure: tables.cell_text("difference", cell) for measure, cell in pairs}
+    columns = ["measure", *by_arm.index] + [f"{ARM} − {CONTROL}, points"] * bool(texts)
+    rows = []
+    for name in by_arm.columns.drop("model"):
+        cells = [tables.cell_text(name, cell) for cell in by_arm[name]]
+        rows.append([tables.LABELS.get(name, name), *cells] + [texts.get(name, "")] * bool(texts))
+    return Table(f"{model}: one column per prompt, 95% intervals in brackets", columns, rows)
+
+
+def _family_table(arm: str, table: pd.DataFrame) -> Table:
+    texts = tables.text(table.drop(columns="model"))
+    caption = f"Prompt {arm}, by family and level, 95% intervals in brackets"
+    return Table(caption, [*texts.columns], texts.to_numpy().tolist())
+
+
+def _systems(folder: Path, every: list[stages.Stage]) -> list[dict]:
+    """What each notebook but the baseline's shows: title, figures, tables, command."""
+    found = []
+    for stage in every:
+        shown = exhibits.load(folder / "exhibits" / stage.name)
+        if shown and stage.number != "01":
+            title = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+            pictures = [each for each in shown if isinstance(each, exhibits.Figure)]
+            found.append({
+                "id": stage.name, "title": "".join(title).splitlines()[0].partition("· ")[2],
+                "figures": [(each, plot_style.image(each.file, each.alt)) for each in pictures],
+                "tables": [each for each in shown if isinstance(each, Table)],
+                "command": _command(stage), "failure": stage.failure,
+            })  # fmt: skip
+    return found
+
+
+def _audit(audits: pd.DataFrame) -> Table:
+    """The published numbers whose counts are known."""
+    known = audits.dropna(subset=["low"])
+    intervals = [*zip(known["estimate"], known["low"], known["high"], strict=True)]
+    sources = known["source"] + " (" + known["grade"] + ")"
+    texts = tables.text(known.assign(interval=intervals, source=sources))
+    columns = ["claim", "published", "interval", "p", tables.LABELS["n_needed"], "reading"]
+    rows = texts[[*columns, "source"]].to_numpy().tolist()
+    columns[2] = "its 95% interval"
+    caption = f"{len(known)} published numbers with the 95% interval that their counts allow"
+    return Table(caption, [*columns, "source"], rows, words=(0, 1, 5, 6))
+
+
+def _stages(every: list[stages.Stage], results: dict[str, dict]) -> Table:
+    """What each stage took, as far as it has run."""
+    rows = []
+    for stage in every:
+        state, done = stage.state, stage.status()
+        row = [stage.name, f"failed: {stage.failure}" if state == "failed" else state]
+        row.append(f"{len(results.get(stage.name, {}).get('keys', [])):,}")
+        if done and state == "done":  # else its status is that of the run before
+            peak = done["peak_memory_bytes"] / GIB
+            row += [f"{done['wall_seconds']:.1f} s", f"{peak:.2f} GiB", done["finished"]]
+        rows.append(row + ["–"] * (6 - len(row)))
+    columns = ["stage", "state", "records", "wall time", "peak memory", "finished (UTC)"]
+    return Table("Time and memory per stage", columns, rows, words=(0, 1))
+
+
+def _facts(here: dict, records: pd.DataFrame, results: dict[str, dict]) -> dict[str, str]:
+    """Where the numbers come from: code, machine, models, problems."""
+    hardware = here["hardware"]
+    devices = [f"{gpu['name']} (driver {gpu['driver']})" for gpu in hardware["gpus"]]
+    facts = {
+        "commit": here["commit"] + (" with uncommitted changes" if here["dirty"] else ""),
+        "lock": here["lock_sha256"],
+        "kit source": here["kit_sha256"],
+        "hardware": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['ram_gib']} GiB; "
+        + ("; ".join(devices) or "no GPU"),
+        "system": here["system"],
+        "versions": ", ".join(f"{name} {version}" for name, version in here["versions"].items()),
+    }
+    for name, of_model in _by_model(records):
+        facts[f"weights of {_name(name)}"] = _values(of_model["weights_hash"])
+    if not records.empty:
+        for column in ("source", "seed", "temperature", "policy"):
+            facts[{"source": "problem set"}.get(column, column)] = _values(records[column])
+    for stage, result in results.items():
+        if "problems" in result:
+            facts[f"problems of {stage}"] = str(result["problems"])
+    return facts
+
+
+def _values(column: pd.Series) -> str:
+    return ", ".join(map(str, sorted(column.unique())))
+
+
+def _name(model: str) -> str:
+    """A model's name; of a local folder only its own name."""
+    for path in (PurePosixPath(model), PureWindowsPath(model)):
+        if path.is_absolute():
+            return path.name
+    return model
+
+
+def _picture(picture: plot_style.Picture) -> Markup:
+    return Markup(plot_style.svg(picture))

@@ -1,0 +1,190 @@
+"""Published runs, which the README quotes, and in what two runs differ.
+
+They lie under outputs/published by profile. Whoever has run some stages publishes these alone,
+since a whole profile takes hours: those that others published stay, and all verdicts are made
+again from the records and measurements of both.
+
+    python -m kit.report.published laptop     publish what has run of a profile, and renew the
+    README
+"""
+
+import io
+import json
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+
+from kit.analysis.claims import UNMEASURED
+from kit.paths import DATA, PUBLISHED, ROOT
+from kit.pipeline.provenance import write_text
+from kit.report import bundle, crate, verify
+from kit.report.bundle import RECORDS, VERDICTS, Run
+
+BEGIN, END = (
+    "<!-- published runs, made by kit.report.published: begin -->",
+    "<!-- published runs: end -->",
+)
+KEPT = ("results/", "exhibits/", "notebooks/", "status/")
+MOST = 8  # columns of a table in the README
+HEADS = ["claim", "published", "measured", "verdict", "command"]
+
+
+def publish(profile: str, into: Path = PUBLISHED) -> Path:
+    """Take what has run of `profile` over into `into`/`profile`: the folder, whole or as it was.
+
+    ValueError where nothing has run, see `bundle.write`.
+    """
+    new, place = bundle.read(bundle.write(profile)), into / profile
+    former = place.with_name(f".{profile}.former")
+    if former.is_dir() and not place.is_dir():  # killed between the two renames below
+        former.rename(place)
+    old = bundle.read(place) if place.is_dir() else Run({})
+    files = {name: data for name, data in old.files.items()
+             if not any(crate.of_stage(name, stage) for stage in new.results)}  # fmt: skip
+    left = (".html", ".failed.ipynb")
+    files |= {name: data for name, data in new.files.items()
+              if name.startswith(KEPT) and not name.endswith(left)}  # fmt: skip
+    every = [run.every for run in (new, old) if RECORDS in run.files]
+    keys = {key for found in Run(files).results.values() for key in found.get("keys", [])}
+    records = pd.concat(every).drop_duplicates("key").sort_values("key", ignore_index=True)
+    buffer = io.BytesIO()
+    records[records["key"].isin(keys)].to_parquet(buffer, index=False)
+    files[RECORDS] = buffer.getvalue()
+    claims = {"claims.toml": (DATA / "claims.toml").read_bytes()}
+    judged = verify.rejudged(Run(files | claims)).to_dict("records")
+    said = Run(files).json(VERDICTS)
+    said["verdicts"] = [{name: row[name] for name in said["verdicts"][0]} for row in judged]
+    files[VERDICTS] = (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()
+    fresh = place.with_name(f".{profile}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for name, data in files.items():
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        (fresh / name).write_bytes(data)
+    shutil.rmtree(former, ignore_errors=True)
+    if place.is_dir():
+        place.rename(former)
+    made = fresh.rename(place)
+    shutil.rmtree(former, ignore_errors=True)
+    return made
+
+
+def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
+    """Where two runs differ: `numbers` of claims, `verdicts`, `environment`.
+
+    A number moved beyond noise where the two 95% intervals, taken as normal and independent, differ
+    by more than 1.96 standard errors of the difference.
+    """
+    numbers, words = [], []
+    for claim in [claim for claim in one.verdicts if claim in other.verdicts]:
+        pair = one.verdicts[claim], other.verdicts[claim]
+        if pair[0]["verdict"] != pair[1]["verdict"]:
+            words.append([claim, *(row["verdict"] or UNMEASURED for row in pair)])
+        if all(row["measured"] for row in pair) and pair[0]["measured"] != pair[1]["measured"]:
+            numbers.append(
+                [claim, *map(_shown, pair), "beyond noise" if _moved(*pair) else "within noise"]
+            )
+    left, right = one.environment, other.environment
+    changed = [
+        [key, left.get(key, "absent"), right.get(key, "absent")]
+        for key in sorted({*left, *right})
+        if left.get(key) != right.get(key)
+    ]
+    return {"numbers": numbers, "verdicts": words, "environment": changed}
+
+
+def _shown(row: dict) -> str:
+    """What was measured, with its interval."""
+    interval = row["interval"].replace(" to ", ", ")
+    return f"{row['measured']} [{interval}]" if interval else row["measured"]
+
+
+def _moved(one: dict, other: dict) -> bool:
+    at, error = [], 0.0
+    for row in (one, other):
+        at.append(float(row["measured"].split()[0]))
+        if row["interval"]:
+            low, high = (float(end) for end in row["interval"].split(" to "))
+            error += ((high - low) / 2) ** 2  # in units of 1.96 standard errors
+    return abs(at[0] - at[1]) > error**0.5
+
+
+def against(there: Run, here: Run) -> list[str]:
+    """How a run, `here`, differs from the published one, `there`, in what both measured: lines."""
+    found = diff(there, here)
+    both = [claim for claim, row in there.verdicts.items()
+            if row["measured"] and here.verdicts.get(claim, {}).get("measured")]  # fmt: skip
+    beyond = [row for row in found["numbers"] if row[3] == "beyond noise"]
+    changed = [row for row in found["verdicts"] if row[0] in both]
+    head = (f"Against the published run of this profile: of {len(both)} claims measured in both, "
+            f"{len(beyond)} moved beyond noise, {len(changed)} verdicts differ")  # fmt: skip
+    lines = [f"  {claim}: {theirs} there, {ours} here"
+             for claim, theirs, ours, *_ in beyond + changed]  # fmt: skip
+    theirs, ours = (run.environment.get("dtype", "unknown") for run in (there, here))
+    if theirs != ours:
+        lines.append(f"  the models were {theirs} there and {ours} here, so tokens differ from the "
+                     f"first rounding on; DTYPE={theirs} runs as published")  # fmt: skip
+    return [head, *lines]
+
+
+def text(published: Path = PUBLISHED) -> str:
+    """What the README says of all published runs, in Markdown."""
+    return "\n".join(
+        _section(file.parent.parent) for file in sorted(published.glob(f"[!.]*/{VERDICTS}"))
+    )
+
+
+def _section(place: Path) -> str:
+    from kit.analysis import claims
+    from kit.report import exhibits
+
+    run, known = bundle.read(place), {claim.id: claim for claim in claims.load()}
+    stages = [stage for stage in run.results if stage in claims.NOTEBOOKS]
+    here = run.environment
+    said = [f"Profile {place.name}: {', '.join(f'`{stage}`' for stage in stages)}, on "
+            f"{here.get('hardware: cpu')}, {here.get('hardware: cores')} cores, torch "
+            f"{here.get('version of torch')}. Every claim that its records decide, with 95% "
+            f"intervals:", ""]  # fmt: skip
+    rows = []
+    for row in run.verdicts.values():
+        if row["measured"]:
+            claim = known[row["claim"]]
+            command = f"`make reproduce PROFILE={place.name} ONLY={claim.notebook[:2]}`"
+            rows.append([claim.statement, row["published"], _shown(row),
+                         f"*{row['verdict']}*", command])  # fmt: skip
+    counts = Counter(row["verdict"] or UNMEASURED for row in run.verdicts.values())
+    counted = ", ".join(f"{n} {word}" for word, n in counts.most_common())
+    said += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {counted}.", ""]
+    for stage in stages:
+        shown = [each for each in exhibits.load(place / "exhibits" / stage)
+                 if isinstance(each, exhibits.Table)][:1]  # fmt: skip
+        for table in shown:
+            where = f"outputs/published/{place.name}/exhibits/{stage}"
+            more = ", its first columns" if len(table.columns) > MOST else ""
+            said += [f"`{stage}`: {table.caption}{more} ([all tables and figures]({where}))", ""]
+            rows = [row[:MOST] for row in table.rows]
+            said += [*_markdown(table.columns[:MOST], rows), ""]
+    return "\n".join(said)
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def renewed(readme: str, published: Path = PUBLISHED) -> str:
+    """The README with what `text` says between its two marks; ValueError where they are missing."""
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}; put them back")
+    return f"{head}{BEGIN}\n\n{text(published)}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(publish(name))
+    file = ROOT / "README.md"
+    write_text(file, renewed(file.read_text(encoding="utf-8")))

@@ -1,0 +1,194 @@
+"""Tables and measured numbers made again from the records of a run, without its models.
+
+`kit.report.bundle` compares them with what the run says of itself. Results name the records of
+each arm and training seed under `frames`, see `kit.analysis.contrasts.places`, and hold the
+divergence of each held-out sequence; allocated bytes stay as the results have them.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+
+from kit.analysis import calibration, claims, contrasts, effects, pareto, tables
+from kit.analysis.contrasts import Measurement
+from kit.report import exhibits
+
+STEPS = "What a step buys, over {} scenarios from {} generations"
+RATES = "How often each verdict comes out, percent of {} simulated studies"
+TRAINED = "What each way of training teaches"
+COMPOUNDING = "Compounding, by round"
+TAUGHT = "Internalised against every other arm"
+KNOWN = "Who knows what, by frequency"
+FETCHED = "Fetched against every other arm"
+BYTES = "Bytes held and read"
+GAPS = "Frontiers of cache settings at equal bytes"
+PLACES = "Five memories, the best of each alone"
+QUALITY = "Quality at equal live tokens"
+
+
+def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd.DataFrame | None:
+    """The table of a stage by its caption, from its results and records; None where it does not
+    follow from these."""
+    simulated = re.fullmatch(RATES.format(r"(\d+)"), caption)
+    if simulated:
+        return calibration.error_rates(int(simulated[1]))
+    if caption == QUALITY:
+        rows = pd.DataFrame(found["sequences"]).groupby(["policy", "compression_x"], sort=False)
+        return tables.quality({key: frame.reset_index(drop=True) for key, frame in rows})
+    if "frames" not in found:
+        return _of_arms(stage, caption, records)
+    frames = {name: contrasts.frames(at, found["keys"], records)
+              for name, at in found["frames"].items()}  # fmt: skip
+    if stage == "04_phase2":
+        return _trained(caption, found["families"], frames)
+    if stage == "05_parametric":
+        return _told(caption, found, frames)
+    return _swept(caption, found, frames)
+
+
+def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
+    if (stage, caption) == ("01_baseline", exhibits.BASELINE):
+        return tables.arms(records)
+    if (stage, caption) == ("02_strategies", "Every arm of the strategy study"):
+        return tables.arms(records).drop(columns="model")
+    if (stage, caption) == ("02_strategies", "Retrieved strategies against each control"):
+        return _against(records, "retrieved", {*records["arm"]}, "format-only")
+    if (stage, caption) == ("03_dms", "Accuracy with a thinned cache"):
+        made = tables.arms(records.assign(arm=records["policy"]))
+        return made.drop(columns=["model", "compliance"])
+    return None
+
+
+def _trained(caption: str, families: list[str], frames: dict) -> pd.DataFrame | None:
+    if caption == TRAINED:
+        return tables.trained(frames["arms"], families)
+    if caption == COMPOUNDING:
+        return tables.compounded(frames["rounds"], families)
+    return taught(frames["arms"], families) if caption == TAUGHT else None
+
+
+def taught(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFrame:
+    """Phase 2's declared arm minus every other one, on the families trained on."""
+    records = pd.concat(frames.values(), ignore_index=True)
+    records = records[records["family"].isin(families)]
+    return _against(records, "internalised", frames, "base")
+
+
+def _told(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
+    if caption == KNOWN:
+        return tables.told(frames["options"], frames["free"], found["buckets"])
+    if caption == FETCHED:
+        return fetched(frames["options"])
+    if caption == BYTES:
+        rows = []
+        for row in found["bytes"]:
+            frame = frames["options"][row["arm"]]
+            made = {"arm": row["arm"], "accuracy": tables.share(frame)}
+            made |= {name: row[name] for name in ("held_bytes", "read_bytes")}
+            rows.append(made | {"prompt_tokens": frame["prompt_tokens"].mean()})
+        return pd.DataFrame(rows)
+    return None
+
+
+def fetched(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Fetched blocks minus every other arm."""
+    return _against(pd.concat(frames.values()), "fetched", frames, "plain")
+
+
+def _against(records: pd.DataFrame, arm: str, arms: Iterable[str], primary: str) -> pd.DataFrame:
+    controls = sorted({*arms} - {arm})
+    return tables.against(records, arm, controls, primary).drop(columns="primary")
+
+
+def _swept(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
+    rows = pd.DataFrame(found["scenarios"])
+    if caption == STEPS.format(len(rows), found["generations"]):
+        return effects.marginal(rows, _outcomes(rows, frames["scenarios"]), _rng())
+    if caption == GAPS:
+        outcomes = _outcomes(rows, frames["scenarios"])
+        return effects.gap_rows(effects.gaps(rows, outcomes, _rng()))
+    if caption == PLACES:
+        rows = pd.DataFrame(found["places"])
+        return effects.places(rows, _outcomes(rows, frames["places"]), _rng())[1]
+    return None
+
+
+def _outcomes(rows: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> np.ndarray:
+    """What each scenario solves, [C, P]: the widths of a budget of tokens lie side by side."""
+    each = [frame for frame in frames.values() for _ in range(rows["width"].nunique())]
+    pairs = zip(each, rows["width"], strict=True)
+    return np.array([pareto.votes(frame, width) for frame, width in pairs])
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def on_sequences(kl: Mapping[str, list[float]]) -> dict[str, Measurement]:
+    """What held-out sequences say of claims, by claim: by how much more immediate eviction diverges
+    from full attention than delayed eviction. `kl` has nats per token, by kind of training."""
+    if not {"delayed", "immediate"} <= {*kl}:
+        return {}
+    excess = np.subtract(kl["immediate"], kl["delayed"])
+    return {"dms-delayed-eviction": contrasts.mean_of(excess, "nats", "held-out sequences")}
+
+
+def on_facts(
+    published: Iterable[claims.Claim], frames: Mapping[str, pd.DataFrame], where: str
+) -> dict[str, Measurement]:
+    """What the answers of the parametric study say of claims, by claim; its `fetched` arm is also
+    that of its layers, as "fetched-late"."""
+    layers = frames["fetched"].assign(arm=f"fetched-{where}")
+    records = pd.concat([*frames.values(), layers], ignore_index=True)
+    arms = {*frames, f"fetched-{where}"}
+    made = {claim.id: claims.measure(claim, records) for claim in published
+            if {claim.contrast.get("arm"), claim.contrast.get("control")} <= arms}  # fmt: skip
+    return {name: number for name, number in made.items() if number}
+
+
+def on_scenarios(
+    published: Iterable[claims.Claim], rows: pd.DataFrame, outcomes: np.ndarray
+) -> dict[str, Measurement]:
+    """What a sweep says of claims, by claim: of gaps of frontiers, of two scenarios, and of the
+    scale threshold."""
+    made: dict[str, Measurement] = {}
+    gaps = effects.gaps(rows, outcomes, _rng())
+    evicted, quantised = effects.evicted_or_quantised(rows)
+    pairs = {"frontier_gap_with_kv_compression": (evicted, (quantised[0], evicted[1])),
+             "accuracy_evicted_minus_quantised_at_equal_bytes": (evicted, quantised)}  # fmt: skip
+    for claim in published:
+        kind, interval = claim.contrast.get("value"), None
+        if kind in pairs:
+            interval = gaps.get(pairs[kind])
+        elif kind == "accuracy_difference":
+            sides = claim.contrast["scenario"], claim.contrast["against"]
+            interval = effects.difference(rows, outcomes, _rng(), *sides)
+        elif kind == "scale_threshold_gib":
+            found = effects.threshold(rows, outcomes, _rng())
+            if len(found):
+                ends = [size / 2**30 for size in effects.switch(found)]
+                made[claim.id] = Measurement(
+                    *ends, outcomes.shape[1], "GiB", origin="bootstrap of problems"
+                )
+        if interval:
+            made[claim.id] = contrasts.points(interval, "paired by problem")
+    return made
+
+
+def measured(
+    stage: str, found: Mapping, records: pd.DataFrame, published: Iterable[claims.Claim]
+) -> dict[str, Measurement]:
+    """The measurements in the results of a stage that follow from its records, by claim."""
+    mine = [claim for claim in published if claim.id in found.get("measurements", {})]
+    if stage == "03_dms":
+        return on_sequences(found.get("kl", {}))
+    if stage == "05_parametric" and "frames" in found:
+        options = contrasts.frames(found["frames"]["options"], found["keys"], records)
+        return on_facts(mine, options, found["where"])
+    if stage == "06_memory_budget" and "frames" in found:
+        frames = contrasts.frames(found["frames"]["scenarios"], found["keys"], records)
+        rows = pd.DataFrame(found["scenarios"])
+        return on_scenarios(mine, rows, _outcomes(rows, frames))
+    return {}

@@ -1,0 +1,98 @@
+"""What a run says of time and verdicts: before it starts, after each stage, and at its end.
+
+Prints what `kit.estimate` measures and what notebooks saved. Imports nothing heavy.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from kit import estimate
+from kit.paths import run_dir
+from kit.pipeline.provenance import write_json
+from kit.pipeline.refusals import read_json
+from kit.pipeline.run import clock, say
+from kit.pipeline.stages import PREFLIGHT, Stage, read_profile
+
+LARGEST = "workstation"  # the published size
+SIZES = ("quick", "laptop", LARGEST)
+UNDECIDED = "out of reach here"  # as in kit.analysis.claims, whose import takes a second
+
+
+def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
+    """Say what the stages that are to run take here and decide; seconds by stage, {} where none of
+    them decodes or trains, or where nothing could be measured."""
+    if not any(stage.name in estimate.WORK for stage in todo):
+        return {}
+    say("measuring how fast this machine is ...")
+    found = estimate.measured(*dict.fromkeys([profile, *SIZES]))
+    if not found:
+        say("the time could not be estimated")
+        return {}
+    write_json(run_dir(profile) / "estimate.json", found)
+    speed, rows = found["rates"], found["profiles"][profile]
+    whole = longer(sum(rows[stage.name]["seconds"] for stage in todo))
+    say(f"{whole} at {speed['decoded']:.0f} tokens a second decoded and "
+        f"{speed['trained']:.0f} trained ({speed['dtype']}, {speed['device']})")  # fmt: skip
+    for stage in todo:
+        row = rows[stage.name]
+        say(f"  {stage.name:18} {clock(row['seconds']):>8}   {_decides(row)}".rstrip())
+    if speed["device"] == "cuda" and profile != LARGEST:
+        say(f"a GPU is here: PROFILE={LARGEST} is the published size, {_on_a_gpu()}")
+    return {name: row["seconds"] for name, row in rows.items()}
+
+
+def after(todo: Sequence[Stage], times: Mapping[str, float]) -> Callable[[Stage], None]:
+    """What says, when a stage is done, the time since now and the verdicts that the stage left;
+    those of notebook 07 are the table at the end."""
+    began, whole = time.monotonic(), sum(times.get(stage.name, 0) for stage in todo)
+
+    def told(stage: Stage) -> None:
+        saved = {}
+        if stage.results_file.is_file() and not stage.judges:
+            saved = read_json(stage.results_file)
+        rows = saved.get("verdicts", [])
+        of = f" of about {clock(whole)}" if whole else ""
+        say(f"      {clock(time.monotonic() - began)}{of}" + f", {len(rows)} claims:" * bool(rows))
+        measured = [row for row in rows if row["measured"]]
+        for row in sorted(measured, key=lambda row: row["verdict"] == UNDECIDED):
+            interval = f" [{row['interval'].replace(' to ', ', ')}]" if row["interval"] else ""
+            say(f"      {row['verdict']:17} {row['claim']}: {row['measured']}{interval}, "
+                f"published {row['published']}")  # fmt: skip
+        if len(measured) < len(rows):
+            say(f"      {UNDECIDED:17} {len(rows) - len(measured)} that nothing here measures")
+
+    return told
+
+
+def larger(profile: str) -> None:
+    """Say what the larger profiles would take here and decide, as measured before this one ran."""
+    file = run_dir(profile) / "estimate.json"
+    found = read_json(file) if file.is_file() else {"profiles": {}}
+    for other in [size for size in SIZES[1:] if size in found["profiles"] and size != profile]:
+        rows = found["profiles"][other].values()
+        said = f"{longer(sum(row['seconds'] for row in rows))} here"
+        if other == LARGEST:
+            said = _on_a_gpu() if found["rates"]["device"] == "cuda" else f"{said}, {_on_a_gpu()}"
+        whole = {key: sum(row[key] for row in rows) for key in ("decides", "all")}
+        say(f"PROFILE={other}: {said}; {_decides(whole)}")
+
+
+def longer(seconds: float) -> str:
+    """about 6 minutes, about 3.5 hours, about 12 days, more than 100 days."""
+    if seconds >= 100 * 86400:
+        return "more than 100 days"
+    for unit, size in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.2g} {unit}"
+    return "about a minute" if seconds < 90 else f"about {round(seconds / 60)} minutes"
+
+
+def _decides(row: Mapping[str, int]) -> str:
+    return f"decides {row['decides']} of {row['all']} claims" if row["all"] else ""
+
+
+def _on_a_gpu() -> str:
+    needs = read_profile(LARGEST).get(PREFLIGHT, {})
+    if not {"hours", "gpu_memory_gb"} <= {*needs}:
+        return "on a GPU"
+    return f"about {needs['hours']:g} hours on a GPU of {needs['gpu_memory_gb']:g} GB"

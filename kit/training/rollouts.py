@@ -1,0 +1,153 @@
+"""Completions to learn from, by `kit.inference.decode`: TRL's rollout function over the kit's
+cache.
+
+Where the sampler is not the model that is trained, each token comes with its log-probability under
+the sampler: under DMS, which evicts, and where training computes in fewer bits than the weights are
+kept in. There a copy of the weights in that dtype samples, as vLLM does beside a trainer. Rounding
+alone sets the two far enough apart to bias the gradient (arXiv 2510.26788), so that both gaps get
+the same truncated importance weights.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from kit.dms.gates import Gates, hidden
+from kit.inference import decode
+from kit.inference.kv_cache import layer_windows
+from kit.inference.policies import DMS, Full
+from kit.models import load as models
+from kit.models.load import Model
+from kit.schema import Problem, Prompt, Sampling, digest
+
+CLIP = 2.0  # most that an importance weight of the sampler's tokens may be (FlashRL, TRL 0.23)
+AT_ONCE = 8  # sequences whose log-probabilities are computed together
+NOTHING = Problem("", "", "", "", 0, "")  # a chat alone, whose problem TRL keeps
+
+
+def completions(
+    model: Model,
+    asked: Sequence[list[dict]],
+    sampling: Sampling,
+    policy: Full,
+    differs: bool = False,
+) -> dict[str, list]:
+    """One completion of each chat in `asked`, in order; equal chats get samples 0, 1, ...
+
+    Keys as TRL wants them: `prompt_ids`, `completion_ids` (with the token that ends an answer) and
+    `logprobs`, None unless the policy is DMS or the model otherwise `differs` from the trained one.
+    """
+    seen, requests = Counter(), []
+    for messages in asked:
+        chat = tuple((message["role"], message["content"]) for message in messages)
+        ids = decode.tokenise(model, Prompt(NOTHING, "rollout", chat))
+        name = digest(ids, 16)
+        requests.append(decode.Request(ids, name, seen[name]))
+        seen[name] += 1
+    training = model.weights.training
+    model.weights.eval()
+    done = decode.decode(model, requests, sampling, len(requests), policy=policy)
+    end = [model.tokenizer.eos_token_id]
+    said = [[*g.token_ids, *(end if g.finish == "stop" else [])] for g in done]
+    read = [list(request.prompt_ids) for request in requests]
+    differs = differs or isinstance(policy, DMS)
+    logps = sampled_logps(model, policy, read, said, sampling.temperature) if differs else None
+    model.weights.train(training)
+    return {"prompt_ids": read, "completion_ids": said, "logprobs": logps}
+
+
+@torch.no_grad()
+def sampled_logps(
+    model: Model, policy: Full, read: list[list[int]], said: list[list[int]], temperature: float
+) -> list[list[float]]:
+    """Log-probabilities of the tokens `said` after `read` under the sampling model, in nats.
+
+    Whole sequences, AT_ONCE at a time, with hard gates where the policy is DMS, which equals the
+    evicting cache.
+    """
+    windows, found = layer_windows(model.weights.config), []
+    whole = [torch.tensor(before + after) for before, after in zip(read, said, strict=True)]
+    for first in range(0, len(whole), AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        ids = torch.nn.utils.rnn.pad_sequence(whole[part], batch_first=True).to(model.device)
+        gates = Gates(windows, policy.evictor.window if isinstance(policy, DMS) else 1)
+        with decode.slots_attached(model), policy.attached(model.weights):
+            states = hidden(model.weights, ids, gates)
+        for row, before, after in zip(states, read[part], said[part]):
+            at = slice(len(before) - 1, len(before) + len(after) - 1)
+            logp = (model.weights.lm_head(row[at]).float() / temperature).log_softmax(-1)
+            targets = torch.tensor(after, device=logp.device)
+            found.append(logp.gather(-1, targets[:, None])[:, 0].tolist())
+    return found
+
+
+class Sampler:
+    """TRL's rollout function for a training by `recipes.Recipe`: `completions` by the weights as
+    they are now, in the dtype that the device computes in.
+
+    Where they are kept in another one, they are copied into a twin that is made once.
+    """
+
+    def __init__(self, model: Model, recipe, policy: Full):
+        if not (isinstance(policy, DMS) or type(policy) is Full):
+            raise ValueError(
+                f"Rollouts under {policy.name} do not know the log-probabilities of what they "
+                f"sample; take full attention or DMS."
+            )
+        self.model, self.recipe, self.policy, self._twin = model, recipe, policy, None
+
+    def __call__(self, asked: list, trainer) -> dict[str, list]:
+        recipe = self.recipe
+        if trainer.is_fsdp_enabled:
+            raise ValueError(
+                'rollouts is "kit", and FSDP shards the weights; take "vllm-server", "vllm" or '
+                '"transformers".'
+            )
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        trained = trained.get_base_model() if recipe.lora_rank else trained
+        # A group may lie in several processes, which must not say the same.
+        mark = [recipe.seed, trainer.state.global_step, trainer.accelerator.process_index]
+        seed = int(digest(mark, 7), 16)
+        sampling = Sampling(recipe.max_new_tokens, recipe.temperature, seed=seed)
+        model = replace(self.model, weights=self._weights(trained))
+        differs = model.weights is not trained
+        return completions(model, asked, sampling, self.policy, differs)
+
+    @torch.no_grad()
+    def _weights(self, trained):
+        dtype = models.default_dtype(trained.device)
+        if trained.dtype == dtype:
+            return trained
+        if self._twin is None:
+            self._twin = models.twin(trained, dtype).eval()
+        for mine, theirs in zip(self._twin.parameters(), trained.parameters(), strict=True):
+            mine.copy_(theirs)
+        return self._twin
+
+
+def trainer_class():
+    """GRPOTrainer, corrected for a sampler that is not the model: made here, since importing TRL
+    takes seconds."""
+    from trl import GRPOTrainer
+
+    class Corrected(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            made = super()._generate_and_score_completions(inputs)
+            if self.use_vllm or "sampling_per_token_logps" not in made:
+                return made
+            mask, count = made["completion_mask"], made["completion_ids"].size(1)
+            whole = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
+            masks = torch.cat([made["prompt_mask"], mask], dim=1)
+            with torch.no_grad():
+                ours, *_ = self._get_per_token_logps_and_entropies(
+                    self.model, whole, masks, count, self.args.per_device_train_batch_size
+                )
+            gap = (ours - made["sampling_per_token_logps"]) * mask
+            self._metrics["train"]["sampling/logp_gap"].append(float(gap.abs().sum() / mask.sum()))
+            # The clipped objective is linear in the advantage, so weighing one weighs the other.
+            made["advantages"] = made["advantages"][:, None] * gap.exp().clamp(max=CLIP)
+            return made
+
+    return Corrected

@@ -1,0 +1,535 @@
+"""kit.analysis.claims and kit.analysis.contrasts: the data file, the audits, the rules and their
+error rates."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import multinomial, ttest_1samp
+
+from kit.analysis import claims, contrasts, stats
+from kit.paths import DATA, ROOT
+
+DOSSIER = (
+    Path(os.environ.get("KIT_DATA", ROOT.parent / "shared" / "data")).parent
+    / "reference"
+    / "systems.md"
+)
+CLAIMS = {claim.id: claim for claim in claims.load()}
+GAIN = CLAIMS["rbslm-format-accuracy"]  # published: +8 points from pairs 32, 16, 8, 44
+
+
+def records(arms: dict[str, np.ndarray], **columns) -> pd.DataFrame:
+    """Records of arms given as problems x samples of 0, 1 or NaN."""
+    rows = [
+        {"arm": arm, "problem_id": f"p{i}", "sample": j, "correct": bool(value)}
+        for arm, matrix in arms.items()
+        for (i, j), value in np.ndenumerate(matrix)
+        if not np.isnan(value)
+    ]
+    fixed = dict(
+        model="bundled:smollm2-135m", weights_hash="w", policy="full", source="laptop",
+        family="gcd", level=1, seed=0, finish="stop", prompt_tokens=50, new_tokens=100,
+        extracted="1", method="last number", compliant=True, temperature=0.7,
+    )  # fmt: skip
+    return pd.DataFrame(rows).assign(**{**fixed, **columns})
+
+
+def measured(b: int, c: int, n: int) -> claims.Measurement:
+    """The measurement that b wins and c losses in n pairs give, in points."""
+    outer, inner = stats.tango(b, c, n), stats.tango(b, c, n, level=0.90)
+    low, high = 100 * outer.low, 100 * outer.high
+    bounds = (100 * inner.low, 100 * inner.high)
+    return claims.Measurement(100 * outer.estimate, low, high, n, "points", bounds)
+
+
+def word_rates(claim: claims.Claim, n: int, wins: float, losses: float) -> dict[str, float]:
+    """Exact chance of each word when pairs disagree at these rates: all outcomes, no sampling."""
+    rates = dict.fromkeys(claims.WORDS, 0.0)
+    for b in range(n + 1):
+        c = np.arange(n + 1 - b)
+        table = np.stack([np.full_like(c, b), c, n - b - c], axis=1)
+        chance = multinomial.pmf(table, n, [wins, losses, 1 - wins - losses])
+        for loss in c[chance > 1e-6]:
+            word = claims.verdict(claim, measured(b, int(loss), n), "laptop").word
+            rates[word] += chance[loss]
+    return rates
+
+
+# ------------------------------------------------------------------ the data file
+
+
+def test_the_file_holds_all_six_systems_and_no_word_outside_the_vocabulary():
+    systems = pd.Series([claim.system for claim in CLAIMS.values()]).value_counts()
+    assert set(systems.index) == {
+        "reasoning-bank-slm", "reasoningbank", "dms", "open-rs", "hierarchical-memories",
+        "not-all-bits",
+    }  # fmt: skip
+    assert systems.min() >= 10
+    assert {claim.notebook for claim in CLAIMS.values()} == set(claims.NOTEBOOKS)
+    assert set(claims.NEEDS) == set(claims.RULES)
+
+
+def test_each_claim_is_consistent_with_its_own_counts(subtests):
+    for claim in CLAIMS.values():
+        with subtests.test(claim.id):
+            assert claim.statement.endswith(".") and not re.search(r"[.!?] [A-Z]", claim.statement)
+            assert claim.published is not None or claim.rule in ("direction", "no_loss")
+            if claim.rule == "direction" and claim.value is not None:
+                assert claim.published != 0
+            for share, counts in (
+                (claim.value, claim.counts),
+                (claim.baseline, claim.baseline_counts),
+            ):
+                if counts:
+                    assert share == pytest.approx(100 * counts[0] / counts[1], abs=0.5)
+            if claim.pairs:
+                both, wins, losses, neither = claim.pairs
+                n = both + wins + losses + neither
+                assert claim.published == pytest.approx(100 * (wins - losses) / n, abs=0.5)
+                if claim.baseline is not None:
+                    assert claim.baseline == pytest.approx(100 * (both + losses) / n, abs=0.5)
+            assert claims.audit(claim).reading
+
+
+@pytest.mark.skipif(not DOSSIER.exists(), reason="the dossier of the systems is not here")
+def test_no_number_is_invented():
+    numbers = {
+        float(x.replace(",", "")) for x in re.findall(r"\d[\d,]*\.?\d*", DOSSIER.read_text())
+    }
+    numbers |= {x / 10 for x in numbers if x == 0}
+    derived = {  # arithmetic on published numbers, each said so in the claim
+        "rbslm-memory-gain-both-finished": {7.8},  # 6/51 - 2/51
+        "rbslm-bank-from-successes": {94.6},  # 211/223
+        "nab-saturation": {20000},  # 20k
+    }
+    for claim in CLAIMS.values():
+        parts = (claim.value, claim.baseline, *(claim.sds or ()), claim.runs, claim.n)
+        for number in filter(None, parts):
+            found = number in numbers or number in derived.get(claim.id, ())
+            assert found or str(number).removeprefix("0") in DOSSIER.read_text(), claim.id
+
+
+def test_what_the_baseline_notebook_can_decide_now():
+    now = {claim.id: claim.profiles for claim in CLAIMS.values() if claim.notebook == "01_baseline"}
+    both = ("laptop", "workstation")
+    assert now["rbslm-format-compliance"] == now["rbslm-format-accuracy"] == both
+    assert now["nab-voting-idle-below"] == both
+    assert now["rbslm-baseline-accuracy"] == now["rbslm-baseline-finished"] == ("workstation",)
+
+
+def test_arithmetic_is_decided_under_any_profile_and_a_floor_under_none_of_minutes():
+    for claim in CLAIMS.values():
+        if claim.rule == "arithmetic" and claim.profiles:
+            assert claim.profiles == ("any",), claim.id
+            assert all(claim.decided_by(size) for size in ("tour", "quick", "one's own"))
+    quick = {claim.id for claim in CLAIMS.values() if "quick" in claim.profiles}
+    assert quick == {
+        "dms-delayed-eviction", "hier-fetched-over-generic", "hier-frozen-posthoc-elements",
+    }  # fmt: skip
+
+
+def test_what_is_measured_is_shown_where_it_is_too_little_for_a_verdict():
+    rows = [
+        dict(source="laptop", problem_id=f"p{i}", arm=arm, model="bundled:smollm2-135m", seed=0,
+             sample=0, temperature=0.2, weights_hash="w", policy="full", correct=bool(i % 2),
+             extracted="1", method="number", compliant=arm == "format", finish="stop",
+             prompt_tokens=9, new_tokens=9)
+        for arm in ("plain", "format") for i in range(8)
+    ]  # fmt: skip
+    mine = [CLAIMS["rbslm-format-compliance"], CELL]
+    cell = {CELL.id: claims.Measurement(1.11, 1.11, 1.11, 1, "GiB")}
+    found = claims.measured_table(mine, pd.DataFrame(rows), "tour", cell).set_index("claim")
+    assert list(found["verdict"]) == ["out of reach here", "not reproduced"]
+    assert list(found["measured"]) == ["100.0 points", "1.11 GiB"]
+    assert "the laptop profile would" in found["reason"]["rbslm-format-compliance"]
+
+
+GOOD = """
+[[claim]]
+id = "a"
+system = "dms"
+statement = "One sentence."
+metric = "accuracy"
+value = 48
+unit = "percent"
+source = "paper, table 1"
+grade = "FULL"
+notebook = "01_baseline"
+profiles = ["laptop"]
+contrast = { measure = "accuracy", arm = "plain" }
+rule = "size"
+resolution = 10
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('rule = "size"', 'rule = "sizes"', "claim a: rule is 'sizes'; use one of direction"),
+        ('notebook = "01_baseline"', 'notebook = "1"', "claim a: notebook is '1'"),
+        ('grade = "FULL"', 'grade = "GOOD"', "claim a: grade is 'GOOD'"),
+        ("resolution = 10", "", "claim a: resolution is missing; the rule size needs it"),
+        ('unit = "percent"', "", "claim a: unit is missing"),
+        ("value = 48", "value = 48\nvalu = 3", "claim a: valu is no field of a claim"),
+        ('["laptop"]', '["desktop"]', "claim a: profiles may hold any, quick, laptop, workstation"),
+        ('["laptop"]', "[]", "claim a: scope must say why no profile decides it"),
+        ("value = 48", "value = 48\npairs = [1, 2]", "claim a: pairs must hold 4 numbers"),
+        ('measure = "accuracy"', 'measure = "luck"', "claim a: contrast: measure 'luck'"),
+        ('arm = "plain"', 'amr = "plain"', "claim a: contrast: contrast key 'amr' is unknown"),
+        ('id = "a"', "", "claim number 1: id is missing"),
+        ("value = 48", "value = ", "claims.toml is no TOML file"),
+    ],
+)
+def test_a_bad_file_is_named_by_claim_and_field(tmp_path, old, new, message):
+    path = tmp_path / "claims.toml"
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        claims.load(path)
+
+
+def test_an_id_used_twice_is_refused(tmp_path):
+    path = tmp_path / "claims.toml"
+    path.write_text(GOOD)
+    assert claims.load(path)[0].profiles == ("laptop",)
+    path.write_text(GOOD + GOOD)
+    with pytest.raises(ValueError, match="claim a: id is used twice"):
+        claims.load(path)
+
+
+# ------------------------------------------------------------------ audits
+
+
+def test_audit_of_the_published_pairs():
+    found = claims.audit(CLAIMS["rbslm-memory-gain"])
+    assert found.reading == "p = 0.15: cannot tell 8 points from none; 292 pairs needed"
+    assert (found.interval.low, found.interval.high) == pytest.approx((-1.5, 17.5), abs=0.6)
+    assert claims.audit(CLAIMS["rbslm-memory-gain-two-fixes"]).n_needed == 1175
+
+
+@pytest.mark.parametrize(
+    ("name", "reading"),
+    [
+        ("rbslm-baseline-accuracy", "30.9 to 49.8 percent from n = 100"),
+        ("rbslm-memory-compliance", "p < 0.001: the counts bear a difference of 30.5 to 53.8"),
+        ("rb-webarena-flash", "p = 0.0019: the counts bear a difference of 3.1 to 13.6 points"),
+        ("openrs-sober-rs3-aime24", "p = 0.64: cannot tell 1 points from none; 348 runs per arm"),
+        ("dms-aime24", "no counts published"),
+        ("nab-weights-4b-8bit", "no counts published"),
+    ],
+)
+def test_audit_readings(name, reading):
+    assert claims.audit(CLAIMS[name]).reading.startswith(reading)
+
+
+# ------------------------------------------------------------------ verdicts, rule by rule
+
+
+def point(estimate, low, high, n=300, **rest):
+    return claims.Measurement(estimate, low, high, n, "points", **rest)
+
+
+DOWN = replace(GAIN, value=40.0, baseline=48.0, pairs=None)
+UNSIZED = replace(GAIN, value=None, baseline=None, pairs=None)
+SIZE = replace(GAIN, rule="size", resolution=10.0)
+ALONE = replace(CLAIMS["rbslm-baseline-accuracy"], profiles=("laptop",))
+EQUAL = replace(GAIN, rule="no_loss", margin=3.0)
+CELL = CLAIMS["nab-weights-0.6b-16bit"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "measurement", "word"),
+    [
+        (GAIN, point(6, 1, 11), "reproduced"),
+        (GAIN, point(-6, -11, -1), "contradicted"),
+        (GAIN, point(2, -3, 7), "not reproduced"),
+        (GAIN, point(4, -1, 9), "inconclusive"),  # zero and 8 are both inside
+        (GAIN, point(0, -7.5, 7.5), "not reproduced"),
+        (GAIN, point(-9, -19, 1), "inconclusive"),  # excludes 8, but could not have found it
+        (DOWN, point(-6, -11, -1), "reproduced"),
+        (DOWN, point(6, 1, 11), "contradicted"),
+        (DOWN, point(-2, -7, 3), "not reproduced"),
+        (UNSIZED, point(6, 1, 11), "reproduced"),
+        (UNSIZED, point(0, -1, 1), "inconclusive"),
+        (SIZE, point(7, 1, 13), "reproduced"),
+        (SIZE, point(20, 14, 26), "not reproduced"),
+        (SIZE, point(3, 1, 5), "not reproduced"),
+        (SIZE, point(6, -2, 14), "inconclusive"),  # holds 8 and 0
+        (SIZE, point(20, 5, 35), "inconclusive"),  # too wide to decide
+        (SIZE, point(-20, -35, -5), "contradicted"),  # wide, yet on the other side
+        (ALONE, point(43, 38, 48), "reproduced"),
+        (ALONE, point(70, 65, 75), "not reproduced"),
+        (ALONE, point(45, 33, 57), "inconclusive"),
+        (EQUAL, point(0, -2.9, 2.9, inner=(-2.4, 2.4)), "reproduced"),
+        (EQUAL, point(0, -3.4, 3.4, inner=(-2.9, 2.9)), "reproduced"),  # TOST looks at 90%
+        (EQUAL, point(0, -2.9, 2.9), "reproduced"),  # no 90% interval: the 95% one is stricter
+        (EQUAL, point(-2, -5, 1, inner=(-4.5, 0.5)), "inconclusive"),
+        (EQUAL, point(-8, -12, -4, inner=(-11, -5)), "contradicted"),
+        (EQUAL, point(8, 4, 12, inner=(5, 11)), "not reproduced"),
+        (CELL, claims.Measurement(1.42, 1.42, 1.42, 1, "GiB"), "reproduced"),
+        (CELL, claims.Measurement(1.11, 1.11, 1.11, 1, "GiB"), "not reproduced"),
+    ],
+)
+def test_each_rule_gives_its_word(claim, measurement, word):
+    found = claims.verdict(claim, measurement, "laptop")
+    assert found.word == word, found.reason
+    assert found.word in claims.WORDS and found.reason
+    assert (found.claim_id, found.estimate, found.n) == (
+        claim.id, measurement.estimate, measurement.n,
+    )  # fmt: skip
+
+
+def test_threshold_is_decided_by_its_bootstrap_interval():
+    claim = replace(CLAIMS["nab-scale-threshold"], profiles=("laptop",))
+    words = [
+        claims.verdict(claim, claims.Measurement(*bounds, 100, "GiB"), "laptop").word
+        for bounds in ((4.0, 3.5, 4.6), (2.0, 1.5, 2.6), (4.0, 1.0, 8.0))
+    ]
+    assert words == ["reproduced", "not reproduced", "inconclusive"]
+
+
+def test_out_of_reach_and_not_measured_say_what_would_help():
+    reach = claims.verdict(CLAIMS["rbslm-memory-gain"], point(6, 1, 11), "laptop")
+    assert reach.word == "out of reach here" and "workstation profile would decide" in reach.reason
+    never = claims.verdict(CLAIMS["rb-webarena-flash"], None, "workstation")
+    assert never.word == "out of reach here" and "WebArena" in never.reason
+    tour = claims.verdict(GAIN, point(6, 1, 11), "tour")
+    assert tour.word == "out of reach here" and "the laptop profile would" in tour.reason
+    waiting = claims.verdict(GAIN, None, "laptop")
+    assert (waiting.word, waiting.reason) == (None, "not measured yet: run 01_baseline")
+
+
+def test_a_run_too_small_says_how_many_problems_it_needs():
+    # 60 pairs at the published discordance; the published size needs 292
+    small = claims.verdict(GAIN, measured(10, 5, 60), "laptop")
+    assert small.word == "inconclusive"
+    needed = int(re.search(r"80% power takes about (\d+)", small.reason)[1])
+    assert 250 < needed < 350
+
+
+# ------------------------------------------------------------------ error rates, exact
+
+
+def test_a_true_effect_at_the_required_n_is_reproduced_in_eighty_percent():
+    rates = word_rates(GAIN, 292, 0.16, 0.08)
+    assert rates["reproduced"] == pytest.approx(0.80, abs=0.02)
+    assert rates["contradicted"] < 0.001
+    assert rates["not reproduced"] < 0.03
+
+
+def test_a_null_effect_at_the_required_n_is_rarely_reproduced():
+    rates = word_rates(GAIN, 292, 0.12, 0.12)
+    assert rates["reproduced"] <= 0.03  # one side of a two-sided 5% test
+    assert rates["contradicted"] <= 0.03
+    assert rates["not reproduced"] > 0.7
+    assert sum(rates.values()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0.12, 0.12), (0.16, 0.08)])
+def test_an_underpowered_run_comes_out_inconclusive(wins, losses):
+    rates = word_rates(GAIN, 60, wins, losses)
+    assert rates["inconclusive"] > 0.7
+    assert rates["not reproduced"] < 0.03
+    if wins == losses:
+        assert rates["reproduced"] <= 0.03 and rates["inconclusive"] > 0.9
+
+
+def test_equivalence_is_shown_with_power_and_refuted_at_the_margin():
+    claim = replace(GAIN, rule="no_loss", margin=8.0)
+    assert word_rates(claim, 292, 0.12, 0.12)["reproduced"] > 0.7
+    assert word_rates(claim, 292, 0.08, 0.16)["reproduced"] <= 0.055
+    assert word_rates(claim, 40, 0.12, 0.12)["inconclusive"] > 0.9
+
+
+def test_studies_simulated_from_nested_records_keep_the_null_rate():
+    rng, found = np.random.default_rng(4), []
+    table = records({arm: np.zeros((60, 3)) for arm in ("plain", "format")})
+    for _ in range(100):
+        skill = np.repeat(rng.beta(1, 2, size=60), 3)  # the same problems in both arms
+        table["correct"] = rng.random(360) < np.tile(skill, 2)
+        found.append(claims.verdict(GAIN, claims.measure(GAIN, table), "laptop").word)
+    shares = pd.Series(found).value_counts(normalize=True)
+    assert shares.get("reproduced", 0) <= 0.05  # nominal 0.025
+    assert 0 < shares.get("reproduced", 0) + shares.get("contradicted", 0) <= 0.09
+
+
+# ------------------------------------------------------------------ measuring from records
+
+
+def test_paired_by_problem_whatever_the_order_and_only_where_both_arms_are():
+    plain = np.array([[0], [1], [0], [1], [np.nan], [1.0]])
+    format_ = np.array([[1], [1], [1], [0], [1], [np.nan]])
+    table = records({"plain": plain, "format": format_}).sample(frac=1, random_state=3)
+    found = claims.measure(GAIN, table)
+    oracle = stats.tango(2, 1, 4)  # p0 and p2 won, p3 lost, p1 equal
+    assert (found.estimate, found.low, found.high) == pytest.approx(
+        (25.0, 100 * oracle.low, 100 * oracle.high)
+    )
+    assert (found.n, found.records, found.unit) == (4, 8, "points")
+    assert found.origin == "01_baseline"
+    assert found.inner[0] > found.low
+
+
+def test_samples_are_nested_in_their_problem():
+    plain, format_ = np.zeros((12, 4)), np.zeros((12, 4))
+    format_[:6, 0] = 1  # six problems gain a quarter each
+    format_[6, :] = 1  # one gains all
+    found = claims.measure(GAIN, records({"plain": plain, "format": format_}))
+    assert found.estimate == pytest.approx(100 * (6 * 0.25 + 1) / 12)
+    assert (found.n, found.records) == (12, 96)
+
+
+def test_absent_arms_are_not_measured():
+    table = records({"plain": np.ones((5, 1))})
+    assert claims.measure(GAIN, table) is None
+    assert claims.measure(GAIN, table.iloc[:0]) is None
+    assert claims.measure(GAIN, pd.DataFrame()) is None
+    assert claims.measure(CLAIMS["nab-kv-4b-x1"], table) is None
+    other = records({"plain": np.ones((5, 1)), "format": np.ones((5, 1))}, model="hub:else")
+    assert claims.measure(GAIN, other) is None
+
+
+def single(measure, table, **rest):
+    return contrasts.compute({"measure": measure, "arm": "plain", **rest}, table)
+
+
+def test_measures_of_one_arm():
+    table = records({"plain": np.array([[1, 1, 1, 1, 0, 0, 0, 0, 0, 0]]).T.astype(float)})
+    table["finish"] = ["stop"] * 3 + ["length"] * 3 + ["stop"] * 4
+    table["new_tokens"] = [100] * 9 + [5000]
+    table["compliant"] = [True] * 2 + [False] * 8
+    table["method"] = ["boxed"] * 7 + ["none"] * 3
+    assert single("accuracy", table).estimate == pytest.approx(40)
+    assert single("finished", table).estimate == pytest.approx(70)
+    assert single("compliance", table).estimate == pytest.approx(20)
+    assert single("boxed", table).estimate == pytest.approx(70)
+    given = single("accuracy_given_finished", table)
+    oracle = stats.wilson(3, 7)
+    assert (given.estimate, given.n) == (pytest.approx(300 / 7), 7)
+    assert (given.low, given.high) == pytest.approx((100 * oracle.low, 100 * oracle.high))
+    # within a context of 4,096 the last one is unfinished, and what is unfinished is not correct
+    assert single("finished", table, within=4096).estimate == pytest.approx(60)
+    assert single("accuracy", table, within=4096).estimate == pytest.approx(30)
+    assert single("accuracy", table).unit == "percent"
+    nothing = table.assign(finish="length")
+    assert single("accuracy_given_finished", nothing) is None
+
+
+def test_majority_against_one_sample():
+    answers = [["2", "3", "2"], ["", "", "5"], ["1", "4", "4"], ["7", "8", "9"]]
+    gold = ["2", "5", "1", "7"]
+    right = np.array([[a == g for a in row] for row, g in zip(answers, gold, strict=True)])
+    table = records({"plain": right.astype(float)}, extracted=sum(answers, []))
+    table = table.sample(
+        frac=1, random_state=1
+    )  # the tie of the last problem must not depend on it
+    assert single("majority", table).estimate == pytest.approx(75)  # right, right, wrong, right
+    both = single("majority", table, control_measure="accuracy")
+    assert both.estimate == pytest.approx(75 - 100 * (2 + 1 + 1 + 1) / 12)
+    assert (both.n, both.records) == (4, 12)
+
+
+def test_one_sample_or_greedy_copies_are_no_vote():
+    idle = CLAIMS["nab-voting-idle-below"]
+    assert claims.measure(idle, records({"plain": np.ones((300, 1))})) is None
+    greedy = records({"plain": np.ones((300, 5))}, temperature=0.0)
+    assert claims.measure(idle, greedy) is None
+    assert single("majority", greedy) is None
+    sampled = records({"plain": np.ones((300, 5))})
+    assert claims.verdict(idle, claims.measure(idle, sampled), "laptop").word == "reproduced"
+    greedy["sample"] += 5
+    both = pd.concat([sampled, greedy])
+    assert claims.measure(idle, both).records == 1500
+    with pytest.raises(ValueError, match="more than one temperature: 0.0, 0.7"):
+        single("accuracy", both)
+
+
+def test_filters_restrict_the_records():
+    easy = records({"plain": np.ones((20, 1))}, level=1, model="hub:Qwen/Qwen3-1.7B")
+    hard = records(
+        {"plain": np.zeros((20, 1))}, level=4, source="math", model="hub:Qwen/Qwen3-1.7B"
+    )
+    table = pd.concat([easy, hard], ignore_index=True)
+    assert single("accuracy", table).estimate == 50
+    assert single("accuracy", table, level=[3, 4]).estimate == 0
+    assert single("accuracy", table, source="laptop", model="qwen3-1.7b").estimate == 100
+
+
+def test_policies_are_arms_where_a_contrast_says_so():
+    full = records({"plain": np.ones((30, 1))})
+    evicted = records({"plain": np.zeros((30, 1))}, policy="dms-4x")
+    table = pd.concat([full, evicted], ignore_index=True)
+    found = claims.measure(CLAIMS["dms-short-context-loss"], table)
+    assert found.estimate == -100
+    verdict = claims.verdict(CLAIMS["dms-short-context-loss"], found, "laptop")
+    assert verdict.word == "contradicted"
+    with pytest.raises(ValueError, match="'plain' has records of more than one policy: dms-4x, f"):
+        single("accuracy", table)
+
+
+def test_pooling_and_double_counting_are_refused_by_name():
+    arms = {"plain": np.ones((5, 1)), "format": np.ones((5, 1))}
+    two = pd.concat([records(arms), records(arms, model="hub:Qwen/Qwen3-1.7B")])
+    with pytest.raises(ValueError, match="claim rbslm-format-accuracy: .*more than one model"):
+        claims.measure(GAIN, two)
+    with pytest.raises(ValueError, match="two records of problem 'p0', seed 0, sample 0"):
+        claims.measure(GAIN, pd.concat([records(arms), records(arms)]))
+
+
+def test_measured_table_joins_records_and_given_measurements():
+    rng = np.random.default_rng(0)
+    plain = (rng.random((300, 1)) < 0.3).astype(float)
+    table = records({"plain": plain, "format": np.maximum(plain, rng.random((300, 1)) < 0.1)})
+    given = {"nab-kv-4b-x1": claims.Measurement(4.12, 4.12, 4.12, 1, "GiB")}
+    found = claims.measured_table(CLAIMS.values(), table, "laptop", given).set_index("claim")
+    assert list(found.reset_index().columns) == claims.COLUMNS
+    assert len(found) == len(CLAIMS)
+    assert found.loc["rbslm-format-accuracy", "verdict"] == "reproduced"
+    assert found.loc["rbslm-format-accuracy", "n"] == 300
+    assert found.loc["rbslm-format-accuracy", "published"] == "48 against 40 percent"
+    assert found.loc["nab-kv-4b-x1", "verdict"] == "reproduced"
+    assert found.loc["rbslm-baseline-accuracy", "verdict"] == "out of reach here"
+    assert pd.isna(found.loc["rbslm-baseline-accuracy", "n"])
+    assert found.loc["nab-kv-32b-x16", "verdict"] == ""
+    assert found.loc["nab-kv-32b-x16", "reason"] == "not measured yet: run 06_memory_budget"
+    assert set(found["verdict"]) <= {*claims.WORDS, ""}
+
+
+def test_claims_need_no_model_library():
+    heavy = "{'torch', 'lancedb', 'transformers'}"
+    code = f"import sys, kit.analysis.claims; print({heavy} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "set()"
+    assert (DATA / "claims.toml").exists()
+
+
+def test_a_mean_of_values_has_students_interval():
+    values = [0.3, 0.1, 0.5, 0.2, 0.9]
+    found = contrasts.mean_of(values, "nats")
+    for level, ends in ((0.95, (found.low, found.high)), (0.90, found.inner)):
+        expected = ttest_1samp(values, 0).confidence_interval(level)
+        assert ends == pytest.approx((expected.low, expected.high))
+    assert (found.estimate, found.n) == (pytest.approx(0.4), 5)
+    alone = contrasts.mean_of([0.3], "nats")
+    assert (alone.low, alone.high) == (-np.inf, np.inf), "one value says nothing of its spread"
+
+
+@pytest.mark.parametrize(
+    "made, texts",
+    [
+        (contrasts.exact(36_000, "completions"), ("36000 completions", "")),
+        (contrasts.exact(4.62437, "billion"), ("4.624 billion", "")),
+        (contrasts.mean_of([0.25, 0.75], "nats"), ("0.5 nats", "-2.677 to 3.677")),
+        (contrasts.Measurement(-1.84, -7.73, 4.2, 112, "points"), ("-1.8 points", "-7.7 to 4.2")),
+    ],
+)
+def test_what_was_not_sampled_has_no_interval(made, texts):
+    assert made.texts() == texts

@@ -1,0 +1,333 @@
+"""Figures: what is drawn is what the table says, nothing overlaps, the bytes repeat."""
+
+import base64
+import re
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+from IPython.core.formatters import DisplayFormatter
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from kit.analysis import claims, pareto, plot_style, tables
+from kit.analysis import plots as figures
+from kit.budget import plots as costs
+from kit.training import checkpoint_selection
+from kit.training import plots as curves
+
+
+def family_table(rows: list[tuple]) -> pd.DataFrame:
+    """What `tables.by_family` gives, as far as the figure reads it."""
+    table = pd.DataFrame(rows, columns=["family", "level", "accuracy"])
+    return table.astype({"level": object})
+
+
+def many(shift: float) -> pd.DataFrame:
+    rows = [(f"family_relationships_{i}", level, (20 + shift, 10 + shift, 40 + shift))
+            for i in range(12) for level in (1, 2, 3)]  # fmt: skip
+    return family_table([*rows, ("all", "", (20 + shift, 18 + shift, 22 + shift))])
+
+
+def small() -> dict[str, pd.DataFrame]:
+    plain = [("gcd", 1, (50.0, 20.0, 80.0)), ("sums", 2, (0.0, 1e-15, 30.0))]
+    form = [("gcd", 1, (60.0, 30.0, 90.0)), ("sums", 2, (100.0, 70.0, 100.0 - 1e-13))]
+    return {
+        "plain": family_table([*plain, ("all", "", (25.0, 20.0, 30.0))]),
+        "format": family_table([*form, ("all", "", (80.0, 75.0, 85.0))]),
+    }
+
+
+def drawn(picture: plot_style.Picture) -> dict[str, list[tuple]]:
+    """By legend label the (x, low, high, name of the row) of every point."""
+    (axes,) = picture.axes
+    ticks, texts = axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()]
+    found = {}
+    for container in axes.containers:
+        line, _, (bars,) = container
+        points = []
+        for x, y, segment in zip(line.get_xdata(), line.get_ydata(), bars.get_segments()):
+            name = texts[int(np.argmin(np.abs(ticks - y)))]
+            points.append((x, segment[0][0], segment[1][0], name))
+        found[container.get_label()] = points
+    return found
+
+
+def boxes(picture: plot_style.Picture):
+    """Drawn extents of axes, legend, row names and the whole, in pixels."""
+    renderer = FigureCanvasAgg(picture).get_renderer()
+    picture.draw(renderer)
+    (axes,), (legend,) = picture.axes, picture.legends
+    names = [label.get_window_extent(renderer) for label in axes.get_yticklabels()]
+    around = [axes.xaxis.label.get_window_extent(renderer), *names]
+    return axes.get_window_extent(), legend.get_window_extent(renderer), names, around, picture.bbox
+
+
+def contrasts_of(count: int) -> pd.DataFrame:
+    """A table of `count` contrasts as `tables.against` makes it."""
+    rows = [("retrieved", f"retrieved-arm{i}", (i - 4.0, i - 6.0, i + 1.0)) for i in range(count)]
+    table = pd.DataFrame(rows, columns=["arm", "control", "difference"])
+    return table.assign(primary=[True] + [False] * (count - 1))
+
+
+@cache
+def audits_of_all() -> pd.DataFrame:
+    return tables.audits(claims.load())
+
+
+def test_accuracy_draws_the_table():
+    points = drawn(figures.accuracy_by_family(small()))
+    assert [*points] == ["plain", "format"]
+    for arm, table in small().items():
+        assert [name for *_, name in points[arm]] == ["gcd 1", "sums 2", "all"]
+        for (*numbers, _), expected in zip(points[arm], table["accuracy"], strict=True):
+            assert numbers == pytest.approx(expected)
+
+
+def test_arms_with_different_families_share_their_rows():
+    plain = small()["plain"]
+    form = family_table([("words", 1, (5.0, 0.0, 9.0)), ("all", "", (5.0, 0.0, 9.0))])
+    points = drawn(figures.accuracy_by_family({"plain": plain, "format": form}))
+    assert [name for *_, name in points["plain"]] == ["gcd 1", "sums 2", "all"]
+    assert [name for *_, name in points["format"]] == ["words 1", "all"]
+
+
+def test_effects_are_the_differences_with_counts_and_split_at_zero():
+    audits = audits_of_all()
+    points = drawn(figures.published_effects(audits))
+    rows = audits[audits["p"].notna()]
+    assert sum(map(len, points.values())) == len(rows) > 20
+    (clear, ends), (unclear, _) = points.items()
+    assert clear == f"excludes zero ({len(ends)})" and unclear.startswith("includes zero")
+    assert all(low > 0 or high < 0 for _, low, high, _ in ends)
+    assert all(low <= 0 <= high for _, low, high, _ in points[unclear])
+    by_claim = rows.set_index("claim")
+    for x, low, high, name in ends + points[unclear]:
+        expected = by_claim.loc[name, ["estimate", "low", "high"]].to_list()
+        assert [x, low, high] == pytest.approx(expected)
+
+
+def test_effects_leave_out_other_units():
+    audits = audits_of_all().query("claim == 'rbslm-memory-gain'")
+    other = audits.assign(claim="steps", published="8 against 9 steps")
+    points = drawn(figures.published_effects(pd.concat([audits, other])))
+    assert [name for found in points.values() for *_, name in found] == ["rbslm-memory-gain"]
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        lambda: figures.accuracy_by_family(small()),
+        lambda: figures.accuracy_by_family({"plain": many(0)}),
+        lambda: figures.accuracy_by_family({str(i): many(10 * i) for i in range(4)}),
+        lambda: figures.published_effects(audits_of_all()),
+        lambda: figures.published_effects(audits_of_all().query("claim == 'rbslm-memory-gain'")),
+        lambda: figures.forest(contrasts_of(9)),
+        lambda: figures.forest(contrasts_of(1)),
+    ],
+    ids=["small", "one arm", "four arms", "all claims", "one claim", "nine arms", "one control"],
+)
+def test_nothing_overlaps_or_is_cut_off(picture):
+    axes, legend, names, around, whole = boxes(picture())
+    assert not legend.overlaps(axes)
+    for above, below in zip(names, names[1:]):
+        assert not above.overlaps(below)
+    for box in [*around, legend]:
+        assert whole.x0 <= box.x0 and box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 and box.y1 <= whole.y1
+    assert axes.width > 0.3 * whole.width  # long names leave room for the data
+
+
+def test_alt_text_says_the_overall_numbers():
+    assert figures.accuracy_by_family(small()).alt == (
+        "Accuracy by problem family and level. Over all problems: "
+        "plain 25% (20% to 30%); format 80% (75% to 85%)."
+    )
+    audits = audits_of_all().query("claim in ['rbslm-memory-gain', 'rbslm-format-compliance']")
+    alt = figures.published_effects(audits).alt
+    assert alt.startswith("Of 2 published differences") and alt.endswith("of 1 includes it.")
+    assert "of 1 excludes zero" in alt
+
+
+def test_svg_repeats_is_self_contained_and_escapes():
+    first, second = (figures.accuracy_by_family(small()) for _ in range(2))
+    assert plot_style.svg(first) == plot_style.svg(second)
+    first.alt = '"><script>alert(1)</script>'
+    tag = plot_style.svg(first)
+    assert "<script>" not in tag and tag.count("<") == 1
+    source = base64.b64decode(re.search(r'base64,([^"]+)"', tag)[1]).decode()
+    assert source.count("<svg") == 1 and "<text" not in source  # letters are shapes
+    links = re.findall(r'(?:xlink:href|href|src)="([^"]*)"', source)
+    assert links and all(link.startswith("#") for link in links)
+
+
+def test_notebooks_show_a_picture_with_its_text():
+    data, _ = DisplayFormatter().format(figures.accuracy_by_family(small()))
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert data["text/plain"].startswith("Accuracy by problem family")
+
+
+def test_series_differ_in_colour_and_in_marker():
+    colours, markers = zip(*figures.SERIES)
+    assert len({*colours}) == len({*markers}) == len(figures.SERIES)
+
+
+def quality_table() -> pd.DataFrame:
+    rows = [
+        (name, x, 1 / x, (kl / x, kl / x / 2, kl / x * 2), 1e6 / x)
+        for name, kl in (("dms", 1.0), ("window", 3.0), ("<b>", 2.0))
+        for x in (2, 4)
+    ]
+    return pd.DataFrame(
+        rows, columns=["policy", "compression_x", "kept_fraction", "kl", "kv_bytes"]
+    )
+
+
+def test_quality_draws_every_policy_and_names_the_best():
+    picture = figures.quality(quality_table())
+    (axes,) = picture.axes
+    assert axes.get_yscale() == "log" and len(axes.containers) == 3
+    assert picture.alt.endswith("dms at 2x, dms at 4x.")
+    FigureCanvasAgg(picture).draw()
+
+
+def test_allocated_bytes_are_drawn_against_what_is_kept():
+    picture = figures.allocated(quality_table())
+    (axes,) = picture.axes
+    for line in axes.lines:
+        kept, mebibytes = line.get_data()
+        assert list(mebibytes) == pytest.approx([1e6 * share / 2**20 for share in kept])
+    FigureCanvasAgg(picture).draw()
+
+
+def test_training_shows_gates_schedule_and_kl():
+    history = [dict(step=i, kl=0.1 * i, closed=0.2 * i, target=0.25 * i) for i in range(1, 4)]
+    picture = figures.training(history)
+    upper, lower = picture.axes
+    assert [list(line.get_ydata()) for line in upper.lines][1] == pytest.approx([0.2, 0.4, 0.6])
+    assert list(lower.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
+    assert "0.60" in picture.alt and "0.75" in picture.alt
+    FigureCanvasAgg(picture).draw()
+
+
+def test_what_is_kept_is_drawn_per_layer_and_head_and_shaded_in_the_text():
+    kept = [[np.array([0, 1, 2]), np.array([2])], [np.array([2, 3]), np.array([2])]]
+    picture = figures.kept_heatmap(kept, 4)
+    image = picture.axes[0].images[0].get_array()
+    assert image.T.tolist() == [[0.75, 0.25], [0.5, 0.25]]
+    assert "from 0.25 to 0.75" in picture.alt
+    page = figures.kept_text(["a", "<script>", "c", "d"], kept)
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert [int(n) for n in re.findall(r"kept by (\d) of 4", page)] == [1, 1, 4, 1]
+
+
+def test_the_frontier_is_named_in_l_w_cr():
+    columns = ["length", "width", "compression", "reads", "accuracy", "on_frontier"]
+    rows = [
+        (64, 1, "1x", 10.0, 0.2, True),
+        (64, 2, "4x", 12.0, 0.3, True),
+        (64, 4, "1x", 40.0, 0.1, False),
+    ]
+    picture = figures.frontier(pd.DataFrame(rows, columns=columns), "reads", "KV reads, tokens")
+    assert picture.alt.endswith("64-1-1x, 64-2-4x.")
+    FigureCanvasAgg(picture).draw()
+
+
+def test_forest_draws_the_contrasts_and_tells_the_declared_one():
+    table = contrasts_of(4)
+    points = drawn(figures.forest(table))
+    assert [len(points["declared"]), len(points["further"])] == [1, 3]
+    for (x, low, high, name), row in zip(
+        points["declared"] + points["further"], table.itertuples(), strict=True
+    ):
+        assert (x, low, high) == pytest.approx(row.difference)
+        assert name == row.control
+    assert "the declared contrast, retrieved-arm0, is -4.0 points [-6.0, 1.0]" in (
+        figures.forest(table).alt
+    )
+
+
+def test_the_map_shows_every_strategy_where_its_vector_is():
+    rng = np.random.default_rng(0)
+    families = [f"family_{i % 7}" for i in range(70)]
+    kinds = ["success" if i % 3 else "failure" for i in range(70)]
+    vectors = np.zeros((70, 20))
+    vectors[:, 5], vectors[:, 9] = 3 * rng.normal(size=70), rng.normal(size=70)
+    picture = figures.bank_map(vectors, families, kinds)
+    (axes,) = picture.axes
+    groups = {c.get_label(): c.get_offsets() for c in axes.collections}
+    assert len(groups) == 14 and sum(map(len, groups.values())) == 70
+    first = np.concatenate([groups[name][:, 0] for name in groups])
+    true = np.sort(np.abs(vectors[:, 5] - vectors[:, 5].mean()))
+    assert np.allclose(np.sort(np.abs(first)), true, atol=0.5), "the widest axis is the first"
+    colours = {tuple(c.get_facecolor()[0]) for c in axes.collections}
+    assert len(colours) == 7, "seven families, seven colours"
+    assert picture.alt.startswith("70 strategies of 7 families") and "100%" in picture.alt
+
+
+def test_the_cosine_figure_draws_the_curves_and_counts_the_long_outputs():
+    table = pd.DataFrame(
+        {"ratio": [0.0, 1, 2], "right, published": [1, 0.5, 1], "x": [1, 0.5, 0.5]}
+    )
+    lengths = {"characters": np.array([0.5, 1.5, 2.5, 9.0]), "tokens": np.array([0.5, 1.0, 1.0])}
+    picture = curves.cosine(lengths, table)
+    upper, lower = picture.axes
+    assert [line.get_label() for line in upper.get_lines()] == ["right, published", "x"]
+    assert list(upper.get_lines()[1].get_ydata()) == [1, 0.5, 0.5]
+    shares = [patch.get_data().values.sum() for patch in lower.patches]
+    assert shares == pytest.approx([100, 100]), "what is longer than the axis is in its last bar"
+    assert "characters 75%, tokens 0%" in picture.alt
+
+
+def test_checkpoints_and_rounds_are_drawn_where_the_table_says():
+    logs = checkpoint_selection.published()
+    picture = curves.checkpoints(logs)
+    assert len(picture.axes) == 3 and len(picture.axes[0].containers) == 3
+    drawn_ = picture.axes[0].containers[2].lines[0].get_ydata()
+    wanted = logs.query("experiment == 3 and benchmark == 'aime24'")["accuracy"]
+    assert list(drawn_) == [accuracy[0] for accuracy in wanted]
+    rows = [{"round": r, "way": way, "accuracy": (10.0 * r, 5.0, 40.0)} for r in (0, 1)
+            for way in ("with", "without")]  # fmt: skip
+    picture = curves.rounds(pd.DataFrame(rows))
+    assert picture.alt == "Accuracy by round of training: with 0%, 10%; without 0%, 10%."
+    assert [c.get_label() for c in picture.axes[0].containers] == ["with", "without"]
+
+
+def test_training_curves_have_a_band_over_seeds_and_only_panels_with_numbers():
+    runs = [[{"step": s, "reward": s * seed, "kl": 0.1} for s in (1, 2, 3)] for seed in (1, 3)]
+    picture = curves.training(runs, {"reward": "reward", "none": "none", "kl": "KL"})
+    first, second = [axes for axes in picture.axes if axes.get_visible()]
+    assert list(first.get_lines()[0].get_ydata()) == [2, 4, 6] and first.get_title() == "reward"
+    ends = first.collections[0].get_paths()[0].get_extents()
+    assert (ends.ymin, ends.ymax) == (1, 9) and second.get_title() == "KL"
+
+
+def test_the_ledger_stacks_what_it_is_given():
+    bars = {"formula": {"weights": 3 * 2**20, "norms": 0, "cache": 2**20}}
+    bars["allocated"] = {"weights": 4 * 2**20, "cache": 2**20}
+    picture = costs.ledger(bars)
+    (axes,) = picture.axes
+    ends = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
+    assert ends == [(0, 3), (0, 4), (3, 4), (4, 5)]  # weights of both, then caches of both
+    assert (
+        "formula 4.0 MiB (weights 3.00, cache 1.00)" in picture.alt and "norms" not in picture.alt
+    )
+    FigureCanvasAgg(picture).draw()
+
+
+@pytest.mark.parametrize("most", [3.0, 300.0])
+def test_a_frontier_shows_how_sure_each_point_is(most):
+    table = pd.DataFrame(
+        dict(bytes=[1.0, 2.0, most, most], place=["a", "b", "a", "b"]),
+    ).assign(interval=[(10.0, 5.0, 20.0), (5.0, 1.0, 9.0), (30.0, 20.0, 40.0), (30.0, 20.0, 40.0)])
+    outcomes = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0]], dtype=float)
+    found = pareto.table(table, "bytes", outcomes, np.random.default_rng(0))
+    picture = costs.frontier(found, "bytes", "bytes in all", "place")
+    (axes,) = picture.axes
+    alphas = np.concatenate([group.get_alpha() for group in axes.collections[:2]])
+    assert alphas.min() == costs.FAINT and alphas.max() <= 1
+    assert picture.alt.count("% at") == 2 and "33% at 1 (a, on it in" in picture.alt
+    FigureCanvasAgg(picture).draw()
+    texts = [label.get_text() for label in axes.get_xticklabels() if label.get_text()]
+    low, high = axes.get_xlim()
+    assert sum(low <= float(text) <= high for text in texts) >= 2

@@ -1,0 +1,492 @@
+"""Problem sets: real files, planted overlaps, malformed rows, a local hub, the frozen suite."""
+
+import ast
+import io
+import itertools
+import json
+import math
+import operator
+import os
+import random
+import re
+from collections import Counter
+from decimal import Decimal
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from kit import hub, paths
+from kit.data import suite
+from kit.data.dedup import near_duplicates
+from kit.data.generators import FAMILIES
+from kit.data.problems import OverlapError, ProblemSet, check_disjoint, hub_files, load
+from kit.data.sources import SOURCES
+from kit.schema import Problem
+from tests.fake_hub import build_cache
+
+DATA = Path(os.environ.get("KIT_DATA", paths.ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no published files (KIT_DATA)")
+MATH_TRAIN, MATH_TEST = DATA / "math_train.jsonl", DATA / "math_test.jsonl"
+COMMIT = "c0ffee" * 6 + "c0de"
+
+
+def problem(question: str, own: str = "p", answer: str = "1", level: int = 1) -> Problem:
+    return Problem(own, question, answer, "family", level, "test")
+
+
+def problem_set(*questions: str) -> ProblemSet:
+    made = tuple(problem(q, own=f"p{i}") for i, q in enumerate(questions))
+    return ProblemSet("made", "test", made, (), 0, "here")
+
+
+def math_row(problem="What is $1+1$?", solution=r"It is $\boxed{2}$.", **more) -> dict:
+    return {"problem": problem, "level": "Level 1", "type": "Algebra", "solution": solution} | more
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+# ---- real files -----------------------------------------------------------------------------
+
+
+@needs_data
+def test_published_files_load_whole():
+    rows = [json.loads(line) for line in MATH_TEST.open()]
+    found = load("math", path=MATH_TEST)
+    assert (len(found), found.rejects) == (5000, ())
+    assert Counter(p.level for p in found.problems) == Counter(int(r["level"][-1]) for r in rows)
+    assert len({p.family for p in found.problems}) == 7
+    gsm = load("gsm8k", path=DATA / "gsm8k_test.jsonl")
+    assert len(gsm) == 1319 and all(float(p.answer).is_integer() for p in gsm.problems)
+    assert not any("," in p.answer or "#" in p.answer for p in gsm.problems)
+    aime = load("aime24", path=DATA / "aime24.jsonl")
+    assert len(aime) == 30 and all(0 <= int(p.answer) <= 999 for p in aime.problems)
+
+
+@needs_data
+def test_math_train_is_cut_and_cleaned_of_the_test_split():
+    train = load("math", "train", path=MATH_TRAIN, test_path=MATH_TEST)
+    held = load("math", "validation", path=MATH_TRAIN, test_path=MATH_TEST)
+    # Two rows of unknown level, and two whose published solution boxes nothing.
+    assert [r.line for r in train.rejects] == [2721, 2774, 5530, 5532]
+    assert len(train) + len(held) + train.dropped + held.dropped + 4 == 7500
+    assert (train.dropped, held.dropped) == (48, 3)
+    assert 0.08 < len(held) / (len(train) + len(held)) < 0.12
+    check_disjoint(train, load("math", path=MATH_TEST))
+    check_disjoint(train, held)
+
+
+@needs_data
+def test_near_duplicates_equal_a_comparison_of_all_pairs():
+    """Oracle: every pair, words by str methods alone, no blocking and no size filter."""
+    drop = str.maketrans({c: " " for c in "$\\{}()[].,;:?!'\"_&|~%-+*/^=<>"})
+    plain = re.compile(r"[a-z ]*\d*[a-z ?.,]*\d*[a-z ?.,]*")  # hardly any LaTeX to normalise
+
+    def shingles(text: str) -> set:
+        words = text.lower().translate(drop).split()
+        return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+    pool = [p for p in load("math", path=MATH_TEST).problems if plain.fullmatch(p.question.lower())]
+    a = pool[:100]
+    rng = random.Random(0)
+    b = [problem(" ".join(p.question.split()[rng.randrange(4) :]), own=p.id) for p in a]
+    expected = set()
+    for one, other in itertools.product(a, b):
+        left, right = shingles(one.question), shingles(other.question)
+        same = re.findall(r"\d+", one.question) == re.findall(r"\d+", other.question)
+        if same and len(left & right) / len(left | right) >= 0.8:
+            expected.add((one.id, other.id))
+    assert 20 < len(expected) < 100
+    assert {(x.id, y.id) for x, y, _ in near_duplicates(a, b)} == expected
+
+
+# ---- the guard ------------------------------------------------------------------------------
+
+ORIGINAL = (
+    r"Let $f(x) = \frac{1}{2}x^2 + 1,000x$, where $x$ is a positive integer less than 30. "
+    r"What is the sum of all values of $f(x)$?"
+)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        ORIGINAL,
+        ORIGINAL.upper().replace(r"\FRAC", r"\frac"),
+        ORIGINAL.replace("$", "").replace("  ", " ").replace(" where", "\n\n where"),
+        ORIGINAL.replace(r"\frac{1}{2}", r"\dfrac12").replace("1,000", r"1{,}000\,"),
+        ORIGINAL.replace("1,000", "1000"),
+        ORIGINAL + " Show your work.",
+        ORIGINAL.replace("30", "３０"),
+    ],
+)
+def test_a_copy_in_other_clothes_is_the_same_problem(copy):
+    with pytest.raises(OverlapError, match=r"share 1 problems: p0 = p0"):
+        check_disjoint(problem_set(ORIGINAL), problem_set(copy))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ORIGINAL.replace("30", "31"),
+        ORIGINAL.replace("1,000", "1.000"),
+        ORIGINAL.replace(r"\frac{1}{2}", r"\frac{2}{1}"),
+        "What is the sum of 1, 2, 2, 1000 and 30?",
+        "",
+    ],
+)
+def test_other_numbers_or_other_words_make_another_problem(other):
+    check_disjoint(problem_set(ORIGINAL), problem_set(other))
+
+
+def test_questions_that_differ_by_an_operator_differ():
+    check_disjoint(problem_set("What is 7 + 5?", "What is 7 * 5?"), problem_set("What is 7 - 5?"))
+
+
+# ---- malformed rows -------------------------------------------------------------------------
+
+
+def test_each_malformed_row_is_named_and_the_rest_loads(tmp_path):
+    good = [math_row(f"What is ${i}+1$?") for i in range(3)]
+    rows = {
+        2: (b"{not json", "not JSON: Expecting property name.* at column 2"),
+        4: (b'{"problem": "caf\xe9"}', "not UTF-8"),
+        5: (b"[1, 2]", "the row is list, not an object"),
+        6: ({"problem": "x?"}, "field 'solution' is missing"),
+        7: (math_row(problem=5), "field 'problem' is int, not text"),
+        8: (math_row(problem=" \n"), "field 'problem' is empty"),
+        9: (math_row(solution="It is 2."), "no boxed answer"),
+        10: (math_row(level="Level ?"), r"level unknown: 'Level \?'"),
+        11: (math_row(problem="lone \ud800"), "not UTF-8: surrogates"),
+        12: (b"[" * 100_000, "nested too deep|not JSON"),
+        13: (good[0], "same id as line 1"),
+    }
+    lines = [good[0], rows[2][0], good[1], *(rows[k][0] for k in range(4, 14)), b"", good[2]]
+    found = load("math", path=write_jsonl(tmp_path / "rows.jsonl", lines))
+    assert [p.answer for p in found.problems] == ["2"] * 3
+    assert [r.line for r in found.rejects] == list(rows)
+    for reject in found.rejects:
+        assert reject.file == "rows.jsonl" and re.search(rows[reject.line][1], reject.reason)
+    assert "11 rows rejected" in found.describe()
+    assert "rows.jsonl, line 2: not JSON" in found.describe()
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    with pytest.raises(
+        ValueError, match="not one usable row in rows.jsonl .*line 1: field 'problem"
+    ):
+        load("math", path=path)
+    broken = tmp_path / "rows.parquet"
+    broken.write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match="no readable parquet file"):
+        load("math", path=broken)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"name": "mathematics"}, "no problem set 'mathematics'; there are laptop, math"),
+        ({"name": "math", "split": "dev"}, "no split 'dev'"),
+        ({"name": "aime24", "split": "train"}, "aime24 is published for testing only"),
+        ({"name": "open-rs", "split": "test"}, "open-rs is published for training only"),
+        ({"name": "laptop", "path": "x"}, "path is for published sets"),
+        ({"name": "laptop", "levels": [1, 9]}, r"no level \[9\]; it has \[1, 2"),
+        ({"name": "laptop", "families": ["sudoku"]}, r"no family \['sudoku'\]; it has \["),
+        ({"name": "laptop", "n": 0}, "n=0"),
+    ],
+)
+def test_wrong_arguments_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        load(**call)
+
+
+# ---- the hub, in a local cache --------------------------------------------------------------
+
+
+def parquet(rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def jsonl(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+GPQA_CSV = (
+    "Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,"
+    "High-level domain\n"
+    + "".join(
+        f'r{i},"Which, then, {i}?",right,wrong a,wrong b,"wrong\nc",Physics\n' for i in range(20)
+    )
+).encode()
+
+
+@pytest.fixture
+def cache(hub_cache):
+    """Put tiny files under the real names of one set into an otherwise empty hub cache."""
+
+    def put(name: str, make: dict[str, bytes]) -> None:
+        build_cache(hub_cache, "dataset", SOURCES[name].repo, make, COMMIT)
+
+    return put
+
+
+def one_row(name: str) -> tuple[dict, str]:
+    """A row in the published columns of a set, and the gold answer it must give."""
+    long = "one, two, three " * 5
+    return {
+        "math500": (
+            {"problem": "Q?", "answer": r"\frac{1}{2}", "solution": "", "subject": "Geometry"}
+            | {"level": 4, "unique_id": "test/geometry/1.json"},
+            r"\frac{1}{2}",
+        ),
+        "aime24": ({"id": 60, "problem": long, "answer": "073", "solution": ""}, "73"),
+        "aime25": ({"id": "0", "problem": long, "answer": "588"}, "588"),
+        "amc23": ({"id": 0, "question": long, "answer": 27.0, "url": ""}, "27"),
+        "minerva": ({"question": long, "answer": "4.5e33"}, "4.5e33"),
+        "olympiad": ({"question": long, "final_answer": ["$2$", r"$\sqrt{3}$"]}, r"2, \sqrt{3}"),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "minerva", "olympiad"])
+def test_test_sets_load_from_the_hub_cache(cache, name):
+    row, gold = one_row(name)
+    (repo, file), *others = hub_files(name)
+    assert not others and repo == SOURCES[name].repo
+    cache(name, {file: (parquet if file.endswith("parquet") else jsonl)([row])})
+    found = load(name)
+    assert [p.answer for p in found.problems] == [gold]
+    assert found.revision == f"{repo}@{COMMIT[:12]}"
+    assert hub.pinned_revision("dataset", repo) == COMMIT
+    assert found.problems[0].level == (4 if name == "math500" else 0)
+
+
+def test_training_sets_load_from_the_hub_cache(cache):
+    """The answer where it is published apart, else what the solution boxes; two levels."""
+    rows = [
+        {"problem": "Q1?", "answer": "$7$", "solution": "", "level": "Easy"},
+        {"problem": "Q2?", "answer": "", "solution": r"\boxed{\frac{1}{2}}", "level": "Hard"},
+    ]
+    ((repo, file),) = hub_files("open-rs", "train")
+    cache("open-rs", {file: parquet(rows)})
+    found = [*load("open-rs", "train").problems, *load_if_any("open-rs", "validation")]
+    assert {(p.question, p.answer, p.level) for p in found} == {
+        ("Q1?", "7", 1),
+        ("Q2?", r"\frac{1}{2}", 2),
+    }
+
+
+def load_if_any(name: str, split: str) -> tuple:
+    """Of two rows the validation split may have none."""
+    try:
+        return load(name, split).problems
+    except ValueError:
+        return ()
+
+
+def test_math_from_the_hub_cache_equals_the_local_file(cache, tmp_path):
+    """All seven subjects; ids do not depend on where the rows came from."""
+    rows = {
+        (half, subject): [
+            math_row(f"In {half} {subject}, what is ${k}+{k}$?", type=subject.replace("_", " "))
+            for k in range(12)
+        ]
+        for half in ("train", "test")
+        for subject in ("algebra", "counting_and_probability", "geometry", "precalculus")
+        + ("intermediate_algebra", "number_theory", "prealgebra")
+    }
+    rows["train", "algebra"].append(rows["test", "algebra"][0] | {"level": "Level 5"})
+    cache("math", {f"{s}/{h}-00000-of-00001.parquet": parquet(r) for (h, s), r in rows.items()})
+    assert len(hub_files("math")) == 7 and len(hub_files("math", "train")) == 14
+    local = {
+        half: write_jsonl(
+            tmp_path / f"{half}.jsonl",
+            [row for (h, _), some in reversed(rows.items()) if h == half for row in some],
+        )
+        for half in ("train", "test")
+    }
+    assert load("math").fingerprint == load("math", path=local["test"]).fingerprint
+    train, held = load("math", "train"), load("math", "validation")
+    assert train.dropped + held.dropped == 1 and len(train) + len(held) == 84
+    again = load("math", "train", path=local["train"], test_path=local["test"])
+    assert again.fingerprint == train.fingerprint
+    unguarded = (
+        load("math", "train", path=local["train"]),
+        load("math", "validation", path=local["train"]),
+    )
+    assert all("not checked against a test split" in one.revision for one in unguarded)
+    assert sum(len(one) for one in unguarded) == 85
+
+
+def test_gsm8k_gold_is_what_follows_the_marks(cache):
+    row = {"question": "How many?", "answer": "He has #### 3 signs <<1+1=2>>.\n#### 1,234,567"}
+    cache("gsm8k", {"main/test-00000-of-00001.parquet": parquet([row])})
+    assert load("gsm8k").problems[0].answer == "1234567"
+
+
+def test_gpqa_is_gated_and_its_gold_letter_points_at_the_right_option(cache):
+    with pytest.raises(hub.HubError, match="gpqa is gated: accept its terms at .*hf auth login"):
+        load("gpqa")
+    cache("gpqa", {"gpqa_diamond.csv": GPQA_CSV})
+    found = load("gpqa")
+    assert len(found) == 20 and {p.family for p in found.problems} == {"physics"}
+    assert {p.answer for p in found.problems} == set("ABCD")
+    for p in found.problems:
+        options = dict(re.findall(r"^([A-D])\) (.*)$", p.question, re.MULTILINE))
+        assert sorted(options) == list("ABCD") and options[p.answer] == "right"
+
+
+# ---- sampling -------------------------------------------------------------------------------
+
+
+def uneven_rows() -> list[dict]:
+    sizes = {("Algebra", 1): 60, ("Algebra", 3): 25, ("Geometry", 1): 10, ("Geometry", 5): 5}
+    return [
+        math_row(f"{kind} {level}: what is ${k}+1$?", type=kind, level=f"Level {level}")
+        for (kind, level), size in sizes.items()
+        for k in range(size)
+    ]
+
+
+def test_a_sample_is_proportional_nested_and_blind_to_file_order(tmp_path):
+    rows = uneven_rows()
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    random.Random(1).shuffle(rows)
+    shuffled = write_jsonl(tmp_path / "b.jsonl", rows)
+    for n in (4, 20, 50, 99):
+        sample = load("math", path=path, n=n)
+        assert len(sample) == n
+        assert sample.fingerprint == load("math", path=shuffled, n=n).fingerprint
+        assert {p.id for p in sample.problems} <= {
+            p.id for p in load("math", path=path, n=n + 1).problems
+        }
+        counts = Counter((p.family, p.level) for p in sample.problems)
+        for stratum, size in (("algebra", 1), 60), (("algebra", 3), 25), (("geometry", 5), 5):
+            assert abs(counts[stratum] - n * size / 100) <= 1
+    assert (
+        load("math", path=path, n=20).fingerprint
+        != load("math", path=path, n=20, seed=1).fingerprint
+    )
+    assert len(load("math", path=path, n=10_000)) == 100
+    chosen = load("math", path=path, levels=[1, 3], families=["algebra"], n=30)
+    assert {(p.family, p.level) for p in chosen.problems} == {("algebra", 1), ("algebra", 3)}
+
+
+def test_the_fingerprint_follows_content_and_not_order():
+    a, b = problem("Q1?", "a"), problem("Q2?", "b")
+    one = ProblemSet("x", "test", (a, b), (), 0, "")
+    assert one.fingerprint == ProblemSet("y", "train", (b, a), (), 3, "z").fingerprint
+    for changed in (
+        problem("Q1?", "a", answer="2"),
+        problem("Q1!", "a"),
+        problem("Q1?", "a", level=2),
+    ):
+        assert ProblemSet("x", "test", (changed, b), (), 0, "").fingerprint != one.fingerprint
+
+
+# ---- the generated suite --------------------------------------------------------------------
+
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def exact(expression: str) -> Decimal:
+    def value(node: ast.expr) -> Decimal:
+        if isinstance(node, ast.BinOp):
+            return _OPERATIONS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp):
+            return -value(node.operand)
+        return Decimal(ast.get_source_segment(expression, node))
+
+    return value(ast.parse(expression, mode="eval").body)
+
+
+def numbers(question: str) -> list[int]:
+    return [int(x) for x in re.findall(r"-?\d+", question)]
+
+
+def expression(question: str) -> Decimal:
+    return exact(question.removeprefix("Calculate ").removesuffix("."))
+
+
+ORACLES = {
+    "chain_sum": lambda q, a: expression(q) == Decimal(a),
+    "products": lambda q, a: expression(q) == Decimal(a),
+    "gcd": lambda q, a: math.gcd(*numbers(q)) == int(a),
+    "lcm": lambda q, a: math.lcm(*numbers(q)) == int(a),
+    "fraction_simplification": lambda q, a: str(Fraction(*numbers(q))) == a,
+    "simple_equations": lambda q, a: math.prod([numbers(q)[0], int(a)]) == numbers(q)[1],
+    "letter_counting": lambda q, a: q.split('"')[3].lower().count(q.split('"')[1]) == int(a),
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_generated_golds_are_right_and_questions_plain(family):
+    for level in range(1, len(FAMILIES[family].levels) + 1):
+        for p in suite.generate(family, level, 25, seed=5):
+            assert (p.family, p.level, p.source) == (family, level, "laptop")
+            assert p.question == p.question.strip() and 0 < len(p.answer) <= 20
+            assert not re.search(
+                r"(?i)final answer|reply only|respond (only|with)|example:|your task", p.question
+            )
+            assert ORACLES[family](p.question, p.answer), (p.question, p.answer)
+
+
+def test_the_frozen_suite_has_right_golds_and_disjoint_splits():
+    sets = [load("laptop", split) for split in ("train", "validation", "test")]
+    for one, other in itertools.combinations(sets, 2):
+        check_disjoint(one, other)
+    everything = [p for one in sets for p in one.problems]
+    assert len({p.id for p in everything}) == len(everything)
+    assert len({" ".join(sorted(p.question.split())) for p in everything}) == len(everything)
+    for p in everything:
+        assert ORACLES[p.family](p.question, p.answer), p
+    families = {p.family for p in everything}
+    assert len(families) >= 6
+    for family, one in itertools.product(families, sets):
+        assert len({p.level for p in one.problems if p.family == family}) >= 2
+
+
+def test_the_frozen_suite_can_be_made_again_from_its_manifest():
+    manifest = json.loads((paths.DATA / "problems" / "MANIFEST.json").read_text())
+    if manifest["generator"] != f"reasoning-gym {version('reasoning_gym')}":
+        pytest.skip("frozen with another version of the generator")
+    sizes = manifest["per_level"]
+    made = suite.make(list(manifest["families"]), sizes, manifest["seed"])
+    for one in made:
+        assert one.fingerprint == load("laptop", one.split).fingerprint
+
+
+def test_freezing_writes_what_load_reads_and_a_changed_file_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    with pytest.raises(FileNotFoundError, match="laptop.jsonl is missing: run .*freeze"):
+        load("laptop")
+    sizes = {"train": 4, "validation": 2, "test": 3}
+    manifest = suite.freeze(["chain_sum", "gcd"], sizes, tmp_path / "problems", seed=9)
+    assert manifest["counts"] == {"train": 16, "validation": 8, "test": 12}
+    assert load("laptop", "train").fingerprint == manifest["fingerprints"]["train"]
+    assert load("laptop").revision.startswith("reasoning-gym 0.1.25, seed 9")
+    file = tmp_path / "problems" / "laptop.jsonl"
+    file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))
+    with pytest.raises(ValueError, match="is not the file MANIFEST.json describes"):
+        load("laptop")
+
+
+def test_neighbouring_seeds_share_no_problems_and_small_families_say_so():
+    """reasoning-gym itself repeats 99 of 100 items between seeds 0 and 1."""
+    one, other = (suite.generate("chain_sum", 2, 60, seed) for seed in (0, 1))
+    assert not {p.question for p in one} & {p.question for p in other}
+    assert suite.generate("chain_sum", 2, 60, 0) == one
+    with pytest.raises(ValueError, match="chain_sum level 1 has [0-9]+ distinct problems"):
+        suite.generate("chain_sum", 1, 120, seed=0)
+    for family, level in (("sudoku", 1), ("gcd", 9)):
+        with pytest.raises(ValueError, match="no family 'sudoku'|gcd has levels 1 to 2, not 9"):
+            suite.generate(family, level, 1, seed=0)

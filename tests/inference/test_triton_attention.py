@@ -1,0 +1,338 @@
+"""The Triton decode kernel against softmax written out slot by slot in float64.
+
+Without a GPU the kernel runs in Triton's interpreter, in a process of its own: TRITON_INTERPRET
+counts when triton is first imported, and must not reach the other tests. Compiled code is checked
+too, for the GPUs that Triton can build for without having one: it must not spill registers.
+With a GPU the same cases run on it.
+"""
+
+import multiprocessing
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from tests import rounding
+
+pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+FREE = -1e30
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Per case: KV heads per block, query heads per KV head, head size, slots per block, blocks in use
+# of each unit, width of the table.
+RAGGED = (1, 2, 128, 16, (40, 0, 1, 17, 9), 44)
+CASES = {
+    "ragged": RAGGED,
+    "uniform heads": (3, 3, 64, 32, (5, 11, 0), 11),
+    "one chunk": (2, 4, 96, 64, (1, 2), 2),
+    "wide blocks": (1, 8, 256, 128, (3, 1), 3),
+    "odd head size": (2, 1, 80, 16, (13, 30), 30),
+    "many chunks": (1, 1, 32, 128, (21,), 24),
+    "tiny head": (1, 16, 16, 32, (9, 2), 9),
+}
+
+HALVES = ("ragged", "odd head size", "tiny head")  # cases also run in 16 bits
+CHECKS = [(name, torch.float32) for name in CASES]
+CHECKS += [(name, dtype) for name in HALVES for dtype in (torch.float16, torch.bfloat16)]
+
+
+def build(case, dtype, device="cpu") -> dict:
+    """Arguments of paged_attention: a third of the slots free, blocks scattered over the pool.
+
+    What must not be read is poison: blocks in nobody's table are nan, table entries past the
+    count name no block, and free slots hold large numbers.
+    """
+    heads, group, size, block, counts, width = case
+    draw = torch.Generator().manual_seed(sum(counts) + size)
+    n = sum(counts) + 3
+    keys, values = torch.randn(2, n, heads, block, size, generator=draw).to(dtype)
+    free = torch.rand(n, block, generator=draw) < 1 / 3
+    order = torch.randperm(n, generator=draw)
+    table = torch.full((len(counts), width), n + 10**6, dtype=torch.int32)
+    for unit, (first, count) in enumerate(zip(torch.tensor((0, *counts)).cumsum(0), counts)):
+        table[unit, :count] = order[first : first + count]
+        keys[table[unit, :count][-1:]] *= 2  # the largest score often comes last
+    free[table[0, : counts[0]][1::3]] = True  # whole blocks without a live token
+    unused = order[sum(counts) :]
+    for pool in keys, values:
+        pool.transpose(1, 2)[free] = 300.0
+        pool[unused] = torch.nan
+    query = torch.randn(len(counts), heads, group, size, generator=draw) / size**0.5 * 3
+    arguments = dict(
+        query=query.to(dtype),
+        keys=keys,
+        values=values,
+        bias=torch.zeros(n, block).masked_fill_(free, FREE),
+        table=table,
+        count=torch.tensor(counts, dtype=torch.int32),
+    )
+    return {name: tensor.to(device) for name, tensor in arguments.items()}
+
+
+def dot(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """rows @ vector; in float32 one product after the other, as a kernel without tensor cores may
+    sum them: a matrix product of the CPU rounds less."""
+    if rows.dtype != torch.float32:
+        return rows @ vector
+    return sum((rows * vector).unbind(-1), torch.zeros(len(rows)))
+
+
+def oracle(query, keys, values, bias, table, count, kind=torch.float64) -> torch.Tensor:
+    """Softmax attention computed in `kind`, one query head at a time over a list of live slots."""
+    out = torch.zeros(query.shape, dtype=kind)
+    for unit, blocks in enumerate(count.tolist()):
+        for head in range(query.shape[1]):
+            live = [
+                (keys[number, head, slot].to(kind), values[number, head, slot].to(kind))
+                for number in table[unit, :blocks].tolist()
+                for slot in range(keys.shape[2])
+                if bias[number, slot] == 0
+            ]
+            for row in range(query.shape[2] if live else 0):
+                q = query[unit, head, row].to(kind)
+                weight = dot(torch.stack([key for key, _ in live]), q).softmax(0)
+                out[unit, head, row] = dot(torch.stack([v for _, v in live]).T, weight)
+    return out
+
+
+def worst_error(case, dtype, device="cpu", **changes) -> float:
+    """Largest difference between kernel and oracle, in what the dtype may miss; nan counts as
+    infinite."""
+    from kit.inference.triton_attention import paged_attention
+
+    arguments = {**build(case, dtype), **changes}
+    out = paged_attention(**{name: x.to(device) for name, x in arguments.items()})
+    assert out.dtype == torch.float32
+    return missed(out.cpu(), oracle(**arguments, kind=dtype), oracle(**arguments))
+
+
+def missed(out, plain, right) -> float:
+    error = (out - right).abs().nan_to_num(torch.inf).max().item()
+    return error / rounding.tolerance(plain, right)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """`call(function, ...)` in a process whose Triton interprets."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(_start).result()
+        yield lambda *call, **changes: pool.submit(*call, **changes).result()
+
+
+def _start() -> None:
+    """Teach the interpreter bfloat16 products: it multiplies their bit patterns as integers
+    (triton-lang/triton, issue 11584)."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    torch.set_num_threads(1)
+    dot = InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(
+        self, widened(a), widened(b), *rest
+    )
+
+
+@pytest.mark.parametrize(("name", "dtype"), CHECKS, ids=str)
+def test_equals_softmax_over_live_slots(interpreter, name, dtype):
+    assert interpreter(worst_error, CASES[name], dtype) <= 1
+
+
+@pytest.mark.parametrize("name", ["ragged", "one chunk"])
+def test_units_without_live_slots_get_zeros(interpreter, name):
+    arguments = build(CASES[name], torch.float32)
+    arguments["bias"][:] = FREE
+    assert interpreter(largest_output, arguments) == 0.0
+    arguments["count"] = torch.zeros_like(arguments["count"])
+    assert interpreter(largest_output, arguments) == 0.0
+    arguments["table"] = arguments["table"][:, :0]
+    assert interpreter(largest_output, arguments) == 0.0
+
+
+def largest_output(arguments) -> float:
+    """Absolute; nan counts as infinite."""
+    from kit.inference.triton_attention import paged_attention
+
+    return paged_attention(**arguments).abs().nan_to_num(torch.inf).max().item()
+
+
+def test_takes_a_sliced_table_long_indices_and_a_mixed_query(interpreter):
+    arguments = build(RAGGED, torch.float16)
+    room = torch.full((9, 50), -(10**6))
+    room[:5, :44] = arguments["table"]
+    changes = dict(
+        table=room[:5, :44],  # the rows stay 50 apart
+        count=arguments["count"].long(),
+        query=arguments["query"].float().transpose(2, 3).contiguous().transpose(2, 3),
+    )
+    assert interpreter(worst_error, RAGGED, torch.float16, **changes) <= 1
+
+
+@pytest.mark.parametrize(("model", "kept"), [("llama", None), ("gemma3", 9)])
+def test_reads_the_slot_cache_as_the_cpu_path_does(interpreter, model, kept, dtype):
+    assert interpreter(cache_error, model, kept, dtype) <= 1
+
+
+def cache_error(model: str, kept: int | None, dtype: str) -> float:
+    """Largest difference from the CPU path in float64, in what that path misses with its query and
+    result in the dtype: in a decoding with prompts of different lengths, with refill, and with
+    ragged eviction where `kept` is given."""
+    from kit.inference import decode
+    from kit.inference import paged_attention as blocks
+    from kit.inference.policies import Full, Knorm
+    from kit.inference.triton_attention import paged_attention
+    from kit.models import load as models
+    from kit.schema import Sampling
+
+    on_cpu, found, plain, right = blocks.attend, [], [], []
+
+    def both(query, pool, step, plane, *rest):
+        want, probability = on_cpu(query, pool, step, plane, *rest)
+        used, table = step.table.used[plane], step.table
+        keys, values = (array[:used] for array in pool.arrays)
+        rest = [table.bias[plane, :used], step.blocks[plane], step.count[plane]]
+        assert query.dtype == torch.float32, (
+            "the branch for CUDA asks for it, whatever the model is"
+        )
+        found.append(paged_attention(query, keys, values, *rest).flatten())
+        rounded = query.to(keys.dtype).to(query.dtype)
+        plain.append(on_cpu(rounded, pool, step, plane)[0].to(keys.dtype).flatten())
+        right.append(on_cpu(query.double(), pool, step, plane)[0].flatten())
+        return want, probability
+
+    requests = [decode.Request(tuple(range(1, 1 + n)), str(n)) for n in (40, 11, 2)]
+    policy = Full() if kept is None else Knorm(kept_tokens=kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "attend", both)
+        tiny = models.load(f"random:{model}", dtype=dtype, device="cpu")
+        decode.decode(tiny, requests, Sampling(max_new_tokens=4), 2, policy=policy)
+    assert len(found) >= 2 * 3 * 4  # rounds of requests, steps after the first token, layers
+    return missed(*map(torch.cat, (found, plain, right)))
+
+
+def test_chunks_follow_from_shapes():
+    from kit.inference.triton_attention import LONGEST, PROGRAMS, SHORTEST, chunk_tokens
+
+    # 32 sequences of 8 KV heads at 32,768 tokens on an H100: pieces short enough to balance.
+    assert chunk_tokens(256, 32_768, 132) == LONGEST == 2048
+    assert chunk_tokens(8, 2048, 132) == SHORTEST == 128  # one short sequence: as wide as it goes
+    # In between there are enough programs for the card, and never twice as many as asked for.
+    programs = 16 * 32_768 / chunk_tokens(16, 32_768, 132)
+    assert PROGRAMS * 132 <= programs < 2 * PROGRAMS * 132
+
+
+WRONG = {
+    "values has shape": dict(values=lambda x: x[:-1]),
+    "bias has shape": dict(bias=lambda x: x[:, :8]),
+    "table has shape": dict(table=lambda x: x[:-1]),
+    "count has shape": dict(count=lambda x: x[:-1]),
+    "keys has shape": dict(keys=lambda x: x[..., :64].contiguous()),
+    "query \\[U, Hs, G, D\\]": dict(query=lambda x: x[0]),
+    "keys is torch.float64": dict(keys=lambda x: x.double()),
+    "values is torch.float32": dict(keys=lambda x: x.half()),
+    "bias is torch.float16": dict(bias=lambda x: x.half()),
+    "count is torch.float32": dict(count=lambda x: x.float()),
+    "bias is not contiguous": dict(bias=lambda x: x.T.contiguous().T),
+    "table is not contiguous": dict(table=lambda x: x.T.contiguous().T),
+    "Blocks have 12 slots": dict(
+        keys=lambda x: x[:, :, :12].contiguous(),
+        values=lambda x: x[:, :, :12].contiguous(),
+        bias=lambda x: x[:, :12].contiguous(),
+    ),
+    "needs CUDA tensors; query is on cpu": {},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message):
+    from kit.inference.triton_attention import paged_attention
+
+    arguments = build(RAGGED, torch.float32)
+    arguments |= {name: change(arguments[name]) for name, change in WRONG[message].items()}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**arguments)
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Shared memory, PTX and resource usage of a kernel built for one compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def build_for(capability: int, kernel, types: dict, **constants):
+        types = types | dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+        whole = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
+        whole = [p.num for p in whole if not p.do_not_specialize_on_alignment]
+        aligned = {(number,): [["tt.divisibility", 16]] for number in whole}
+        source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        cubin = tmp_path / "cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        return built.metadata.shared, built.asm["ptx"], usage
+
+    return build_for
+
+
+SHAPE = dict(HEADS=1, GROUP=8, BLOCK=16)
+
+
+@pytest.mark.parametrize(("size", "dtype", "capability"), [(128, "bf16", 90), (256, "fp32", 80)])
+def test_compiles_without_spilling(compiled, size, dtype, capability):
+    from kit.inference import triton_attention as kernels
+
+    tile = kernels.tiling(8, size, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    types = dict(keys=f"*{dtype}", values=f"*{dtype}", table="*i32", count="*i32")
+    types |= dict(query=f"*{dtype}", table_stride="i32", span="i32")
+    shared, ptx, usage = compiled(capability, kernels._attend, types, **SHAPE, SIZE=size, **tile)
+    assert shared <= 48 * 1024
+    assert re.search(r"cp\.async\S+ \[.*, 0x10,", ptx)  # keys and values, 16 bytes at a time
+    assert ("mma.sync" in ptx) == (dtype == "bf16")  # tensor cores, but exact products in float32
+    assert " STACK:0 " in usage
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
+
+
+def test_the_joining_kernel_compiles_without_spilling(compiled):
+    from kit.inference import triton_attention as kernels
+
+    types = dict(count="*i32", chunks="i32", span="i32")
+    _, _, usage = compiled(90, kernels._join, types, **SHAPE, SIZE=128, WIDE=128)
+    assert " STACK:0 " in usage
+
+
+@cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_softmax_on_the_gpu(name, dtype):
+    assert worst_error(CASES[name], dtype, "cuda") <= 1
+
+
+@cuda
+def test_a_cuda_graph_sees_new_counts():
+    from kit.inference.triton_attention import paged_attention
+
+    arguments = build(RAGGED, torch.bfloat16, "cuda")
+    paged_attention(**arguments)  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(**arguments)
+    arguments["count"] -= torch.tensor((7, 0, 1, 3, 0), dtype=torch.int32, device="cuda")
+    graph.replay()
+    arguments = {name: x.cpu() for name, x in arguments.items()}
+    assert missed(out.cpu(), oracle(**arguments, kind=torch.bfloat16), oracle(**arguments)) <= 1

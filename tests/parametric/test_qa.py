@@ -1,0 +1,131 @@
+"""What a model knows: likelihoods against one text at a time, records, surprisal, passages."""
+
+import pytest
+import torch
+
+from kit.evaluation.store import Store
+from kit.parametric import facts, ffn_memory, qa
+from kit.parametric.rag import Passages
+from kit.schema import Problem
+from tests import rounding
+from tests.conftest import loaded
+
+ASKED = [
+    Problem("a", "Which nation does Lagos belong to?", "Nigeria", "cities", 1, "facts"),
+    Problem("b", "Who rules, and from which of the many cities?", "Lima", "capitals", 2, "facts"),
+    Problem("c", "Why?", "Because of it", "capitals", 3, "facts"),
+]
+OPTIONS = [["Peru", "Nigeria", "Democratic Republic of the Congo", "China"],
+           ["Lima", "Oslo", "Port-aux-Francais", "Rome"],
+           ["No reason", "Because of it", "A", "B"]]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder, dtype):
+    return loaded(tiny_folder, dtype)
+
+
+class Each:
+    """A bank that gives each question the blocks of its number."""
+
+    key = "each"
+
+    def __init__(self, model):
+        self.shape = ffn_memory.shape(model.weights, "ffn", (0, 1), (4,), 3)
+        rng = torch.Generator().manual_seed(0)
+        self.blocks = torch.randn(3, *self.shape.block(0), generator=rng)
+
+    def paths(self, questions):
+        return [([p.question for p in ASKED].index(question),) for question in questions]
+
+    def fetch(self, path):
+        return [self.blocks[path[0]]]
+
+    def widened(self, weights, sequences):
+        return ffn_memory.Wider.empty(weights, self.shape, sequences)
+
+
+def alone(model, prompt: str, option: str) -> torch.Tensor:
+    """Log-probabilities of the tokens of one option, by one forward pass of the whole text."""
+    read = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    said = model.tokenizer(f" {option}", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logp = model.weights(torch.tensor([read + said])).logits[0, len(read) - 1 : -1]
+    return logp.log_softmax(-1).gather(-1, torch.tensor(said)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("memory", (False, True))
+def test_options_are_as_likely_as_one_by_one(tiny, memory):
+    bank = Each(tiny) if memory else None
+    prompts = [qa.text(problem) for problem in ASKED]
+    with qa.fetched(tiny, [p.question for p in ASKED], bank):
+        found = qa.likelihoods(tiny, prompts, OPTIONS)
+    for number, (problem, prompt) in enumerate(zip(ASKED, prompts, strict=True)):
+        pair = []
+        for model in (tiny, rounding.exact(tiny)):
+            with qa.fetched(model, [problem.question], bank):
+                pair.append([alone(model, prompt, option) for option in OPTIONS[number]])
+        for likelihood, plain, right in zip(found[number], *pair, strict=True):
+            off = len(right) * rounding.tolerance(plain, right)
+            assert likelihood == pytest.approx(float(right.sum()), abs=off)
+
+
+def test_the_choice_is_a_graded_record_and_is_made_once(tiny, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    how = (tiny, ASKED, OPTIONS, store)
+    found = qa.choose(*how, "plain").set_index("problem_id")
+    for problem, options in zip(ASKED, OPTIONS, strict=True):
+        prompt = qa.text(problem)
+        likely = max(options, key=lambda option: alone(tiny, prompt, option).float().sum())
+        row = found.loc[problem.id]
+        assert row["extracted"] == likely and row["correct"] == (likely == problem.answer)
+        assert row["prompt_tokens"] > 5 and row["level"] == problem.level
+    wide = qa.choose(*how, "fetched", Each(tiny))
+    assert set(wide["key"]).isdisjoint(found["key"])
+    read = qa.choose(*how, "rag", passages=[["Lagos is in Nigeria."], [], []])
+    assert read.set_index("problem_id")["prompt_tokens"]["a"] > found["prompt_tokens"]["a"]
+    monkeypatch.setattr(qa, "likelihoods", lambda *args: 1 / 0)
+    assert (qa.choose(*how, "plain")["key"] == found["key"].sort_values().to_numpy()).all()
+
+
+def test_a_free_answer_is_one_line_and_graded(bundled, tmp_path):
+    asked = [Problem("f", "What is the capital of France?", "Paris", "capitals", 1, "facts")]
+    told = [["The capital of Spain is Madrid.", "The capital of France is Paris."]]
+    found = qa.complete(bundled, asked, Store(tmp_path), "rag", passages=told).iloc[0]
+    ids = bundled.tokenizer(qa.text(asked[0], told[0]), return_tensors="pt")["input_ids"]
+    out = bundled.weights.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    said = bundled.tokenizer.decode(out, skip_special_tokens=True).strip()
+    assert found["text"] == f"Answer: {said.splitlines()[0]}" and "Paris" in said
+    assert 0 < found["new_tokens"] <= 12
+
+
+def test_surprisal_is_the_loss_of_each_text_alone(tiny):
+    texts = ["The cat sat on the mat.", "Short text", "A much longer text, with more words in it."]
+    found = qa.surprisal(tiny, texts)
+    for text, nats in zip(texts, found, strict=True):
+        ids = torch.tensor([tiny.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            plain, right = (
+                m.weights(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+                for m in (tiny, rounding.exact(tiny))
+            )
+        off = rounding.tolerance(plain, right)
+        assert nats == pytest.approx(-float(right.mean()), abs=off)
+    wide = qa.surprisal(tiny, texts, Each(tiny), [p.question for p in ASKED])
+    assert abs(wide - found).max() > off
+
+
+def test_passages_are_found_by_meaning(tmp_path):
+    from kit.models import embedder
+
+    known = facts.load(["cities", "elements"], cities=300)
+    told = [f"{facts.TELL[f.family][0].format(f.subject)} {f.answer}." for f in known]
+    found = Passages(tmp_path, told, embedder.load())
+    again = Passages(tmp_path, told, embedder.load())
+    for passages in (found, again):
+        (nearest, three) = (
+            passages.search(["Which nation does Lagos belong to?"], k)[0] for k in (1, 3)
+        )
+        assert nearest == ["Lagos is a city in Nigeria."]
+        assert len(three) == 3 and three[-1] == nearest[0], "the nearest stands last"
+    assert found.nbytes()["vectors"] == 4 * 384 * len(set(told))

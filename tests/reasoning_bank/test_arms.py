@@ -1,0 +1,164 @@
+"""The arms of the strategy study differ in what memory says, and in nothing else."""
+
+import dspy
+import pandas as pd
+import pytest
+
+from kit.data import problems
+from kit.models import embedder
+from kit.reasoning_bank import arms
+from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.programs import Solver
+from tests.reasoning_bank.test_bank import lesson
+
+PROSE = " ".join(f"The river carries sand number {i} to the sea." for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    made = Bank(tmp_path_factory.mktemp("bank"), embedder.load())
+    made.add([lesson(p) for p in problems.load("laptop", "train").problems[::5]])
+    return made
+
+
+@pytest.fixture(scope="module")
+def tests():
+    return problems.load("laptop", "test").problems[::10]
+
+
+def memory(prompt) -> str:
+    bare = arms.prompt(prompt.problem, prompt.arm).messages
+    assert prompt.messages[1:] == bare[1:], "the question is the same in every arm"
+    assert prompt.messages[0][1].startswith(bare[0][1]), "the instructions are the same"
+    return prompt.messages[0][1].removeprefix(bare[0][1]).strip()
+
+
+def test_all_arms_share_instructions_and_question(bank, tests, bundled):
+    tokenizer = bundled.tokenizer
+    found = arms.retrieved(bank, tests)
+    every = {
+        "format-only": arms.format_only(tests),
+        "retrieved": found,
+        "random": arms.drawn(bank, tests),
+        "shuffled": arms.shuffled(bank, tests),
+        "irrelevant": arms.irrelevant(found, PROSE, tokenizer),
+        "gold-hint": arms.hint(tests),
+    }
+    for arm, prompts in every.items():
+        assert [p.problem for p in prompts] == list(tests) and {p.arm for p in prompts} == {arm}
+        texts = [memory(p) for p in prompts]
+        assert not any(texts) if arm == "format-only" else all(texts)
+    lengths = [
+        [len(tokenizer(memory(p))["input_ids"]) for p in every[arm]]
+        for arm in ("retrieved", "irrelevant")
+    ]
+    assert max(abs(a - b) for a, b in zip(*lengths, strict=True)) <= 2
+
+
+def test_what_is_shown_is_recorded_and_passed_the_guard(bank, tests):
+    items = {item.id: item for item in bank.strategies()}
+    for prompts in (
+        arms.retrieved(bank, tests),
+        arms.drawn(bank, tests),
+        arms.shuffled(bank, tests),
+    ):
+        for each in prompts:
+            assert len(each.retrieved) == 2
+            assert all(items[i].content in memory(each) for i in each.retrieved)
+    assert arms.retrieved(bank, tests, k=0, arm="k=0")[0].retrieved == ()
+    assert arms.retrieved(bank, tests, kinds=["failure"])[0].retrieved == ()
+
+
+def test_controls_are_what_they_say(bank, tests):
+    items = {item.id: item for item in bank.strategies()}
+    own = {p.problem.id: p.retrieved for p in arms.retrieved(bank, tests)}
+    shuffled = arms.shuffled(bank, tests)
+    assert shuffled == arms.shuffled(bank, tests) != arms.shuffled(bank, tests, seed=1)
+    other = [p for p in shuffled if p.retrieved != own[p.problem.id]]
+    assert len(other) > 0.8 * len(tests), "shuffling changes what is shown"
+    drawn = arms.drawn(bank, tests)
+    assert drawn == arms.drawn(bank, tests) != arms.drawn(bank, tests, seed=1)
+    families = {items[i].family for p in drawn for i in p.retrieved}
+    assert len(families) == 7, "random items are of all families"
+    assert all(p.problem.answer in memory(p) for p in arms.hint(tests))
+
+
+def test_memory_over_the_budget_is_one_sentence(bank, tests, bundled):
+    prompts = arms.retrieved(bank, tests)
+    assert arms.within(prompts, bundled.tokenizer) == prompts
+    with pytest.raises(ValueError, match=r"the budget is 10 \(items [0-9a-f]{16}"):
+        arms.within(prompts, bundled.tokenizer, 10)
+
+
+def test_a_revision_shows_the_first_answer(bank, tests):
+    prompts = arms.retrieved(bank, tests)[:3]
+    records = pd.DataFrame(
+        {"problem_id": [p.problem.id for p in prompts], "text": [" one", "two", "three"]}
+    )
+    again = arms.revised(records, prompts)
+    assert [p.messages[1][1].rpartition("\n")[2] for p in again] == ["one", "two", "three"]
+    assert {p.arm for p in again} == {"matts-sequential"}
+    assert [p.problem for p in again] == [p.problem for p in prompts]
+
+
+def test_one_of_several_samples_is_chosen_by_its_number(tests):
+    samples = pd.DataFrame(
+        [
+            {"problem_id": p.id, "sample": i, "text": f"try {i}", **dict.fromkeys(arms.SPENT, 10.0)}
+            for p in tests[:3]
+            for i in (1, 0, 2)
+        ]
+    )
+    asked = arms.choices(samples, tests[:3])
+    assert asked[0].messages[1][1].endswith("[1] try 0\n\n[2] try 1\n\n[3] try 2")
+    said = zip(tests, ("Number 3.", "The seventh", "4"), strict=False)
+    replies = pd.DataFrame(
+        [{"problem_id": p.id, "text": t, **dict.fromkeys(arms.SPENT, 1.0)} for p, t in said]
+    )
+    found = arms.chosen(samples, replies).set_index("problem_id")
+    assert [found["text"][p.id] for p in tests[:3]] == ["try 2", "try 0", "try 0"]
+    assert (found[arms.SPENT] == 31).all(axis=None), "three answers and a choice were paid for"
+
+
+def test_an_optimised_solver_asks_what_it_was_given(tests):
+    solver = Solver()
+    (bare,) = arms.programmed(solver, tests[:1], "solver")
+    assert bare.messages == arms.format_only(tests[:1])[0].messages and bare.arm == "solver"
+    solver.solve.demos = [dspy.Example(question="What is 1 + 1?", strategies="", answer="Two.")]
+    solver.solve.signature = solver.solve.signature.with_instructions("Be brief.")
+    (made,) = arms.programmed(solver, tests[:1], "solver")
+    said = [*bare.messages]
+    said[:1] = [("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "Two.")]
+    assert made.messages == tuple(said)
+
+
+def test_a_subset_is_part_of_its_bank(bank, tmp_path):
+    part = arms.subset(bank, 10, tmp_path / "10")
+    assert len(part) == 10 == len(arms.subset(bank, 10, tmp_path / "10"))
+    assert set(part.strategies()) <= set(bank.strategies())
+    assert len(arms.subset(bank, 10**6, tmp_path / "all")) == len(bank)
+
+
+def test_what_a_strategy_contributes_is_paired_by_problem():
+    treated = pd.DataFrame(
+        {
+            "problem_id": ["p", "q", "r"],
+            "correct": [True, False, True],
+            "retrieved": ["a b", "a", ""],
+        }
+    )
+    control = pd.DataFrame({"problem_id": ["r", "q", "p"], "correct": [True, True, False]})
+    found = arms.contribution(treated, control)
+    assert found.to_dict("records") == [
+        {"id": "b", "prompts": 1, "points": 100.0},
+        {"id": "a", "prompts": 2, "points": 0.0},
+    ]
+    assert arms.harmful(treated, control) == []
+    assert arms.harmful(treated.assign(correct=False), control) == ["a"]
+
+
+def test_expressions_are_asked_for_by_example(tests):
+    (prompt,) = arms.expressions(tests[:1])
+    roles = [role for role, _ in prompt.messages]
+    assert roles == ["system", "user", "assistant", "user"] and prompt.arm == "expression"
+    assert prompt.messages[-1][1] == tests[0].question and prompt.messages[2][1] == "8 * 3"

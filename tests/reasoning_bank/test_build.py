@@ -1,0 +1,151 @@
+"""Filling a bank: what is learnt from whom, and that a killed build ends with the same bank."""
+
+import dataclasses
+
+import pytest
+from dspy.lm15 import Message, Response, TextPart, Usage
+
+from kit.data import problems
+from kit.evaluation.store import Store
+from kit.models import embedder
+from kit.reasoning_bank import build as learn
+from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.build import Recipe
+from kit.reasoning_bank.dspy_lm import Engine
+from kit.schema import digest
+
+QUICK = Recipe(solve_tokens=8, extract_tokens=8, group=6)
+
+
+class Teacher(Engine):
+    """Decodes nothing: answers each request with a lesson, or a yes or no, that depends on it."""
+
+    told: list[str]
+
+    def _answer(self, part):
+        for request, future in part:
+            system = request.system if isinstance(request.system, str) else request.system[0].text
+            mark = digest([system, *(m.text for m in request.messages)], 6)
+            judging = "yes or no" in system
+            text = f"Title: Lesson {mark}\nWhen: Always.\nLesson: Think of {mark}."
+            if judging:
+                text = ("yes", "no", "unsure")[int(mark, 16) % 3]
+            self.told.append("judge" if judging else "extract")
+            said = Message.assistant([TextPart(text)])
+            future.set_result(
+                Response(id=None, model="m", message=said, finish_reason="stop", usage=Usage())
+            )
+        self.rounds += bool(part)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return embedder.load()
+
+
+@pytest.fixture
+def teacher(tiny):
+    made = Teacher(tiny, batch_size=8)
+    made.told = []
+    return made
+
+
+@pytest.fixture(scope="module")
+def group():
+    return problems.load("laptop", "train").problems[::23]  # 19 of all families
+
+
+def built(folder, minilm, teacher, group, recipe=QUICK):
+    bank = Bank(folder / "bank", minilm)
+    frame = learn.learn(bank, teacher, group, Store(folder / "store"), recipe, lambda line: None)
+    return bank, frame
+
+
+def test_every_problem_teaches_a_lesson_that_knows_where_it_is_from(
+    tmp_path, minilm, teacher, group
+):
+    bank, frame = built(tmp_path, minilm, teacher, group)
+    assert len(bank) == len(frame) == 19 and teacher.rounds == 4, "one decoding per group"
+    by_id = {p.id: p for p in group}
+    correct = dict(zip(frame["problem_id"], frame["correct"], strict=True))
+    for item in bank.strategies():
+        problem = by_id[item.problem_id]
+        assert (item.question, item.family, item.level) == (
+            problem.question, problem.family, problem.level,
+        )  # fmt: skip
+        assert item.kind == ("success" if correct[problem.id] else "failure")
+        assert item.step == [p.id for p in group].index(problem.id) // 6
+        assert item.model.startswith("tiny@") and len(item.extractor) == 12
+    assert bank.tags() == ["start", "step-0000", "step-0001", "step-0002", "step-0003"]
+    assert [len(bank.checkout(tag)) for tag in bank.tags()] == [0, 6, 12, 18, 19]
+
+
+@pytest.mark.parametrize("judge, k", [("gold", 0), ("self", 1)])
+def test_a_killed_build_ends_with_the_same_bank(tmp_path, minilm, teacher, group, judge, k):
+    recipe = dataclasses.replace(QUICK, judge=judge, k=k)
+    whole, records = built(tmp_path / "whole", minilm, teacher, group, recipe)
+
+    class Killed(Exception):
+        pass
+
+    for stop in (1, 2, 3):
+
+        def die(line, stop=stop):
+            if line.startswith(f"step {stop}/"):
+                raise Killed
+
+        bank = Bank(tmp_path / "cut" / "bank", minilm)
+        with pytest.raises(Killed):
+            learn.learn(bank, teacher, group, Store(tmp_path / "cut" / "store"), recipe, die)
+    done, again = built(tmp_path / "cut", minilm, teacher, group, recipe)
+    assert done.logical_hash() == whole.logical_hash() and len(done) > 0
+    columns = ["problem_id", "text", "judged", "retrieved", "prompt_tokens"]
+    assert again[columns].equals(records[columns])
+    noted = learn.steps(done)
+    assert noted["step"].tolist() == [0, 1, 2, 3] and noted["lessons"].sum() == len(done)
+    assert (noted["seconds"] > 0).all()
+    asked = len(teacher.told)
+    built(tmp_path / "cut", minilm, teacher, group, recipe)
+    assert len(teacher.told) == asked, "what was judged is not judged again"
+
+
+def test_streaming_solves_each_group_with_what_came_before(tmp_path, minilm, teacher, group):
+    recipe = dataclasses.replace(QUICK, judge="self", k=1)
+    bank, frame = built(tmp_path, minilm, teacher, group, recipe)
+    step = {p.id: i // 6 for i, p in enumerate(group)}
+    made = {item.id: item.step for item in bank.strategies()}
+    first = frame[frame["problem_id"].map(step) == 0]
+    assert (first["retrieved"] == "").all(), "nothing is known before the first group"
+    later = frame[frame["problem_id"].map(step) > 0]
+    assert (later["retrieved"] != "").any()
+    for row in later.itertuples():
+        assert all(made[i] < step[row.problem_id] for i in row.retrieved.split())
+    unread = frame[frame["judged"].isna()]["problem_id"]
+    assert len(unread) and not set(unread) & {item.problem_id for item in bank.strategies()}
+    assert teacher.told.count("judge") == 19
+
+
+def test_several_trajectories_are_contrasted(tmp_path, minilm, teacher, group):
+    recipe = dataclasses.replace(QUICK, width=3)
+    bank, frame = built(tmp_path, minilm, teacher, group[:6], recipe)
+    assert len(frame) == 18 and len(bank) == 6 and teacher.told == ["extract"] * 6
+
+
+def test_banks_of_other_recipes_and_problems_stand_apart(tmp_path, minilm, teacher, group):
+    store = Store(tmp_path / "store")
+
+    def uri(problems=group[:6], recipe=QUICK):
+        bank, frame = learn.build(tmp_path, teacher, minilm, problems, store, recipe)
+        assert len(bank) == len(frame) == len(problems)
+        return bank.uri
+
+    other = dataclasses.replace(QUICK, temperature=0.2)
+    assert uri() == uri() and len({uri(), uri(group[:5]), uri(recipe=other)}) == 3
+
+
+def test_nothing_to_learn_from_and_wrong_recipes(tmp_path, minilm, teacher):
+    bank, frame = built(tmp_path, minilm, teacher, [])
+    assert len(bank) == len(frame) == 0
+    for wrong in (dict(judge="other"), dict(width=0), dict(group=0), dict(k=-1)):
+        with pytest.raises(ValueError, match="judge is one of"):
+            Recipe(**wrong)

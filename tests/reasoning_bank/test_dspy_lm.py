@@ -1,0 +1,108 @@
+"""DSPy over the kit's decoding: what it answers, in how many decodings, and whose error it is."""
+
+import json
+import threading
+from functools import partial
+
+import dspy
+import pytest
+
+from kit.evaluation.evaluate import Memory
+from kit.inference import decode
+from kit.inference.policies import Window
+from kit.reasoning_bank import arms
+from kit.reasoning_bank.dspy_adapter import Lines
+from kit.reasoning_bank.dspy_lm import Engine, language_model
+from kit.reasoning_bank.programs import Solver
+from kit.schema import Problem, Prompt, Sampling
+
+QUESTIONS = [f"What is {i} plus {i * i}?" for i in range(12)]
+
+
+@pytest.fixture
+def engine(tiny):
+    return Engine(tiny, max_new_tokens=8, batch_size=16)
+
+
+@pytest.fixture
+def solver(engine):
+    with dspy.context(lm=language_model(engine, temperature=0.8), adapter=Lines()):
+        yield Solver()
+
+
+def expected(tiny, question: str, sampling: Sampling, seed: int) -> str:
+    """The same prompt through `decode`, without DSPy; a request is known by prompt and seed."""
+    messages = arms.prompt(Problem("", question, "", "", 0, ""), "").messages
+    asked = Prompt(Problem("", "", "", "", 0, "dspy"), "dspy", messages)
+    request = decode.Request(decode.tokenise(tiny, asked), json.dumps([asked.id, seed]))
+    return decode.decode(tiny, [request], sampling)[0].text.strip()
+
+
+def test_an_answer_is_what_decoding_gives(engine, solver, tiny):
+    sampling = Sampling(8, temperature=0.8)
+    for seed in (0, 1):
+        found = [solver(question=q, seed=seed).answer for q in QUESTIONS[:3]]
+        assert found == [expected(tiny, q, sampling, seed) or None for q in QUESTIONS[:3]]
+    assert solver(question=QUESTIONS[0], seed=0).answer != solver(QUESTIONS[0], seed=5).answer
+
+
+def test_programs_together_take_as_many_decodings_as_one_makes_calls(engine, solver):
+    def twice(question):
+        first = solver(question=question).answer
+        return first, solver(question=f"{question} {first}").answer
+
+    alone = [twice(q) for q in QUESTIONS]
+    assert engine.rounds == 24
+    both = engine.together([partial(twice, q) for q in QUESTIONS])
+    assert engine.rounds == 26 and engine.calls == 48
+    assert both == alone
+    assert engine.together([]) == []
+    assert engine.prompt_tokens > engine.new_tokens >= 48
+
+
+def test_programs_that_end_early_do_not_hold_up_the_others(engine, solver):
+    def some(count):
+        return [solver(question=QUESTIONS[i]).answer for i in range(count)]
+
+    found = engine.together([partial(some, i) for i in (0, 1, 5, 2)])
+    assert [len(each) for each in found] == [0, 1, 5, 2]
+    assert engine.rounds == 5 and engine.calls == 8
+
+
+def test_what_a_program_raises_is_its_own(engine, solver):
+    def wrong():
+        raise KeyError("mine")
+
+    def much():
+        return solver.solve(question="x", strategies="", config={"max_tokens": 10**6})
+
+    first, second, third = engine.together([wrong, much, partial(solver, question="Hello")])
+    assert isinstance(first, KeyError) and "lower max_new_tokens" in str(second)
+    assert third.answer is not None
+    with pytest.raises(Exception, match="stop strings; leave it out"):
+        solver.solve(question="x", strategies="", config={"stop": ["\n"]})
+
+
+def test_calls_from_plain_threads_are_gathered_too(engine, solver):
+    found, context = {}, dict(lm=dspy.settings.lm, adapter=dspy.settings.adapter)
+
+    def ask(question):
+        with dspy.context(**context):
+            found[question] = solver(question=question).answer
+
+    threads = [threading.Thread(target=ask, args=(q,)) for q in QUESTIONS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert engine.rounds < 6 and len(found) == len(QUESTIONS)
+    assert found == {q: solver(question=q).answer for q in QUESTIONS}
+
+
+def test_the_name_tells_weights_dtype_and_memory_apart(tiny):
+    names = {
+        Engine(tiny).name,
+        Engine(tiny, memory=Memory(Window(kept_tokens=16))).name,
+        Engine(tiny, memory=Memory(Window(kept_tokens=17))).name,
+    }
+    assert len(names) == 3 and all(tiny.weights_hash in name for name in names)

@@ -1,0 +1,248 @@
+"""Tables and measurements made again from records: equal to a notebook's own, unless a record is
+not what it was."""
+
+import dataclasses
+import json
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import ttest_rel
+
+from kit import paths
+from kit.analysis import claims, contrasts, effects, pareto, tables
+from kit.report import bundle, exhibits, recompute
+from kit.report.exhibits import as_table
+
+FAMILIES = ["gcd", "sum"]
+RNG = np.random.default_rng
+
+
+def answers(arm: str, rate: float, seed: int = 0, samples: int = 1, n: int = 12) -> pd.DataFrame:
+    """Records of `n` problems of three families, solved at `rate`."""
+    rng = RNG([seed, *map(ord, arm)])
+    rows = [
+        dict(key=f"{arm}-{seed}-{number}-{sample}", source="laptop", problem_id=f"p{number:02}",
+             family=(*FAMILIES, "lcm")[number % 3], level=1 + number % 3, arm=arm, seed=seed,
+             sample=sample, model=f"m{seed}", weights_hash=f"h{seed}", policy="full",
+             temperature=0.6, finish="stop", method="boxed", compliant=True, correct=correct,
+             extracted="4" if correct else "5", prompt_tokens=20, new_tokens=5 + number,
+             kv_reads_tokens=9.0, kv_peak_bytes=100, seconds=0.1)
+        for number, sample in product(range(n), range(samples))
+        for correct in [bool(rng.random() < rate)]
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def trained(name: str, rate: float, seeds: int) -> pd.DataFrame:
+    return contrasts.pooled(name, {s: answers(f"{name}-{s}", rate, s) for s in range(seeds)})
+
+
+def stored(*frames: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """What a store would hold of `frames`, in an order of its own, and the keys."""
+    whole = pd.concat(frames).drop_duplicates("key").sample(frac=1, random_state=0)
+    return whole.assign(arm="plain", model="any"), sorted(whole["key"])
+
+
+def through_json(found: dict) -> dict:
+    return json.loads(json.dumps(found, sort_keys=True, default=float))
+
+
+def same(made: pd.DataFrame | None, shown: pd.DataFrame) -> bool:
+    return as_table("", made).rows == as_table("", shown).rows
+
+
+def spoilt(records: pd.DataFrame) -> pd.DataFrame:
+    return records.assign(correct=~records["correct"])
+
+
+def test_frames_come_back_from_their_records_in_their_order():
+    frames = {"z": trained("z", 0.5, 3), "a": trained("a", 0.5, 1)}
+    records, keys = stored(*frames.values())
+    found = through_json({"of": contrasts.places(frames, keys)})["of"]
+    again = contrasts.frames(found, keys, records)
+    assert [*again] == ["z", "a"]
+    for arm, frame in frames.items():
+        assert again[arm].equals(frame)
+    with pytest.raises(KeyError):
+        contrasts.frames(found, keys, records.iloc[1:])
+
+
+def test_phase_2():
+    frames = {"base": trained("base", 0.2, 1), "internalised": trained("internalised", 0.6, 3)}
+    ways = {"without the bank": trained("w", 0.3, 3), "with the bank": trained("v", 0.5, 3)}
+    ways["with the bank"] = ways["with the bank"].query("family in @FAMILIES")
+    records, keys = stored(*frames.values(), *ways.values())
+    parts = {"arms": frames, "rounds": ways}
+    found = through_json({
+        "keys": keys, "families": FAMILIES,
+        "frames": {name: contrasts.places(part, keys) for name, part in parts.items()},
+    })  # fmt: skip
+    shown = {recompute.TRAINED: tables.trained(frames, FAMILIES),
+             recompute.COMPOUNDING: tables.compounded(ways, FAMILIES),
+             recompute.TAUGHT: recompute.taught(frames, FAMILIES)}  # fmt: skip
+    for caption, table in shown.items():
+        assert same(recompute.table("04_phase2", caption, found, records), table)
+        spoiled = recompute.table("04_phase2", caption, found, spoilt(records))
+        assert not same(spoiled, table)
+    assert recompute.table("04_phase2", "another table", found, records) is None
+    row = shown[recompute.TRAINED].set_index("arm").loc["internalised"]
+    here = frames["internalised"].query("family in @FAMILIES")
+    each = 100 * here.groupby("seed")["correct"].mean()
+    assert (row["least seed"], row["best seed"]) == (each.min(), each.max())
+    assert row["accuracy"][0] == pytest.approx(each.mean())
+    rounds = shown[recompute.COMPOUNDING]
+    assert rounds.groupby("way")["round"].apply(list).to_dict() == {
+        way: [0, 1, 2] for way in ("without the bank", "with the bank", "families held out")
+    }
+    assert [*shown[recompute.TAUGHT]["control"]] == ["base"]
+
+
+def test_thinned_caches():
+    rng, frames = RNG(0), {}
+    for name, x in (("full", 1), ("dms", 4), ("window", 4), ("dms", 8)):
+        numbers = {column: rng.random(5) for column in ("kl", "nats", "kept_fraction")}
+        frames[name, x] = pd.DataFrame(numbers | {"live_tokens": 9.5, "kv_bytes": 7.0})
+    sequences = pd.concat(f.assign(policy=n, compression_x=x) for (n, x), f in frames.items())
+    kl = {"delayed": [0.1, 0.2, 0.3], "immediate": [0.4, 0.7, 0.5]}
+    found = through_json({"sequences": sequences.to_dict("records"), "kl": kl})
+    records, published = answers("plain", 0.5), claims.load()
+    shown = tables.quality(frames)
+    assert same(recompute.table("03_dms", recompute.QUALITY, found, records), shown)
+    found["sequences"][7]["kl"] += 0.1
+    assert not same(recompute.table("03_dms", recompute.QUALITY, found, records), shown)
+    found["measurements"] = {"dms-delayed-eviction": {}}
+    made = recompute.measured("03_dms", found, records, published)["dms-delayed-eviction"]
+    assert (made.estimate, made.n) == (pytest.approx(1 / 3), 3)
+    paired = ttest_rel(kl["immediate"], kl["delayed"]).confidence_interval()
+    assert (made.low, made.high) == pytest.approx((paired.low, paired.high))
+    assert recompute.on_sequences({"delayed": [0.1]}) == {}
+
+
+def test_parametric_memory():
+    arms = {"plain": 1, "fetched": 3, "generic": 2}
+    options = {arm: trained(arm, 0.9 - 0.1 * len(arm), seeds) for arm, seeds in arms.items()}
+    free = {arm: trained(f"{arm} free", 0.3, seeds) for arm, seeds in arms.items()}
+    records, keys = stored(*options.values(), *free.values())
+    parts, buckets = {"options": options, "free": free}, ["head", "middle", "tail"]
+    held = [{"arm": arm, "accuracy": tables.share(frame), "held_bytes": 9, "read_bytes": 1,
+             "prompt_tokens": 20.0} for arm, frame in options.items()]  # fmt: skip
+    published = claims.load()
+    mine = [claim for claim in published if claim.notebook == "05_parametric"]
+    given = recompute.on_facts(mine, options, "late")
+    assert {*given} == {"hier-fetched-over-generic"}  # the others need families or arms not here
+    found = through_json({
+        "keys": keys, "buckets": buckets, "bytes": held, "where": "late",
+        "measurements": {name: dataclasses.asdict(value) for name, value in given.items()},
+        "frames": {name: contrasts.places(part, keys) for name, part in parts.items()},
+    })  # fmt: skip
+    shown = {recompute.KNOWN: tables.told(options, free, buckets),
+             recompute.FETCHED: recompute.fetched(options),
+             recompute.BYTES: pd.DataFrame(held)}  # fmt: skip
+    for caption, table in shown.items():
+        assert same(recompute.table("05_parametric", caption, found, records), table)
+        spoiled = recompute.table("05_parametric", caption, found, spoilt(records))
+        assert not same(spoiled, table)
+    assert shown[recompute.KNOWN]["free"].notna().all()
+    assert recompute.measured("05_parametric", found, records, published) == given
+    assert recompute.measured("05_parametric", found, spoilt(records), published) != given
+    assert recompute.measured("05_parametric", {"keys": keys}, records, published) == {}
+
+
+def swept() -> tuple[pd.DataFrame, list[pd.DataFrame]]:
+    """Scenarios of one model as a sweep makes them, and the records of each run and budget."""
+    rows, frames = [], []
+    for bits, policy, kv_bits in product((16, 4), ("full", "window 8"), (16, 4)):
+        for tokens in (8, 16):
+            name = f"{bits} {policy} {kv_bits} {tokens}"
+            frames.append(answers(name, 0.3 + tokens / 60 + bits / 80, samples=3))
+            for width in (1, 3):
+                size = 4000 * bits + tokens * width * kv_bits * (1 + (policy == "full"))
+                rows.append(
+                    dict(
+                        model="m",
+                        bits=bits,
+                        policy=policy,
+                        kv_bits=kv_bits,
+                        memory=False,
+                        tokens=tokens,
+                        width=width,
+                        bytes=size,
+                        shared_bytes=size - 3500 * bits,
+                        weight_bytes=4000 * bits,
+                    )
+                )
+    return pd.DataFrame(rows), frames  # fmt: skip
+
+
+def test_memory_budget():
+    table, frames = swept()
+    outcomes = np.array([pareto.votes(frames[i // 2], width)
+                         for i, width in enumerate(table["width"])])  # fmt: skip
+    places = table.assign(place=[effects.alone(row) for row in table.to_dict("records")])
+    keep = (places["place"] != "").to_numpy()
+    records, keys = stored(*frames)
+    runs = dict(enumerate(frames))
+    kept = {one: runs[one] for one in sorted({row // 2 for row in table.index[keep]})}
+    published = claims.load()
+    given = recompute.on_scenarios(published, table, outcomes)
+    assert "nab-eviction-over-quantisation" in given and "nab-scale-threshold" in given
+    found = through_json({
+        "keys": keys, "generations": 99, "scenarios": table.to_dict("records"),
+        "places": places[keep].to_dict("records"),
+        "measurements": {name: dataclasses.asdict(value) for name, value in given.items()},
+        "frames": {"scenarios": contrasts.places(runs, keys),
+                   "places": contrasts.places(kept, keys)},
+    })  # fmt: skip
+    shown = {
+        recompute.STEPS.format(len(table), 99): effects.marginal(table, outcomes, RNG(0)),
+        recompute.GAPS: effects.gap_rows(effects.gaps(table, outcomes, RNG(0))),
+        recompute.PLACES: effects.places(places[keep], outcomes[keep], RNG(0))[1],
+    }
+    for caption, made in shown.items():
+        assert same(recompute.table("06_memory_budget", caption, found, records), made)
+        spoiled = records.assign(correct=records["key"].str.startswith("16"))
+        again = recompute.table("06_memory_budget", caption, found, spoiled)
+        assert not same(again, made)
+    assert [*shown[recompute.PLACES]["place"]] and len(shown[recompute.GAPS]) == 4
+    assert {*places["place"]} == {"as it is", "weights", "cache", ""}
+    assert recompute.measured("06_memory_budget", found, records, published) == given
+
+
+def test_the_gaps_that_claims_are_about():
+    table, frames = swept()
+    outcomes = np.array([pareto.votes(frames[i // 2], width)
+                         for i, width in enumerate(table["width"])])  # fmt: skip
+    gaps = effects.gaps(table, outcomes, RNG(0))
+    evicted, quantised = ("window 8", 16), ("full", 4)
+    assert {*gaps} == {
+        (evicted, ("full", 16)), (quantised, ("full", 16)), (("window 8", 4), ("full", 16)),
+        (evicted, quantised),
+    }  # fmt: skip
+    found = recompute.on_scenarios(claims.load(), table, outcomes)
+    gap = gaps[evicted, ("full", 16)]
+    assert found["nab-kv-compression-helps"].estimate == 100 * gap.estimate
+    one = effects.gaps(table[table["kv_bits"] == 16], outcomes[table["kv_bits"] == 16], RNG(0))
+    assert {*one} == {(evicted, ("full", 16))}
+    only = (table["policy"] == "full") & (table["kv_bits"] == 16)
+    assert effects.gap_rows(effects.gaps(table[only], outcomes[only], RNG(0))).empty
+
+
+def test_the_published_run_follows_from_its_records():
+    run = bundle.read(paths.PUBLISHED / "laptop")
+    stages = [stage for stage in run.results if stage != "07_verdicts"]
+    left = []
+    for stage in stages:
+        found = run.results[stage], run.records[stage]
+        for row in run.json(f"exhibits/{stage}/{exhibits.LIST}"):
+            made = recompute.table(stage, row["caption"], *found) if "rows" in row else None
+            if made is None:
+                left += [row["caption"]] if "rows" in row else []
+            else:
+                assert as_table("", made).rows == row["rows"], row["caption"]
+        made = recompute.measured(stage, *found, claims.load())
+        for claim, number in made.items():
+            said = run.results[stage]["measurements"][claim]
+            assert number.texts() == contrasts.Measurement(**said).texts()
+    assert {*left} <= {"What to run here", "Ledger, by formula and allocated"}

@@ -1,0 +1,203 @@
+"""Judging a run again: what was changed, lost or damaged is named; a report; no model."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kit import cli, paths
+from kit.analysis import claims
+from kit.pipeline import provenance
+from kit.report import bundle, verify
+from tests.runs import CAPTION, published, ran, tampered
+
+
+@pytest.fixture(autouse=True)
+def _outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
+    here = provenance.collect()
+    monkeypatch.setattr(provenance, "collect", lambda: here)
+
+
+def bundled() -> Path:
+    """The bundle of a small run."""
+    ran()
+    return bundle.write("laptop")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["notebooks/01_baseline.ipynb", "exhibits/01_baseline/format-against-plain.svg", "claims.toml",
+     "records.parquet", "results/01_baseline.json", "LICENSE"],
+)  # fmt: skip
+def test_what_was_changed_missing_or_added_is_named(name):
+    made = bundled()
+    wrong = verify.check(tampered(made, name, lambda data: data + b" ")).wrong
+    assert f"{name} is not what SHA256SUMS says: it was changed" in wrong
+    wrong = verify.check(tampered(made, name, None)).wrong
+    assert f"{name} is missing" in wrong
+    wrong = verify.check(tampered(made, "extra.txt", lambda data: b"new")).wrong
+    assert wrong == ["extra.txt is not in SHA256SUMS"]
+
+
+def test_records_that_do_not_bear_the_results_are_found_though_the_hashes_are_made_anew():
+    made = bundled()
+
+    def better(data: bytes) -> bytes:
+        frame, buffer = pd.read_parquet(io.BytesIO(data)), io.BytesIO()
+        frame.loc[frame["arm"] == "plain", "correct"] = True
+        frame.to_parquet(buffer, index=False)
+        return buffer.getvalue()
+
+    wrong = verify.check(tampered(made, "records.parquet", better)).wrong
+    assert any(line.startswith("rbslm-format-") and "from the records" in line for line in wrong)
+    assert f"01_baseline, table {CAPTION!r} is not what the records say" in wrong
+
+    def reproduced(data: bytes) -> bytes:
+        results = json.loads(data)
+        for row in results["verdicts"]:
+            row["verdict"] = "reproduced"
+        return json.dumps(results).encode()
+
+    wrong = verify.check(tampered(made, "results/07_verdicts.json", reproduced)).wrong
+    assert any("rbslm-memory-gain: verdict is 'reproduced' in the results" in w for w in wrong)
+
+
+def test_records_that_are_gone_are_counted():
+    def fewer(data: bytes) -> bytes:
+        buffer = io.BytesIO()
+        pd.read_parquet(io.BytesIO(data)).head(200).to_parquet(buffer, index=False)
+        return buffer.getvalue()
+
+    wrong = verify.check(tampered(bundled(), "records.parquet", fewer)).wrong
+    assert "01_baseline: records.parquet lacks 24 of the 224 records it reports" in wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [("results/01_baseline.json", lambda data: data[:-9], "results/01_baseline.json is damaged"),
+     ("results/01_baseline.json", lambda data: b"[]", "results/01_baseline.json"),
+     ("results/07_verdicts.json", lambda data: b'{"verdicts": [1]}', "verdicts cannot be made"),
+     ("exhibits/01_baseline/exhibits.json", lambda data: b"[1]", "01_baseline/exhibits.json"),
+     ("exhibits/01_baseline/format-against-plain.svg", None, "against-plain.svg is missing"),
+     ("notebooks/07_verdicts.ipynb", lambda data: b"\xff", "07_verdicts.ipynb is damaged"),
+     ("notebooks/07_verdicts.ipynb", None, "notebooks/07_verdicts.ipynb is missing"),
+     ("claims.toml", lambda data: b"=", "claims.toml"),
+     ("records.parquet", lambda data: data[:99], "records.parquet is damaged"),
+     ("records.parquet", None, "records.parquet is missing")],
+)  # fmt: skip
+def test_a_damaged_file_is_named(name, change, words, capsys):
+    made = tampered(bundled(), name, change)
+    assert cli.main(["verify", str(made)]) == 1
+    said = capsys.readouterr()
+    assert words in said.out and said.err == ""
+
+
+def test_other_claims_than_those_of_the_kit_are_told():
+    claim = next(claim for claim in claims.load() if claim.rule == "arithmetic")
+    made = bundled()
+    lax = f"tolerance = {claim.tolerance:g}\n".encode()
+    with_lax = tampered(made, "claims.toml", lambda data: data.replace(lax, b"tolerance = 9.0\n"))
+    (told,) = [line for line in verify.check(with_lax).left if "claims.toml" in line]
+    assert f"{claim.id} (tolerance)" in told
+    assert not [line for line in verify.check(made).left if "claims.toml" in line]
+
+
+def test_a_published_run_is_judged_by_its_records(tmp_path, capsys, monkeypatch):
+    made = bundled()
+    place = published(made, tmp_path / "published" / "laptop")
+    (tmp_path / "published" / "gpu").mkdir()
+    (tmp_path / "published" / "gpu" / "gpu.json").write_text("{}")  # figures, no run
+    before = {f: f.read_bytes() for f in place.rglob("*") if f.is_file()}
+    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
+    assert cli.main(["verify"]) == 0
+    said = capsys.readouterr().out
+    assert "Audit: of 109 published claims, 42 publish the counts" in said
+    assert "Nothing differs" in said and verify.UNVOUCHED in said
+    verdicts, _, paths_ = said.partition("Verdicts: ")[2].partition("Report:")
+    assert "rbslm-format-accuracy" in verdicts
+    assert paths_.strip().endswith("verified/laptop/report.html")
+    assert {f: f.read_bytes() for f in place.rglob("*") if f.is_file()} == before
+    results = json.loads((place / "results/01_baseline.json").read_text())
+    (place / "results/01_baseline.json").write_text(json.dumps(results | {"keys": []}))
+    assert cli.main(["verify", str(place)]) == 1
+    assert "Differs: 01_baseline, table" in capsys.readouterr().out
+    with pytest.raises(bundle.Damaged, match="has no records.parquet: pack the run"):
+        verify.check(tmp_path / "laptop")
+    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "nothing")
+    assert cli.main(["verify"]) == 2
+
+
+def test_the_report_shows_the_verdicts_made_again(tmp_path):
+    made = bundled()
+    page = verify.write_report(verify.check(made))
+    assert page == tmp_path / "verified" / "laptop" / "report.html"
+    text = page.read_text()
+    assert "Judged again without a model: nothing differs." in text
+    assert "a run of the laptop profile, judged again from its records" in text
+    assert "a CPU, 2 cores" in text and "01_baseline c0; 07_verdicts c0" in text  # not of here
+    assert (page.parent / "results/01_baseline.json").is_file()  # which the page links to
+
+    def reproduced(data: bytes) -> bytes:
+        rows = json.loads(data)["verdicts"]
+        return json.dumps({"verdicts": [row | {"verdict": "reproduced"} for row in rows]}).encode()
+
+    checked = verify.check(tampered(made, "results/07_verdicts.json", reproduced))
+    text = verify.write_report(checked).read_text()
+    assert f"{len(checked.wrong)} things differ" in text
+    assert "rbslm-memory-gain: verdict is &#39;reproduced&#39; in the results" in text
+    assert text.count('class="badge reproduced">') < 9  # made again, not as told
+
+
+def test_a_bundle_writes_nowhere_else(tmp_path):
+    made = bundled()
+    evil = tampered(made, "notebooks/../../../evil.ipynb", lambda data: b"{}")
+    verify.write_report(verify.check(evil))
+    assert not [*tmp_path.rglob("evil*")]
+    for name in ("../elsewhere", "", "a/b", "..", None):
+
+        def renamed(data: bytes, name=name) -> bytes:
+            notebook = json.loads(data)
+            notebook["metadata"]["kit"]["profile"] = name
+            return json.dumps(notebook).encode()
+
+        other = tampered(made, "notebooks/07_verdicts.ipynb", renamed)
+        with pytest.raises(bundle.Damaged, match="is no name"):
+            verify.write_report(verify.check(other))
+
+
+def test_the_commands(tmp_path, capsys):
+    assert cli.main(["bundle", "--profile", "laptop"]) == 2
+    assert "laptop has no verdicts yet; `make reproduce PROFILE=laptop`" in capsys.readouterr().err
+    made = bundled()
+    assert cli.main(["verify", str(made)]) == 0 and "Nothing differs" in capsys.readouterr().out
+    broken = tampered(made, "LICENSE", lambda data: b"")
+    assert cli.main(["verify", str(broken), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["differs"] == [
+        "LICENSE is not what SHA256SUMS says: it was changed"
+    ]
+    (tmp_path / "note.txt").write_text("no zip")
+    assert cli.main(["verify", str(tmp_path / "note.txt")]) == 2
+    assert "is no bundle" in capsys.readouterr().err
+    assert cli.main(["diff", str(made), str(tmp_path / "laptop")]) == 0
+    assert "numbers: 0 differ" in capsys.readouterr().out
+
+
+def test_it_needs_no_models(tmp_path):
+    made, heavy = bundled(), ("torch", "transformers", "dspy", "trl", "lancedb", "papermill")
+    code = "\n".join([
+        "import sys", "class Absent:", "    def find_spec(self, name, *rest):",
+        f"        if name.split('.')[0] in {heavy}: raise ImportError(name)",
+        "sys.meta_path.insert(0, Absent())", "from kit import cli",
+        f"sys.exit(cli.main(['verify', {str(made)!r}]))",
+    ])  # fmt: skip
+    environment = {**os.environ, "KIT_OUTPUTS": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "Nothing differs" in done.stdout, done.stderr[-2000:]
+    assert (tmp_path / "verified" / "laptop" / "report.html").is_file()
