@@ -308,7 +308,7 @@ def test_failed_stages_are_told_with_their_first_line():
 
 
 def test_colours_of_words_reach_contrast_in_both_modes():
-    style = (paths.ROOT / "kit" / report.TEMPLATE).read_text(encoding="utf-8")
+    style = (paths.ROOT / "kit" / "report" / report.TEMPLATE).read_text(encoding="utf-8")
     light, dark = style.split("prefers-color-scheme: dark", 1)
 
     def luminance(colour: str) -> float:
