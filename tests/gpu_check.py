@@ -583,8 +583,7 @@ def free_memory(here: Here, found: dict) -> str:
 @check(15)
 def kept_text(here: Here, found: dict) -> str:
     """What 03 shows of held-out ids that lie on the CPU."""
-    from kit.analysis import plots as figures
-    from kit.dms import fidelity
+    from kit.dms import fidelity, plots
     from kit.inference import policies
     from tests.toys import drawn
 
@@ -593,8 +592,8 @@ def kept_text(here: Here, found: dict) -> str:
     ids = torch.randint(1, 250, (48,))
     found["kl"] = float(fidelity.forced(model, ids[None], made, 16)["kl"].iloc[0])
     kept = fidelity.kept(model, ids, made, 16)
-    figures.kept_text([str(i) for i in ids.tolist()], kept)
-    figures.kept_heatmap(kept, len(ids))
+    plots.kept_text([str(i) for i in ids.tolist()], kept)
+    plots.kept_heatmap(kept, len(ids))
     found["kept"] = sum(len(head) for layer in kept for head in layer) / 48 / sum(map(len, kept))
     assert 0 < found["kept"] < 1, f"{found['kept']:.0%} of the tokens were kept"
     return f"both figures drawn, {found['kept']:.0%} of the tokens kept"

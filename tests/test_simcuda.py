@@ -11,8 +11,7 @@ import dataclasses
 import pytest
 import torch
 
-from kit.analysis import plots as figures
-from kit.dms import evictor, fidelity, gates
+from kit.dms import evictor, fidelity, gates, plots
 from kit.dms import train as dms
 from kit.inference import decode, paged_attention, policies
 from kit.inference.budget_forcing import Forcing
@@ -120,8 +119,8 @@ def test_the_quality_of_a_policy_and_what_it_keeps_are_shown(seen, name):
     for model in pair():
         policy = POLICIES[name](model)
         kept = fidelity.kept(model, ids[0], policy, prompt=10)
-        assert figures.kept_heatmap(kept, 24).alt
-        text = figures.kept_text([f"{i}" for i in range(24)], kept)
+        assert plots.kept_heatmap(kept, 24).alt
+        text = plots.kept_text([f"{i}" for i in range(24)], kept)
         found.append((text, fidelity.forced(model, ids, policy, prompt=10)))
     (here, measured), (there, on_device) = found
     assert here == there

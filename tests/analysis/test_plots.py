@@ -10,9 +10,8 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from kit.analysis import claims, pareto, plot_style, tables
+from kit.analysis import claims, plot_style, tables
 from kit.analysis import plots as figures
-from kit.budget import plots as costs
 from kit.training import checkpoint_selection
 from kit.training import plots as curves
 
@@ -172,67 +171,6 @@ def test_series_differ_in_colour_and_in_marker():
     assert len({*colours}) == len({*markers}) == len(figures.SERIES)
 
 
-def quality_table() -> pd.DataFrame:
-    rows = [
-        (name, x, 1 / x, (kl / x, kl / x / 2, kl / x * 2), 1e6 / x)
-        for name, kl in (("dms", 1.0), ("window", 3.0), ("<b>", 2.0))
-        for x in (2, 4)
-    ]
-    return pd.DataFrame(
-        rows, columns=["policy", "compression_x", "kept_fraction", "kl", "kv_bytes"]
-    )
-
-
-def test_quality_draws_every_policy_and_names_the_best():
-    picture = figures.quality(quality_table())
-    (axes,) = picture.axes
-    assert axes.get_yscale() == "log" and len(axes.containers) == 3
-    assert picture.alt.endswith("dms at 2x, dms at 4x.")
-    FigureCanvasAgg(picture).draw()
-
-
-def test_allocated_bytes_are_drawn_against_what_is_kept():
-    picture = figures.allocated(quality_table())
-    (axes,) = picture.axes
-    for line in axes.lines:
-        kept, mebibytes = line.get_data()
-        assert list(mebibytes) == pytest.approx([1e6 * share / 2**20 for share in kept])
-    FigureCanvasAgg(picture).draw()
-
-
-def test_training_shows_gates_schedule_and_kl():
-    history = [dict(step=i, kl=0.1 * i, closed=0.2 * i, target=0.25 * i) for i in range(1, 4)]
-    picture = figures.training(history)
-    upper, lower = picture.axes
-    assert [list(line.get_ydata()) for line in upper.lines][1] == pytest.approx([0.2, 0.4, 0.6])
-    assert list(lower.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
-    assert "0.60" in picture.alt and "0.75" in picture.alt
-    FigureCanvasAgg(picture).draw()
-
-
-def test_what_is_kept_is_drawn_per_layer_and_head_and_shaded_in_the_text():
-    kept = [[np.array([0, 1, 2]), np.array([2])], [np.array([2, 3]), np.array([2])]]
-    picture = figures.kept_heatmap(kept, 4)
-    image = picture.axes[0].images[0].get_array()
-    assert image.T.tolist() == [[0.75, 0.25], [0.5, 0.25]]
-    assert "from 0.25 to 0.75" in picture.alt
-    page = figures.kept_text(["a", "<script>", "c", "d"], kept)
-    assert "<script>" not in page and "&lt;script&gt;" in page
-    assert [int(n) for n in re.findall(r"kept by (\d) of 4", page)] == [1, 1, 4, 1]
-
-
-def test_the_frontier_is_named_in_l_w_cr():
-    columns = ["length", "width", "compression", "reads", "accuracy", "on_frontier"]
-    rows = [
-        (64, 1, "1x", 10.0, 0.2, True),
-        (64, 2, "4x", 12.0, 0.3, True),
-        (64, 4, "1x", 40.0, 0.1, False),
-    ]
-    picture = figures.frontier(pd.DataFrame(rows, columns=columns), "reads", "KV reads, tokens")
-    assert picture.alt.endswith("64-1-1x, 64-2-4x.")
-    FigureCanvasAgg(picture).draw()
-
-
 def test_forest_draws_the_contrasts_and_tells_the_declared_one():
     table = contrasts_of(4)
     points = drawn(figures.forest(table))
@@ -300,34 +238,3 @@ def test_training_curves_have_a_band_over_seeds_and_only_panels_with_numbers():
     assert list(first.get_lines()[0].get_ydata()) == [2, 4, 6] and first.get_title() == "reward"
     ends = first.collections[0].get_paths()[0].get_extents()
     assert (ends.ymin, ends.ymax) == (1, 9) and second.get_title() == "KL"
-
-
-def test_the_ledger_stacks_what_it_is_given():
-    bars = {"formula": {"weights": 3 * 2**20, "norms": 0, "cache": 2**20}}
-    bars["allocated"] = {"weights": 4 * 2**20, "cache": 2**20}
-    picture = costs.ledger(bars)
-    (axes,) = picture.axes
-    ends = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
-    assert ends == [(0, 3), (0, 4), (3, 4), (4, 5)]  # weights of both, then caches of both
-    assert (
-        "formula 4.0 MiB (weights 3.00, cache 1.00)" in picture.alt and "norms" not in picture.alt
-    )
-    FigureCanvasAgg(picture).draw()
-
-
-@pytest.mark.parametrize("most", [3.0, 300.0])
-def test_a_frontier_shows_how_sure_each_point_is(most):
-    table = pd.DataFrame(
-        dict(bytes=[1.0, 2.0, most, most], place=["a", "b", "a", "b"]),
-    ).assign(interval=[(10.0, 5.0, 20.0), (5.0, 1.0, 9.0), (30.0, 20.0, 40.0), (30.0, 20.0, 40.0)])
-    outcomes = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0]], dtype=float)
-    found = pareto.table(table, "bytes", outcomes, np.random.default_rng(0))
-    picture = costs.frontier(found, "bytes", "bytes in all", "place")
-    (axes,) = picture.axes
-    alphas = np.concatenate([group.get_alpha() for group in axes.collections[:2]])
-    assert alphas.min() == costs.FAINT and alphas.max() <= 1
-    assert picture.alt.count("% at") == 2 and "33% at 1 (a, on it in" in picture.alt
-    FigureCanvasAgg(picture).draw()
-    texts = [label.get_text() for label in axes.get_xticklabels() if label.get_text()]
-    low, high = axes.get_xlim()
-    assert sum(low <= float(text) <= high for text in texts) >= 2
