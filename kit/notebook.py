@@ -97,7 +97,7 @@ def save_results(
 ) -> None:
     """Write the numbers of one notebook to results/<stage>.json, whole or not at all, and its key
     tables and figures, by caption, to exhibits/<stage>; with them `verdicts`, a
-    `claims.measured_table`, for the terminal.
+    `measured_table`, for the terminal.
 
     `stage` is the notebook's name without .ipynb. Floats keep 12 significant digits; a NaN
     or an infinity (the mean of nothing) becomes null. Unserialisable values raise TypeError.

@@ -10,6 +10,7 @@ import pandas as pd
 from kit import notebook, paths
 from kit.analysis import claims, tables
 from kit.analysis import plots as figures
+from kit.analysis.verdicts import measured_table
 from kit.evaluation.store import Store
 from kit.pipeline import provenance
 from kit.report import exhibits
@@ -65,7 +66,7 @@ def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str =
     for stage in dict.fromkeys(claim.notebook for claim in published):
         mine = [claim for claim in published if claim.notebook == stage]
         of_stage = frame if stage == "01_baseline" else frame.iloc[:0]
-        parts.append(claims.measured_table(mine, of_stage, profile))
+        parts.append(measured_table(mine, of_stage, profile))
     verdicts = pd.concat(parts, ignore_index=True)
     columns = ["claim", "system", "published", "measured", "interval", "verdict", "reason"]
     rows = {"verdicts": verdicts[columns].to_dict("records")}

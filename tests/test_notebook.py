@@ -10,6 +10,7 @@ from IPython.utils.capture import capture_output
 from kit import notebook
 from kit.analysis import claims
 from kit.analysis.plot_style import Picture
+from kit.analysis.verdicts import measured_table
 from kit.report import exhibits
 from tests import shown
 
@@ -47,7 +48,7 @@ def test_numbers_that_json_has_not_become_null(value, stored):
 def test_the_verdicts_of_a_notebook_are_saved_for_the_terminal(monkeypatch, tmp_path):
     for module in (exhibits, notebook):
         monkeypatch.setattr(module, "run_dir", lambda profile: tmp_path / profile)
-    found = claims.measured_table(claims.load()[:3], pd.DataFrame(), "tour")
+    found = measured_table(claims.load()[:3], pd.DataFrame(), "tour")
     notebook.save_results("01_baseline", {"keys": []}, "tour", verdicts=found)
     saved = exhibits.load_results("tour")["01_baseline"]
     assert [row["claim"] for row in saved["verdicts"]] == list(found["claim"])

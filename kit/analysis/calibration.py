@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from kit.analysis import claims, contrasts, stats
+from kit.analysis import contrasts, stats, verdicts
 from kit.analysis.claims import Claim
 from kit.analysis.contrasts import Measurement
 
@@ -51,10 +51,10 @@ def error_rates(studies: int, seed: int = 0) -> pd.DataFrame:
         if rule == "threshold":
             claim = replace(claim, value=4.0, baseline=None, unit="GiB", resolution=1.0)
         words = [
-            claims.verdict(claim, measure(gain, n, rng), "laptop").word for _ in range(studies)
+            verdicts.verdict(claim, measure(gain, n, rng), "laptop").word for _ in range(studies)
         ]
         row = {"rule": rule, "truth": truth, "problems": n}
-        rows.append(row | {word: 100 * words.count(word) / studies for word in claims.WORDS[:-1]})
+        rows.append(row | {word: 100 * words.count(word) / studies for word in verdicts.WORDS[:-1]})
     return pd.DataFrame(rows)
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from kit.analysis import contrasts, stats
-from kit.analysis.claims import Claim, audit, measured_table
+from kit.analysis.claims import Claim, audit
 from kit.analysis.contrasts import Measurement
+from kit.analysis.verdicts import measured_table
 from kit.schema import digest
 
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
@@ -213,7 +214,7 @@ def audits(claims: list[Claim]) -> pd.DataFrame:
 
 
 def verdicts(published: list[Claim], results: dict, records: dict, profile: str) -> pd.DataFrame:
-    """`claims.measured_table` of all claims, each judged on what its notebook left: by stage its
+    """`measured_table` of all claims, each judged on what its notebook left: by stage its
     results and its records."""
     parts = []
     for stage in dict.fromkeys(claim.notebook for claim in published):

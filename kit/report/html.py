@@ -20,7 +20,8 @@ from markupsafe import Markup
 
 from kit.analysis import plot_style, tables
 from kit.analysis import plots as figures
-from kit.analysis.claims import NOTEBOOKS, RULES, UNMEASURED, WORDS
+from kit.analysis.claims import NOTEBOOKS
+from kit.analysis.verdicts import RULES, UNMEASURED, WORDS
 from kit.paths import ROOT, run_dir
 from kit.pipeline import provenance, stages
 from kit.pipeline.provenance import GIB
@@ -48,7 +49,7 @@ def write(
 ) -> Path:
     """Write outputs/<profile>/report.html, whole or not at all, and return its path.
 
-    `records` are those of the baseline and may be empty; `verdicts` is `claims.measured_table`
+    `records` are those of the baseline and may be empty; `verdicts` is `measured_table`
     and `audits` is `tables.audits` of the same claims; `results` is `exhibits.load_results`.
     Of a run judged again, by `kit.report.verify`: `folder` is where it lies, `made_by` its
     provenance in place of that of here and now, `again` what differs and what was taken as it is.

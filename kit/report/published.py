@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.analysis.claims import UNMEASURED
+from kit.analysis.verdicts import UNMEASURED
 from kit.paths import DATA, PUBLISHED, ROOT
 from kit.pipeline.provenance import write_text
 from kit.report import bundle, crate, verify

@@ -2,7 +2,8 @@
 
 import pytest
 
-from kit.analysis import calibration, claims
+from kit.analysis import calibration
+from kit.analysis.verdicts import WORDS
 
 STUDIES = 400  # a rate is within five points of itself, twenty to one
 
@@ -10,7 +11,7 @@ STUDIES = 400  # a rate is within five points of itself, twenty to one
 @pytest.fixture(scope="module")
 def rates():
     table = calibration.error_rates(STUDIES)
-    assert table[list(claims.WORDS[:-1])].sum(axis=1).to_numpy() == pytest.approx(100)
+    assert table[list(WORDS[:-1])].sum(axis=1).to_numpy() == pytest.approx(100)
     return table.set_index(["rule", "truth", "problems"]).sort_index()
 
 

@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import multinomial, ttest_1samp
 
 from kit.analysis import claims, contrasts, stats
+from kit.analysis.verdicts import COLUMNS, RULES, WORDS, measured_table, verdict
 from kit.paths import DATA, ROOT
 
 DOSSIER = (
@@ -51,13 +52,13 @@ def measured(b: int, c: int, n: int) -> claims.Measurement:
 
 def word_rates(claim: claims.Claim, n: int, wins: float, losses: float) -> dict[str, float]:
     """Exact chance of each word when pairs disagree at these rates: all outcomes, no sampling."""
-    rates = dict.fromkeys(claims.WORDS, 0.0)
+    rates = dict.fromkeys(WORDS, 0.0)
     for b in range(n + 1):
         c = np.arange(n + 1 - b)
         table = np.stack([np.full_like(c, b), c, n - b - c], axis=1)
         chance = multinomial.pmf(table, n, [wins, losses, 1 - wins - losses])
         for loss in c[chance > 1e-6]:
-            word = claims.verdict(claim, measured(b, int(loss), n), "laptop").word
+            word = verdict(claim, measured(b, int(loss), n), "laptop").word
             rates[word] += chance[loss]
     return rates
 
@@ -73,7 +74,7 @@ def test_the_file_holds_all_six_systems_and_no_word_outside_the_vocabulary():
     }  # fmt: skip
     assert systems.min() >= 10
     assert {claim.notebook for claim in CLAIMS.values()} == set(claims.NOTEBOOKS)
-    assert set(claims.NEEDS) == set(claims.RULES)
+    assert set(claims.NEEDS) == set(RULES)
 
 
 def test_each_claim_is_consistent_with_its_own_counts(subtests):
@@ -145,7 +146,7 @@ def test_what_is_measured_is_shown_where_it_is_too_little_for_a_verdict():
     ]  # fmt: skip
     mine = [CLAIMS["rbslm-format-compliance"], CELL]
     cell = {CELL.id: claims.Measurement(1.11, 1.11, 1.11, 1, "GiB")}
-    found = claims.measured_table(mine, pd.DataFrame(rows), "tour", cell).set_index("claim")
+    found = measured_table(mine, pd.DataFrame(rows), "tour", cell).set_index("claim")
     assert list(found["verdict"]) == ["out of reach here", "not reproduced"]
     assert list(found["measured"]) == ["100.0 points", "1.11 GiB"]
     assert "the laptop profile would" in found["reason"]["rbslm-format-compliance"]
@@ -277,9 +278,9 @@ CELL = CLAIMS["nab-weights-0.6b-16bit"]
     ],
 )
 def test_each_rule_gives_its_word(claim, measurement, word):
-    found = claims.verdict(claim, measurement, "laptop")
+    found = verdict(claim, measurement, "laptop")
     assert found.word == word, found.reason
-    assert found.word in claims.WORDS and found.reason
+    assert found.word in WORDS and found.reason
     assert (found.claim_id, found.estimate, found.n) == (
         claim.id, measurement.estimate, measurement.n,
     )  # fmt: skip
@@ -288,26 +289,26 @@ def test_each_rule_gives_its_word(claim, measurement, word):
 def test_threshold_is_decided_by_its_bootstrap_interval():
     claim = replace(CLAIMS["nab-scale-threshold"], profiles=("laptop",))
     words = [
-        claims.verdict(claim, claims.Measurement(*bounds, 100, "GiB"), "laptop").word
+        verdict(claim, claims.Measurement(*bounds, 100, "GiB"), "laptop").word
         for bounds in ((4.0, 3.5, 4.6), (2.0, 1.5, 2.6), (4.0, 1.0, 8.0))
     ]
     assert words == ["reproduced", "not reproduced", "inconclusive"]
 
 
 def test_out_of_reach_and_not_measured_say_what_would_help():
-    reach = claims.verdict(CLAIMS["rbslm-memory-gain"], point(6, 1, 11), "laptop")
+    reach = verdict(CLAIMS["rbslm-memory-gain"], point(6, 1, 11), "laptop")
     assert reach.word == "out of reach here" and "workstation profile would decide" in reach.reason
-    never = claims.verdict(CLAIMS["rb-webarena-flash"], None, "workstation")
+    never = verdict(CLAIMS["rb-webarena-flash"], None, "workstation")
     assert never.word == "out of reach here" and "WebArena" in never.reason
-    tour = claims.verdict(GAIN, point(6, 1, 11), "tour")
+    tour = verdict(GAIN, point(6, 1, 11), "tour")
     assert tour.word == "out of reach here" and "the laptop profile would" in tour.reason
-    waiting = claims.verdict(GAIN, None, "laptop")
+    waiting = verdict(GAIN, None, "laptop")
     assert (waiting.word, waiting.reason) == (None, "not measured yet: run 01_baseline")
 
 
 def test_a_run_too_small_says_how_many_problems_it_needs():
     # 60 pairs at the published discordance; the published size needs 292
-    small = claims.verdict(GAIN, measured(10, 5, 60), "laptop")
+    small = verdict(GAIN, measured(10, 5, 60), "laptop")
     assert small.word == "inconclusive"
     needed = int(re.search(r"80% power takes about (\d+)", small.reason)[1])
     assert 250 < needed < 350
@@ -353,7 +354,7 @@ def test_studies_simulated_from_nested_records_keep_the_null_rate():
     for _ in range(100):
         skill = np.repeat(rng.beta(1, 2, size=60), 3)  # the same problems in both arms
         table["correct"] = rng.random(360) < np.tile(skill, 2)
-        found.append(claims.verdict(GAIN, claims.measure(GAIN, table), "laptop").word)
+        found.append(verdict(GAIN, claims.measure(GAIN, table), "laptop").word)
     shares = pd.Series(found).value_counts(normalize=True)
     assert shares.get("reproduced", 0) <= 0.05  # nominal 0.025
     assert 0 < shares.get("reproduced", 0) + shares.get("contradicted", 0) <= 0.09
@@ -442,7 +443,7 @@ def test_one_sample_or_greedy_copies_are_no_vote():
     assert claims.measure(idle, greedy) is None
     assert single("majority", greedy) is None
     sampled = records({"plain": np.ones((300, 5))})
-    assert claims.verdict(idle, claims.measure(idle, sampled), "laptop").word == "reproduced"
+    assert verdict(idle, claims.measure(idle, sampled), "laptop").word == "reproduced"
     greedy["sample"] += 5
     both = pd.concat([sampled, greedy])
     assert claims.measure(idle, both).records == 1500
@@ -467,8 +468,8 @@ def test_policies_are_arms_where_a_contrast_says_so():
     table = pd.concat([full, evicted], ignore_index=True)
     found = claims.measure(CLAIMS["dms-short-context-loss"], table)
     assert found.estimate == -100
-    verdict = claims.verdict(CLAIMS["dms-short-context-loss"], found, "laptop")
-    assert verdict.word == "contradicted"
+    found = verdict(CLAIMS["dms-short-context-loss"], found, "laptop")
+    assert found.word == "contradicted"
     with pytest.raises(ValueError, match="'plain' has records of more than one policy: dms-4x, f"):
         single("accuracy", table)
 
@@ -487,8 +488,8 @@ def test_measured_table_joins_records_and_given_measurements():
     plain = (rng.random((300, 1)) < 0.3).astype(float)
     table = records({"plain": plain, "format": np.maximum(plain, rng.random((300, 1)) < 0.1)})
     given = {"nab-kv-4b-x1": claims.Measurement(4.12, 4.12, 4.12, 1, "GiB")}
-    found = claims.measured_table(CLAIMS.values(), table, "laptop", given).set_index("claim")
-    assert list(found.reset_index().columns) == claims.COLUMNS
+    found = measured_table(CLAIMS.values(), table, "laptop", given).set_index("claim")
+    assert list(found.reset_index().columns) == COLUMNS
     assert len(found) == len(CLAIMS)
     assert found.loc["rbslm-format-accuracy", "verdict"] == "reproduced"
     assert found.loc["rbslm-format-accuracy", "n"] == 300
@@ -498,7 +499,7 @@ def test_measured_table_joins_records_and_given_measurements():
     assert pd.isna(found.loc["rbslm-baseline-accuracy", "n"])
     assert found.loc["nab-kv-32b-x16", "verdict"] == ""
     assert found.loc["nab-kv-32b-x16", "reason"] == "not measured yet: run 06_memory_budget"
-    assert set(found["verdict"]) <= {*claims.WORDS, ""}
+    assert set(found["verdict"]) <= {*WORDS, ""}
 
 
 def test_claims_need_no_model_library():

@@ -8,7 +8,7 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from kit.analysis import claims, stats, tables
+from kit.analysis import claims, stats, tables, verdicts
 from kit.schema import Record
 
 BASE = Record(
@@ -158,7 +158,7 @@ def test_audits_of_all_published_claims():
     assert silent["published"] == "direction" and silent["reading"] == "no counts published"
     assert silent[["estimate", "low", "high", "p"]].isna().all()
     for claim in PUBLISHED:  # the same words in both tables of the report
-        shown = claims.measured_table([claim], pd.DataFrame(), "laptop")["published"].iloc[0]
+        shown = verdicts.measured_table([claim], pd.DataFrame(), "laptop")["published"].iloc[0]
         assert rows.loc[claim.id, "published"] == shown
 
 

@@ -17,6 +17,7 @@ import pytest
 from kit import paths
 from kit.analysis import claims, tables
 from kit.analysis import plots as figures
+from kit.analysis.verdicts import RULES, WORDS, measured_table
 from kit.pipeline import provenance, stages
 from kit.report import exhibits
 from kit.report import html as report
@@ -91,11 +92,11 @@ def _here(tmp_path, monkeypatch):
 
 PUBLISHED = claims.load()
 AUDITS = tables.audits(PUBLISHED)
-VERDICTS = claims.measured_table(PUBLISHED, pd.DataFrame(), "laptop")
+VERDICTS = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
 
 
 def write(records: pd.DataFrame, profile="laptop", results=None) -> Path:
-    verdicts = claims.measured_table(PUBLISHED, records, profile)
+    verdicts = measured_table(PUBLISHED, records, profile)
     return report.write(profile, records, verdicts, AUDITS, results or {})
 
 
@@ -151,7 +152,7 @@ def test_a_screen_reader_finds_its_way(page):
 
 def test_summary_counts_the_verdicts_and_states_the_baseline(page, records):
     text = page.text
-    verdicts = claims.measured_table(PUBLISHED, records, "laptop")["verdict"]
+    verdicts = measured_table(PUBLISHED, records, "laptop")["verdict"]
     plain = records[records["arm"] == "plain"]
     assert f"Of {len(verdicts)} published claims" in text
     for word, count in verdicts.replace("", "not measured yet").value_counts().items():
@@ -178,12 +179,12 @@ def test_measured_claims_stand_before_the_others(page):
     assert groups == sorted(groups) and {*groups} == {0, 1, 2}
     assert len(slugs) == len(PUBLISHED)
     rules = {claim.rule for claim in PUBLISHED}
-    assert all(claims.RULES[rule] in page.text for rule in rules)
+    assert all(RULES[rule] in page.text for rule in rules)
 
 
 def test_measured_claims_are_ordered_by_their_word():
-    verdicts = claims.measured_table(PUBLISHED, pd.DataFrame(), "laptop")
-    words = [word for word in claims.WORDS if word != "out of reach here"]
+    verdicts = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
+    words = [word for word in WORDS if word != "out of reach here"]
     verdicts.loc[: len(words) - 1, "verdict"] = words[::-1]
     page = Page(report.write("laptop", pd.DataFrame(), verdicts, AUDITS, {}))
     found = [a["class"].removeprefix("badge ") for a in page.all("span") if "class" in a]
@@ -216,7 +217,7 @@ def test_two_models_have_a_section_each():
 def test_hostile_text_stays_text():
     hostile = replace(PUBLISHED[3], id=EVIL, statement=EVIL, source=EVIL, system=EVIL, unit=EVIL)
     records = baseline(model=EVIL, arms=("plain", EVIL)).assign(weights_hash=EVIL, source=EVIL)
-    verdicts = claims.measured_table([hostile], records, "laptop")
+    verdicts = measured_table([hostile], records, "laptop")
     results = {"01_baseline": {"problems": EVIL}}
     page = Page(report.write("laptop", records, verdicts, tables.audits([hostile]), results))
     assert page.all("script") == [{}] and "evil.example" in page.text and "{{ 7*7 }}" in page.text
@@ -254,7 +255,7 @@ def test_no_folder_of_this_machine():
     records = pd.concat(
         baseline(name, ("plain",)).query("family == 'gcd' and level == 1") for name in names
     )
-    verdicts = claims.measured_table(PUBLISHED, pd.DataFrame(), "laptop")
+    verdicts = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
     verdicts["reason"] = f"see {paths.ROOT}/outputs and {Path.home()}/x"
     path = report.write("laptop", records, verdicts, AUDITS, {})
     page = Page(path)
