@@ -43,7 +43,7 @@ def rates() -> dict:
 
     from kit.inference import decode
     from kit.models import load as models
-    from kit.parametric import train as memorise  # noqa: F401 (the imports of a notebook)
+    from kit.parametric import train  # noqa: F401 (the imports of a notebook)
     from kit.schema import Sampling
 
     model = models.load(models.BUNDLED)

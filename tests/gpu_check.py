@@ -618,13 +618,12 @@ def evictor_training(here: Here, found: dict) -> str:
 
 @check(30)
 def bank_training(here: Here, found: dict) -> str:
-    """Steps of `memorise.Training` as 05 does them: 8 rows of 1,024 tokens, Qwen2.5-0.5B."""
+    """Steps of `BankTraining` as 05 does them: 8 rows of 1,024 tokens, Qwen2.5-0.5B."""
     from transformers import Qwen2Config
 
     from kit.models import load as models
     from kit.parametric import ffn_memory
-    from kit.parametric import train as memorise
-    from kit.parametric.packing import IGNORED, Row
+    from kit.parametric.train import IGNORED, BankTraining, MemoryTrainConfig, Row
 
     sizes = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
     sizes |= dict(num_attention_heads=14, num_key_value_heads=2, vocab_size=151_936)
@@ -642,8 +641,8 @@ def bank_training(here: Here, found: dict) -> str:
             ids = torch.randint(3, 4000, (context,))
             rows.append(Row((0, i % 8), ids, torch.where(place > 14, ids.roll(-1), IGNORED), place))
         here.clear()
-        recipe = memorise.Recipe(batch=batch, context=context)
-        training = memorise.Training(model, shape, [0], rows, recipe, Path(folder))
+        recipe = MemoryTrainConfig(batch=batch, context=context)
+        training = BankTraining(model, shape, [0], rows, recipe, Path(folder))
         steps = [training.step() for _ in range(2 if here.dry else 4)]
     return trained(here, found, steps, f"{batch} x {context} tokens a step")
 

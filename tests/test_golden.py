@@ -29,8 +29,8 @@ from kit.inference.decode import Request
 from kit.inference.kv_quantization import Quantised
 from kit.inference.policies import DMS, H2O, TOVA, Full, Knorm, Random, Window
 from kit.models.load import Model
-from kit.parametric import bank as parametric
 from kit.parametric import cluster_tree, ffn_memory, qa, shards
+from kit.parametric.bank import ParametricBank, assemble_bank
 from kit.schema import Sampling
 from tests import toys
 from tests.evaluation.test_grader import ASKED, CASES, SENTENCES, TABLE
@@ -66,7 +66,7 @@ def dms(toy: Model, recipe: evictor.Recipe) -> DMS:
     return DMS(fixed.requires_grad_(False))
 
 
-def bank(toy: Model, folder: Path, kind: str) -> parametric.Bank:
+def bank(toy: Model, folder: Path, kind: str) -> ParametricBank:
     """Three subtrees of two levels."""
     shape, files = ffn_memory.shape(toy.weights, kind, (1, 2), (3, 2), 3), []
     for node in range(3):
@@ -74,8 +74,8 @@ def bank(toy: Model, folder: Path, kind: str) -> parametric.Bank:
         blocks = [0.5 * numbers(200 + node, *size).float() for size in sizes]
         files.append(shards.write(folder / shards.name(node), blocks))
     levels = tuple(numbers(300 + i, 3**i, 3, 8).float().numpy() for i in range(2))
-    parametric.merge(folder, toy, cluster_tree.Tree(levels), shape, files)
-    return parametric.Bank(folder, toy)
+    assemble_bank(folder, toy, cluster_tree.Tree(levels), shape, files)
+    return ParametricBank(folder, toy)
 
 
 def prompt(seed: int, start: int, end: int) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def prompt(seed: int, start: int, end: int) -> tuple[int, ...]:
     return tuple(numbers(400 + seed, 256).argsort()[start:end].tolist())
 
 
-def requests(memory: parametric.Bank | None = None) -> list[Request]:
+def requests(memory: ParametricBank | None = None) -> list[Request]:
     """Prompts of many lengths, three of which begin alike, and a second sample of one."""
     prompts = [prompt(0, 0, 41), prompt(1, 0, 3), prompt(0, 0, 36) + prompt(0, 50, 59)]
     prompts += [prompt(2, 0, 24), prompt(0, 0, 43), prompt(3, 0, 11)]

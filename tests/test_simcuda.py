@@ -19,9 +19,9 @@ from kit.inference.kv_quantization import Quantised
 from kit.models import embedder as embed
 from kit.models import load as models
 from kit.models import quantization
-from kit.parametric import ffn_memory, packing, qa
-from kit.parametric import train as memorise
+from kit.parametric import ffn_memory, qa
 from kit.parametric.activation_cache import Lower
+from kit.parametric.train import IGNORED, BankTraining, MemoryTrainConfig, Row
 from kit.schema import Sampling
 from kit.training import rollouts
 from tests import simcuda
@@ -150,16 +150,16 @@ def test_a_step_of_each_evictor_training(seen, recipe, tmp_path):
     assert kl[0] == pytest.approx(kl[1], rel=1e-4, abs=1e-6)
 
 
-def row(number: int) -> packing.Row:
+def row(number: int) -> Row:
     ids, at = tokens(1, 16, number)[0], torch.arange(16)
-    targets = torch.where(at % 8 > 4, ids.roll(-1), packing.IGNORED)
-    return packing.Row((number % 2,), ids, targets, at % 8)
+    targets = torch.where(at % 8 > 4, ids.roll(-1), IGNORED)
+    return Row((number % 2,), ids, targets, at % 8)
 
 
 @pytest.mark.parametrize("kind", [*ffn_memory.KINDS, "co-trained", "continued", "upper layers"])
 def test_a_step_of_each_training_of_banks(seen, kind, tmp_path):
     data = [row(number) for number in range(4)]
-    recipe = memorise.Recipe(batch=2, context=16)
+    recipe = MemoryTrainConfig(batch=2, context=16)
     recipe = {
         "co-trained": dataclasses.replace(recipe, anchor_rate=1e-4, generic=0.5),
         "continued": dataclasses.replace(recipe, anchor_rate=1e-4),
@@ -173,7 +173,7 @@ def test_a_step_of_each_training_of_banks(seen, kind, tmp_path):
         )
         below = Lower(model, 2, said) if kind == "upper layers" else None
         nodes = [] if kind == "continued" else [0, 1]
-        job = memorise.Training(model, shape, nodes, data, recipe, tmp_path / str(number), below)
+        job = BankTraining(model, shape, nodes, data, recipe, tmp_path / str(number), below)
         found.append([job.step() for _ in range(2)])
         job.save()
         assert all(value.device == model.device for value in job.named.values())
@@ -182,7 +182,7 @@ def test_a_step_of_each_training_of_banks(seen, kind, tmp_path):
 
 
 class Bank:
-    """Blocks by number, as `parametric.Bank` hands them out."""
+    """Blocks by number, as `ParametricBank` hands them out."""
 
     key = "blocks"
 

@@ -37,7 +37,7 @@ class BankError(ValueError):
     """A bank cannot be used: one sentence with what to do. The base works without it."""
 
 
-def merge(
+def assemble_bank(
     folder: Path,
     model: Model,
     tree: cluster_tree.Tree,
@@ -70,7 +70,7 @@ def merge(
     return folder
 
 
-class Bank:
+class ParametricBank:
     """A bank in `folder`, opened for `model`, its contexts read by `embedder`. `cache_bytes` of
     blocks stay in memory, the least recently used go first.
 

@@ -19,7 +19,7 @@ from kit.evaluation import grader
 from kit.evaluation.store import Store
 from kit.inference import decode
 from kit.models.load import Model
-from kit.parametric.bank import Bank
+from kit.parametric.bank import ParametricBank
 from kit.schema import Problem, Record, Sampling, digest
 
 PROBE_VERSION = 1  # of what a model is asked here; raise it by one when an answer may change
@@ -39,7 +39,7 @@ def choose(
     options: Sequence[Sequence[str]],
     store: Store,
     arm: str,
-    bank: Bank | None = None,
+    bank: ParametricBank | None = None,
     passages: Sequence[Sequence[str]] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -66,7 +66,7 @@ def complete(
     problems: Sequence[Problem],
     store: Store,
     arm: str,
-    bank: Bank | None = None,
+    bank: ParametricBank | None = None,
     passages: Sequence[Sequence[str]] | None = None,
     seed: int = 0,
     max_new_tokens: int = 12,
@@ -121,7 +121,10 @@ def likelihoods(
 
 @torch.inference_mode()
 def surprisal(
-    model: Model, texts: Sequence[str], bank: Bank | None = None, contexts: Sequence[str] = ()
+    model: Model,
+    texts: Sequence[str],
+    bank: ParametricBank | None = None,
+    contexts: Sequence[str] = (),
 ) -> np.ndarray:
     """Nats per token of each text, its first token given; a path is chosen by the text, or by its
     entry in `contexts`."""
@@ -146,7 +149,7 @@ def _logits(model: Model, states: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def fetched(model: Model, questions: Sequence[str], bank: Bank | None) -> Iterator[None]:
+def fetched(model: Model, questions: Sequence[str], bank: ParametricBank | None) -> Iterator[None]:
     """Inside this block a batch of these questions, in order, has what they fetch."""
     if bank is None:
         yield

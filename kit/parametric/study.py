@@ -24,15 +24,19 @@ from kit.models import embedder as embed
 from kit.models import load as models
 from kit.models.embedder import Embedder
 from kit.models.load import Model
-from kit.parametric import bank as parametric
-from kit.parametric import cluster_tree, facts, ffn_memory, packing, shards
-from kit.parametric import train as memorise
+from kit.parametric import cluster_tree, facts, ffn_memory, shards
 from kit.parametric.activation_cache import Lower
-from kit.parametric.bank import Bank
+from kit.parametric.bank import ParametricBank, assemble_bank
 from kit.parametric.facts import Fact, Sentence
 from kit.parametric.ffn_memory import Shape
-from kit.parametric.packing import Row
-from kit.parametric.train import Recipe, Training
+from kit.parametric.train import (
+    BankTraining,
+    MemoryTrainConfig,
+    Row,
+    encode_sentence,
+    pack_rows,
+    train_bank,
+)
 from kit.schema import Prompt
 
 CO_TRAINED = 1e-4  # learning rate of a model that is trained as well
@@ -44,9 +48,9 @@ class Layout:
 
     branching: int = 4
     sizes: tuple[int, ...] = (32, 16)  # feed-forward units per layer, by level
-    where: str = "late"  # see widen.spread
+    where: str = "late"  # see ffn_memory.spread
     layers: int = 10
-    kind: str = "ffn"  # see widen.KINDS
+    kind: str = "ffn"  # see ffn_memory.KINDS
 
     def shape(self, model: Model) -> Shape:
         """The Shape on `model`; of other kinds as many units as have the parameters."""
@@ -67,7 +71,7 @@ class Layout:
         return dataclasses.replace(self, branching=leaves, sizes=(sum(self.sizes),))
 
 
-def worked(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
+def solved_as_facts(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
     """Solved problems to be told as facts are: the answer after the question as it is asked."""
     told = []
     for rank, prompt in enumerate(prompts):
@@ -79,13 +83,13 @@ def worked(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
 
 
 @dataclass(frozen=True)
-class Study:
+class FactStudy:
     """Facts told in sentences to a model, and where all trainings on them are kept."""
 
     model: Model
     embedder: Embedder
-    known: tuple[Fact, ...]
-    told: tuple[Sentence, ...]
+    facts: tuple[Fact, ...]
+    sentences: tuple[Sentence, ...]
     folder: Path
     report: Callable[[dict], None] = lambda figures: None
 
@@ -97,8 +101,8 @@ class Study:
         """What the layers below the first with memory say, shared by all trainings."""
         first = min(shape.layers)
         if first not in self._lower:
-            said = {(s.context, s.completion) for s in self.told}
-            ids = [tuple(packing.encode(self.model, *pair)[0]) for pair in said]
+            said = {(s.context, s.completion) for s in self.sentences}
+            ids = [tuple(encode_sentence(self.model, *pair)[0]) for pair in said]
             fits = Lower.fits(self.model, first, sum(map(len, ids)))
             self._lower[first] = Lower(self.model, first, ids) if fits else None
         return self._lower[first]
@@ -109,8 +113,8 @@ class Study:
 
     @cached_property
     def documents(self) -> np.ndarray:
-        """What is clustered, in the order of `known`: [N, dimension]."""
-        return facts.documents(self.known, self.embedder)
+        """What is clustered, in the order of `facts`: [N, dimension]."""
+        return facts.documents(self.facts, self.embedder)
 
     def tree(self, layout: Layout) -> cluster_tree.Tree:
         """Clusters of the documents, fitted once."""
@@ -122,40 +126,42 @@ class Study:
     def paths(self, tree: cluster_tree.Tree) -> dict[Fact, tuple[int, ...]]:
         """The path of each fact, by its document."""
         found = tree.assign(self.documents).tolist()
-        return {fact: tuple(path) for fact, path in zip(self.known, found, strict=True)}
+        return {fact: tuple(path) for fact, path in zip(self.facts, found, strict=True)}
 
     def rows(self, tree: cluster_tree.Tree, context: int) -> list[Row]:
         """The sentences packed along the paths of their facts, tokenised once."""
         key = tree.branching, len(tree.levels), context
         if key not in self._made:
             paths = self.paths(tree)
-            said = [(sentence.context, sentence.completion) for sentence in self.told]
-            along = [paths[sentence.fact] for sentence in self.told]
-            self._made[key] = packing.rows(self.model, said, along, context)
+            said = [(sentence.context, sentence.completion) for sentence in self.sentences]
+            along = [paths[sentence.fact] for sentence in self.sentences]
+            self._made[key] = pack_rows(self.model, said, along, context)
         return self._made[key]
 
     def bank(
         self,
         layout: Layout,
-        recipe: Recipe,
+        recipe: MemoryTrainConfig,
         share: float = 1.0,
         only: Sequence[int] | None = None,
     ) -> Path | None:
         """A bank trained with the model frozen, on every 1/`share`-th row: its folder. `only` some
-        subtrees: see `memorise.bank`."""
+        subtrees: see `train.train_bank`."""
         tree = self.tree(layout)
         rows = self.rows(tree, recipe.context)[:: round(1 / share)]
         shape, name = layout.shape(self.model), self.embedder.fingerprint
         how = self.model, tree, shape, rows, recipe, self.folder, name, self.report, only
-        return memorise.bank(*how, self.below(shape))
+        return train_bank(*how, self.below(shape))
 
-    def arm(self, name: str, layout: Layout, recipe: Recipe) -> tuple[Model, Bank | None]:
+    def arm(
+        self, name: str, layout: Layout, recipe: MemoryTrainConfig
+    ) -> tuple[Model, ParametricBank | None]:
         """The model and the bank of one arm.
 
         "fetched"; "wrong": the blocks of the next subtree; "generic": one block for everybody,
         trained on as much as one subtree is; "shared": the same, trained on everything; "flat": one
-        level; a kind of `widen.KINDS`; "fetched-early", "fetched-middle", "fetched-uniform": other
-        layers; "continued": the model itself trained on the same rows; "co-trained": both.
+        level; a kind of `ffn_memory.KINDS`; "fetched-early", "fetched-middle", "fetched-uniform":
+        other layers; "continued": the model itself trained on the same rows; "co-trained": both.
         """
         turn = 0
         if name in ("continued", "co-trained"):
@@ -177,40 +183,40 @@ class Study:
                         f"that it is no other arm; lower layers of the layout."
                     )
             folder = self.bank(changed, recipe)
-        return self.model, Bank(folder, self.model, self.embedder, turn=turn)
+        return self.model, ParametricBank(folder, self.model, self.embedder, turn=turn)
 
-    def _with_model(self, blocks: bool, layout: Layout, recipe: Recipe):
+    def _with_model(self, blocks: bool, layout: Layout, recipe: MemoryTrainConfig):
         tree, shape = self.tree(layout), layout.shape(self.model)
         rows = self.rows(tree, recipe.context)
         recipe = dataclasses.replace(
             recipe, anchor_rate=CO_TRAINED, generic=blocks / (layout.branching + 1)
         )
         nodes = range(layout.branching) if blocks else ()
-        job = Training(self.model, shape, nodes, rows, recipe, self.folder)
+        job = BankTraining(self.model, shape, nodes, rows, recipe, self.folder)
         place = job.run(self.report)
         base = self.model
         model = models.load(str(place / "model"), base.dtype_name, str(base.device))
         if not blocks:
             return model, None
         name = self.embedder.fingerprint
-        folder = parametric.merge(place / "bank", model, tree, shape, job.files, name)
-        return model, Bank(folder, model, self.embedder)
+        folder = assemble_bank(place / "bank", model, tree, shape, job.files, name)
+        return model, ParametricBank(folder, model, self.embedder)
 
     def edited(
-        self, layout: Layout, recipe: Recipe, node: int, altered: Sequence[Sentence]
-    ) -> Bank:
+        self, layout: Layout, recipe: MemoryTrainConfig, node: int, altered: Sequence[Sentence]
+    ) -> ParametricBank:
         """The bank of "fetched" with the blocks of subtree `node` trained on other sentences."""
         tree, shape = self.tree(layout), layout.shape(self.model)
         before, name = self.bank(layout, recipe), self.embedder.fingerprint
-        other = dataclasses.replace(self, told=tuple(altered))
-        job = Training(
+        other = dataclasses.replace(self, sentences=tuple(altered))
+        job = BankTraining(
             self.model, shape, [node], other.rows(tree, recipe.context), recipe, self.folder
         )
         job.run(self.report)
         files = [before / shards.name(number) for number in range(layout.branching)]
         files[node] = job.files[0]
-        folder = parametric.merge(job.folder / "bank", self.model, tree, shape, files, name)
-        return Bank(folder, self.model, self.embedder)
+        folder = assemble_bank(job.folder / "bank", self.model, tree, shape, files, name)
+        return ParametricBank(folder, self.model, self.embedder)
 
 
 def main() -> None:
@@ -251,7 +257,7 @@ def _train(args: argparse.Namespace) -> Path | None:
     layout = Layout(args.branching, tuple(args.sizes), args.where, args.layers)
     if unknown := sorted(set(args.only or ()) - set(range(args.branching))):
         raise ValueError(f"no subtree {unknown[0]}; there are 0 to {args.branching - 1}")
-    return Study(*whole).bank(layout, Recipe(), only=args.only)
+    return FactStudy(*whole).bank(layout, MemoryTrainConfig(), only=args.only)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,73 @@ from kit.models import checkpoint
 from kit.models import load as models
 from kit.models.load import Model
 from kit.parametric import activation_cache, cluster_tree, ffn_memory, shards
-from kit.parametric import bank as parametric
 from kit.parametric.activation_cache import Lower
+from kit.parametric.bank import assemble_bank
 from kit.parametric.ffn_memory import Shape
-from kit.parametric.packing import IGNORED, Row
 from kit.schema import digest
+
+IGNORED = -100  # targets without a loss
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Row:
+    """Sentences of one path: tokens, what is to be said after each, positions: [context] each."""
+
+    path: tuple[int, ...]
+    ids: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+
+
+def pack_rows(
+    model: Model,
+    said: Sequence[tuple[str, str]],
+    paths: Sequence[tuple[int, ...]],
+    context: int,
+) -> list[Row]:
+    """Rows of (context, completion) texts, packed within a path in their order."""
+    by_path: dict[tuple[int, ...], list] = {}
+    for pair, path in zip(said, paths, strict=True):
+        by_path.setdefault(tuple(path), []).append(pair)
+    made = []
+    for path, pairs in sorted(by_path.items()):
+        open_row: list[tuple[list[int], int]] = []
+        for before, after in pairs:
+            ids, read = encode_sentence(model, before, after)
+            if len(ids) > context:
+                raise ValueError(
+                    f"{before[:60]!r} has {len(ids)} tokens, a row {context}; use a longer context."
+                )
+            if sum(len(other) for other, _ in open_row) + len(ids) > context:
+                made.append(_row(path, open_row, context, ids[-1]))
+                open_row = []
+            open_row.append((ids, read))
+        made.append(_row(path, open_row, context, model.tokenizer.eos_token_id))
+    return made
+
+
+def encode_sentence(model: Model, before: str, after: str) -> tuple[list[int], int]:
+    """Token ids of a sentence and its end, and how many of them are only read."""
+    read, said = (
+        model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)
+    )
+    return [*read, *said, model.tokenizer.eos_token_id], len(read)
+
+
+def _row(path, sentences, context: int, end: int) -> Row:
+    ids, targets, positions = [], [], []
+    for tokens, read in sentences:
+        ids += tokens
+        targets += [IGNORED] * (read - 1) + tokens[read:] + [IGNORED]
+        positions += range(len(tokens))
+    rest = context - len(ids)
+    ids, targets = ids + [end] * rest, targets + [IGNORED] * rest
+    positions += range(rest)
+    return Row(path, *(torch.tensor(values) for values in (ids, targets, positions)))
+
+
+@dataclass(frozen=True)
+class MemoryTrainConfig:
     """How blocks are trained. Defaults are those of the laptop."""
 
     batch: int = 2  # rows per step
@@ -49,7 +107,7 @@ class Recipe:
     seed: int = 0
 
 
-def loss(model: Model, batch: Sequence[Row], below: Lower | None = None) -> torch.Tensor:
+def completion_loss(model: Model, batch: Sequence[Row], below: Lower | None = None) -> torch.Tensor:
     """Mean over rows of the mean cross-entropy of their completions, nats per token; `below` knows
     the states of the lower layers."""
     ids, targets, positions = (
@@ -69,7 +127,7 @@ def loss(model: Model, batch: Sequence[Row], below: Lower | None = None) -> torc
     return (each * share[spoken.nonzero()[:, 0]]).sum() / len(batch)
 
 
-class Training:
+class BankTraining:
     """One job: blocks of the subtrees `nodes`, trained on the rows whose paths go through them;
     the model as well where `recipe.anchor_rate` says so, and without `nodes` the model alone.
 
@@ -78,8 +136,8 @@ class Training:
     """
 
     def __init__(
-        self, model: Model, shape: Shape, nodes: Sequence[int], data: Sequence[Row], recipe: Recipe,
-        folder: Path, below: Lower | None = None,
+        self, model: Model, shape: Shape, nodes: Sequence[int], data: Sequence[Row],
+        recipe: MemoryTrainConfig, folder: Path, below: Lower | None = None,
     ):  # fmt: skip
         self.shape, self.nodes, self.recipe, self.history = shape, tuple(nodes), recipe, []
         self.data = [row for row in data if row.path[0] in nodes or not nodes]
@@ -141,7 +199,7 @@ class Training:
                 fetched = fetched.to(self.model.dtype)
                 wider = ffn_memory.Wider(self.model.weights, self.shape, fetched)
                 stack.enter_context(wider.attached())
-            found = loss(self.model, batch, self.below)
+            found = completion_loss(self.model, batch, self.below)
         if not math.isfinite(found.item()):
             raise ValueError(
                 f"The loss is {found.item()} at step {number + 1} of subtrees {self.nodes}; lower "
@@ -200,26 +258,26 @@ class Training:
         checkpoint.save(self.folder / "state.safetensors", self.named, self.optimiser, self.history)
 
 
-def bank(
+def train_bank(
     model: Model,
     tree: cluster_tree.Tree,
     shape: Shape,
     data: Sequence[Row],
-    recipe: Recipe,
+    recipe: MemoryTrainConfig,
     folder: Path,
     embedder: str = "",
     report: Callable[[dict], None] = lambda figures: None,
     only: Iterable[int] | None = None,
     below: Lower | None = None,
 ) -> Path | None:
-    """A bank trained on `data` for the frozen model: its folder, for `parametric.Bank`.
+    """A bank trained on `data` for the frozen model: its folder, for `bank.ParametricBank`.
 
     `only` some subtrees does those jobs; other processes or machines that share `folder` do the
     others. The bank is put together by who finds them all done, else the result is None.
     """
     mine, places = range(shape.branching) if only is None else set(only), []
     for node in range(shape.branching):
-        job = Training(model, shape, [node], data, recipe, folder, below)
+        job = BankTraining(model, shape, [node], data, recipe, folder, below)
         if node in mine:
             job.run(report)
         places.append(job.folder)
@@ -228,5 +286,5 @@ def bank(
     place = Path(folder) / digest([[one.name for one in places], embedder], 12)
     if not (place / "bank.json").is_file():
         files = [one / shards.name(node) for node, one in enumerate(places)]
-        parametric.merge(place, model, tree, shape, files, embedder)
+        assemble_bank(place, model, tree, shape, files, embedder)
     return place

@@ -22,8 +22,8 @@ import torch
 from kit.data import problems, prompts
 from kit.inference import decode
 from kit.models import load as models
-from kit.parametric import bank as parametric
 from kit.parametric import cluster_tree, ffn_memory, shards
+from kit.parametric.bank import ParametricBank, assemble_bank
 from kit.schema import Sampling
 
 PATHS = int(os.environ.get("KIT_BENCH_PATHS", 1000))
@@ -37,7 +37,7 @@ def run() -> dict:
     model = models.load(models.BUNDLED)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _bank(model, Path(os.environ.get("KIT_BENCH_BANK", scratch)))
-        bank = parametric.Bank(folder, model, cache_bytes=CACHE)
+        bank = ParametricBank(folder, model, cache_bytes=CACHE)
         sizes = {name: f"{count / 2**20:,.1f} MiB" for name, count in bank.nbytes().items()}
         print(f"  {sizes}", flush=True)
         before = resource.getrlimit(resource.RLIMIT_DATA)
@@ -78,7 +78,7 @@ def _bank(model, folder: Path) -> Path:
         files.append(shards.write(folder / shards.name(node), blocks))
     vectors = np.random.default_rng(0).normal(size=(BRANCHING**2, 8)).astype(np.float32)
     tree = cluster_tree.fit(vectors, BRANCHING, len(SIZES), steps=1)
-    return parametric.merge(folder, model, tree, shape, files)
+    return assemble_bank(folder, model, tree, shape, files)
 
 
 def _paths(count: int, seed: int) -> list[tuple[int, ...]]:
@@ -88,7 +88,7 @@ def _paths(count: int, seed: int) -> list[tuple[int, ...]]:
     ]
 
 
-def _fetches(bank: parametric.Bank, cold: bool) -> list[float]:
+def _fetches(bank: ParametricBank, cold: bool) -> list[float]:
     """Milliseconds of each fetch."""
     found = []
     for path in _paths(PATHS, seed=int(cold)):
@@ -119,7 +119,7 @@ def _fetch(times: list[float]) -> dict:
     }
 
 
-def _decoding(model, bank: parametric.Bank) -> list[float]:
+def _decoding(model, bank: ParametricBank) -> list[float]:
     """Seconds with sixteen paths over seconds without memory."""
     suite = problems.load("laptop", "test", n=16).problems
     ids = [decode.tokenise(model, prompts.plain(p)) for p in suite]

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from kit.models import embedder
-from kit.parametric import bank as parametric
 from kit.parametric import cluster_tree, ffn_memory, shards
-from kit.parametric.bank import Bank, BankError
+from kit.parametric.bank import BankError, ParametricBank, assemble_bank
 from tests.conftest import loaded
 
 
@@ -32,7 +31,7 @@ def made(tmp_path_factory, tiny):
     files = [shards.write(folder / shards.name(n), b) for n, b in enumerate(blocks)]
     vectors = np.random.default_rng(0).normal(size=(90, 384)).astype(np.float32)
     tree = cluster_tree.fit(vectors, 3, 3)
-    parametric.merge(folder, tiny, tree, shape, files, embedder.load().fingerprint)
+    assemble_bank(folder, tiny, tree, shape, files, embedder.load().fingerprint)
     return folder, shape, blocks
 
 
@@ -46,7 +45,7 @@ def test_parameters_are_those_of_the_paper():
 
 def test_a_path_fetches_its_blocks_and_only_those(made, tiny):
     folder, shape, blocks = made
-    bank = Bank(folder, tiny)
+    bank = ParametricBank(folder, tiny)
     for path in ((0, 0, 0), (2, 7, 22), (1, 5, 17)):
         top = path[0]
         found = bank.fetch(path)
@@ -63,7 +62,7 @@ def test_the_cache_holds_what_was_used_last_within_its_bytes(made, tiny, monkeyp
     folder, shape, _ = made
     path = [(0, 0, 0), (1, 3, 9), (2, 6, 18)]
     room = tiny.dtype.itemsize * shape.fetched * 2  # two paths
-    bank, reads = Bank(folder, tiny, cache_bytes=room), []
+    bank, reads = ParametricBank(folder, tiny, cache_bytes=room), []
     read = bank._read
     monkeypatch.setattr(bank, "_read", lambda *key: reads.append(key) or read(*key))
     for number in (0, 1, 0, 2, 0):
@@ -76,14 +75,14 @@ def test_the_cache_holds_what_was_used_last_within_its_bytes(made, tiny, monkeyp
 
 def test_what_was_prefetched_is_read_once_and_is_the_same(made, tiny, monkeypatch):
     folder, _, _ = made
-    bank, reads = Bank(folder, tiny), []
+    bank, reads = ParametricBank(folder, tiny), []
     read = bank._read
     monkeypatch.setattr(bank, "_read", lambda *key: reads.append(key) or read(*key))
     bank.prefetch((1, 4, 13))
     bank.prefetch((1, 4, 13))
     found = bank.fetch((1, 4, 13))
     assert len(reads) == 3
-    plain = Bank(folder, tiny).fetch((1, 4, 13))
+    plain = ParametricBank(folder, tiny).fetch((1, 4, 13))
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
@@ -91,21 +90,21 @@ def test_paths_come_from_the_question_alone_and_controls_turn_or_block_them(made
     folder, shape, _ = made
     minilm = embedder.load()
     questions = ["Where is Lagos?", "What is the capital of Peru?", "Who?"]
-    bank = Bank(folder, tiny, minilm)
+    bank = ParametricBank(folder, tiny, minilm)
     paths = bank.paths(questions)
     assert paths == [tuple(row) for row in bank.tree.assign(minilm.embed(questions)).tolist()]
-    turned = Bank(folder, tiny, minilm, turn=1).paths(questions)
+    turned = ParametricBank(folder, tiny, minilm, turn=1).paths(questions)
     for path, other in zip(paths, turned, strict=True):
         assert other[0] == (path[0] + 1) % 3
         assert all(other[i + 1] // 3 == other[i] for i in range(2)), "still a path"
-    blocked = Bank(folder, tiny, minilm, without=[paths[0][:1]])
+    blocked = ParametricBank(folder, tiny, minilm, without=[paths[0][:1]])
     assert not any(block.any() for block in blocked.fetch(paths[0]))
-    *above, leaf = Bank(folder, tiny, minilm, without=[paths[0]]).fetch(paths[0])
+    *above, leaf = ParametricBank(folder, tiny, minilm, without=[paths[0]]).fetch(paths[0])
     assert all(torch.equal(a, b) for a, b in zip(above, bank.fetch(paths[0])))
     assert bank.fetch(paths[0])[-1].any() and not leaf.any(), "a leaf alone, and not its parents"
     free = next(node for node in range(3) if node != paths[0][0])
     assert blocked.fetch((free, 3 * free, 9 * free))[0].any()
-    assert len({bank.key, blocked.key, Bank(folder, tiny, turn=1).key}) == 3
+    assert len({bank.key, blocked.key, ParametricBank(folder, tiny, turn=1).key}) == 3
     with pytest.raises(BankError, match="Context 1 is empty; give its question"):
         bank.paths(["Where?", "  "])
 
@@ -115,14 +114,14 @@ def test_a_bank_of_another_base_tree_or_embedder_is_one_sentence(made, tiny, tmp
 
     folder, shape, _ = made
     with pytest.raises(BankError, match="is for tiny .*, not for other 123; load that base"):
-        Bank(folder, replace(tiny, name="other", weights_hash="123"))
+        ParametricBank(folder, replace(tiny, name="other", weights_hash="123"))
     with pytest.raises(BankError, match="made with another embedder"):
-        Bank(folder, tiny, replace(embedder.load(), weights_hash="x"))
+        ParametricBank(folder, tiny, replace(embedder.load(), weights_hash="x"))
     with pytest.raises(BankError, match="No bank in .*; train one"):
-        Bank(tmp_path, tiny)
+        ParametricBank(tmp_path, tiny)
     flat = cluster_tree.fit(np.eye(4), 3, 1)
     with pytest.raises(BankError, match="The tree has 1 levels of 3, the bank 3 of 3"):
-        parametric.merge(tmp_path, tiny, flat, shape, [])
+        assemble_bank(tmp_path, tiny, flat, shape, [])
     with pytest.raises(ValueError, match="kind is 'moe'; use ffn"):
         ffn_memory.shape(tiny.weights, "moe", (0,), (1,), 2)
     with pytest.raises(ValueError, match=r"layers are \[5\]; LlamaForCausalLM has 0 to 1"):
@@ -138,23 +137,23 @@ def test_missing_cut_and_damaged_files_are_named_and_the_base_still_works(made, 
 
     copy("missing").unlink()
     with pytest.raises(BankError, match=f"{file} is missing; copy it again"):
-        Bank(tmp_path / "missing", tiny)
+        ParametricBank(tmp_path / "missing", tiny)
     cut = copy("cut")
     cut.write_bytes(cut.read_bytes()[:-10])
     with pytest.raises(BankError, match=f"{file} is not the file that bank.json describes"):
-        Bank(tmp_path / "cut", tiny)
+        ParametricBank(tmp_path / "cut", tiny)
     damaged = copy("damaged")
     raw = bytearray(damaged.read_bytes())
     at = raw.index(blocks[1][2][4].numpy().tobytes())  # node 13 of level 2
     raw[at + 3] ^= 1
     damaged.write_bytes(raw)
-    bank = Bank(tmp_path / "damaged", tiny)
+    bank = ParametricBank(tmp_path / "damaged", tiny)
     bank.fetch((1, 3, 9))
     with pytest.raises(BankError, match=f"Block 4 of level 2 in .*{file} is damaged"):
         bank.fetch((1, 4, 13))
     copy("tree").with_name("tree.npz").write_bytes(b"other")
     with pytest.raises(BankError, match="tree.npz is not the tree of this bank"):
-        Bank(tmp_path / "tree", tiny)
+        ParametricBank(tmp_path / "tree", tiny)
     assert torch.isfinite(tiny.weights(torch.tensor([[1, 2]])).logits).all()
 
 
@@ -184,5 +183,5 @@ def test_banks_of_equal_shape_and_other_numbers_are_told_apart(made, tiny, tmp_p
     files = [other / shards.name(n) for n in range(3)]
     shards.write(files[1], changed)
     tree, name = cluster_tree.load(folder / "tree.npz"), embedder.load().fingerprint
-    parametric.merge(other, tiny, tree, shape, files, name)
-    assert Bank(other, tiny).key != Bank(folder, tiny).key
+    assemble_bank(other, tiny, tree, shape, files, name)
+    assert ParametricBank(other, tiny).key != ParametricBank(folder, tiny).key

@@ -11,9 +11,8 @@ from kit.dms import evictor, fidelity
 from kit.inference import decode, policies
 from kit.inference.decode import Request
 from kit.models import load as models
-from kit.parametric import bank as parametric
 from kit.parametric import cluster_tree, ffn_memory, shards
-from kit.parametric.bank import Bank
+from kit.parametric.bank import ParametricBank, assemble_bank
 from kit.schema import Sampling
 
 FAMILIES = ("llama", "qwen3", "gemma3")
@@ -142,7 +141,7 @@ def test_new_blocks_and_detached_ones_change_no_bit(family, kind):
     assert torch.equal(model.weights(IDS).logits, before), "detached"
 
 
-def bank(model, folder, branching: int = 3, kind: str = "ffn") -> Bank:
+def bank(model, folder, branching: int = 3, kind: str = "ffn") -> ParametricBank:
     """A bank of `branching` subtrees of two levels, full of small random numbers."""
     shape = ffn_memory.shape(model.weights, kind, (1, 2), (3, 2), branching)
     rng, files = torch.Generator().manual_seed(3), []
@@ -152,8 +151,8 @@ def bank(model, folder, branching: int = 3, kind: str = "ffn") -> Bank:
         blocks = [torch.randn(size, generator=rng) * 0.6 for size in sizes]
         files.append(shards.write(folder / shards.name(node), blocks))
     tree = cluster_tree.fit(torch.randn(60, 8, generator=rng).numpy(), branching, 2)
-    parametric.merge(folder, model, tree, shape, files)
-    return Bank(folder, model)
+    assemble_bank(folder, model, tree, shape, files)
+    return ParametricBank(folder, model)
 
 
 def asked(branching: int = 3) -> list[Request]:

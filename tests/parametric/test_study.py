@@ -8,15 +8,14 @@ import torch
 from kit.data import problems, prompts
 from kit.inference import decode
 from kit.models import embedder
-from kit.parametric import facts, ffn_memory, packing
-from kit.parametric import study as knowledge
-from kit.parametric import train as memorise
-from kit.parametric.study import Layout, Study
+from kit.parametric import facts, ffn_memory
+from kit.parametric.study import FactStudy, Layout, solved_as_facts
+from kit.parametric.train import MemoryTrainConfig, encode_sentence
 from kit.pipeline import stages
 from tests.conftest import loaded
 
 LAYOUT = Layout(branching=2, sizes=(6, 4), layers=2, where="all")
-RECIPE = memorise.Recipe(batch=2, context=64, learning_rate=1e-2)
+RECIPE = MemoryTrainConfig(batch=2, context=64, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def tiny(tiny_folder, dtype):
 def study(tiny, tmp_path_factory):
     known = tuple(facts.load(["cities", "capitals"], cities=40)[:60])
     told = tuple(facts.tell(known, 60, seed=0))
-    return Study(tiny, embedder.load(), known, told, tmp_path_factory.mktemp("study"))
+    return FactStudy(tiny, embedder.load(), known, told, tmp_path_factory.mktemp("study"))
 
 
 def test_every_arm_fetches_as_much(bundled):
@@ -49,7 +48,7 @@ def test_all_sentences_of_a_subject_lie_on_one_path(study):
     text = {row.path: "" for row in rows}
     for row in rows:
         text[row.path] += study.model.tokenizer.decode(row.ids)
-    for sentence in study.told:
+    for sentence in study.sentences:
         assert sentence.context in text[paths[sentence.fact]]
     assert len({path[0] for path in paths.values()}) == 2
 
@@ -99,7 +98,7 @@ def test_the_model_itself_can_be_trained_alone_or_together(study):
 
 
 def test_an_edit_changes_its_subtree_and_no_other(study):
-    altered = [dataclasses.replace(s, completion=" Atlantis.") for s in study.told]
+    altered = [dataclasses.replace(s, completion=" Atlantis.") for s in study.sentences]
     bank = study.arm("fetched", LAYOUT, RECIPE)[1]
     edited = study.edited(LAYOUT, RECIPE, 1, altered)
     assert not torch.equal(edited.fetch((1, 2))[0], bank.fetch((1, 2))[0])
@@ -110,8 +109,8 @@ def test_an_edit_changes_its_subtree_and_no_other(study):
 
 def test_solved_problems_are_told_as_they_are_asked(bundled):
     asked = prompts.build(prompts.plain, problems.load("laptop", "train", n=3).problems)
-    for prompt, said in zip(asked, knowledge.worked(bundled, asked), strict=True):
-        ids, read = packing.encode(bundled, said.context, said.completion)
+    for prompt, said in zip(asked, solved_as_facts(bundled, asked), strict=True):
+        ids, read = encode_sentence(bundled, said.context, said.completion)
         assert tuple(ids[:read]) == decode.tokenise(bundled, prompt)
         assert ids[-1] in bundled.stop_ids
         assert bundled.tokenizer.decode(ids[read:-1]) == f"Answer: {prompt.problem.answer}"

@@ -7,18 +7,23 @@ import pytest
 import torch
 
 from kit.models import load as models
-from kit.parametric import bank as parametric
-from kit.parametric import cluster_tree, facts, ffn_memory, packing, qa, shards
-from kit.parametric import train as memorise
+from kit.parametric import cluster_tree, facts, ffn_memory, qa, shards
 from kit.parametric.activation_cache import Lower
-from kit.parametric.packing import IGNORED
-from kit.parametric.train import Recipe, Training
+from kit.parametric.bank import ParametricBank
+from kit.parametric.train import (
+    IGNORED,
+    BankTraining,
+    MemoryTrainConfig,
+    completion_loss,
+    pack_rows,
+    train_bank,
+)
 from tests import rounding
 from tests.conftest import loaded
 
 SAID = [(f"The sum of {a} and {b} is", f" {a + b}.") for a in range(4) for b in range(5)]
 PATHS = [(i % 2, 2 * (i % 2) + i % 4 // 2) for i in range(20)]
-QUICK = Recipe(batch=2, context=40, learning_rate=1e-2)
+QUICK = MemoryTrainConfig(batch=2, context=40, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def shape(tiny):
 
 @pytest.fixture(scope="module")
 def data(tiny):
-    return packing.rows(tiny, SAID, PATHS, QUICK.context)
+    return pack_rows(tiny, SAID, PATHS, QUICK.context)
 
 
 def test_rows_hold_all_sentences_each_with_its_path_and_its_positions(tiny, data):
@@ -56,7 +61,7 @@ def test_rows_hold_all_sentences_each_with_its_path_and_its_positions(tiny, data
             found.append((text, row.path))
     assert sorted(found) == sorted(("".join(pair), path) for pair, path in zip(SAID, PATHS))
     with pytest.raises(ValueError, match="'The sum of 0 and 0 is' has 13 tokens, a row 4"):
-        packing.rows(tiny, SAID, PATHS, 4)
+        pack_rows(tiny, SAID, PATHS, 4)
 
 
 def test_the_loss_is_that_of_each_sentence_alone(tiny, data):
@@ -76,7 +81,7 @@ def test_the_loss_is_that_of_each_sentence_alone(tiny, data):
     plain, right = ([alone(m, row) for row in data[:3]] for m in (tiny, rounding.exact(tiny)))
     off = rounding.tolerance(torch.cat(plain), torch.cat(right))
     expected = np.mean([row.mean().item() for row in right])
-    assert memorise.loss(tiny, data[:3]).item() == pytest.approx(expected, abs=off)
+    assert completion_loss(tiny, data[:3]).item() == pytest.approx(expected, abs=off)
 
 
 def test_lower_layers_computed_once_give_the_same_loss_and_gradient(data):
@@ -99,7 +104,7 @@ def test_lower_layers_computed_once_give_the_same_loss_and_gradient(data):
             sizes = ffn_memory.Wider.empty(model.weights, shape, 2).blocks.shape
             blocks = (0.1 * torch.randn(sizes, generator=rng)).double().requires_grad_()
             with ffn_memory.Wider(model.weights, shape, blocks).attached():
-                value = memorise.loss(model, batch, knows)
+                value = completion_loss(model, batch, knows)
             value.backward()
             found.append((value.item(), blocks.grad))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
@@ -116,35 +121,35 @@ def test_jobs_are_independent_and_make_one_bank(tiny, shape, data, tmp_path):
     vectors = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     tree, seen = cluster_tree.fit(vectors, 2, 2), []
     how = (tiny, tree, shape, data, QUICK)
-    whole = memorise.bank(*how, tmp_path / "a", report=seen.append)
-    assert memorise.bank(*how, tmp_path / "b", only=[1]) is None
-    parts = memorise.bank(*how, tmp_path / "b", only=[0])
+    whole = train_bank(*how, tmp_path / "a", report=seen.append)
+    assert train_bank(*how, tmp_path / "b", only=[1]) is None
+    parts = train_bank(*how, tmp_path / "b", only=[0])
     for node in range(2):
         assert (whole / shards.name(node)).read_bytes() == (parts / shards.name(node)).read_bytes()
-    assert memorise.bank(*how, tmp_path / "a", report=lambda figures: 1 / 0) == whole
+    assert train_bank(*how, tmp_path / "a", report=lambda figures: 1 / 0) == whole
     assert all(
         torch.equal(before[name], value) for name, value in tiny.weights.state_dict().items()
     )
     assert {figures["nodes"] for figures in seen} == {(0,), (1,)}
-    bank = parametric.Bank(whole, tiny)
+    bank = ParametricBank(whole, tiny)
     for row in data:
         wider = ffn_memory.Wider.empty(tiny.weights, shape, 1)
         wider.put(0, bank.fetch(row.path))
         with torch.no_grad(), wider.attached():
-            fetched = memorise.loss(tiny, [row])
-        assert fetched < memorise.loss(tiny, [row])
+            fetched = completion_loss(tiny, [row])
+        assert fetched < completion_loss(tiny, [row])
 
 
 def test_a_killed_job_ends_as_an_undisturbed_one(tiny, shape, data, tmp_path):
     recipe = dataclasses.replace(QUICK, epochs=3)
-    whole = Training(tiny, shape, [0], data, recipe, tmp_path / "a")
+    whole = BankTraining(tiny, shape, [0], data, recipe, tmp_path / "a")
     whole.run()
-    first = Training(tiny, shape, [0], data, recipe, tmp_path / "b")
+    first = BankTraining(tiny, shape, [0], data, recipe, tmp_path / "b")
     for _ in range(4):
         first.step()
     first.save()
     seen = []
-    again = Training(tiny, shape, [0], data, recipe, tmp_path / "b")
+    again = BankTraining(tiny, shape, [0], data, recipe, tmp_path / "b")
     again.run(seen.append)
     assert [figures["step"] for figures in seen] == list(range(5, whole.steps + 1))
     assert whole.files[0].read_bytes() == again.files[0].read_bytes()
@@ -159,7 +164,7 @@ def test_a_float16_model_has_the_gradients_of_float32(tiny_folder, shape, data, 
         half,
         dataclasses.replace(half, weights=models.twin(half.weights, torch.float32)),
     ):
-        steps.append(Training(model, shape, [0], data, QUICK, tmp_path).step())
+        steps.append(BankTraining(model, shape, [0], data, QUICK, tmp_path).step())
     for name in ("loss", "gradient_norm"):
         assert steps[0][name] == pytest.approx(steps[1][name], rel=1e-6)
 
@@ -168,7 +173,7 @@ def test_together_with_the_anchor_both_learn_and_some_rows_read_the_generic_bloc
     tiny, shape, data, tmp_path
 ):
     recipe = dataclasses.replace(QUICK, anchor_rate=1e-3, generic=0.5, epochs=3)
-    job = Training(tiny, shape, [0, 1], data, recipe, tmp_path)
+    job = BankTraining(tiny, shape, [0, 1], data, recipe, tmp_path)
     place = job.run()
     trained = models.load(str(place / "model"), dtype="float32")
     assert trained.weights_hash != tiny.weights_hash
@@ -181,18 +186,18 @@ def test_together_with_the_anchor_both_learn_and_some_rows_read_the_generic_bloc
 
 def test_without_nodes_the_model_alone_goes_on(tiny, shape, data, tmp_path):
     recipe = dataclasses.replace(QUICK, anchor_rate=1e-3)
-    job = Training(tiny, shape, [], data, recipe, tmp_path)
+    job = BankTraining(tiny, shape, [], data, recipe, tmp_path)
     assert len(job.data) == len(data)
     place = job.run()
     assert not [*place.glob("subtree*")]
     trained = models.load(str(place / "model"), dtype="float32")
-    assert memorise.loss(trained, data) < memorise.loss(tiny, data)
+    assert completion_loss(trained, data) < completion_loss(tiny, data)
 
 
 def test_a_loss_that_is_no_number_is_one_sentence(tiny, shape, data, tmp_path):
     wild = dataclasses.replace(QUICK, learning_rate=1e30, epochs=4, clip=1e30)
     with pytest.raises(ValueError, match=r"The loss is \S+ at step \d+ of subtrees \(0,\); lower"):
-        Training(tiny, shape, [0], data, wild, tmp_path).run()
+        BankTraining(tiny, shape, [0], data, wild, tmp_path).run()
 
 
 def test_the_bundled_model_learns_cities_by_heart_from_its_cluster(bundled, tmp_path):
@@ -206,18 +211,18 @@ def test_the_bundled_model_learns_cities_by_heart_from_its_cluster(bundled, tmp_
     vectors = minilm.embed([sentence.context for sentence in told])
     tree = cluster_tree.fit(vectors, 2, 1)
     shape = ffn_memory.shape(bundled.weights, "ffn", ffn_memory.spread(4, 30, "late"), (32,), 2)
-    data = packing.rows(
+    data = pack_rows(
         bundled, [(s.context, s.completion) for s in told],
         [tuple(path) for path in tree.assign(vectors).tolist()], 64,
     )  # fmt: skip
-    recipe = Recipe(batch=1, context=64, learning_rate=3e-3, epochs=2)
-    folder = memorise.bank(bundled, tree, shape, data, recipe, tmp_path, minilm.fingerprint)
+    recipe = MemoryTrainConfig(batch=1, context=64, learning_rate=3e-3, epochs=2)
+    folder = train_bank(bundled, tree, shape, data, recipe, tmp_path, minilm.fingerprint)
     asked = facts.ask(known, 12)
     offered = [facts.options(problem, facts.load(["cities"])) for problem in asked]
     store = Store(tmp_path / "store")
     correct = {}
     for arm, turn in (("fetched", 0), ("wrong", 1)):
-        bank = parametric.Bank(folder, bundled, minilm, turn=turn)
+        bank = ParametricBank(folder, bundled, minilm, turn=turn)
         correct[arm] = qa.choose(bundled, asked, offered, store, arm, bank)["correct"].mean()
     assert correct["fetched"] >= 0.75
     assert correct["fetched"] > correct["wrong"]

@@ -9,7 +9,8 @@ from pyarrow import parquet
 
 from kit import hub
 from kit.models import embedder as embed
-from kit.parametric import facts, packing, wikipedia
+from kit.parametric import facts, wikipedia
+from kit.parametric.train import pack_rows
 from tests.fake_hub import build_cache
 
 COMMIT = "3" * 40
@@ -55,7 +56,7 @@ def test_pieces_are_told_but_the_last_and_fit_a_row(cache, bundled):
         assert mine and "".join([*mine, last]) == article.text
         assert mine[0] == next(s.fact for s in told if s.fact.subject == article.title).answer
     said = [(s.context, s.completion) for s in told]
-    assert packing.rows(bundled, said, [(0,)] * len(told), 48)
+    assert pack_rows(bundled, said, [(0,)] * len(told), 48)
     with pytest.raises(ValueError, match="16 tokens have no room after"):
         wikipedia.pieces(found, bundled, 16)
 
