@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pandas
 
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.dspy_adapter import Lines
 from kit.reasoning_bank.programs import (
     EXPRESSED,
@@ -55,16 +55,20 @@ def format_only(problems: Sequence[Problem]) -> list[Prompt]:
     return [prompt(problem, "format-only") for problem in problems]
 
 
-def retrieved(bank: Bank, problems, k: int = 2, arm: str = "retrieved", **search) -> list[Prompt]:
-    """The `k` strategies that `bank.search(problem, k, **search)` finds."""
+def retrieved(
+    bank: ReasoningBank, problems, k: int = 2, arm: str = "retrieved", **search
+) -> list[Prompt]:
+    """The `k` strategies that `bank.retrieve(problem, k, **search)` finds."""
     prompts = []
     for problem in problems:
-        found = bank.search(problem, k, **search)
+        found = bank.retrieve(problem, k, **search)
         prompts.append(prompt(problem, arm, shown(found.strategies), found))
     return prompts
 
 
-def drawn(bank: Bank, problems, k: int = 2, seed: int = 0, arm: str = "random") -> list[Prompt]:
+def drawn(
+    bank: ReasoningBank, problems, k: int = 2, seed: int = 0, arm: str = "random"
+) -> list[Prompt]:
     """`k` strategies drawn at random for each problem, the guard passed."""
     items, prompts = bank.strategies(), []
     for problem in problems:
@@ -74,9 +78,9 @@ def drawn(bank: Bank, problems, k: int = 2, seed: int = 0, arm: str = "random") 
     return prompts
 
 
-def shuffled(bank: Bank, problems, k: int = 2, seed: int = 0, **search) -> list[Prompt]:
+def shuffled(bank: ReasoningBank, problems, k: int = 2, seed: int = 0, **search) -> list[Prompt]:
     """What another problem, of another family where there is one, retrieved."""
-    found = {problem.id: bank.search(problem, k, **search) for problem in problems}
+    found = {problem.id: bank.retrieve(problem, k, **search) for problem in problems}
     prompts = []
     for problem in problems:
         others = [p for p in problems if p.family != problem.family] or [
@@ -157,9 +161,9 @@ def programmed(program: Solver, problems: Sequence[Problem], arm: str) -> list[P
     return made
 
 
-def subset(bank: Bank, size: int, folder) -> Bank:
+def subset(bank: ReasoningBank, size: int, folder) -> ReasoningBank:
     """A bank of `size` of the strategies in `bank`, in `folder`; of all where there are fewer."""
-    made = Bank(folder, bank.embedder)
+    made = ReasoningBank(folder, bank.embedder)
     made.add(sorted(bank.strategies(), key=lambda item: item.id)[:size])
     return made
 

@@ -30,10 +30,10 @@ EXACT_ROWS = 10_000  # below, every vector is compared; from here on an index is
 FUSION = 60  # the constant of reciprocal rank fusion
 SEEN_AFTER = timedelta(seconds=5)  # what another process writes
 SAME = 0.9  # cosine from which two strategies say the same
-WAYS = ("vector", "text", "hybrid")
+METHODS = ("vector", "text", "hybrid")
 
 
-class Bank:
+class ReasoningBank:
     """Strategies at `uri`: a folder, `s3://bucket/prefix` or whatever LanceDB opens.
 
     `storage_options` go to LanceDB (credentials, endpoint). Raises ValueError where the table
@@ -102,48 +102,49 @@ class Bank:
         columns["question_vector"] = list(self.embedder.embed(columns["question"], query=True))
         return pyarrow.Table.from_pydict({name: columns[name] for name in schema.names}, schema)
 
-    def search(
+    def retrieve(
         self,
         problem: Problem,
         k: int = 2,
-        by: str = "text",
-        how: str = "vector",
+        key: str = "text",
+        method: str = "vector",
         kinds: Sequence[str] = KINDS,
     ) -> Found:
         """The `k` best strategies for `problem` that the guard lets through.
 
-        by "text": its question against what the strategies say; by "question": against the
-        questions they come from, where `k` counts past problems and all their strategies are
-        given (the paper's way). how: "vector", "text" (BM25) or "hybrid" (both, fused by rank).
-        Ties are broken by id. An empty bank finds nothing.
+        key: what the question of `problem` is compared with. "text": the text of the strategies;
+        "question": the questions they were extracted from, where `k` counts past problems and all
+        strategies of each are returned, as in the paper. method: "vector" (cosine similarity),
+        "text" (BM25) or "hybrid" (both, by reciprocal rank fusion). Ties are broken by id. An
+        empty bank returns no strategies. ValueError where a parameter has no such value.
         """
-        if by not in ("text", "question") or how not in WAYS or k < 0:
+        if key not in ("text", "question") or method not in METHODS or k < 0:
             raise ValueError(
-                f"by is {by!r}, how {how!r}, k {k}; by is text or question, how one of {WAYS}, "
-                f"k at least 0."
+                f"key is {key!r}, method {method!r}, k {k}; key is text or question, method one of "
+                f"{METHODS}, k at least 0."
             )
-        if how != "vector" and by == "question":
-            raise ValueError('Past questions are searched by how="vector" only.')
+        if method != "vector" and key == "question":
+            raise ValueError('key="question" takes method="vector" only.')
         if not k:
             return Found((), (), {})
         vector, limit = self.embedder.embed([problem.question], query=True)[0], k + 8
         every = set(kinds) >= set(KINDS)  # then no filter: it would cost as much as the search
         where = None if every else f"kind IN ({', '.join(map(repr, kinds)) or 'NULL'})"
         while True:
-            ranked, complete = self._ranked(problem.question, vector, by, how, where, limit)
-            found, enough = self._guarded(ranked, problem, vector, k, by)
+            ranked, complete = self._ranked(problem.question, vector, key, method, where, limit)
+            found, enough = self._guarded(ranked, problem, vector, k, key)
             # A tie at the last place could hide a better id: look further until it is broken.
             if complete or (enough and found.scores[-1] > ranked[-1]["score"]):
                 return found
             limit *= 4
 
-    def _ranked(self, question, vector, by, how, where, limit) -> tuple[list[dict], bool]:
+    def _ranked(self, question, vector, key, method, where, limit) -> tuple[list[dict], bool]:
         """The first `limit` rows, best first, with `score`; whether these are all there are."""
         parts = []
-        if how in ("vector", "hybrid"):
-            column = {"text": "vector", "question": "question_vector"}[by]
+        if method in ("vector", "hybrid"):
+            column = {"text": "vector", "question": "question_vector"}[key]
             parts.append(self._nearest(vector, column, where, limit))
-        if how in ("text", "hybrid"):
+        if method in ("text", "hybrid"):
             parts.append(self._matching(question, where, limit))
         complete = all(len(part) < limit for part in parts)
         if len(parts) == 1:
@@ -183,11 +184,11 @@ class Bank:
             self._table.create_index(column, config=config)
         self._indexed[column] = self._table.version
 
-    def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, by: str):
+    def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, key: str):
         """The first `k` that may be shown, and whether there are as many."""
         found, scores, refused, past = [], [], {}, []
         for row in ranked:
-            if by == "question" and row["problem_id"] not in past and len(past) == k:
+            if key == "question" and row["problem_id"] not in past and len(past) == k:
                 break
             item = _strategy(row)
             reason = refusal(item, problem, float(vector @ row["question_vector"]))
@@ -198,9 +199,9 @@ class Bank:
                 past.append(item.problem_id)
             found.append(item)
             scores.append(row["score"])
-            if by == "text" and len(found) == k:
+            if key == "text" and len(found) == k:
                 break
-        enough = len(found if by == "text" else past) == k
+        enough = len(found if key == "text" else past) == k
         return Found(tuple(found), tuple(scores), refused), enough
 
     def forget(self, ids: Sequence[str]) -> None:
@@ -253,11 +254,11 @@ class Bank:
     def tags(self) -> list[str]:
         return sorted(self._table.tags.list())
 
-    def checkout(self, name: str) -> "Bank":
+    def checkout(self, name: str) -> "ReasoningBank":
         """The bank as it was when tagged `name`, to read only."""
         if name not in self.tags():
             raise ValueError(f"The bank {self.uri} has no tag {name!r}; it has {self.tags()}.")
-        then = Bank(self.uri, self.embedder, self._options)
+        then = ReasoningBank(self.uri, self.embedder, self._options)
         then._table.checkout(name)
         then._read_only = True
         return then

@@ -25,7 +25,7 @@ from kit.evaluation.store import Store
 from kit.inference.decode import DECODE_VERSION
 from kit.models.embedder import Embedder
 from kit.reasoning_bank import arms
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.dspy_adapter import Lines
 from kit.reasoning_bank.dspy_lm import Engine, language_model
 from kit.reasoning_bank.programs import Extractor, SelfJudge, lessons
@@ -53,7 +53,7 @@ class Recipe:
 
     judge: str = "gold"  # "gold": the grader; "self": the model's own opinion, without labels
     k: int = 0  # retrieved while building; 0 is offline
-    by: str = "question"  # what retrieval compares, see Bank.search
+    key: str = "question"  # what retrieval compares, see ReasoningBank.retrieve
     width: int = 1  # trajectories per problem; from 2 on they are contrasted (parallel MaTTS)
     temperature: float = 0.7  # of solving
     solve_tokens: int = 128
@@ -76,18 +76,18 @@ def build(
     problems: Sequence[Problem],
     store: Store,
     recipe: Recipe,
-) -> tuple[Bank, pandas.DataFrame]:
+) -> tuple[ReasoningBank, pandas.DataFrame]:
     """The bank of `recipe` in a folder of `folder` named by all that determines it, and what
     `learn` gives."""
     programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
     parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(recipe), *programs]
     name = digest([*parts, [problem.id for problem in problems]], 12)
-    bank = Bank(f"{folder}/{name}", embedder)
+    bank = ReasoningBank(f"{folder}/{name}", embedder)
     return bank, learn(bank, engine, problems, store, recipe)
 
 
 def learn(
-    bank: Bank,
+    bank: ReasoningBank,
     engine: Engine,
     problems: Sequence[Problem],
     store: Store,
@@ -121,7 +121,7 @@ def learn(
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
 
-def steps(bank: Bank) -> pandas.DataFrame:
+def steps(bank: ReasoningBank) -> pandas.DataFrame:
     """One row per step of `learn`: lessons, judgements of its attempts, its seconds, and the tokens
     of judging and extracting (those of the attempts stand in their records)."""
     if "steps" not in bank.database.list_tables().tables:
@@ -130,7 +130,7 @@ def steps(bank: Bank) -> pandas.DataFrame:
     return found.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
 
-def _note(bank: Bank, row: dict) -> None:
+def _note(bank: ReasoningBank, row: dict) -> None:
     table = bank.database.create_table("steps", schema=STEP, exist_ok=True)
     table.add(pyarrow.Table.from_pylist([row], schema=STEP))
 
@@ -143,9 +143,11 @@ def _tag(step: int) -> str:
     return f"step-{step:04}" if step >= 0 else "start"
 
 
-def _solve(bank: Bank, engine: Engine, group, store: Store, recipe: Recipe) -> pandas.DataFrame:
+def _solve(
+    bank: ReasoningBank, engine: Engine, group, store: Store, recipe: Recipe
+) -> pandas.DataFrame:
     if recipe.k:
-        prompts = arms.retrieved(bank, group, recipe.k, arm="streaming", by=recipe.by)
+        prompts = arms.retrieved(bank, group, recipe.k, arm="streaming", key=recipe.key)
     else:
         prompts = arms.format_only(group)
     sampling = Sampling(recipe.solve_tokens, recipe.temperature, top_p=0.95)

@@ -20,7 +20,7 @@ from kit.models import load as models
 from kit.models.embedder import Embedder
 from kit.models.load import Model
 from kit.reasoning_bank import programs
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.strategy import Strategy
 from kit.schema import Problem, Prompt, Sampling, digest
 from kit.training import checkpoint_selection, rejection_sampling, sft
@@ -58,21 +58,21 @@ def given(problems: Sequence[Problem], each: int) -> list[Strategy]:
     ]  # fmt: skip
 
 
-def start(folder: Path, embedder: Embedder, items: Sequence[Strategy], *parts) -> Bank:
+def start(folder: Path, embedder: Embedder, items: Sequence[Strategy], *parts) -> ReasoningBank:
     """The bank of `items` before the first round, in a folder of `folder` named by these and by
     `parts`, all else that determines what the rounds will add."""
     name = digest([sorted(item.id for item in items), embedder.fingerprint, *parts], 12)
-    bank = Bank(f"{folder}/{name}", embedder)
+    bank = ReasoningBank(f"{folder}/{name}", embedder)
     if not bank.tags():
         bank.add(items)
     return bank
 
 
-def remembered(bank: Bank, problems: Sequence[Problem], k: int) -> list[Prompt]:
+def remembered(bank: ReasoningBank, problems: Sequence[Problem], k: int) -> list[Prompt]:
     """Each question after the `k` past ones most like it and their answers, the nearest last."""
     made = []
     for problem in problems:
-        found = bank.search(problem, k, by="question")
+        found = bank.retrieve(problem, k, key="question")
         turns = [turn for item in reversed(found.strategies) for turn in _turns(item)]
         ids = tuple(item.id for item in found.strategies)
         messages = (*turns, ("user", problem.question))
@@ -108,7 +108,7 @@ def data(
 
 def compound(
     base: str,
-    bank: Bank,
+    bank: ReasoningBank,
     train: Sequence[Problem],
     rounds: int,
     plan: Plan,
@@ -137,7 +137,7 @@ def compound(
     return found
 
 
-def tagged(bank: Bank, number: int) -> Bank:
+def tagged(bank: ReasoningBank, number: int) -> ReasoningBank:
     """The bank as it was before round `number`, which is now where that round has not begun."""
     if f"round-{number}" not in bank.tags():
         bank.tag(f"round-{number}")

@@ -17,7 +17,7 @@ import numpy
 
 from kit.data import problems
 from kit.models import embedder
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.strategy import Strategy
 
 ITEMS = int(os.environ.get("KIT_BENCH_ITEMS", 100_000))
@@ -48,7 +48,7 @@ def run() -> dict:
     known.vectors |= dict(zip(asked, real.embed(asked, query=True)))
     known.vectors |= {problem.question: v for problem, v in zip(train, base)}
     with tempfile.TemporaryDirectory() as folder:
-        bank, seconds, every = Bank(folder, known), [], []
+        bank, seconds, every = ReasoningBank(folder, known), [], []
         for start in range(0, ITEMS, PART):
             noise = rng.normal(size=(PART, real.dimension)) / real.dimension**0.5
             vectors = base[rng.integers(len(base), size=PART)] + noise
@@ -60,14 +60,14 @@ def run() -> dict:
             bank.add(items)
             seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        bank.search(queries[0])
+        bank.retrieve(queries[0])
         print(f"  index of {ITEMS:,} vectors built in {time.perf_counter() - began:.1f} s")
         for problem in queries[:50]:
-            bank.search(problem)
+            bank.retrieve(problem)
         times, found = [], []
         for problem in queries:
             began = time.perf_counter()
-            found.append(bank.search(problem, k=5))
+            found.append(bank.retrieve(problem, k=5))
             times.append(1000 * (time.perf_counter() - began))
     matrix = numpy.stack([known.vectors[_item(i, train[0]).text] for i in range(ITEMS)])
     scores = matrix @ real.embed(asked, query=True).T

@@ -7,7 +7,7 @@ import pytest
 from kit.data import problems
 from kit.models import embedder
 from kit.reasoning_bank import arms
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.programs import Solver
 from tests.reasoning_bank.test_bank import lesson
 
@@ -16,7 +16,7 @@ PROSE = " ".join(f"The river carries sand number {i} to the sea." for i in range
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
-    made = Bank(tmp_path_factory.mktemp("bank"), embedder.load())
+    made = ReasoningBank(tmp_path_factory.mktemp("bank"), embedder.load())
     made.add([lesson(p) for p in problems.load("laptop", "train").problems[::5]])
     return made
 

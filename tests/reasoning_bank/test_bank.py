@@ -16,7 +16,7 @@ from kit.data import problems
 from kit.models import embedder
 from kit.reasoning_bank import bank as strategies
 from kit.reasoning_bank import strategy
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.strategy import Strategy, gives_away
 from kit.schema import Problem
 
@@ -74,7 +74,7 @@ def asked(problem: Problem, **changes) -> Problem:
 @pytest.fixture
 def bank(tmp_path, minilm, train):
     """60 strategies from as many training problems of all families."""
-    made = Bank(tmp_path / "bank", minilm)
+    made = ReasoningBank(tmp_path / "bank", minilm)
     assert made.add([lesson(p) for p in train[::7]]) == 60 == len(made)
     return made
 
@@ -89,13 +89,13 @@ def test_what_was_added_comes_back_and_only_once(bank, train):
         assert numpy.allclose(lengths, 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("by, how", [("question", "vector"), ("text", "vector")])
-def test_vector_search_ranks_as_plain_cosines_do(bank, minilm, by, how):
+@pytest.mark.parametrize("key, method", [("question", "vector"), ("text", "vector")])
+def test_vector_search_ranks_as_plain_cosines_do(bank, minilm, key, method):
     for problem in problems.load("laptop", "test").problems[::25]:
-        found = bank.search(problem, k=5, by=by, how=how)
+        found = bank.retrieve(problem, k=5, key=key, method=method)
         rows = bank.table()
         query = minilm.embed([problem.question], query=True)[0]
-        column = "vector" if by == "text" else "question_vector"
+        column = "vector" if key == "text" else "question_vector"
         rows["cosine"] = numpy.stack(rows[column]) @ query
         rows = rows[~rows["id"].isin(found.refused)]
         best = rows.sort_values(["cosine", "id"], ascending=[False, True])["id"].tolist()[:5]
@@ -103,58 +103,58 @@ def test_vector_search_ranks_as_plain_cosines_do(bank, minilm, by, how):
         assert found.scores == pytest.approx(sorted(found.scores, reverse=True))
 
 
-@pytest.mark.parametrize("how", strategies.WAYS)
-def test_the_same_query_has_the_same_result(bank, tmp_path, minilm, train, how):
+@pytest.mark.parametrize("method", strategies.METHODS)
+def test_the_same_query_has_the_same_result(bank, tmp_path, minilm, train, method):
     """Whatever order things were added in, and opened again."""
-    other = Bank(tmp_path / "other", minilm)
+    other = ReasoningBank(tmp_path / "other", minilm)
     for part in (train[::7][::-2], train[::7][::-1]):
         other.add([lesson(p) for p in part])
     assert other.logical_hash() == bank.logical_hash()
     for problem in problems.load("laptop", "test").problems[::35]:
-        first = bank.search(problem, k=4, how=how)
-        assert len(first.strategies) == 4 or how == "text", "words may match nothing"
-        assert bank.search(problem, k=4, how=how) == first
-        found = Bank(tmp_path / "other", minilm).search(problem, k=4, how=how)
+        first = bank.retrieve(problem, k=4, method=method)
+        assert len(first.strategies) == 4 or method == "text", "words may match nothing"
+        assert bank.retrieve(problem, k=4, method=method) == first
+        found = ReasoningBank(tmp_path / "other", minilm).retrieve(problem, k=4, method=method)
         assert found.strategies == first.strategies
         assert found.scores == pytest.approx(first.scores)
 
 
 def test_equal_scores_are_ordered_by_id(tmp_path, minilm, train):
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     twins = [lesson(p, content="The same.", family="x") for p in train[:30]]
     twins = [dataclasses.replace(t, title="Same", description="Same.") for t in twins]
     made.add(twins)
-    found = made.search(asked(train[100], answer="none"), k=3)
+    found = made.retrieve(asked(train[100], answer="none"), k=3)
     expected = sorted(t.id for t in twins)[:3]
     assert [s.id for s in found.strategies] == expected, "a tie hid a smaller id"
 
 
 def test_words_find_what_vectors_may_miss(tmp_path, minilm, train):
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     made.add([lesson(p) for p in train[:40]])
     rare = lesson(train[41], content="Remember the zygote rule.")
     made.add([rare])
     problem = asked(train[300], question="What does zygote say?", answer="none")
-    for how in ("text", "hybrid"):
-        assert made.search(problem, k=1, how=how).strategies == (rare,)
-    assert made.search(asked(train[300], question='(a AND "b" ^~* '), how="text") is not None
+    for method in ("text", "hybrid"):
+        assert made.retrieve(problem, k=1, method=method).strategies == (rare,)
+    assert made.retrieve(asked(train[300], question='(a AND "b" ^~* '), method="text") is not None
 
 
 def test_by_question_gives_all_strategies_of_the_nearest_past_problems(tmp_path, minilm, train):
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     made.add([lesson(p, title) for p in train[::30] for title in ("One", "Two", "Three")])
     query = asked(train[31])
     for k in (1, 2):
-        found = made.search(query, k=k, by="question").strategies
+        found = made.retrieve(query, k=k, key="question").strategies
         assert len(found) == 3 * k and len({s.problem_id for s in found}) == k
 
 
 def test_kinds_can_be_left_out(tmp_path, minilm, train):
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     made.add([lesson(p, kind=("success", "failure")[i % 2]) for i, p in enumerate(train[::20])])
     query = asked(train[5], answer="none")
     for kinds in (("success",), ("failure",)):
-        found = made.search(query, k=8, kinds=kinds).strategies
+        found = made.retrieve(query, k=8, kinds=kinds).strategies
         assert len(found) == 8 and {s.kind for s in found} == set(kinds)
     with pytest.raises(ValueError, match=r"kind \['maybe'\]; kinds are"):
         made.add([lesson(train[0], kind="maybe")])
@@ -166,12 +166,12 @@ def test_kinds_can_be_left_out(tmp_path, minilm, train):
 def test_nothing_from_the_problem_itself_nor_its_double(bank, train):
     """Also the test that fails when the guard is removed: see the next one."""
     for problem in train[::7][::5]:
-        found = bank.search(problem, k=3)
+        found = bank.retrieve(problem, k=3)
         assert problem.id not in {s.problem_id for s in found.strategies}
-        by_question = bank.search(problem, k=3, by="question")
+        by_question = bank.retrieve(problem, k=3, key="question")
         assert "same problem" in by_question.refused.values()
         double = asked(problem, question=problem.question.upper().replace(" ", "  "))
-        by_question = bank.search(double, k=3, by="question")
+        by_question = bank.retrieve(double, k=3, key="question")
         assert "near-duplicate" in by_question.refused.values()
         assert problem.id not in {s.problem_id for s in by_question.strategies}
 
@@ -179,7 +179,7 @@ def test_nothing_from_the_problem_itself_nor_its_double(bank, train):
 def test_without_the_guard_a_problem_finds_itself(bank, train, monkeypatch):
     monkeypatch.setattr(strategies, "refusal", lambda *_: "")
     own = [
-        problem.id == bank.search(problem, k=1, by="question").strategies[0].problem_id
+        problem.id == bank.retrieve(problem, k=1, key="question").strategies[0].problem_id
         for problem in train[::7]
     ]
     assert all(own)
@@ -199,17 +199,17 @@ def test_without_the_guard_a_problem_finds_itself(bank, train, monkeypatch):
 def test_paraphrases_are_the_same_problem_and_other_numbers_another(
     tmp_path, minilm, train, theirs, ours, same
 ):
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     made.add([lesson(dataclasses.replace(train[0], question=theirs))])
     problem = asked(train[0], question=ours, answer="none")
-    assert (made.search(problem, by="question").refused != {}) == same
+    assert (made.retrieve(problem, key="question").refused != {}) == same
 
 
-@pytest.mark.parametrize("by", ["text", "question"])
+@pytest.mark.parametrize("key", ["text", "question"])
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_a_search_goes_on_behind_what_the_guard_keeps_back(tmp_path, minilm, train, by, allowed):
+def test_a_search_goes_on_behind_what_the_guard_keeps_back(tmp_path, minilm, train, key, allowed):
     """Twelve that give the answer away are nearer than all but `allowed` of the others."""
-    made, rule = Bank(tmp_path, minilm), "Think of the zygote rule."
+    made, rule = ReasoningBank(tmp_path, minilm), "Think of the zygote rule."
     near = [
         lesson(dataclasses.replace(p, question=f"{rule} Number {i}!"), rule, content="It is 125.")
         for i, p in enumerate(train[:12])
@@ -217,7 +217,7 @@ def test_a_search_goes_on_behind_what_the_guard_keeps_back(tmp_path, minilm, tra
     same = dataclasses.replace(train[12], question=f"{rule} Number 99!")
     made.add([*near, *(lesson(p) for p in train[100:140])])
     made.add([lesson(same, rule, content=rule, description=rule)] * allowed)
-    found = made.search(asked(train[0], question=rule, answer="125"), k=2, by=by)
+    found = made.retrieve(asked(train[0], question=rule, answer="125"), k=2, key=key)
     assert len(found.strategies) == 2 and len(found.refused) == 12
     assert (found.strategies[0].content == rule) == bool(allowed)
 
@@ -225,16 +225,16 @@ def test_a_search_goes_on_behind_what_the_guard_keeps_back(tmp_path, minilm, tra
 def test_test_problems_are_not_refused_wholesale(bank):
     """The guard keeps back what repeats a problem, not its family."""
     tests = problems.load("laptop", "test").problems[::10]
-    refused = [len(bank.search(p, k=1, by="question").refused) for p in tests]
+    refused = [len(bank.retrieve(p, k=1, key="question").refused) for p in tests]
     assert numpy.mean(refused) < 0.5
 
 
 @pytest.mark.parametrize("text, answer, given", ANSWERS)
 def test_answers_are_not_given_away(tmp_path, minilm, train, text, answer, given):
     assert gives_away(text, answer) == given
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     made.add([item := lesson(train[0], content=text, title="T", description="D.")])
-    found = made.search(Problem("p", "How do I count?", answer, "f", 1, "s"), k=1)
+    found = made.retrieve(Problem("p", "How do I count?", answer, "f", 1, "s"), k=1)
     assert (found.refused == {item.id: "gives the answer away"}) == given
     assert (found.strategies == (item,)) != given
 
@@ -245,7 +245,7 @@ def test_answers_are_not_given_away(tmp_path, minilm, train, text, answer, given
 def test_tagged_states_can_be_opened_again(bank, train, minilm):
     bank.tag("built")
     before, problem = bank.logical_hash(), asked(train[3])
-    results = [bank.search(problem, k=3, how=how) for how in strategies.WAYS]
+    results = [bank.retrieve(problem, k=3, method=method) for method in strategies.METHODS]
     ids = [item.id for item in bank.strategies()]
     bank.forget(ids[:50])
     bank.add([lesson(train[1])])
@@ -253,7 +253,7 @@ def test_tagged_states_can_be_opened_again(bank, train, minilm):
     bank.merge()
     then = bank.checkout("built")
     assert then.logical_hash() == before != bank.logical_hash() and len(then) == 60 > len(bank)
-    assert [then.search(problem, k=3, how=how) for how in strategies.WAYS] == results
+    assert [then.retrieve(problem, k=3, method=method) for method in strategies.METHODS] == results
     assert bank.tags() == ["built"]
     with pytest.raises(ValueError, match="has a tag 'built' already"):
         bank.tag("built")
@@ -275,7 +275,7 @@ def test_uses_and_wins_are_counted(bank):
 
 
 def test_what_says_the_same_is_merged(tmp_path, minilm, train):
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     first = lesson(train[0], content="Add the tens first, then add the ones.", step=1)
     twin = lesson(train[1], content="First add the tens, then add the ones.", step=2)
     opposite = lesson(train[2], content="Add the tens first, then add the ones.", kind="failure")
@@ -291,44 +291,44 @@ def test_what_says_the_same_is_merged(tmp_path, minilm, train):
 
 
 def test_an_empty_bank_finds_nothing(tmp_path, minilm, train):
-    made = Bank(tmp_path, minilm)
-    for how in strategies.WAYS:
-        assert made.search(train[0], how=how) == strategy.Found((), (), {})
+    made = ReasoningBank(tmp_path, minilm)
+    for method in strategies.METHODS:
+        assert made.retrieve(train[0], method=method) == strategy.Found((), (), {})
     assert made.merge() == [] and made.strategies() == [] and len(made) == 0
     made.tag("empty")
     made.add([lesson(train[0])])
-    assert made.checkout("empty").search(train[5], how="hybrid").strategies == ()
+    assert made.checkout("empty").retrieve(train[5], method="hybrid").strategies == ()
 
 
 def test_wrong_questions_are_one_sentence(bank, train):
-    for wrong in (dict(by="title"), dict(how="fast"), dict(k=-1)):
+    for wrong in (dict(key="title"), dict(method="fast"), dict(k=-1)):
         with pytest.raises(ValueError, match="k at least 0"):
-            bank.search(train[0], **wrong)
-    with pytest.raises(ValueError, match='by how="vector" only'):
-        bank.search(train[0], by="question", how="hybrid")
-    assert bank.search(train[0], k=0).strategies == ()
+            bank.retrieve(train[0], **wrong)
+    with pytest.raises(ValueError, match='takes method="vector" only'):
+        bank.retrieve(train[0], key="question", method="hybrid")
+    assert bank.retrieve(train[0], k=0).strategies == ()
 
 
 def test_a_reader_sees_what_another_writes_but_not_at_a_tag(tmp_path, minilm, train, monkeypatch):
     monkeypatch.setattr(strategies, "SEEN_AFTER", timedelta(0))
-    writer = Bank(tmp_path, minilm)
+    writer = ReasoningBank(tmp_path, minilm)
     writer.add([lesson(train[0])])
     writer.tag("one")
-    reader, then = Bank(tmp_path, minilm), writer.checkout("one")
+    reader, then = ReasoningBank(tmp_path, minilm), writer.checkout("one")
     writer.add([lesson(train[1])])
     assert (len(reader), len(then)) == (2, 1)
-    assert len(reader.search(train[2], k=2).strategies) == 2
+    assert len(reader.retrieve(train[2], k=2).strategies) == 2
 
 
 def test_another_embedder_or_schema_is_refused(bank, minilm, tmp_path):
     other = dataclasses.replace(minilm, max_tokens=128, name="short")
     with pytest.raises(ValueError, match=r"embedded by bundled:gt-all.*, not by short"):
-        Bank(bank.uri, other)
+        ReasoningBank(bank.uri, other)
     meta = {"embedder": minilm.fingerprint, "embedder_name": minilm.name}
     schema = strategy.row_schema(7).with_metadata(meta)
     lancedb.connect(tmp_path / "old").create_table("strategies", schema=schema)
     with pytest.raises(ValueError, match="another version of the kit .*other types"):
-        Bank(tmp_path / "old", minilm)
+        ReasoningBank(tmp_path / "old", minilm)
 
 
 WRITER = """
@@ -337,7 +337,7 @@ sys.path.insert(0, {root!r})
 from kit.data import problems
 from kit.models import embedder
 from kit.reasoning_bank.bank import Bank
-from tests.test_strategies import lesson
+from tests.reasoning_bank.test_bank import lesson
 
 bank = Bank(sys.argv[1], embedder.load())
 print("ready", flush=True)
@@ -359,12 +359,12 @@ def test_a_killed_writer_leaves_whole_additions_and_ends_the_same(tmp_path, mini
             pass
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        bank = Bank(tmp_path / "killed", minilm)
+        bank = ReasoningBank(tmp_path / "killed", minilm)
         assert len(bank) % 3 == 0 and 3 * (at + 1) <= len(bank) < 120
     assert writer(tmp_path / "killed").communicate()[0].endswith("39\n")
     assert writer(tmp_path / "whole").communicate()[0].endswith("39\n")
-    whole = Bank(tmp_path / "whole", minilm)
-    assert Bank(tmp_path / "killed", minilm).logical_hash() == whole.logical_hash()
+    whole = ReasoningBank(tmp_path / "whole", minilm)
+    assert ReasoningBank(tmp_path / "killed", minilm).logical_hash() == whole.logical_hash()
     assert len(whole) == 120
 
 
@@ -372,12 +372,12 @@ def test_two_writers_at_once_lose_nothing(tmp_path, minilm):
     both = [writer(tmp_path), writer(tmp_path)]
     for process in both:
         assert process.communicate()[0].endswith("39\n")
-    assert len(Bank(tmp_path, minilm)) == 120, "a strategy is lost or there twice"
+    assert len(ReasoningBank(tmp_path, minilm)) == 120, "a strategy is lost or there twice"
 
 
 def test_a_bank_goes_through_a_table(bank, tmp_path, minilm):
     strategy.write(bank.strategies(), tmp_path / "t.jsonl")
-    other = Bank(tmp_path / "other", minilm)
+    other = ReasoningBank(tmp_path / "other", minilm)
     other.add(strategy.read(tmp_path / "t.jsonl"))
     assert other.logical_hash() == bank.logical_hash()
 
@@ -397,8 +397,8 @@ def test_the_shipped_strategies_are_one_per_family_and_say_who_wrote_them(minilm
     tests = problems.load("laptop", "test").problems
     assert sorted(item.family for item in items) == sorted({p.family for p in tests})
     assert {item.model for item in items} == {"the authors of this kit"}
-    made = Bank(tmp_path, minilm)
+    made = ReasoningBank(tmp_path, minilm)
     made.add(items)
-    found = [made.search(p, k=1, by="question").strategies for p in tests[::5]]
+    found = [made.retrieve(p, k=1, key="question").strategies for p in tests[::5]]
     right = [f[0].family == p.family for f, p in zip(found, tests[::5], strict=True) if f]
     assert len(right) > 60 and sum(right) / len(right) > 0.9

@@ -9,7 +9,7 @@ from kit.data import problems
 from kit.evaluation.store import Store
 from kit.models import embedder
 from kit.reasoning_bank import build as learn
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.build import Recipe
 from kit.reasoning_bank.dspy_lm import Engine
 from kit.schema import digest
@@ -56,7 +56,7 @@ def group():
 
 
 def built(folder, minilm, teacher, group, recipe=QUICK):
-    bank = Bank(folder / "bank", minilm)
+    bank = ReasoningBank(folder / "bank", minilm)
     frame = learn.learn(bank, teacher, group, Store(folder / "store"), recipe, lambda line: None)
     return bank, frame
 
@@ -94,7 +94,7 @@ def test_a_killed_build_ends_with_the_same_bank(tmp_path, minilm, teacher, group
             if line.startswith(f"step {stop}/"):
                 raise Killed
 
-        bank = Bank(tmp_path / "cut" / "bank", minilm)
+        bank = ReasoningBank(tmp_path / "cut" / "bank", minilm)
         with pytest.raises(Killed):
             learn.learn(bank, teacher, group, Store(tmp_path / "cut" / "store"), recipe, die)
     done, again = built(tmp_path / "cut", minilm, teacher, group, recipe)

@@ -11,7 +11,7 @@ from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.models import embedder as embed
 from kit.models import load as models
-from kit.reasoning_bank.bank import Bank
+from kit.reasoning_bank.bank import ReasoningBank
 from kit.schema import Sampling
 from kit.training import expert_iteration, sft
 from kit.training.expert_iteration import Plan
@@ -28,7 +28,7 @@ def embedder():
 
 @pytest.fixture
 def bank(embedder, tmp_path):
-    made = Bank(tmp_path / "bank", embedder)
+    made = ReasoningBank(tmp_path / "bank", embedder)
     made.add(expert_iteration.given(SUMS, 8))
     return made
 
@@ -47,7 +47,7 @@ def test_the_given_examples_are_the_first_of_every_family_and_level():
 def test_the_nearest_past_questions_stand_before_the_question_and_never_its_own(bank):
     for problem in SUMS[:12]:
         (prompt,) = expert_iteration.remembered(bank, [problem], 2)
-        found = bank.search(problem, 2, by="question").strategies
+        found = bank.retrieve(problem, 2, key="question").strategies
         turns = [("user", found[1].question), ("assistant", found[1].content.split("\n")[1])]
         turns += [("user", found[0].question), ("assistant", found[0].content.split("\n")[1])]
         assert prompt.messages == (*turns, ("user", problem.question))
