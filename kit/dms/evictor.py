@@ -149,7 +149,7 @@ class Evictor(nn.Module):
 
     @contextmanager
     def attached(self, weights: PreTrainedModel) -> Iterator[None]:
-        """Inside this block each layer's `slots` hears `decide(layer, logits [B, T, H])`."""
+        """Each layer calls `slots.set_eviction_logits(layer, logits [B, T, H])` in this block."""
         with ExitStack() as hooks:
             for number, layer in enumerate(self.layers):
                 block = weights.base_model.layers[layer]
@@ -166,7 +166,7 @@ class Evictor(nn.Module):
     def _adapter_hook(self, number: int):
         def decide(block, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
-            kwargs["slots"].decide(self.layers[number], self.logits(number, hidden))
+            kwargs["slots"].set_eviction_logits(self.layers[number], self.logits(number, hidden))
 
         return decide
 
@@ -182,7 +182,9 @@ class Evictor(nn.Module):
 
         def borrow(projection, args, output):
             logit = self.recipe.logit_scale * output[..., neuron].float()
-            heard["slots"].decide(attention.layer_idx, logit + self.recipe.logit_offset)
+            heard["slots"].set_eviction_logits(
+                attention.layer_idx, logit + self.recipe.logit_offset
+            )
             mask = torch.ones_like(output[0, 0])
             mask[neuron] = self.fade
             return output * mask

@@ -35,7 +35,7 @@ class Gates:
         self.log_keep: dict[int, torch.Tensor] = {}  # layer -> [B, H, T]
         self.closed: dict[int, torch.Tensor] = {}  # layer -> [B, H, T], 0 or 1
 
-    def decide(self, layer: int, logits: torch.Tensor) -> None:
+    def set_eviction_logits(self, layer: int, logits: torch.Tensor) -> None:
         """Take the logits [B, T, H] of a layer; token t+1 decides for t, none for the last."""
         logits = F.pad(logits[:, 1:].transpose(1, 2), (0, 1), value=MASKED)  # [B, H, T]
         hard = (logits > 0).float()

@@ -1,13 +1,13 @@
-"""Which slot of the pooled blocks holds which token: pure bookkeeping, no keys, no values.
+"""Block table of the paged KV cache: which slot holds which token. No keys or values here.
 
-A Table serves layers that attend alike. Its *planes* are layers that keep different tokens (one
-plane for all where they keep the same); its *units* are what keeps tokens of its own: sequences,
-or sequences times KV heads. `eviction` says which token a new one replaces, `kv` keeps the keys
-and values in the slots that a Table hands out.
+A BlockTable serves layers with the same kind of attention. It has one *plane* per layer, or a
+single plane where all layers keep the same tokens. A *unit* keeps tokens of its own: it is a
+sequence, or one KV head of a sequence. `eviction` chooses the token that a new one replaces;
+`kv_cache` stores keys and values in the slots that the table allocates.
 
-A unit fills its slots in order and a new token takes the slot of the one it replaces, so the
-first `filled` slots of a unit are live and no others: there are no holes, hence nothing to scan.
-A slot of a unit is called by its *ordinal* (0 .. filled-1) or, flat, by its place in the pool.
+A unit fills its slots in order, and a new token takes the slot of the one it replaces. So exactly
+the first `filled` slots of a unit are live: there are no holes to search for. A slot is addressed
+by its *ordinal* in the unit (0 .. filled-1) or by its flat index in the pool.
 
 Axes: P planes, U units (u of them in this step), n blocks, Z slots per block, M blocks of a unit.
 """
@@ -18,17 +18,17 @@ MASKED = -1e30  # finite, so that a fully masked block gets weight 0 and not nan
 
 
 def spare(need: int, have: int) -> int:
-    """Room to allocate where `need` is needed and `have` is there: a sixteenth more at a time."""
+    """New capacity for `need` entries when `have` are allocated: grows by a sixteenth or more."""
     return max(need, have + have // 16)
 
 
-class Table:
-    """Which slot of each plane's pool holds which token of which unit.
+class BlockTable:
+    """Maps the slots of each plane's pool to tokens, and units to blocks.
 
     position: [P, n, Z] logical position of the token in a slot, -1 where the slot is free
-    bias:     [P, n, Z] what attention adds to the scores: 0, or MASKED where the slot is free
-    score:    [P, n, Z] worth of the token where the policy ranks tokens, else None
-    owner:    [P, n] unit that owns the block; rank [P, n] which of the unit's blocks it is
+    bias:     [P, n, Z] attention bias added to the scores: 0, or MASKED where the slot is free
+    score:    [P, n, Z] importance of the token where the policy ranks tokens, else None
+    owner:    [P, n] unit that owns the block; rank [P, n] index of the block in its unit
     blocks:   [P, U, M] the blocks of each unit; filled [P, U] its live tokens
     used:     blocks in use, one number per plane
     """
@@ -48,7 +48,7 @@ class Table:
         self.planes = torch.arange(planes, device=device).unsqueeze(1)  # [P, 1]
 
     def _reserve(self, blocks: int, per_unit: int) -> None:
-        """Make room for so many blocks in a plane and in a unit."""
+        """Grow the arrays to hold `blocks` in a plane and `per_unit` blocks in a unit."""
 
         def widen(array: torch.Tensor, need: int) -> torch.Tensor:
             wide = array.new_zeros(len(array), spare(need, array.shape[1]), *array.shape[2:])
@@ -63,7 +63,7 @@ class Table:
             self.blocks = widen(self.blocks.transpose(1, 2), per_unit).transpose(1, 2).contiguous()
 
     def _append(self, plane: torch.Tensor, unit: torch.Tensor, rank: torch.Tensor) -> None:
-        """Give unit [k] of plane [k], in the order of planes, a fresh block as its rank-th."""
+        """Append a new block to unit[k] of plane[k] at rank[k]; planes in ascending order."""
         fresh = torch.bincount(plane, minlength=len(self.used))
         first = torch.tensor(self.used, device=self.device) - (fresh.cumsum(0) - fresh)
         block = first[plane] + torch.arange(len(plane), device=self.device)
@@ -73,8 +73,8 @@ class Table:
         self.blocks[plane, unit, rank] = block.int()
         self.position[plane, block], self.bias[plane, block] = -1, MASKED
 
-    def extend(self, plane: int, units: torch.Tensor, counts, positions) -> torch.Tensor:
-        """Slots for the first tokens of empty units: flat slots [sum of counts].
+    def allocate_prompt(self, plane: int, units: torch.Tensor, counts, positions) -> torch.Tensor:
+        """Allocate slots for the first tokens of empty units: flat slots [sum of counts].
 
         units [u]; counts [u] tokens of each, at `positions` [sum of counts], unit after unit.
         """
@@ -88,10 +88,13 @@ class Table:
         self._put(plane, slots, positions)
         return slots
 
-    def claim(self, units: torch.Tensor, ordinals: torch.Tensor, positions) -> torch.Tensor:
-        """One slot in every plane for the next token of each unit: flat slots [P, u].
+    def allocate_token(
+        self, units: torch.Tensor, ordinals: torch.Tensor, positions
+    ) -> torch.Tensor:
+        """Allocate one slot in every plane for the next token of each unit: flat slots [P, u].
 
-        units [u]; ordinals [P, u]: a live one is replaced, `filled` is a new one; positions [u].
+        units [u]; ordinals [P, u]: below `filled` a token is replaced, at `filled` one is added;
+        positions [u].
         """
         grows = ordinals == self.filled[:, units]
         plane, row = (grows & (ordinals % self.block == 0)).nonzero(as_tuple=True)
@@ -111,14 +114,14 @@ class Table:
         self.position.flatten(1)[plane, slots] = positions.int()
         self.bias.flatten(1)[plane, slots] = 0.0
 
-    def held(self, plane: int, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Live tokens of each unit [u], and their flat slots unit after unit."""
+    def live_slots(self, plane: int, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Number of live tokens of each unit [u], and their flat slots, unit after unit."""
         counts = self.filled[plane, units]
         of_unit, ordinal = _ragged(counts)
         return counts, self.slots(plane, units[of_unit], ordinal)
 
     def release(self, units: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Hand the blocks of these units back: the (to, from) block moves of each plane."""
+        """Free the blocks of these units: the (to, from) block moves to make, per plane."""
         gone = torch.zeros(self.filled.shape[1], dtype=torch.bool, device=self.device)
         gone[units] = True
         self.filled[:, units] = 0
@@ -137,30 +140,30 @@ class Table:
         return moves
 
     def nbytes(self) -> int:
-        """Allocated bytes of the bookkeeping."""
+        """Allocated bytes of the table."""
         arrays = (self.position, self.bias, self.score, self.owner, self.rank, self.blocks)
         return sum(x.nbytes for x in arrays if x is not None) + self.filled.nbytes
 
 
 def _ragged(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For rows of these lengths, laid end to end: the row of each item, and its place there."""
+    """For concatenated rows of these lengths: the row of each item, and its index in the row."""
     row = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     start = counts.cumsum(0) - counts
     return row, torch.arange(len(row), device=counts.device) - start[row]
 
 
-class Step:
-    """What one decode step needs of one table, computed once for all of its layers."""
+class StepIndex:
+    """Indices that one decode step needs of a table, computed once for all of its layers."""
 
-    def __init__(self, table: Table, units: torch.Tensor, positions, slots: torch.Tensor):
+    def __init__(self, table: BlockTable, units: torch.Tensor, positions, slots: torch.Tensor):
         self.table, self.units, self.positions = table, units, positions  # [u] of the new tokens
         self.slots = slots  # [P, u] flat slots of the new tokens
         row_of = torch.zeros(table.filled.shape[1], dtype=torch.long, device=table.device)
         row_of[units] = torch.arange(len(units), device=table.device)
-        self.row = row_of[table.owner]  # [P, n] row of this step that a block answers to
+        self.row = row_of[table.owner]  # [P, n] row of this step that owns the block
         count = -(-table.filled[:, units] // table.block)  # [P, u] blocks
         self.count, self.longest = count.int(), count.amax(1).tolist()
-        # [P, u, M] blocks of each row, padded with `used`: the index of an empty partial result.
+        # [P, u, M] blocks of each row, padded with `used`, the index of an empty partial result.
         blocks = table.blocks[:, units, : max(self.longest)]
         rank = torch.arange(blocks.shape[2], device=table.device)
         empty = torch.tensor(table.used, dtype=torch.int32, device=table.device)[:, None, None]

@@ -1,14 +1,15 @@
-"""The blocks that keys and values lie in: one Pool per layer, and attention over its blocks.
+"""The pooled blocks that store keys and values, one Pool per layer, and attention over them.
 
-A Pool allocates what its table uses and a sixteenth at most to spare; slots are handed out by
-`slots`. Attention reads the blocks where they lie, converts them in bounded portions where they
-are stored in fewer bits than it computes in, and joins the blocks of a unit by their softmax
-weights, as paged and flash decoding do (arXiv 2309.06180, 2205.14135).
+A Pool allocates the blocks that its table uses, and at most a sixteenth more; `block_table`
+allocates the slots. Attention reads the blocks in place, converts them in bounded portions if they
+are stored in fewer bits than it computes in, and combines the partial results of a unit's blocks
+by their softmax weights, as PagedAttention (https://arxiv.org/abs/2309.06180) and FlashAttention
+(https://arxiv.org/abs/2205.14135) do.
 
-What is rounded where, here, in `attention`, in `kernels` and wherever else the kit attends:
-queries, keys and values have what the model's dtype holds; scores, the softmax over them, and all
-sums and joins are float32 at least; what a layer reads is rounded once, to the model's dtype. So a
-text read in two ways differs by rounding alone, and as little as fused kernels allow.
+Precision, here, in `prefill_attention`, in `triton_attention` and wherever else the kit attends:
+queries, keys and values have the model's dtype; scores, softmax, sums and joins are at least
+float32; the output of a layer is rounded once, to the model's dtype. So a text that is read in two
+ways differs by rounding alone, and as little as with fused kernels.
 
 Axes: u units in this step, n blocks in use, Z slots per block, Hs KV heads in a block,
       G query heads per KV head, D head size.
@@ -18,11 +19,11 @@ from collections.abc import Iterator
 
 import torch
 
-from kit.inference.block_table import MASKED, Step, spare
+from kit.inference.block_table import MASKED, StepIndex, spare
 from kit.inference.kv_quantization import Quantised, pack, unpack
 
-# Numbers converted to a wider type at once: what stays in the cache of a CPU. On a GPU, where each
-# portion costs dozens of launches, all of them, short of a gigabyte of float32.
+# Numbers converted to a wider dtype at once. On a CPU a portion stays in its cache; on a GPU, where
+# each portion costs dozens of launches, it is a gigabyte of float32.
 PORTION = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
@@ -34,7 +35,7 @@ class Pool:
         self.arrays = [_empty(heads, block, size, dtype, device) for _ in range(2)]
 
     def reserve(self, blocks: int) -> None:
-        """Have room for so many blocks."""
+        """Allocate at least so many blocks."""
         have = len(self.arrays[0])
         if blocks > have:
             room = spare(blocks, have)
@@ -42,7 +43,7 @@ class Pool:
                 # Fresh blocks are zero: a free slot has weight 0, and 0 x nan is nan.
                 try:
                     self.arrays[i] = array.new_zeros(room, *array.shape[1:])
-                except RuntimeError as error:  # what torch says on the CPU; OutOfMemoryError is one
+                except RuntimeError as error:  # raised on the CPU; OutOfMemoryError is a subclass
                     raise MemoryError(
                         f"No memory for {room * self.block} slots of keys and values in a layer; "
                         f"lower the batch size, or keep fewer tokens."
@@ -59,12 +60,12 @@ class Pool:
         self.put(slots, [key, value])
 
     def put(self, slots: torch.Tensor, rows: list[torch.Tensor]) -> None:
-        """Put what `rows` returned into flat slots [k]."""
+        """Store what `rows` returned in flat slots [k]."""
         for array, row in zip(self.arrays, rows):
             array[slots // self.block, :, slots % self.block] = row
 
     def rows(self, slots: torch.Tensor) -> list[torch.Tensor]:
-        """Copy of what is stored in flat slots [k]: [k, Hs, ...] each."""
+        """Copies of the arrays at flat slots [k]: [k, Hs, ...] each."""
         return [array[slots // self.block, :, slots % self.block] for array in self.arrays]
 
     def move(self, to: torch.Tensor, source: torch.Tensor) -> None:
@@ -72,9 +73,9 @@ class Pool:
         for array in self.arrays:
             array[to] = array[source]
 
-    def portions(self, step: Step, plane: int, dtype: torch.dtype) -> Iterator[tuple]:
-        """Blocks in use, a bounded number at a time where they need converting to `dtype`:
-        (which, keys, values)."""
+    def portions(self, step: StepIndex, plane: int, dtype: torch.dtype) -> Iterator[tuple]:
+        """Blocks in use as (slice, keys, values) in `dtype`, a bounded number at a time if they
+        need converting."""
         used, keys = step.table.used[plane], self.arrays[0]
         most = PORTION[keys.device.type] // keys[0].numel()
         for part in _parts(used, used if keys.dtype == dtype else most):
@@ -88,14 +89,14 @@ class Pool:
 class QuantisedPool(Pool):
     """Keys and values as codes with scales and zeros; each unit's newest ones also exact.
 
-    `exact` [U, residual, Hs, D]: the token at position p lies at p % residual. A slot is read
-    from there as long as its position is among the newest, whether or not others were evicted.
+    `state`, keys and values [U, residual, Hs, D]: the token at position p is at p % residual, and
+    is read from there while its position is among the newest, whether or not others were evicted.
     """
 
     def __init__(self, heads, block, size, dtype, device, quantised: Quantised, units: int):
         self.block, self.quantised = block, quantised
         bits, groups = quantised.bits, size // quantised.group
-        quantised.bytes_per_token(size, heads, 1)  # refuses a group that does not divide the head
+        quantised.bytes_per_token(size, heads, 1)  # raises if the group does not divide the head
         kinds = [(size * bits // 8, torch.uint8), (groups, torch.half), (groups, torch.half)] * 2
         self.arrays = [_empty(heads, block, wide, kind, device) for wide, kind in kinds]
         shape = (units, quantised.residual, heads, size)
@@ -106,8 +107,8 @@ class QuantisedPool(Pool):
         self.put(slots, [*pack(key, bits, group), *pack(value, bits, group)])
 
     def remember(self, units: torch.Tensor, end, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep the newest of these tokens exact: units [u], keys and values [units, t, Hs, D] of
-        the t tokens before position `end` (one number, or [u]). Fewer rows than units repeat."""
+        """Store the newest of these tokens exactly: units [u], keys and values [rows, t, Hs, D] of
+        the t tokens before position `end` (one number, or [u]); rows repeat to match the units."""
         residual, ago = self.quantised.residual, min(key.shape[1], self.quantised.residual)
         if not ago:
             return
@@ -142,7 +143,7 @@ def _parts(count: int, most: int) -> Iterator[slice]:
         yield slice(first, min(first + max(1, most), count))
 
 
-def attend(query: torch.Tensor, pool: Pool, step: Step, plane: int, watch: bool = False):
+def attend(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, watch: bool = False):
     """Attention of one new token per unit over its live slots.
 
     query [u, Hs, G, D], scaled; returns [u, Hs, G, D] in its dtype, and the probabilities
@@ -176,11 +177,9 @@ def attend(query: torch.Tensor, pool: Pool, step: Step, plane: int, watch: bool 
     return joined[..., :-1] / total, probability
 
 
-def _attend_paged(query: torch.Tensor, pool: Pool, step: Step, plane: int) -> torch.Tensor:
-    """`attend` by a kernel that reads live blocks where they lie, in one go."""
-    from kit.inference.triton_attention import (
-        paged_attention,  # needs Triton, which is of use on CUDA only
-    )
+def _attend_paged(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int) -> torch.Tensor:
+    """`attend` by one Triton kernel that reads the blocks in place."""
+    from kit.inference.triton_attention import paged_attention  # imports Triton, for CUDA only
 
     used = step.table.used[plane]
     keys, values = (array[:used] for array in pool.arrays)

@@ -1,12 +1,13 @@
-"""What to forget: eviction policies as small frozen dataclasses, one paper each.
+"""Eviction policies, which tokens the KV cache keeps: frozen dataclasses, one paper each.
 
 All but Full and DMS share one budget: a unit (layer, or layer and KV head) that has seen t
 tokens keeps `kept_tokens` of them, or `kept_fraction` of t (rounded down, at least FLOOR). A
 prompt is read with dense attention and then cut to the budget; in decoding a new token attends
 to what is kept and itself, then the lowest-ranked token goes if the unit is over its budget.
 
-A policy ranks tokens; `eviction` finds the lowest, `kv` frees it. Left out: R-KV (2505.24133),
-whose pairwise key similarities and buffer of recent queries would not fit on a page.
+A policy ranks tokens; `eviction` finds the lowest, and `kv_cache` reuses its slot. Not included:
+R-KV (https://arxiv.org/abs/2505.24133), which needs pairwise key similarities and a buffer of
+recent queries.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -22,9 +23,9 @@ CHUNK = 512  # query rows whose attention is held at once
 
 @dataclass(frozen=True)
 class Full:
-    """Nothing is forgotten."""
+    """No token is evicted."""
 
-    spread: ClassVar[str] = "model"  # what keeps tokens of its own: "model", "layer" or "head"
+    spread: ClassVar[str] = "model"  # which units keep their own tokens: "model", "layer" or "head"
     watches: ClassVar[bool] = False  # whether it needs to see attention probabilities
 
     @property
@@ -34,20 +35,20 @@ class Full:
 
     @property
     def key(self) -> dict:
-        """For record keys: all that determines what is kept."""
+        """For record keys: everything that determines which tokens are kept."""
         return {"policy": "full"}
 
     def check(self, context: int, full_layers: tuple[int, ...]) -> None:
         """Raise ValueError for a model of this context and these full-attention layers."""
 
     def attached(self, weights: PreTrainedModel) -> AbstractContextManager:
-        """Context in which the policy hears the model."""
+        """Context manager inside which the policy receives the model's activations."""
         return nullcontext()
 
 
 @dataclass(frozen=True)
 class Budgeted(Full):
-    """What the policies with a budget share."""
+    """Base of the policies with a budget of tokens."""
 
     kept_tokens: int | None = None
     kept_fraction: float | None = None
@@ -91,7 +92,7 @@ class Budgeted(Full):
         return (seen.double() * self.kept_fraction).long().clamp(min=FLOOR)
 
     def recent(self, budget: torch.Tensor) -> torch.Tensor:
-        """How many of the newest tokens are safe whatever their score."""
+        """Number of newest tokens that are kept whatever their score."""
         return torch.zeros_like(budget)
 
     def arrival(self, layer: int, unit, position, key) -> torch.Tensor:
@@ -170,7 +171,7 @@ class Knorm(Budgeted):
 
 @dataclass(frozen=True)
 class TOVA(Budgeted):
-    """Drops the token that the newest query attends to least, averaged over heads, per layer.
+    """Evicts the token that the newest query attends to least, averaged over heads, per layer.
 
     Transformers are Multi-State RNNs, arXiv 2401.06104. The newest token is not exempt.
     """
@@ -188,7 +189,7 @@ class TOVA(Budgeted):
 
 @dataclass(frozen=True)
 class H2O(Budgeted):
-    """Half of the budget the newest tokens, half those that gathered most attention so far.
+    """Keeps the newest tokens in half of the budget, those with most accumulated attention in half.
 
     H2O: Heavy-Hitter Oracle, arXiv 2306.14048. Attention is summed over queries and over the
     query heads of a KV head; each layer and KV head keeps its own.
@@ -214,15 +215,13 @@ class H2O(Budgeted):
 
 @dataclass(frozen=True)
 class DMS(Full):
-    """Each layer and KV head forgets what a trained evictor says, `evictor.window` tokens later.
+    """A trained evictor decides per layer and KV head; tokens go `evictor.window` tokens later.
 
     Dynamic Memory Sparsification (Inference-Time Hyper-Scaling with KV Cache Compression),
-    arXiv 2506.05345. The evictor's logit on token t+1 decides for token t.
+    arXiv 2506.05345. The evictor's logit at token t+1 decides about token t.
     """
 
-    evictor: (
-        object  # kit.dms.evictor.Evictor, or whatever has its name, window, layers and attached()
-    )
+    evictor: object  # has name, fingerprint, window, layers, attached(): kit.dms.evictor.Evictor
 
     spread: ClassVar[str] = "head"
 

@@ -175,7 +175,7 @@ class Slots:
         kept = torch.tensor((live - window) / (length - window))  # of the tokens past the window
         for layer in range(config.num_hidden_layers):
             logits = torch.randn(1, length, heads, device=device)
-            self.cache.decide(layer, logits - torch.special.ndtri(kept).item())
+            self.cache.set_eviction_logits(layer, logits - torch.special.ndtri(kept).item())
             prompt = torch.randn(3, 1, heads, length, size, device=device, dtype=model.dtype)
             self.cache.attend(layer, *prompt, size**-0.5)
         self.last = torch.zeros(1, batch, dtype=torch.long, device=device)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from kit.inference.block_table import MASKED, Table
+from kit.inference.block_table import MASKED, BlockTable
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.models import load as models
 from tests import rounding
@@ -21,13 +21,13 @@ def wide() -> dict:
 
 
 class Walk:
-    """A Table under random operations, next to dictionaries that say what it must hold."""
+    """A BlockTable under random operations, beside dictionaries of what it must hold."""
 
     PLANES, UNITS = 3, 8
 
     def __init__(self, block: int, seed: int):
         self.rng, self.block = random.Random(seed), block
-        self.table = Table(self.PLANES, self.UNITS, block, torch.device("cpu"), torch.float32)
+        self.table = BlockTable(self.PLANES, self.UNITS, block, torch.device("cpu"), torch.float32)
         self.pool = torch.zeros(self.PLANES, 10_000 * block, dtype=torch.long)  # payload
         # (plane, unit) -> position -> payload; in the order of the unit's ordinals
         self.live: dict[tuple[int, int], dict[int, int]] = {}
@@ -39,7 +39,7 @@ class Walk:
         self.pool[plane, slot] = self.stamps
         self.live[plane, unit][position] = self.stamps
 
-    def extend(self, units: list[int]) -> None:
+    def allocate_prompt(self, units: list[int]) -> None:
         for unit in units:
             self.following[unit] = self.rng.randint(1, 30)
         for plane in range(self.PLANES):
@@ -51,7 +51,7 @@ class Walk:
             kept = {unit: kept[unit] for unit in units}
             counts = torch.tensor([len(tokens) for tokens in kept.values()])
             every = [position for tokens in kept.values() for position in tokens]
-            slots = self.table.extend(
+            slots = self.table.allocate_prompt(
                 plane, torch.tensor(units), counts, torch.tensor(every, dtype=torch.long)
             ).tolist()
             assert len(set(slots)) == len(slots) == len(every), "a slot is given twice"
@@ -71,11 +71,11 @@ class Walk:
                     [len(tokens), self.rng.randint(0, len(tokens))]
                 )
                 if ordinals[plane, i] < len(tokens):
-                    _, slots = self.table.held(plane, torch.tensor([unit]))
+                    _, slots = self.table.live_slots(plane, torch.tensor([unit]))
                     stamp = int(self.pool[plane, slots[ordinals[plane, i]]])
                     self.live[plane, unit] = {p: s for p, s in tokens.items() if s != stamp}
         positions = torch.tensor([self.following[unit] for unit in units])
-        slots = self.table.claim(torch.tensor(units), ordinals, positions)
+        slots = self.table.allocate_token(torch.tensor(units), ordinals, positions)
         for plane in range(self.PLANES):
             assert len(set(slots[plane].tolist())) == len(units), "two units share a slot"
             for i, unit in enumerate(units):
@@ -121,7 +121,7 @@ def test_table_holds_what_a_dictionary_holds(block):
             free = [unit for unit in range(walk.UNITS) if unit not in walk.following]
             act = walk.rng.random()
             if free and (not walk.following or act < 0.2):
-                walk.extend(walk.rng.sample(free, walk.rng.randint(1, min(3, len(free)))))
+                walk.allocate_prompt(walk.rng.sample(free, walk.rng.randint(1, min(3, len(free)))))
             elif act < 0.3:
                 walk.release()
                 released += 1

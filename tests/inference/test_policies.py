@@ -51,7 +51,7 @@ class Evictor:
         def hook(layer):
             def decide(block, args, kwargs):
                 hidden = args[0] if args else kwargs["hidden_states"]
-                kwargs["slots"].decide(layer, hidden.double() @ self.linear[layer])
+                kwargs["slots"].set_eviction_logits(layer, hidden.double() @ self.linear[layer])
 
             return decide
 
@@ -76,7 +76,7 @@ class Twin:
         self.plain: dict[int, torch.Tensor] = {}  # what attention gives without a wider dtype
         self.evicted: dict[int, list[list[bool]]] = {}
 
-    def decide(self, layer: int, logits: torch.Tensor) -> None:
+    def set_eviction_logits(self, layer: int, logits: torch.Tensor) -> None:
         """logits [1, T, H]: that of token t+1 decides for token t."""
         evicts = (logits[0] > 0).T.tolist()
         self.evicted[layer] = [head[1:] + [False] for head in evicts]
@@ -203,7 +203,7 @@ class Given:
         out = []
         for layer, drawn in enumerate(self.drawn):
             if isinstance(policy, DMS) and layer in policy.evictor.layers:
-                slots.decide(layer, self.evicts[layer, at][None])
+                slots.set_eviction_logits(layer, self.evicts[layer, at][None])
             query, key, value = (x[None, :, at] for x in drawn)
             out.append(slots.attend(layer, query, key, value, 0.3)[0].flatten(1))
         return torch.stack(out, 1)
@@ -443,7 +443,9 @@ class Marks:
         def decide(block, args, kwargs):
             at = kwargs["position_ids"][0].tolist()
             marks = torch.tensor([1.0 if p - 1 in self.gone else -1.0 for p in at])
-            kwargs["slots"].decide(block.self_attn.layer_idx, marks[None, :, None].expand(1, -1, 2))
+            kwargs["slots"].set_eviction_logits(
+                block.self_attn.layer_idx, marks[None, :, None].expand(1, -1, 2)
+            )
 
         with ExitStack() as hooks:
             for block in weights.base_model.layers:
@@ -539,9 +541,9 @@ def test_bytes_of_a_quantised_cache_are_those_of_the_formula(roomy):
     codes = 2 * 2 * 2 * (64 // 2 + 2 * 2 * 2)  # K and V, layers, heads: codes, scales, zeros
     assert cache.token_bytes == codes
     exact = 3 * 8 * 2 * 2 * 2 * 64 * 4
-    booked = sum(part.nbytes() for part in cache.parts)
-    assert cache.nbytes() == 3 * 640 * codes + exact + booked
-    assert booked < 0.05 * cache.nbytes()
+    tracked = sum(group.nbytes() for group in cache.layer_groups)
+    assert cache.nbytes() == 3 * 640 * codes + exact + tracked
+    assert tracked < 0.05 * cache.nbytes()
 
 
 @torch.inference_mode()
@@ -587,12 +589,12 @@ def test_the_kernel_is_handed_what_attention_reads(families, monkeypatch):
         crowd.cache = cache
         crowd.forward(crowd.text(60), cache.prefill([[2], [0], [3]], [13, 40, 7]))
         crowd.forward(crowd.text(3), cache.step([0, 3, 2]))
-        for layer, part in enumerate(cache.part_of):
-            units, plane = len(part.step.units), part.plane(layer)
-            heads = cache.heads // part.split
+        for layer, group in enumerate(cache.group_of):
+            units, plane = len(group.step.units), group.plane(layer)
+            heads = cache.heads // group.split
             query = torch.randn(units, heads, 2, 16, dtype=torch.float64)
-            ours = blocks._attend_paged(query, cache.pools[layer], part.step, plane)
-            expected, _ = blocks.attend(query, cache.pools[layer], part.step, plane)
+            ours = blocks._attend_paged(query, cache.pools[layer], group.step, plane)
+            expected, _ = blocks.attend(query, cache.pools[layer], group.step, plane)
             torch.testing.assert_close(ours, expected)
 
 
