@@ -29,8 +29,8 @@ from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.inference.decode import slots_attached
 from kit.inference.kv_cache import layer_windows
-from kit.models import checkpoint
 from kit.models import load as models
+from kit.models.checkpoint import ResumableTraining
 from kit.models.load import Model
 from kit.schema import Sampling, digest
 
@@ -76,7 +76,7 @@ def pack(model: Model, documents: list[str], context: int, seed: int = 0) -> tor
     return torch.tensor(ids[: count * context]).view(count, context)
 
 
-class Training:
+class Training(ResumableTraining):
     """One training of an evictor, step by step, that can be stopped and resumed.
 
     State, evictors and the log of steps live in `folder`, each training in one of its own.
@@ -91,8 +91,9 @@ class Training:
                 f"{data.shape[0]} sequences of {data.shape[1]} tokens are fewer than a batch of "
                 f"{recipe.batch}; give more text or a smaller batch."
             )
-        self.model, self.data, self.recipe = model, data, recipe
-        self.seed, self.history = seed, []
+        identity = [asdict(recipe), model.weights_hash, str(model.dtype), seed, hash_ids(data)]
+        super().__init__(folder, identity, recipe.steps)
+        self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
         everything = recipe.trains == "all"
         precise = torch.promote_types(model.dtype, torch.float32)
         apart = everything or model.dtype == torch.float16
@@ -100,21 +101,15 @@ class Training:
         self.student = dataclasses.replace(model, weights=weights)
         self.evictor = Evictor(weights, recipe, model.weights_hash)
         weights.requires_grad_(everything)
-        named = [(f"evictor.{k}", p) for k, p in self.evictor.named_parameters()]
+        self.named |= {f"evictor.{k}": p for k, p in self.evictor.named_parameters()}
         if everything:
-            named += [(f"base.{k}", p) for k, p in weights.named_parameters()]
-        self.named = dict(named)
-        self.optimiser = torch.optim.AdamW(
+            self.named |= {f"base.{k}": p for k, p in weights.named_parameters()}
+        self.optimizer = torch.optim.AdamW(
             self.named.values(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
         self.windows = layer_windows(weights.config.get_text_config())
-        what = [asdict(recipe), model.weights_hash, str(model.dtype), seed, hash_ids(data)]
-        self.job = digest(what, 12)
-        self.folder = Path(folder) / self.job
         self._teacher: dict[int, torch.Tensor] = {}  # sequence -> its final hidden states
-        self.history = checkpoint.load(
-            self.folder / "state.safetensors", self.named, self.optimiser
-        )
+        self.resume()
 
     def batch(self, step: int) -> list[int]:
         """Sequences of one step: the data in a new order in each epoch."""
@@ -143,10 +138,10 @@ class Training:
             kl = distillation.divergence(ours[spoken], theirs[spoken], *heads, recipe.divergence)
             closed, target = gates.closed_share(), 1 - 1 / recipe.compression(number + 1)
             hinge = (target - closed).clamp_min(0)
-            self.optimiser.zero_grad()
+            self.optimizer.zero_grad()
             (kl + recipe.hinge_weight * hinge).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        self.optimiser.step()
+        self.optimizer.step()
         figures = dict(step=number + 1, kl=kl.item(), hinge=hinge.item(), closed=closed.item())
         figures |= dict(target=target, gradient_norm=float(norm))
         self.history.append({**figures, "seconds": time.perf_counter() - started})
@@ -182,15 +177,13 @@ class Training:
         wanted = {self.recipe.fade_steps + self.recipe.steps_to(x): x for x in checkpoints}
         wanted[self.recipe.steps] = self.recipe.compression_x
         files = {x: self.folder / f"{x:g}x.safetensors" for x in wanted.values()}
-        saved = time.monotonic()
-        while len(self.history) < self.recipe.steps:
-            report(self.step())
-            done = len(self.history)
-            if done in wanted:
-                self._publish(files[wanted[done]], held_out)
-            if done in wanted or time.monotonic() - saved > checkpoint.SAVE_EVERY_S:
-                self.save()
-                saved = time.monotonic()
+
+        def publish(step: int) -> bool:
+            if step in wanted:
+                self._publish(files[wanted[step]], held_out)
+            return step in wanted
+
+        self.train(report, publish)
         return files
 
     def _publish(self, file: Path, held_out) -> None:
@@ -208,12 +201,6 @@ class Training:
             found = measure(student, evictor, held_out, teacher=self.model).mean()
             evictor.card |= dict(kl=found["kl"], compression_x=1 / found["kept_fraction"])
         evictor.save(file, dict(self.student.weights.named_parameters()) if trained else None)
-
-    def save(self) -> None:
-        """Write what `run` needs to go on."""
-        finished = len(self.history) >= self.recipe.steps
-        state = self.folder / "state.safetensors"
-        checkpoint.save(state, self.named, None if finished else self.optimiser, self.history)
 
 
 def hash_ids(ids: torch.Tensor) -> str:

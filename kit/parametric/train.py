@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.models import checkpoint
 from kit.models import load as models
+from kit.models.checkpoint import ResumableTraining
 from kit.models.load import Model
 from kit.parametric import activation_cache, cluster_tree, ffn_memory, shards
 from kit.parametric.activation_cache import Lower
@@ -127,7 +127,7 @@ def completion_loss(model: Model, batch: Sequence[Row], below: Lower | None = No
     return (each * share[spoken.nonzero()[:, 0]]).sum() / len(batch)
 
 
-class BankTraining:
+class BankTraining(ResumableTraining):
     """One job: blocks of the subtrees `nodes`, trained on the rows whose paths go through them;
     the model as well where `recipe.anchor_rate` says so, and without `nodes` the model alone.
 
@@ -139,27 +139,26 @@ class BankTraining:
         self, model: Model, shape: Shape, nodes: Sequence[int], data: Sequence[Row],
         recipe: MemoryTrainConfig, folder: Path, below: Lower | None = None,
     ):  # fmt: skip
-        self.shape, self.nodes, self.recipe, self.history = shape, tuple(nodes), recipe, []
+        self.shape, self.nodes, self.recipe = shape, tuple(nodes), recipe
         self.data = [row for row in data if row.path[0] in nodes or not nodes]
         seen = hashlib.sha256()
         for row in self.data:
             seen.update(f"{row.path}".encode() + row.ids.numpy().tobytes())
             seen.update(row.targets.numpy().tobytes())
-        job = [model.weights_hash, str(model.dtype), asdict(shape), nodes and [*nodes]]
-        self.folder = Path(folder) / digest([*job, asdict(recipe), seen.hexdigest()], 12)
+        identity = [model.weights_hash, str(model.dtype), asdict(shape), nodes and [*nodes]]
+        steps = recipe.epochs * math.ceil(len(self.data) / recipe.batch)
+        super().__init__(folder, [*identity, asdict(recipe), seen.hexdigest()], steps)
         self.files = [self.folder / shards.name(node) for node in self.nodes]
-        self.steps = recipe.epochs * math.ceil(len(self.data) / recipe.batch)
         self.base, self.model, self.below = model, model, below
         if recipe.anchor_rate or model.dtype == torch.float16:  # too small for gradients
             weights = models.twin(model.weights, torch.float32).train(bool(recipe.anchor_rate))
             self.model = replace(model, weights=weights)
         self.model.weights.requires_grad_(bool(recipe.anchor_rate))
-        self.named: dict[str, torch.nn.Parameter] = {}
         for node in self.nodes:
             self._begin(f"{node}", int(digest([recipe.seed, node], 7), 16))
         if recipe.generic:
             self._begin("generic", recipe.seed)
-        self.optimiser = self._optimiser()
+        self.optimizer = self._optimizer()
 
     def _begin(self, name: str, seed: int) -> None:
         shape = self.shape
@@ -168,7 +167,7 @@ class BankTraining:
         for level, blocks in enumerate(ffn_memory.initial(self.model.weights, shape, seed)):
             self.named[f"{name}|{level}"] = torch.nn.Parameter(blocks.to(self.model.device))
 
-    def _optimiser(self) -> torch.optim.AdamW:
+    def _optimizer(self) -> torch.optim.AdamW:
         groups = [{"params": [*self.named.values()], "peak": self.recipe.learning_rate}]
         if self.recipe.anchor_rate:
             anchor = dict(self.model.weights.named_parameters())
@@ -189,7 +188,7 @@ class BankTraining:
         started, number, recipe = time.perf_counter(), len(self.history), self.recipe
         batch = [self.data[i] for i in self.batch(number)]
         part = 0.5 * (1 + math.cos(math.pi * number / self.steps))
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * (recipe.least + (1 - recipe.least) * part)
         with ExitStack() as stack:
             if self.nodes:
@@ -205,10 +204,10 @@ class BankTraining:
                 f"The loss is {found.item()} at step {number + 1} of subtrees {self.nodes}; lower "
                 f"learning_rate."
             )
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         found.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), recipe.clip)
-        self.optimiser.step()
+        self.optimizer.step()
         tokens = sum(int((row.targets != IGNORED).sum()) for row in batch)
         figures = dict(nodes=self.nodes, step=number + 1, loss=found.item(), tokens=tokens)
         figures |= dict(gradient_norm=float(norm), seconds=time.perf_counter() - started)
@@ -228,15 +227,8 @@ class BankTraining:
         """Train to the end; the folder of what was made. Done before, it is returned."""
         if (self.folder / "history.json").is_file():
             return self.folder
-        self.history = checkpoint.load(
-            self.folder / "state.safetensors", self.named, self.optimiser
-        )
-        saved = time.monotonic()
-        while len(self.history) < self.steps:
-            report(self.step())
-            if time.monotonic() - saved > checkpoint.SAVE_EVERY_S:
-                self.save()
-                saved = time.monotonic()
+        self.resume()
+        self.train(report)
         self.folder.mkdir(parents=True, exist_ok=True)
         for node, file in zip(self.nodes, self.files):
             shards.write(file, self._blocks(f"{node}"))
@@ -246,16 +238,12 @@ class BankTraining:
             card = {"base": self.base.name, "recipe": asdict(self.recipe), "rows": len(self.data)}
             models.save(self.model.weights, self.base, self.folder / "model", card)
         (self.folder / "history.json").write_text(json.dumps(self.history))  # says that it is done
-        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
         return self.folder
 
     def _blocks(self, name: str) -> list[torch.Tensor]:
         found = [value for key, value in self.named.items() if key.split("|")[0] == name]
         return [blocks.detach().half() for blocks in found]
-
-    def save(self) -> None:
-        """Write what `run` needs to go on."""
-        checkpoint.save(self.folder / "state.safetensors", self.named, self.optimiser, self.history)
 
 
 def train_bank(
