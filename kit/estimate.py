@@ -111,14 +111,14 @@ def _dms(given) -> tuple[float, float]:
 
 def _phase2(given) -> tuple[float, float]:
     from kit.training.expert_iteration import ARMS, Plan
-    from kit.training.grpo_recipes import RECIPES
-    from kit.training.sft import Recipe
+    from kit.training.grpo import RECIPES
+    from kit.training.sft import SFTConfig
 
     def of(recipe, table: dict):
         changed = {name: value for name, value in table.items() if name != "seeds"}
         return SimpleNamespace(**{**vars(recipe), **changed, "seeds": table["seeds"]})
 
-    plan, sft = Plan(**given.PLAN), of(Recipe(), given.SFT)
+    plan, sft = Plan(**given.PLAN), of(SFTConfig(), given.SFT)
     reinforced = of(RECIPES[given.GRPO_ON[0]], given.GRPO)
     train, validation, test = given.PROBLEMS
     each = answer(plan.max_new_tokens)

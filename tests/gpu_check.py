@@ -687,7 +687,7 @@ def sft_training(here: Here, found: dict) -> str:
         base = saved_model(here, Path(folder, "base"))
         here.clear()
         for seed in range(2):
-            recipe = sft.Recipe(steps=2, batch=2, micro_batch=1, save_every=100, seed=seed)
+            recipe = sft.SFTConfig(steps=2, batch=2, micro_batch=1, save_every=100, seed=seed)
             sft.sft(base, [example] * 4, recipe, Path(folder), report, here.device)
     found |= dict(layers=here.layers, held_gb=held)
     said = trained(here, found, steps, f"{here.layers} layers, 2 x {length} tokens a step")
@@ -700,11 +700,11 @@ def grpo_training(here: Here, found: dict) -> str:
     """Steps of GRPO with the kit's rollouts, in the dtypes that this device gives."""
     from kit.data import prompts
     from kit.schema import Problem
-    from kit.training import grpo, grpo_recipes
+    from kit.training import grpo
 
     new, steps = 4 if here.dry else 256, []
     asked = [Problem(f"p{i}", f"What is {i} + 2?", str(i + 2), "sums", 1, "t") for i in range(4)]
-    recipe = grpo_recipes.Recipe(
+    recipe = grpo.GRPOConfig(
         steps=2, groups=2, size=4, micro_batch=4, max_new_tokens=new, keep_every=0
     )
     with tempfile.TemporaryDirectory() as folder:

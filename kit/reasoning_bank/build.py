@@ -48,7 +48,7 @@ STEP = pyarrow.schema(
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BankBuildConfig:
     """How a bank is built."""
 
     judge: str = "gold"  # "gold": the grader; "self": the model's own opinion, without labels
@@ -75,7 +75,7 @@ def build(
     embedder: Embedder,
     problems: Sequence[Problem],
     store: Store,
-    recipe: Recipe,
+    recipe: BankBuildConfig,
 ) -> tuple[ReasoningBank, pandas.DataFrame]:
     """The bank of `recipe` in a folder of `folder` named by all that determines it, and what
     `learn` gives."""
@@ -91,7 +91,7 @@ def learn(
     engine: Engine,
     problems: Sequence[Problem],
     store: Store,
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: BankBuildConfig = BankBuildConfig(),  # noqa: B008 (frozen)
     report: Callable[[str], None] = print,
 ) -> pandas.DataFrame:
     """Fill `bank` from `problems`; records of the attempts with a column `judged` (True, False or
@@ -144,7 +144,7 @@ def _tag(step: int) -> str:
 
 
 def _solve(
-    bank: ReasoningBank, engine: Engine, group, store: Store, recipe: Recipe
+    bank: ReasoningBank, engine: Engine, group, store: Store, recipe: BankBuildConfig
 ) -> pandas.DataFrame:
     if recipe.k:
         prompts = arms.retrieved(bank, group, recipe.k, arm="streaming", key=recipe.key)
@@ -157,7 +157,7 @@ def _solve(
     )  # fmt: skip
 
 
-def _judge(engine: Engine, frame: pandas.DataFrame, recipe: Recipe) -> list[bool | None]:
+def _judge(engine: Engine, frame: pandas.DataFrame, recipe: BankBuildConfig) -> list[bool | None]:
     if recipe.judge == "gold":
         return frame["correct"].tolist()
     judge = SelfJudge()
@@ -165,7 +165,7 @@ def _judge(engine: Engine, frame: pandas.DataFrame, recipe: Recipe) -> list[bool
     return [_got(result).correct for result in engine.together(asked)]
 
 
-def _extract(engine: Engine, group, frame, recipe: Recipe, step: int) -> list[Strategy]:
+def _extract(engine: Engine, group, frame, recipe: BankBuildConfig, step: int) -> list[Strategy]:
     """What each problem of the group taught; nothing where no judgement could be read."""
     extractor, asked, about = Extractor(), [], []
     for problem in group:

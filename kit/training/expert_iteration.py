@@ -112,7 +112,7 @@ def compound(
     train: Sequence[Problem],
     rounds: int,
     plan: Plan,
-    recipe: sft.Recipe,
+    recipe: sft.SFTConfig,
     store: Store,
     folder: Path,
     report: Callable[[str], None] = print,

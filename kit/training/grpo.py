@@ -11,7 +11,9 @@ Weights are kept in float32, and trained under autocast where the device compute
 the sampler is not the model that is trained, the gap between their log-probabilities is logged, and
 corrected by truncated importance weights as TRL does for vLLM.
 
-Sources: GRPO, arXiv 2402.03300; Open-RS, arXiv 2503.16219 and its recipes/grpo.yaml at 2889c47.
+Sources: GRPO, Section 4.1 of https://arxiv.org/abs/2402.03300; Open-RS,
+https://arxiv.org/abs/2503.16219 and https://github.com/knoveleng/open-rs, recipes/grpo.yaml at
+2889c47.
 """
 
 import argparse
@@ -21,10 +23,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial, update_wrapper
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from kit import paths
@@ -33,19 +37,153 @@ from kit.dms import evictor
 from kit.inference.policies import DMS, Full
 from kit.models import load as models
 from kit.schema import Problem, Prompt, digest
-from kit.training import grpo_recipes, rewards, rollouts
+from kit.training import rewards, rollouts
 from kit.training.callbacks import Watch
-from kit.training.grpo_recipes import RECIPES, ROLLOUTS, Recipe, mixed
 from kit.training.sft import VERSIONS, alone, common, computed, identity, lora, train
 
 DDP = paths.DATA / "launch" / "ddp.yaml"
+MAX_WEIGHT = 2.0  # truncates an importance weight, as TRL 0.23 did
+ROLLOUTS = ("kit", "transformers", "vllm", "vllm-server")
+ENGLISH = "Reply in English only, do not use other languages"  # the prompt of experiment 3
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """One way to train. The defaults are those of the laptop."""
+
+    steps: int = 40
+    groups: int = 4  # problems per step
+    size: int = 8  # completions per problem
+    micro_batch: int = 8  # completions read at once in the update
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    learning_rate: float = 1e-5
+    warmup: float = 0.1  # share of the steps
+    schedule: str = "constant_with_warmup"
+    beta: float = 0.04  # weight of the KL to the start
+    rewards: tuple[str, ...] = ("accuracy", "compliance")  # functions of kit.training.rewards
+    weights: tuple[float, ...] = (1.0, 0.2)
+    longest: int = 64  # of the cosine reward: tokens, or characters as published
+    suffix: str = ""  # added to the instruction
+    lora_rank: int = 0
+    rollouts: str = "kit"
+    save_every: int = 10
+    keep_every: int = 10  # steps between two models that are kept, see sft.SFTConfig
+    seed: int = 0
+
+    @property
+    def completions(self) -> int:
+        """Of the whole training."""
+        return self.steps * self.groups * self.size
+
+    def __post_init__(self):
+        per_step = self.groups * self.size
+        if per_step % self.micro_batch or self.size < 2 or len(self.rewards) != len(self.weights):
+            raise ValueError(
+                f"groups x size is {per_step}, micro_batch {self.micro_batch}, size {self.size}, "
+                f"rewards {len(self.rewards)}, weights {len(self.weights)}: micro_batch must "
+                f"divide groups x size, size be at least 2, and each reward have a weight."
+            )
+        if self.rollouts not in ROLLOUTS or not all(hasattr(rewards, r) for r in self.rewards):
+            raise ValueError(
+                f"rollouts is {self.rollouts!r}, rewards {self.rewards}: rollouts is one of "
+                f"{ROLLOUTS}, rewards are functions of kit.training.rewards."
+            )
+
+
+# 12 problems x 6 completions a step: 3 processes x 6 x 4 accumulated, as published.
+OPEN_RS_1 = GRPOConfig(
+    steps=500, groups=12, size=6, micro_batch=6, max_new_tokens=4096, temperature=0.7,
+    learning_rate=1e-6, schedule="cosine_with_min_lr", rewards=("accuracy", "think"),
+    weights=(1.0, 1.0), longest=4096, rollouts="vllm", save_every=50, keep_every=50, seed=42,
+)  # fmt: skip
+OPEN_RS_2 = dataclasses.replace(OPEN_RS_1, max_new_tokens=3584, longest=3584)
+OPEN_RS_3 = dataclasses.replace(
+    OPEN_RS_2, rewards=("cosine_published", "think"), weights=(2.0, 1.0), suffix=ENGLISH
+)
+RECIPES = {"laptop": GRPOConfig(), "open-rs-1": OPEN_RS_1}
+RECIPES |= {"open-rs-2": OPEN_RS_2, "open-rs-3": OPEN_RS_3}
+
+
+def runnable(recipe: GRPOConfig) -> GRPOConfig:
+    """`recipe` with rollouts by `kit.inference.decode` where it asks for a vLLM that is not
+    installed."""
+    if recipe.rollouts == "vllm" and find_spec("vllm") is None:
+        return dataclasses.replace(recipe, rollouts="kit")
+    return recipe
+
+
+def processes(recipe: GRPOConfig, most: int) -> int:
+    """As many processes, at most `most`, as can share the completions of a step evenly."""
+    return max(n for n in range(1, most + 1) if recipe.groups * recipe.size % n == 0)
+
+
+def mixed(problems: Sequence[Problem], easy: int, hard: int, seed: int = 0) -> list[Problem]:
+    """`easy` problems of the lowest level and `hard` of the others, drawn by hash of `seed`.
+
+    Open-RS has 1,000 easy and 6,000 hard ones.
+    """
+    lowest = min(problem.level for problem in problems)
+    order = sorted(problems, key=lambda problem: digest([seed, problem.id]))
+    parts = [p for p in order if p.level == lowest], [p for p in order if p.level > lowest]
+    for name, part, count in zip(("easy", "hard"), parts, (easy, hard), strict=True):
+        if len(part) < count:
+            raise ValueError(f"{name} is {count}, but only {len(part)} problems are {name}.")
+    return parts[0][:easy] + parts[1][:hard]
+
+
+def importance_weight(
+    policy_logps: torch.Tensor, sampler_logps: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """Truncated importance weights of sampled tokens, min(pi(o_t) / mu(o_t), MAX_WEIGHT).
+
+    pi is the policy that is trained, mu the sampler that drew the token o_t. Both log-probabilities
+    in nats, the mask (1 for tokens of the completion, 0 for padding) and the weights are of shape
+    (sequences, tokens); padding has weight 1. Multiplied with the advantage of its token, a weight
+    removes the bias of sampling from mu instead of pi, up to the truncation that bounds its
+    variance.
+
+    Sources: truncated importance sampling, https://fengyao.notion.site/off-policy-rl; TRL computes
+    the same for vLLM (`vllm_importance_sampling_mode="token_truncate"`),
+    https://huggingface.co/docs/trl/grpo_trainer. That rounding alone makes a sampler differ:
+    https://arxiv.org/abs/2510.26788.
+    """
+    return ((policy_logps - sampler_logps) * mask).exp().clamp(max=MAX_WEIGHT)
+
+
+def corrected_trainer() -> type:
+    """TRL's GRPOTrainer, whose advantages are multiplied with `importance_weight` where the sampler
+    is not the trained policy. Defined in a function since importing TRL takes seconds."""
+    from trl import GRPOTrainer
+
+    class CorrectedTrainer(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            if self.use_vllm or "sampling_per_token_logps" not in batch:
+                return batch
+            mask, count = batch["completion_mask"], batch["completion_ids"].size(1)
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+            masks = torch.cat([batch["prompt_mask"], mask], dim=1)
+            with torch.no_grad():
+                policy_logps, *_ = self._get_per_token_logps_and_entropies(
+                    self.model, ids, masks, count, self.args.per_device_train_batch_size
+                )
+            sampler_logps = batch["sampling_per_token_logps"]
+            gap = ((policy_logps - sampler_logps) * mask).abs().sum() / mask.sum()
+            self._metrics["train"]["sampling/logp_gap"].append(float(gap))
+            # The clipped objective is linear in the advantage, so weighting one weights the other.
+            weight = importance_weight(policy_logps, sampler_logps, mask)
+            batch["advantages"] = batch["advantages"][:, None] * weight
+            return batch
+
+    return CorrectedTrainer
 
 
 @alone
 def grpo(
     base: str,
     asked: Sequence[Prompt],
-    recipe: Recipe,
+    recipe: GRPOConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
     policy: Full = Full(),  # noqa: B008 (frozen)
@@ -58,7 +196,7 @@ def grpo(
     seconds, peak memory. Trained before, it is returned; killed before, it goes on.
     """
     import datasets  # these take seconds to import
-    from trl import GRPOConfig
+    import trl
 
     rewards.check_golds([prompt.problem for prompt in asked])
     if len(asked) < recipe.groups:
@@ -77,10 +215,10 @@ def grpo(
         for p in asked
     ]
     sampler = rollouts.Sampler(model, recipe, policy)
-    trainer = rollouts.trainer_class()(
+    trainer = corrected_trainer()(
         model.weights,
         [_reward(name, recipe.longest) for name in recipe.rewards],
-        GRPOConfig(**_settings(recipe, model, place)),
+        trl.GRPOConfig(**_settings(recipe, model, place)),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=model.tokenizer,
         peft_config=lora(recipe.lora_rank) if recipe.lora_rank else None,
@@ -103,14 +241,14 @@ def _name_architecture(model: models.Model, folder: Path) -> None:
     config._name_or_path = str(folder)
 
 
-def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
+def _settings(recipe: GRPOConfig, model: models.Model, place: Path) -> dict:
     """What TRL is told."""
     count = int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by accelerate
     mine, rest = divmod(recipe.groups * recipe.size, count)
     if rest:
         raise ValueError(
             f"A step has {recipe.groups * recipe.size} completions (groups x size), which {count} "
-            f"processes cannot share evenly; start {grpo_recipes.processes(recipe, count)}, "
+            f"processes cannot share evenly; start {processes(recipe, count)}, "
             f"or change groups."
         )
     at_once = max(n for n in range(1, recipe.micro_batch + 1) if mine % n == 0)
@@ -147,7 +285,7 @@ def _reward(name: str, longest: int):
 def launch(
     base: str,
     asked: Sequence[Prompt],
-    recipe: Recipe,
+    recipe: GRPOConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
     processes: int = 2,
@@ -159,7 +297,7 @@ def launch(
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    count = grpo_recipes.processes(recipe, processes)
+    count = processes(recipe, processes)
     if count < processes:
         whole = recipe.groups * recipe.size
         print(f"{count} of {processes} processes: {whole} completions of a step divide by {count}")
@@ -243,7 +381,7 @@ def _job(args) -> Path:
         asked.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
     speaks = not int(os.environ.get("RANK", 0))
     report = partial(print, flush=True) if speaks else lambda line: None
-    recipe = Recipe(**job["recipe"])
+    recipe = GRPOConfig(**job["recipe"])
     return grpo(job["base"], asked, recipe, args.out, lambda row: report(json.dumps(row)))
 
 

@@ -22,7 +22,6 @@ from kit.models import load as models
 from kit.models.load import Model
 from kit.schema import Problem, Prompt, Sampling, digest
 
-CLIP = 2.0  # most that an importance weight of the sampler's tokens may be (FlashRL, TRL 0.23)
 AT_ONCE = 8  # sequences whose log-probabilities are computed together
 NOTHING = Problem("", "", "", "", 0, "")  # a chat alone, whose problem TRL keeps
 
@@ -125,29 +124,3 @@ class Sampler:
         for mine, theirs in zip(self._twin.parameters(), trained.parameters(), strict=True):
             mine.copy_(theirs)
         return self._twin
-
-
-def trainer_class():
-    """GRPOTrainer, corrected for a sampler that is not the model: made here, since importing TRL
-    takes seconds."""
-    from trl import GRPOTrainer
-
-    class Corrected(GRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            made = super()._generate_and_score_completions(inputs)
-            if self.use_vllm or "sampling_per_token_logps" not in made:
-                return made
-            mask, count = made["completion_mask"], made["completion_ids"].size(1)
-            whole = torch.cat([made["prompt_ids"], made["completion_ids"]], dim=1)
-            masks = torch.cat([made["prompt_mask"], mask], dim=1)
-            with torch.no_grad():
-                ours, *_ = self._get_per_token_logps_and_entropies(
-                    self.model, whole, masks, count, self.args.per_device_train_batch_size
-                )
-            gap = (ours - made["sampling_per_token_logps"]) * mask
-            self._metrics["train"]["sampling/logp_gap"].append(float(gap.abs().sum() / mask.sum()))
-            # The clipped objective is linear in the advantage, so weighing one weighs the other.
-            made["advantages"] = made["advantages"][:, None] * gap.exp().clamp(max=CLIP)
-            return made
-
-    return Corrected

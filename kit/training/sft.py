@@ -29,7 +29,7 @@ VERSIONS = [torch.__version__, transformers.__version__]  # with others the same
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SFTConfig:
     """How weights are changed."""
 
     steps: int = 32
@@ -69,7 +69,7 @@ def alone(train: Callable[..., Path]) -> Callable[..., Path]:
 def sft(
     base: str,
     examples: Sequence[dict],
-    recipe: Recipe,
+    recipe: SFTConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
     device: str = "auto",
@@ -79,7 +79,7 @@ def sft(
     Trained before, it is returned as it is; killed before, it goes on at its last checkpoint.
     """
     import datasets  # these take seconds to import
-    from trl import SFTConfig, SFTTrainer
+    import trl
 
     if not examples:
         raise ValueError("No examples to train on; see traces.accepted.")
@@ -90,9 +90,9 @@ def sft(
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model.weights,
-        SFTConfig(**_settings(recipe, model, place)),
+        trl.SFTConfig(**_settings(recipe, model, place)),
         train_dataset=datasets.Dataset.from_list(list(examples)),
         processing_class=model.tokenizer,
         peft_config=lora(recipe.lora_rank) if recipe.lora_rank else None,
@@ -112,7 +112,7 @@ def computed(model: models.Model) -> str:
     return str(models.default_dtype(model.device)).removeprefix("torch.")
 
 
-def _settings(recipe: Recipe, model: models.Model, place: Path) -> dict:
+def _settings(recipe: SFTConfig, model: models.Model, place: Path) -> dict:
     """What TRL is told."""
     return common(recipe, model, place) | dict(
         gradient_accumulation_steps=recipe.batch // recipe.micro_batch,

@@ -16,7 +16,7 @@ import pandas
 
 from kit.data import problems, prompts
 from kit.models import load as models
-from kit.training import grpo, grpo_recipes, rejection_sampling, sft
+from kit.training import grpo, rejection_sampling, sft
 
 STEPS = int(os.environ.get("KIT_BENCH_STEPS", 4))
 
@@ -45,13 +45,11 @@ def _sft(suite, asked, folder: Path) -> Path:
         [{"problem_id": p.id, "text": f"Answer: {p.answer}", "key": p.id} for p in suite]
     )
     examples = rejection_sampling.sequences(models.load(models.BUNDLED), rows, asked)
-    return sft.sft(models.BUNDLED, examples, sft.Recipe(steps=STEPS + 1), folder)
+    return sft.sft(models.BUNDLED, examples, sft.SFTConfig(steps=STEPS + 1), folder)
 
 
 def _grpo(asked, rollouts: str, folder: Path) -> Path:
-    recipe = grpo_recipes.Recipe(
-        steps=STEPS + 1, max_new_tokens=48, rollouts=rollouts, save_every=99
-    )
+    recipe = grpo.GRPOConfig(steps=STEPS + 1, max_new_tokens=48, rollouts=rollouts, save_every=99)
     return grpo.grpo(models.BUNDLED, asked, dataclasses.replace(recipe, keep_every=0), folder)
 
 

@@ -10,11 +10,11 @@ from kit.evaluation.store import Store
 from kit.models import embedder
 from kit.reasoning_bank import build as learn
 from kit.reasoning_bank.bank import ReasoningBank
-from kit.reasoning_bank.build import Recipe
+from kit.reasoning_bank.build import BankBuildConfig
 from kit.reasoning_bank.dspy_lm import Engine
 from kit.schema import digest
 
-QUICK = Recipe(solve_tokens=8, extract_tokens=8, group=6)
+QUICK = BankBuildConfig(solve_tokens=8, extract_tokens=8, group=6)
 
 
 class Teacher(Engine):
@@ -148,4 +148,4 @@ def test_nothing_to_learn_from_and_wrong_recipes(tmp_path, minilm, teacher):
     assert len(bank) == len(frame) == 0
     for wrong in (dict(judge="other"), dict(width=0), dict(group=0), dict(k=-1)):
         with pytest.raises(ValueError, match="judge is one of"):
-            Recipe(**wrong)
+            BankBuildConfig(**wrong)

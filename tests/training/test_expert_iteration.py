@@ -18,7 +18,7 @@ from kit.training.expert_iteration import Plan
 
 SUMS = problems.load("laptop", "train", families=["chain_sum"], levels=[1]).problems
 PLAN = Plan(k=2, samples=2, cap=1, max_new_tokens=8, temperature=0.7)
-STEP = sft.Recipe(steps=1, batch=2, micro_batch=2, save_every=9)
+STEP = sft.SFTConfig(steps=1, batch=2, micro_batch=2, save_every=9)
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from kit.inference.decode import Request, decode
 from kit.inference.policies import DMS, TOVA, Full
 from kit.models import load as models
 from kit.schema import Problem, Sampling
-from kit.training import grpo, grpo_recipes, rewards, rollouts, sft
-from kit.training.grpo_recipes import Recipe
+from kit.training import grpo, rewards, rollouts, sft
+from kit.training.grpo import GRPOConfig
 from kit.training.sft import history
 from tests import rounding
 from tests.toys import drawn, tokens, toy
 
-QUICK = Recipe(
+QUICK = GRPOConfig(
     steps=4, groups=2, size=4, micro_batch=4, max_new_tokens=6, learning_rate=1e-3, save_every=2,
     beta=0.0,
 )  # fmt: skip
@@ -94,16 +94,16 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder, tmp_path, two_arms,
 
 
 def trainer(tiny, tmp_path, **settings):
+    import trl
     from datasets import Dataset
-    from trl import GRPOConfig
 
-    config = GRPOConfig(
+    config = trl.GRPOConfig(
         str(tmp_path), use_cpu=True, bf16=False, report_to=[], num_generations=2, loss_type="grpo",
         per_device_train_batch_size=2, gradient_checkpointing=False, epsilon=0.2,
         use_bias_correction_kl=False, **settings,
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
-    make = rollouts.trainer_class()
+    make = grpo.corrected_trainer()
     return make(tiny.weights, [odd], config, train_dataset=data, processing_class=tiny.tokenizer)
 
 
@@ -139,6 +139,51 @@ def test_loss_clipping_kl_and_mask_by_hand(tiny, tmp_path):
             terms.append(gain - 0.04 * (torch.tensor(d).exp().item() - d - 1))
         per_sequence.append(sum(terms) / len(terms))
     assert float(found) == pytest.approx(-sum(per_sequence) / 2, rel=1e-4)
+
+
+def test_importance_weights_are_ratios_truncated_at_two():
+    policy = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.9, 0.5]]))
+    sampler = torch.log(torch.tensor([[0.2, 0.4, 0.2, 0.3, 0.1]]))
+    found = grpo.importance_weight(policy, sampler, torch.tensor([[1, 1, 1, 1, 0]]))
+    torch.testing.assert_close(found, torch.tensor([[0.5, 1.0, 1.5, 2.0, 1.0]]))
+
+
+def test_importance_weights_make_the_expectation_that_of_the_policy():
+    """Over a vocabulary of 50: the mean under the sampler, weighted, is the mean under the policy
+    where no ratio reaches the truncation."""
+    draw = torch.Generator().manual_seed(0)
+    logits, reward = torch.randn(2, 50, generator=draw, dtype=torch.float64).unbind()
+    sampler = logits.log_softmax(-1)
+    policy = (logits + 0.2 * torch.randn(50, generator=draw, dtype=torch.float64)).log_softmax(-1)
+    weight = grpo.importance_weight(policy, sampler, torch.ones(50))
+    assert weight.max() < grpo.MAX_WEIGHT
+    torch.testing.assert_close((sampler.exp() * weight * reward).sum(), policy.exp() @ reward)
+
+
+def test_a_trainer_weights_the_advantage_of_each_token(tiny, tmp_path, monkeypatch):
+    import trl
+
+    ids = torch.randint(3, 40_000, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    ratio = torch.tensor([[0.5, 1.0, 1.5, 2.0, 4.0], [3.0, 0.1, 1.0, 5.0, 5.0]])
+    with torch.no_grad():
+        logps = tiny.weights(ids).logits[:, 3:-1].log_softmax(-1)
+    batch = dict(
+        prompt_ids=ids[:, :4], prompt_mask=torch.ones(2, 4, dtype=torch.long),
+        completion_ids=ids[:, 4:], completion_mask=mask, advantages=torch.tensor([1.3, -0.7]),
+        sampling_per_token_logps=logps.gather(-1, ids[:, 4:, None])[..., 0] - ratio.log(),
+    )  # fmt: skip
+    name = "_generate_and_score_completions"
+    monkeypatch.setattr(trl.GRPOTrainer, name, lambda self, inputs: dict(batch))
+    made = trainer(tiny, tmp_path)
+    found = made._generate_and_score_completions([])
+    weight = torch.tensor([[0.5, 1.0, 1.5, 2.0, 2.0], [2.0, 0.1, 1.0, 1.0, 1.0]])
+    expected = batch["advantages"][:, None] * weight
+    torch.testing.assert_close(found["advantages"], expected, rtol=1e-4, atol=0)  # logps near -11
+    gap = float((ratio.log().abs() * mask).sum() / mask.sum())
+    assert made._metrics["train"]["sampling/logp_gap"] == [pytest.approx(gap, rel=1e-4)]
+    monkeypatch.setattr(trl.GRPOTrainer, name, lambda self, inputs: {"advantages": "as they were"})
+    assert made._generate_and_score_completions([]) == {"advantages": "as they were"}
 
 
 def test_evicting_samples_know_their_probabilities():
@@ -294,9 +339,9 @@ def test_two_processes_by_accelerate_launch(tiny_folder, tmp_path):
 
 def test_a_step_is_shared_by_any_number_of_gpus(monkeypatch, tmp_path):
     """72 completions a step, as published, on the 1 to 8 GPUs of a machine."""
-    published, model, started = grpo_recipes.OPEN_RS_2, toy(), []
+    published, model, started = grpo.OPEN_RS_2, toy(), []
     for gpus in range(1, 9):
-        started.append(grpo_recipes.processes(published, gpus))
+        started.append(grpo.processes(published, gpus))
         monkeypatch.setenv("WORLD_SIZE", str(started[-1]))
         told = grpo._settings(published, model, tmp_path)
         at_once = told["per_device_train_batch_size"] * told["gradient_accumulation_steps"]
@@ -320,20 +365,17 @@ def test_nothing_of_a_training_is_left_when_the_next_begins(
 
 def test_easy_and_hard_problems_are_mixed_in_the_numbers_asked_for():
     made = [Problem(f"p{i}", "q", "1", "f", 1 + i % 3, "t") for i in range(30)]
-    found = grpo_recipes.mixed(made, 4, 9)
+    found = grpo.mixed(made, 4, 9)
     assert [p.level == 1 for p in found] == [True] * 4 + [False] * 9
-    assert len({p.id for p in found}) == 13 and grpo_recipes.mixed(made[::-1], 4, 9) == found
-    assert grpo_recipes.mixed(made, 4, 9, seed=1) != found
+    assert len({p.id for p in found}) == 13 and grpo.mixed(made[::-1], 4, 9) == found
+    assert grpo.mixed(made, 4, 9, seed=1) != found
     with pytest.raises(ValueError, match="easy is 11, but only 10 problems are easy"):
-        grpo_recipes.mixed(made, 11, 0)
+        grpo.mixed(made, 11, 0)
 
 
 def test_open_rs_is_as_published():
-    """systems.md 3b: 72 completions of 12 problems a step."""
-    assert grpo_recipes.OPEN_RS_1.completions == 36_000
-    for recipe in (grpo_recipes.OPEN_RS_1, grpo_recipes.OPEN_RS_2, grpo_recipes.OPEN_RS_3):
+    """recipes/grpo.yaml of https://github.com/knoveleng/open-rs: 72 completions of 12 problems."""
+    assert grpo.OPEN_RS_1.completions == 36_000
+    for recipe in (grpo.OPEN_RS_1, grpo.OPEN_RS_2, grpo.OPEN_RS_3):
         assert recipe.groups * recipe.size == 72 and recipe.beta == 0.04 and recipe.steps == 500
-    assert (
-        grpo_recipes.OPEN_RS_3.weights == (2.0, 1.0)
-        and grpo_recipes.OPEN_RS_3.max_new_tokens == 3584
-    )
+    assert grpo.OPEN_RS_3.weights == (2.0, 1.0) and grpo.OPEN_RS_3.max_new_tokens == 3584

@@ -15,10 +15,10 @@ from kit.inference import energy
 from kit.models import load as models
 from kit.schema import Problem
 from kit.training import callbacks, rejection_sampling, sft
-from kit.training.sft import Recipe
+from kit.training.sft import SFTConfig
 from tests import rounding
 
-QUICK = Recipe(steps=6, batch=4, micro_batch=2, learning_rate=1e-3, save_every=2)
+QUICK = SFTConfig(steps=6, batch=4, micro_batch=2, learning_rate=1e-3, save_every=2)
 
 
 def record(problem: str, text: str, correct: bool = True, finish: str = "stop") -> dict:
@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tiny, tiny
 def test_wrong_recipes_and_a_full_disk_are_one_sentence(tiny, tmp_path, monkeypatch):
     for wrong in (dict(batch=8, micro_batch=3), dict(steps=0)):
         with pytest.raises(ValueError, match="micro_batch must divide batch"):
-            Recipe(**wrong)
+            SFTConfig(**wrong)
     with pytest.raises(ValueError, match="No examples to train on"):
         sft.sft("unused", [], QUICK, tmp_path)
 
