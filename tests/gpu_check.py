@@ -365,21 +365,21 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
     device may change a tenth at most of what quantising does."""
     from kit.dms import fidelity
     from kit.inference import decode
-    from kit.inference.budget_forcing import NEVER, Forcing
+    from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
     from kit.inference.kv_quantization import Quantised
     from kit.inference.policies import Full, Knorm
     from kit.models import load as models
     from kit.schema import Sampling
 
     wrong, sampling = [], Sampling(4 if here.dry else 12)
-    forcing = Forcing((2, 4) if here.dry else (3, 8, 12), (5, 6), 3, (9,), 1)
+    forcing = BudgetForcing((2, 4) if here.dry else (3, 8, 12), (5, 6), 3, (9,), 1)
     for family in ("gemma3",) if here.dry else models.RANDOM:
         pair = pair_of(here, family)
         requests = [
             decode.Request(tuple(range(1, 60 - 9 * i)), f"p{i // 2}", i % 2)
             for i in range(3 if here.dry else 6)
         ]
-        cases = {name: (policy, NEVER) for name, policy in small_policies(pair[0]).items()}
+        cases = {name: (policy, NO_FORCING) for name, policy in small_policies(pair[0]).items()}
         for name, (policy, asks) in (cases | {"forced": (Full(), forcing)}).items():
             said = []
             for model in pair:
@@ -467,7 +467,7 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantised=No
 
     from kit.inference import decode
     from kit.inference.kv_cache import SlotCache
-    from kit.inference.sampling import draw
+    from kit.inference.sampling import sample_tokens
     from kit.schema import Sampling
 
     here.clear()
@@ -478,7 +478,7 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantised=No
 
     def step() -> None:
         logits = decode._step(model, cache, places, last)
-        last[:] = draw(logits, sampling, uniform).tolist()
+        last[:] = sample_tokens(logits, sampling, uniform).tolist()
         cache.attended.tolist(), cache.live_tokens().tolist()
 
     with torch.inference_mode(), decode.slots_attached(model), policy.attached(model.weights):
@@ -537,7 +537,7 @@ def tokens_per_second(here: Here, found: dict) -> str:
 def forcing_memory(here: Here, found: dict) -> str:
     """Bytes that wait to be asked for an answer, over those of the cache, while none ends."""
     from kit.inference import decode, kv_cache
-    from kit.inference.budget_forcing import Forcing
+    from kit.inference.budget_forcing import BudgetForcing
     from kit.schema import Sampling
 
     model, held, shares = random_model(here, num_hidden_layers=2), {}, [0.0]
@@ -556,7 +556,7 @@ def forcing_memory(here: Here, found: dict) -> str:
 
     cuts = (4, 8, 12) if here.dry else (10, 30, 50, 70, 90, 110, 130, 150)
     requests = [decode.Request((1, 2, 3), f"p{i}") for i in range(8)]
-    forcing, sampling = Forcing(cuts, (5,), 4), Sampling(cuts[-1] + 4, 1.0)
+    forcing, sampling = BudgetForcing(cuts, (5,), 4), Sampling(cuts[-1] + 4, 1.0)
     with mock.patch.multiple(kv_cache.SlotCache, read=reads, restore=restores):
         decode.decode(model, requests, sampling, 8, forcing=forcing)
     found["copies_over_cache"] = max(shares)

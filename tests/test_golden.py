@@ -24,7 +24,7 @@ import torch
 from kit.dms import evictor, fidelity
 from kit.evaluation import grader
 from kit.inference import decode
-from kit.inference.budget_forcing import Forcing
+from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request
 from kit.inference.kv_quantization import Quantised
 from kit.inference.policies import DMS, H2O, TOVA, Full, Knorm, Random, Window
@@ -38,7 +38,7 @@ from tests.evaluation.test_grader import ASKED, CASES, SENTENCES, TABLE
 FILE = Path(__file__).with_name("golden.json")
 GREEDY = Sampling(max_new_tokens=12)
 WARM = replace(GREEDY, temperature=0.6, top_p=0.95)
-FORCED = Forcing(cuts=(3, 9), ask=(7, 8), answer=3, wait=(9,), waits=1)
+FORCED = BudgetForcing((3, 9), (7, 8), 3, wait_tokens=(9,), max_waits=1)
 
 
 def numbers(seed: int, *shape: int) -> torch.Tensor:

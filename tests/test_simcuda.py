@@ -14,7 +14,7 @@ import torch
 from kit.dms import evictor, fidelity, gates, plots
 from kit.dms import train as dms
 from kit.inference import decode, paged_attention, policies
-from kit.inference.budget_forcing import Forcing
+from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import Quantised
 from kit.models import embedder as embed
 from kit.models import load as models
@@ -45,7 +45,7 @@ POLICIES = {
 CACHES = {
     "plain": {},
     "quantised": dict(quantised=Quantised(4, 16, 8)),
-    "forced": dict(forcing=Forcing((2, 4), (5,), 2, (9,), 1)),
+    "forced": dict(forcing=BudgetForcing((2, 4), (5,), 2, (9,), 1)),
 }
 CASES = [("plain", name) for name in POLICIES]
 CASES += [(how, name) for how in ("quantised", "forced") for name in ("full", "h2o 40%", "dms")]

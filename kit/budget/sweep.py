@@ -31,7 +31,7 @@ from kit.evaluation import evaluate, grader
 from kit.evaluation.evaluate import Job, Memory
 from kit.evaluation.store import Store
 from kit.inference import policies
-from kit.inference.budget_forcing import Forcing
+from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import ITERATIONS
 from kit.models import load as models
 from kit.models import quantization
@@ -155,12 +155,13 @@ def generate(
     memory = replace(memory_of(run, model, load_evictor), bank=bank)
     forcing = _forcing(model, grid, thinking=any(prompt.thinking for prompt in prompts))
     jobs = evaluate.plan(model, list(prompts), sampling, samples, batch_size, memory)
-    keys = {job.key: [digest([job.key, asdict(forcing), cut]) for cut in grid.tokens]
+    keys = {job.key: [digest([job.key, forcing.key, cut]) for cut in grid.tokens]
             for job in jobs}  # fmt: skip
     stored = store.keys(key for each in keys.values() for key in each)
     todo, done = {job.key for job in jobs if not stored.issuperset(keys[job.key])}, 0
     if todo:
-        model, each = quantised(base, run.bits), grid.tokens[-1] + len(grid.tokens) * forcing.more
+        model = quantised(base, run.bits)
+        each = grid.tokens[-1] + len(grid.tokens) * forcing.extra_tokens
     for whole in evaluate.groups(base, jobs, each, 4 * batch_size) if todo else ():
         if group := [job for job in whole if job.key in todo]:
             store.append(_answers(model, group, keys, sampling, batch_size, memory, forcing))
@@ -169,12 +170,12 @@ def generate(
     return store.table({key for each in keys.values() for key in each})
 
 
-def _forcing(model: Model, grid: Grid, thinking: bool) -> Forcing:
+def _forcing(model: Model, grid: Grid, thinking: bool) -> BudgetForcing:
     ask, wait = (
         tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
         for text in (END + ASK if thinking else ASK, WAIT)
     )
-    return Forcing(grid.tokens, ask, ANSWER_TOKENS, wait, grid.waits)
+    return BudgetForcing(grid.tokens, ask, ANSWER_TOKENS, wait, grid.waits)
 
 
 def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: Memory, forcing):
@@ -183,7 +184,7 @@ def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: M
     rows = [
         (job, cut, key, forced or whole)
         for job, whole in zip(group, found, strict=True)
-        for cut, key, forced in zip(forcing.cuts, keys[job.key], whole.forced, strict=True)
+        for cut, key, forced in zip(forcing.budgets, keys[job.key], whole.forced, strict=True)
     ]
     asked = [job.prompt.problem for job, *_ in rows]
     golds, asks = [p.answer for p in asked], [p.asks for p in asked]

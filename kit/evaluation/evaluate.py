@@ -20,7 +20,7 @@ from kit.data.prompts import FORM
 from kit.evaluation import grader
 from kit.evaluation.store import Store
 from kit.inference import decode
-from kit.inference.budget_forcing import NEVER
+from kit.inference.budget_forcing import NO_FORCING
 from kit.inference.kv_quantization import Quantised
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model
@@ -192,7 +192,7 @@ def _complete(
 
 
 def generate(
-    model: Model, jobs: list[Job], sampling, batch_size: int, memory: Memory, forcing=NEVER
+    model: Model, jobs: list[Job], sampling, batch_size: int, memory: Memory, forcing=NO_FORCING
 ) -> list[Generation]:
     """What `model` with `memory` says to each of `jobs`."""
     questions = [job.prompt.problem.question for job in jobs]

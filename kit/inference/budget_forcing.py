@@ -1,41 +1,58 @@
-"""Budget forcing: one generation that serves every shorter budget of tokens."""
+"""Budget forcing: one generation that serves every shorter token budget."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Forcing:
-    """Budget forcing: what a sequence would have answered had it been stopped earlier.
+class BudgetForcing:
+    """Asks a sequence for its answer at several budgets of new tokens.
 
-    At each of `cuts` new tokens a sequence that is still running is continued in a copy of its
-    cache by `ask` and at most `answer` tokens. A stop before the last cut is replaced by `wait`, as
-    often as `waits`. Source: arXiv 2501.19393, section 3.
+    When a running sequence reaches one of `budgets`, a copy of it is continued by `answer_prompt`
+    and at most `max_answer_tokens` more tokens. A stop before the last budget is replaced by
+    `wait_tokens`, at most `max_waits` times. Source: s1, section 3.1,
+    https://arxiv.org/abs/2501.19393.
     """
 
-    cuts: tuple[int, ...]  # ascending
-    ask: tuple[int, ...]  # token ids
-    answer: int
-    wait: tuple[int, ...] = ()  # token ids
-    waits: int = 0
+    budgets: tuple[int, ...]  # new tokens, ascending
+    answer_prompt: tuple[int, ...]  # token ids
+    max_answer_tokens: int
+    wait_tokens: tuple[int, ...] = ()  # token ids
+    max_waits: int = 0
 
     @property
-    def more(self) -> int:
-        """Tokens that an answer adds."""
-        return len(self.ask) + self.answer
+    def extra_tokens(self) -> int:
+        """Tokens that an answer adds at most, its prompt included."""
+        return len(self.answer_prompt) + self.max_answer_tokens
 
-    def check(self, longest: int) -> None:
-        """ValueError where it does not fit sequences of at most `longest` new tokens."""
-        cuts = [*self.cuts]
-        if cuts != sorted(set(cuts)) or cuts and not 0 < cuts[0] <= cuts[-1] <= longest:
+    @property
+    def key(self) -> dict:
+        """For record keys, under the names that stored keys were made of."""
+        return {
+            "cuts": self.budgets,
+            "ask": self.answer_prompt,
+            "answer": self.max_answer_tokens,
+            "wait": self.wait_tokens,
+            "waits": self.max_waits,
+        }
+
+    def check(self, max_new_tokens: int) -> None:
+        """Raise ValueError if it does not fit sequences of at most `max_new_tokens`."""
+        budgets = [*self.budgets]
+        ascending = budgets == sorted(set(budgets))
+        if not ascending or budgets and not 0 < budgets[0] <= budgets[-1] <= max_new_tokens:
             raise ValueError(
-                f"cuts are {cuts}; give ascending numbers of new tokens, from 1 to {longest}, "
-                f"which is max_new_tokens."
+                f"budgets are {budgets}; give ascending numbers of new tokens, from 1 to "
+                f"{max_new_tokens}, which is max_new_tokens."
             )
-        if cuts and not (self.ask and self.answer > 0) or self.waits and not self.wait:
+        if budgets and not (self.answer_prompt and self.max_answer_tokens > 0):
             raise ValueError(
-                f"ask has {len(self.ask)} tokens, answer is {self.answer}, wait has "
-                f"{len(self.wait)} tokens; forcing needs some of each that it uses."
+                f"answer_prompt has {len(self.answer_prompt)} tokens and max_answer_tokens is "
+                f"{self.max_answer_tokens}; give at least one of each."
+            )
+        if self.max_waits and not self.wait_tokens:
+            raise ValueError(
+                f"max_waits is {self.max_waits} and wait_tokens is empty; give tokens to wait by."
             )
 
 
-NEVER = Forcing((), (), 0)
+NO_FORCING = BudgetForcing((), (), 0)

@@ -1,8 +1,8 @@
-"""What the devices say they have drawn: counters of energy, where there are any.
+"""Energy that the devices have consumed, from their own counters where there are any.
 
-NVIDIA GPUs count since the driver was loaded (NVML, from Volta on), Intel and AMD CPUs through
-RAPL where the files may be read, which most systems leave to root. GPUs that torch does not see,
-which others may be using, are not counted.
+NVIDIA GPUs count since the driver was loaded (NVML, from Volta on); Intel and AMD CPUs count
+through RAPL, whose files only root can read on most systems. GPUs that torch does not see are not
+counted, since others may be using them.
 """
 
 from functools import cache
@@ -16,27 +16,27 @@ RAPL = Path("/sys/class/powercap")
 
 def joules() -> float | None:
     """Energy counted so far by the GPUs that torch sees and all CPU packages, in joules; None
-    where none counts."""
-    counted = [*_packages(), *_gpus()]
-    return sum(counted) if counted else None
+    where there is no counter."""
+    counters = [*_packages(), *_gpus()]
+    return sum(counters) if counters else None
 
 
 def drawn(before: float | None, after: float | None) -> float | None:
-    """Joules between two readings; None where there is none, or a counter began anew."""
+    """Joules between two readings; None where one is missing, or a counter was reset."""
     if before is None or after is None or after < before:
         return None
     return after - before
 
 
 def _packages() -> list[float]:
-    found = []
+    readings = []
     for file in sorted(RAPL.glob("intel-rapl:[0-9]*/energy_uj")):
         if file.parent.name.count(":") == 1:  # a package, not a part of one
             try:
-                found.append(int(file.read_text()) / 1e6)
+                readings.append(int(file.read_text()) / 1e6)
             except OSError:
                 return []
-    return found
+    return readings
 
 
 def _gpus() -> list[float]:

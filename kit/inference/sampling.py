@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, top-k, top-p, and one uniform number per step."""
+"""Sampling of the next token: temperature, top-k, top-p, and one uniform number per step."""
 
 import hashlib
 
@@ -7,21 +7,22 @@ import torch
 
 from kit.schema import Sampling
 
-HEAD = 256  # most likely tokens looked at before the whole vocabulary is sorted
+HEAD = 256  # most likely tokens tried before the whole vocabulary is sorted
 
 
-def uniforms(problem_id: str, sample: int, seed: int, steps: int) -> numpy.ndarray:
-    """One uniform number per step, from problem, sample and run seed alone: [steps]; fewer steps
-    have the first of them."""
+def seeded_uniforms(problem_id: str, sample: int, seed: int, steps: int) -> numpy.ndarray:
+    """Uniform numbers in [0, 1) from problem, sample and run seed alone: [steps]; fewer steps get
+    the first of them."""
     text = f"{problem_id}\0{sample}\0{seed}"
     key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
     return numpy.random.Generator(numpy.random.Philox(key=key)).random(steps)
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
-    """Next tokens [N] from logits [N, V]: temperature, then top-k, then top-p, then inverse CDF.
+def sample_tokens(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """Sample next tokens [N] from logits [N, V]: temperature, top-k, top-p, then inverse CDF.
 
-    `uniform` [N] in [0, 1) picks the token, most likely first; greedy ignores it.
+    `uniform` [N] in [0, 1) is where the CDF, most likely token first, is inverted; temperature 0
+    is greedy and ignores it.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -38,7 +39,7 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> tor
     # Top-p keeps the shortest head whose mass reaches top_p, at least one token.
     kept = torch.where(mass >= sampling.top_p, mass, torch.inf).amin(-1)
     kept = torch.where(kept.isinf() & (mass.shape[-1] == wide), mass[:, -1], kept)
-    short = kept.isinf()  # the head is not enough to know where top-p ends
+    short = kept.isinf()  # the HEAD tokens do not reach top_p
     if sampling.top_p == 1.0:
         kept, short = torch.ones_like(kept), mass[:, -1] <= uniform
         short &= mass.shape[-1] < wide
@@ -47,12 +48,12 @@ def draw(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> tor
     )
     tokens = top.indices.gather(1, pick.clamp(max=mass.shape[-1] - 1)).squeeze(1)
     if short.any():
-        tokens[short] = _draw_sorted(logits[short], wide, sampling.top_p, uniform[short])
+        tokens[short] = _sample_sorted(logits[short], wide, sampling.top_p, uniform[short])
     return tokens
 
 
-def _draw_sorted(logits, wide: int, top_p: float, uniform) -> torch.Tensor:
-    """`draw` for the rows whose head of HEAD tokens is too short: sorts the vocabulary."""
+def _sample_sorted(logits, wide: int, top_p: float, uniform) -> torch.Tensor:
+    """`sample_tokens` for rows that need more than HEAD tokens: sorts the vocabulary."""
     top = logits.topk(wide, sorted=True)
     mass = top.values.double().softmax(-1).cumsum(-1)
     end = (mass < top_p).sum(-1, keepdim=True).clamp(max=wide - 1)

@@ -255,5 +255,8 @@ def test_weights_are_shared_and_a_bank_is_counted(tiny, tmp_path):
 
 
 def test_thoughts_are_ended_before_an_answer_is_asked_for(tiny):
-    said = [tiny.tokenizer.decode(sweep._forcing(tiny, GRID, thinking).ask) for thinking in (0, 1)]
-    assert said == ["\nAnswer:", "\n</think>\n\nAnswer:"]
+    prompts = [sweep._forcing(tiny, GRID, thinking).answer_prompt for thinking in (False, True)]
+    assert [tiny.tokenizer.decode(prompt) for prompt in prompts] == [
+        "\nAnswer:",
+        "\n</think>\n\nAnswer:",
+    ]

@@ -1,4 +1,4 @@
-"""Budget forcing: what is cut off a long generation is what a short one says."""
+"""Budget forcing: a long generation, cut at a budget, equals a short one."""
 
 import dataclasses
 
@@ -6,15 +6,15 @@ import pytest
 
 from kit.dms import evictor
 from kit.inference import energy, policies
-from kit.inference.budget_forcing import Forcing
+from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request, decode
 from kit.inference.kv_quantization import Quantised
 from kit.models import load as models
-from kit.schema import Sampling
+from kit.schema import Sampling, digest
 from tests.rounding import assert_same_greedy
 
 ASK, CUTS, NEW = (7, 8, 9), (4, 9, 16), 16
-FORCING = Forcing(CUTS, ASK, 5)
+FORCING = BudgetForcing(CUTS, ASK, 5)
 REQUESTS = [Request(tuple(range(3 + i, 20 + 2 * i)), f"p{i}", i % 2) for i in range(5)]
 
 
@@ -75,7 +75,7 @@ def test_one_long_generation_serves_every_shorter_budget(temperature):
         for place, cut in enumerate(CUTS):
             short = decode(
                 tiny, REQUESTS, dataclasses.replace(sampling, max_new_tokens=cut), 3,
-                forcing=Forcing((cut,), ASK, 5), **memory,
+                forcing=BudgetForcing((cut,), ASK, 5), **memory,
             )  # fmt: skip
             for whole, part in zip(found, short, strict=True):
                 assert whole.token_ids[:cut] == part.token_ids
@@ -89,25 +89,35 @@ def test_what_has_ended_is_not_asked_and_a_stop_may_have_to_wait():
     (ended,) = decode(tiny, REQUESTS[:1], Sampling(NEW), forcing=FORCING)
     assert ended.finish == "stop" and ended.new_tokens == first + 1
     assert [forced is not None for forced in ended.forced] == [cut <= first for cut in CUTS]
-    waiting = dataclasses.replace(FORCING, wait=(5, 6), waits=1)
+    waiting = dataclasses.replace(FORCING, wait_tokens=(5, 6), max_waits=1)
     (longer,) = decode(tiny, REQUESTS[:1], Sampling(NEW), forcing=waiting)
     assert longer.token_ids[: first + 2] == (*free[:first], 5, 6)
     assert longer.new_tokens > ended.new_tokens
 
 
-def test_what_does_not_fit_is_told():
-    for wrong in (Forcing((9, 4), ASK, 5), Forcing((4, 17), ASK, 5), Forcing((0,), ASK, 5)):
+def test_budgets_that_do_not_fit_are_refused():
+    for wrong in (BudgetForcing(budgets, ASK, 5) for budgets in ((9, 4), (4, 17), (0,))):
         with pytest.raises(ValueError, match="give ascending numbers of new tokens, from 1 to 16"):
             decode(model("llama"), REQUESTS, Sampling(NEW), forcing=wrong)
-    for wrong in (Forcing((4,), (), 5), Forcing((4,), ASK, 0), Forcing((4,), ASK, 1, waits=1)):
-        with pytest.raises(ValueError, match="forcing needs some of each that it uses"):
+    for wrong in (BudgetForcing((4,), (), 5), BudgetForcing((4,), ASK, 0)):
+        with pytest.raises(ValueError, match="give at least one of each"):
             decode(model("llama"), REQUESTS, Sampling(NEW), forcing=wrong)
+    with pytest.raises(ValueError, match="wait_tokens is empty; give tokens to wait by"):
+        wrong = BudgetForcing((4,), ASK, 1, max_waits=1)
+        decode(model("llama"), REQUESTS, Sampling(NEW), forcing=wrong)
+
+
+def test_the_key_is_that_of_stored_records():
+    forcing = BudgetForcing((4, 9), (5, 6), 3, wait_tokens=(7,), max_waits=2)
+    # Digest of the dataclass as it was when the published records were stored.
+    stored = {"cuts": [4, 9], "ask": [5, 6], "answer": 3, "wait": [7], "waits": 2}
+    assert digest(forcing.key) == digest(stored)
 
 
 def test_what_the_devices_drew_is_shared_by_the_tokens_decoded(monkeypatch):
     readings = iter([100.0, 190.0])
     monkeypatch.setattr(energy, "joules", lambda: next(readings))
     asked = [Request((1, 2, 3), "a"), Request((4, 5), "b")]
-    found = decode(model("llama"), asked, Sampling(4), forcing=Forcing((2,), (5,), answer=1))
+    found = decode(model("llama"), asked, Sampling(4), forcing=BudgetForcing((2,), (5,), 1))
     assert [g.new_tokens for g in found] == [4, 4] and found[0].forced[0].new_tokens == 4
     assert {g.joules for whole in found for g in (whole, *whole.forced)} == {4 * 90 / (8 + 4)}

@@ -12,7 +12,7 @@ from kit.inference import decode as decode_module
 from kit.inference import policies, prefix_sharing
 from kit.inference.decode import Request, decode, tokenise
 from kit.inference.kv_cache import SlotCache
-from kit.inference.sampling import HEAD, draw, uniforms
+from kit.inference.sampling import HEAD, sample_tokens, seeded_uniforms
 from kit.models import load as models
 from kit.models.load import Model
 from kit.schema import Generation, Problem, Sampling
@@ -261,11 +261,11 @@ def test_a_sample_depends_on_its_request_and_not_on_order_or_batch(families, sha
 
 
 def test_uniforms_derive_from_problem_sample_and_seed_alone():
-    base, same = uniforms("p", 0, 0, 4000), uniforms("p", 0, 0, 10)
+    base, same = seeded_uniforms("p", 0, 0, 4000), seeded_uniforms("p", 0, 0, 10)
     assert (base[:10] == same).all()
     assert 0 <= base.min() and base.max() < 1 and abs(base.mean() - 0.5) < 0.02
     for other in (("q", 0, 0), ("p", 1, 0), ("p", 0, 1)):
-        assert not (uniforms(*other, 10) == same).any()
+        assert not (seeded_uniforms(*other, 10) == same).any()
 
 
 def spread(kind: str) -> torch.Tensor:
@@ -314,7 +314,7 @@ def test_draw_has_the_frequencies_of_transformers_processors(kind, settings):
     logits, sampling, grid = spread(kind), Sampling(**settings), 800
     # Each token owns one interval of [0, 1), so a grid of uniforms counts it to within one.
     uniform = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    drawn = draw(logits.float().expand(grid, -1), sampling, uniform)
+    drawn = sample_tokens(logits.float().expand(grid, -1), sampling, uniform)
     counts = torch.bincount(drawn, minlength=len(logits))
     expected = oracle(logits.float(), sampling)
     assert ((counts - expected * grid).abs() <= 1 + 1e-6).all()
@@ -325,8 +325,8 @@ def test_rows_of_every_kind_are_drawn_in_one_call_as_alone():
     sampling = Sampling(temperature=1.0, top_p=0.95)
     rows = torch.stack([spread("plain"), spread("flat"), spread("one token")]).float().repeat(50, 1)
     uniform = torch.rand(150, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    together = draw(rows, sampling, uniform)
-    alone = [draw(row[None], sampling, u[None]).item() for row, u in zip(rows, uniform)]
+    together = sample_tokens(rows, sampling, uniform)
+    alone = [sample_tokens(row[None], sampling, u[None]).item() for row, u in zip(rows, uniform)]
     assert together.tolist() == alone
     assert len(set(alone)) > 50
 
@@ -336,7 +336,7 @@ def test_the_ends_of_the_unit_interval_are_drawn():
     for settings in (dict(), dict(top_p=0.9), dict(top_k=30), dict(top_k=600, top_p=0.9)):
         sampling = Sampling(temperature=1.0, **settings)
         logits = spread("flat").float()
-        first, last = draw(logits.expand(2, -1), sampling, ends).tolist()
+        first, last = sample_tokens(logits.expand(2, -1), sampling, ends).tolist()
         expected = oracle(logits, sampling)
         assert first == expected.argmax()
         kept = torch.where(expected > 0, expected, torch.inf)
@@ -348,7 +348,7 @@ def test_temperature_zero_takes_the_most_likely_token():
     logits = torch.stack([spread("plain"), spread("flat")])
     for u in (0.0, 0.5, 0.999):
         uniform = torch.full((2,), u, dtype=torch.float64)
-        assert draw(logits, Sampling(top_k=5, top_p=0.5), uniform).tolist() == [
+        assert sample_tokens(logits, Sampling(top_k=5, top_p=0.5), uniform).tolist() == [
             logits[0].argmax(),
             logits[1].argmax(),
         ]
@@ -401,13 +401,15 @@ def test_no_requests_no_generations(families):
     assert decode(families["llama"], [], Sampling()) == []
 
 
-def test_an_interrupt_leaves_the_model_as_it_was(families):
-    def interrupt(finished: int, tokens: int) -> None:
+def test_an_interrupt_leaves_the_model_as_it_was(families, monkeypatch):
+    def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(decode_module, "_finish", interrupt)
     requests = [request(n, i) for i, n in enumerate(LENGTHS)]
     with pytest.raises(KeyboardInterrupt):
-        decode(families["llama"], requests, Sampling(max_new_tokens=2), 2, interrupt)
+        decode(families["llama"], requests, Sampling(max_new_tokens=2), 2)
+    monkeypatch.undo()
     assert families["llama"].weights.config._attn_implementation == "sdpa"
 
 
@@ -416,15 +418,6 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(families, monkeyp
     monkeypatch.setattr(type(weights), "_can_set_attn_implementation", classmethod(lambda _: False))
     with pytest.raises(ValueError, match="LlamaForCausalLM has an attention of its own"):
         decode(families["llama"], [request(3, 0)], Sampling(max_new_tokens=2))
-
-
-def test_progress_ends_at_everything(families):
-    seen = []
-    requests = [request(n, i) for i, n in enumerate(LENGTHS)]
-    out = decode(
-        families["qwen3"], requests, Sampling(max_new_tokens=6), 4, lambda *at: seen.append(at)
-    )
-    assert seen == sorted(seen) and seen[-1] == (len(out), sum(g.new_tokens for g in out))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -218,7 +218,7 @@ def test_teacher_forcing_hears_the_same_blocks(tmp_path):
 def test_one_prompt_under_two_paths_is_refused(tmp_path):
     model = models.load("random:llama")
     one = Request((1, 2, 3), "p", 0, (0, 0))
-    with pytest.raises(ValueError, match="'p' has a prompt that stands there with another path"):
+    with pytest.raises(ValueError, match="'p' repeats a prompt with another path"):
         decode.decode(
             model, [one, replace(one, path=(1, 3))], Sampling(2), bank=bank(model, tmp_path)
         )
