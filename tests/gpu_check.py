@@ -366,7 +366,7 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
     from kit.dms import fidelity
     from kit.inference import decode
     from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
-    from kit.inference.kv_quantization import Quantised
+    from kit.inference.kv_quantization import Quantized
     from kit.inference.policies import Full, Knorm
     from kit.models import load as models
     from kit.schema import Sampling
@@ -391,7 +391,7 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
             wrong += [] if same else [f"{family} {name}"]
         ids = torch.randint(1, 250, (2, 24 if here.dry else 80))
         for bits in (8, 4):
-            how = dict(prompt=16, quantised=Quantised(bits, 16, 8))
+            how = dict(prompt=16, quantized=Quantized(bits, 16, 8))
             cpu, other = (fidelity.forced(model, ids, **how) for model in pair)
             moves, costs = float((cpu["kl"] - other["kl"]).abs().max()), float(cpu["kl"].max())
             found[f"{family}, kv {bits}-bit"] = [moves, costs]
@@ -429,7 +429,7 @@ def decode_steps(here: Here, found: dict) -> str:
     """A decode step of every policy and precision: time, launches, waits for the device."""
     from kit.dms import evictor
     from kit.inference import policies as p
-    from kit.inference.kv_quantization import Quantised
+    from kit.inference.kv_quantization import Quantized
 
     model, budget = random_model(here), 16 if here.dry else 2048
     made = evictor.Evictor(model.weights, evictor.OFFICIAL, model.weights_hash)
@@ -442,7 +442,7 @@ def decode_steps(here: Here, found: dict) -> str:
             row = step_costs(here, model, policy, batch, length, kept)
             found[f"{policy.name}, {batch} x {length}"] = row
         for bits in (8, 4):  # shorter: they take long
-            row = step_costs(here, model, chosen[0], batch, length // 4, None, Quantised(bits))
+            row = step_costs(here, model, chosen[0], batch, length // 4, None, Quantized(bits))
             found[f"kv {bits}-bit, {batch} x {length // 4}"] = row
     rows = list(found.items())
     short = rows[: len(rows) if here.dry else len(rows) // 2]
@@ -459,7 +459,7 @@ def sequences(wanted: int, length: int) -> int:
     return max(1, min(wanted, int(0.5 * free_memory() / (length * 28 * 2 * 8 * 128 * 2))))
 
 
-def step_costs(here: Here, model, policy, batch, length, live=None, quantised=None) -> dict:
+def step_costs(here: Here, model, policy, batch, length, live=None, quantized=None) -> dict:
     """What one step of `decode.decode` costs with `batch` sequences of `length` tokens, of which
     `live` are kept: ms, tokens_s, launches, waits, gpu_busy (share of the time), cache_gb and
     peak_gb (allocated), live_gb."""
@@ -473,7 +473,7 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantised=No
     here.clear()
     sampling, places, last = Sampling(8, 0.6, 0.95), [*range(batch)], [1] * batch
     uniform = torch.full((batch,), 0.3, dtype=torch.float64, device=model.device)
-    cache = SlotCache(model.weights, batch, policy, quantised=quantised)
+    cache = SlotCache(model.weights, batch, policy, quantized=quantized)
     cache.fill(batch, length, live)
 
     def step() -> None:
@@ -482,7 +482,7 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantised=No
         cache.attended.tolist(), cache.live_tokens().tolist()
 
     with torch.inference_mode(), decode.slots_attached(model), policy.attached(model.weights):
-        seconds, row = here.seconds(step, 2 if quantised or here.dry else 5), {}
+        seconds, row = here.seconds(step, 2 if quantized or here.dry else 5), {}
         if seconds < 0.3:  # thousands of events are slow to collect
             kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not here.dry)
             with profile(activities=kinds) as seen:
@@ -660,9 +660,9 @@ def weights_in_4_bit(here: Here, found: dict) -> str:
     from kit.inference.policies import Full
 
     model = random_model(here, num_hidden_layers=2 if here.dry else 4)
-    for name, weights in (("16 bit", model), ("4 bit", sweep.quantised(model, 4))):
+    for name, weights in (("16 bit", model), ("4 bit", sweep.quantized(model, 4))):
         found[name] = step_costs(here, weights, Full(), 2 if here.dry else 16, 64)
-    sweep.quantised.cache_clear()
+    sweep.quantized.cache_clear()
     times = found["4 bit"]["ms"] / found["16 bit"]["ms"]
     if times > 1.3 and not here.dry:
         found["poor"] = "4-bit weights slow the step down"
@@ -752,7 +752,7 @@ def real_weights(here: Here, found: dict) -> str:
     rows = rows.set_index("problem_id").sort_index().iloc[: 2 if here.dry else 48]
     known = {p.id: p for p in problems.load("laptop", "test").problems}
     asked = [prompts.plain(known[name]) for name in rows.index]
-    requests = [decode.Request(decode.tokenise(model, prompt)) for prompt in asked]
+    requests = [decode.Request(decode.tokenize(model, prompt)) for prompt in asked]
     most = 6 if here.dry else int(rows["new_tokens"].max())
     done = decode.decode(model, requests, Sampling(most), 64)
     same = [r == g.text if g.finish == "stop" else r.startswith(g.text)

@@ -26,7 +26,7 @@ from kit.evaluation import grader
 from kit.inference import decode
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, H2O, TOVA, Full, Knorm, Random, Window
 from kit.models.load import Model
 from kit.parametric import cluster_tree, ffn_memory, qa, shards
@@ -118,8 +118,8 @@ def tokens(dtype: str = "float64") -> dict[str, list[str]]:
     for recipe in (evictor.LAPTOP, evictor.PAPER):
         runs[f"dms {recipe.source}"] = dict(policy=dms(llama, recipe))
     for bits in (8, 4, 2):
-        runs[f"kv {bits}-bit"] = dict(quantised=Quantised(bits, 16, 4))
-    runs["h2o 8, kv 4-bit"] = dict(policy=H2O(8), quantised=Quantised(4, 16, 4))
+        runs[f"kv {bits}-bit"] = dict(quantized=Quantized(bits, 16, 4))
+    runs["h2o 8, kv 4-bit"] = dict(policy=H2O(8), quantized=Quantized(4, 16, 4))
     runs["forcing"] = dict(forcing=FORCED)
     runs["forcing, tova 8"] = dict(forcing=FORCED, policy=TOVA(8))
     found = {}
@@ -132,7 +132,7 @@ def tokens(dtype: str = "float64") -> dict[str, list[str]]:
     for toy in (qwen3, gemma3):
         for policy in (Full(), TOVA(8), H2O(8), dms(toy, evictor.LAPTOP)):
             found[f"{toy.name}, {policy.name}"] = said(toy, policy=policy)
-        found[f"{toy.name}, kv 4-bit"] = said(toy, quantised=Quantised(4, 16, 4))
+        found[f"{toy.name}, kv 4-bit"] = said(toy, quantized=Quantized(4, 16, 4))
     for kind in ffn_memory.KINDS:
         with tempfile.TemporaryDirectory() as folder:
             memory = bank(qwen3, Path(folder), kind)

@@ -15,7 +15,7 @@ from kit.dms import evictor, fidelity, gates, plots
 from kit.dms import train as dms
 from kit.inference import decode, paged_attention, policies
 from kit.inference.budget_forcing import BudgetForcing
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.models import embedder as embed
 from kit.models import load as models
 from kit.models import quantization
@@ -44,7 +44,7 @@ POLICIES = {
 }
 CACHES = {
     "plain": {},
-    "quantised": dict(quantised=Quantised(4, 16, 8)),
+    "quantised": dict(quantized=Quantized(4, 16, 8)),
     "forced": dict(forcing=BudgetForcing((2, 4), (5,), 2, (9,), 1)),
 }
 CASES = [("plain", name) for name in POLICIES]
@@ -243,7 +243,7 @@ def test_embeddings(embedder, seen, tmp_path):
 @pytest.mark.parametrize("bits", quantization.BITS)
 def test_unpacked_weights_of_fewer_bits(seen, bits):
     """HQQ refines in float16 on CUDA, so that 4-bit weights may lie in the next step there."""
-    here, there = (quantization.quantise(m, bits, 32, packed=False) for m in pair())
+    here, there = (quantization.quantize(m, bits, 32, packed=False) for m in pair())
     before = RANDOM["llama"].weights.base_model.layers[0].mlp.down_proj.weight.view(-1, 32)
     step = (before.amax(1) - before.amin(1)) / (2**bits - 1)
     mine, other = (m.weights.base_model.layers[0].mlp.down_proj.weight for m in (here, there))
@@ -252,18 +252,18 @@ def test_unpacked_weights_of_fewer_bits(seen, bits):
     assert decode.decode(there, REQUESTS[:1], Sampling(4))[0].new_tokens == 4
 
 
-@pytest.mark.parametrize(("policy", "quantised"), [("full", Quantised(4, 16, 8)), ("tova", None)])
-def test_a_cache_that_is_converted_is_converted_at_once(seen, monkeypatch, policy, quantised):
+@pytest.mark.parametrize(("policy", "quantized"), [("full", Quantized(4, 16, 8)), ("tova", None)])
+def test_a_cache_that_is_converted_is_converted_at_once(seen, monkeypatch, policy, quantized):
     """Each portion costs dozens of launches; those of a CPU, here one block each, are not made."""
     monkeypatch.setitem(paged_attention.PORTION, "cpu", 1)
     model = RANDOM["llama"]
     half = dataclasses.replace(model, weights=copy.deepcopy(model.weights).bfloat16())
-    short, long = (asked_of(seen, 2, n, policy, quantised, half) for n in (20, 180))
+    short, long = (asked_of(seen, 2, n, policy, quantized, half) for n in (20, 180))
     assert short == long
 
 
 def asked_of(
-    seen, count: int, length: int, policy="full", quantised=None, here=RANDOM["llama"]
+    seen, count: int, length: int, policy="full", quantized=None, here=RANDOM["llama"]
 ) -> tuple[int, int]:
     """Launches and waits of one decode step of `count` sequences with `length` tokens each."""
     model = pair(here)[1]
@@ -271,7 +271,7 @@ def asked_of(
     steps = []
     for new in (4, 5):  # what a fifth token adds
         seen.clear()
-        how = dict(policy=POLICIES[policy](model), quantised=quantised)
+        how = dict(policy=POLICIES[policy](model), quantized=quantized)
         decode.decode(model, asked, Sampling(new), count, **how)
         steps.append((seen.launches.total(), seen.waits.total()))
     return tuple(after - before for before, after in zip(*steps))

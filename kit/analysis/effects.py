@@ -86,13 +86,13 @@ def gaps(
     """`gap` of each cache setting over the first of the grid, by (policy, kv_bits) of both; and of
     eviction over quantisation, each alone: the last policy and the last precision."""
     first, *ways = product(*_values(table))
-    pairs, each_alone = [(way, first) for way in ways], evicted_or_quantised(table)
+    pairs, each_alone = [(way, first) for way in ways], evicted_or_quantized(table)
     if first not in each_alone:
         pairs.append(each_alone)
     return {pair: gap(table, outcomes, rng, *pair) for pair in pairs}
 
 
-def evicted_or_quantised(table: pd.DataFrame) -> tuple[tuple[str, int], tuple[str, int]]:
+def evicted_or_quantized(table: pd.DataFrame) -> tuple[tuple[str, int], tuple[str, int]]:
     """The last policy of the grid at the highest precision, and the whole cache at the lowest."""
     policies, bits = _values(table)
     return (policies[-1], bits[0]), (PLAIN["policy"], bits[-1])

@@ -188,7 +188,7 @@ def load(folder: Path, model: str) -> list[dict]:
 def arithmetic(option: Option) -> list[str]:
     """How the bytes of an option come about, a line per part that has any."""
     c, a = option.configuration, option.configuration.architecture
-    cache = c.quantised.bits_per_value if c.quantised else 16
+    cache = c.quantized.bits_per_value if c.quantized else 16
     said = {
         "linear weights": f"{a.linear_parameters:,} x {c.packing.bits} bit",
         "scales and zeros": f"one of each, 16 bit, per {c.packing.group} weights",

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kit.inference.kv_cache import SlotCache, layer_windows
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Full
 from kit.models import quantization
 
@@ -123,7 +123,7 @@ class Packing:
             )
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.bits < self.native_bits
 
 
@@ -137,15 +137,15 @@ def packing(bits: int, config: PretrainedConfig | None = None) -> Packing:
     return Packing(bits, quantization.GROUP, zero_bits=16, index_bits=0)
 
 
-def cache(a: Architecture, bits: int) -> Quantised | None:
+def cache(a: Architecture, bits: int) -> Quantized | None:
     """How the kit stores keys and values: in groups of 32, or as many as divide a head."""
-    return None if bits == 16 else Quantised(bits, math.gcd(32, a.head_dim))
+    return None if bits == 16 else Quantized(bits, math.gcd(32, a.head_dim))
 
 
 def weights(a: Architecture, packing: Packing = Packing()) -> dict[str, int]:  # noqa: B008 (frozen)
     """Bytes of the weights, by part."""
     count, p, more = a.linear_parameters, packing, 0.0
-    if p.quantised:
+    if p.quantized:
         zero = p.bits if p.zero_bits is None else p.zero_bits
         inputs = a.layers * sum(inside for inside, _ in a.linear)
         more = count / p.group * (p.scale_bits + zero) / 8 + inputs * p.index_bits / 8
@@ -159,14 +159,14 @@ def weights(a: Architecture, packing: Packing = Packing()) -> dict[str, int]:  #
 
 
 def keys_and_values(
-    a: Architecture, tokens: float, quantised: Quantised | None = None, native_bits: int = 16
+    a: Architecture, tokens: float, quantized: Quantized | None = None, native_bits: int = 16
 ) -> float:
     """Bytes of the keys and values of one sequence with `tokens` live tokens; what a quantised
     cache keeps exact as well is counted twice, as it is stored."""
-    if quantised is None:
+    if quantized is None:
         return a.kv_numbers(tokens) * native_bits / 8
-    exact = a.kv_numbers(quantised.residual) * native_bits / 8
-    return a.kv_numbers(tokens) * quantised.bits_per_value / 8 + exact
+    exact = a.kv_numbers(quantized.residual) * native_bits / 8
+    return a.kv_numbers(tokens) * quantized.bits_per_value / 8 + exact
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Configuration:
     tokens: int = 0  # of one sequence, its question and its answer, without strategies
     width: int = 1  # sequences per question
     kept: float = 1.0  # share of its tokens that a sequence's cache holds at most
-    quantised: Quantised | None = None  # of keys and values
+    quantized: Quantized | None = None  # of keys and values
     strategies: int = 0  # tokens of retrieved strategies in the prompt
     strategies_bytes: int = 0  # of their bank, if it is held in memory
     fetched: int = 0  # bytes of parametric memory that one sequence fetches
@@ -188,7 +188,7 @@ class Configuration:
     @property
     def kv_bits(self) -> int:
         """Of the codes of keys and values."""
-        return self.quantised.bits if self.quantised else self.packing.native_bits
+        return self.quantized.bits if self.quantized else self.packing.native_bits
 
     def parts(self, batch: int = 1) -> dict[str, float]:
         """Bytes by part, of weights a `batch`-th: `batch` questions are answered together."""
@@ -196,7 +196,7 @@ class Configuration:
         said = self.tokens + self.strategies
 
         def live_bytes(tokens: float) -> float:
-            return keys_and_values(self.architecture, tokens, self.quantised, native)
+            return keys_and_values(self.architecture, tokens, self.quantized, native)
 
         live = self.width * live_bytes(self.kept * said)
         without = self.width * live_bytes(self.kept * self.tokens)
@@ -273,12 +273,12 @@ def measured_cache(
     sequences: int,
     tokens: int,
     policy: Full = Full(),  # noqa: B008 (frozen)
-    quantised: Quantised | None = None,
+    quantized: Quantized | None = None,
     kept: float = 1.0,
 ) -> int:
     """Allocated bytes of the keys and values of `sequences` of `tokens` each, at random; `kept` of
     them live in layers that the policy thins."""
-    slots = SlotCache(model, sequences, policy, quantised=quantised)
+    slots = SlotCache(model, sequences, policy, quantized=quantized)
     slots.fill(sequences, tokens, max(1, round(kept * tokens)))
     return sum(pool.nbytes() for pool in slots.pools)
 

@@ -117,11 +117,11 @@ def memory_of(run: Run, model: Model, load_evictor: LoadEvictor | None = None) -
     An evictor trained on the model is used with its quantised weights too.
     """
     kind, _, size = run.policy.partition(" ")
-    quantised = ledger.cache(ledger.architecture(model.weights.config), run.kv_bits)
+    quantized = ledger.cache(ledger.architecture(model.weights.config), run.kv_bits)
     if run.policy == "full":
-        return Memory(policies.Full(), quantised)
+        return Memory(policies.Full(), quantized)
     if kind in BUDGETED and size.isdigit():
-        return Memory(BUDGETED[kind](int(size)), quantised)
+        return Memory(BUDGETED[kind](int(size)), quantized)
     file = paths.DATA / EVICTORS.format(size)
     if kind != "dms" or not file.is_file():
         raise ValueError(
@@ -130,7 +130,7 @@ def memory_of(run: Run, model: Model, load_evictor: LoadEvictor | None = None) -
         )
     if load_evictor is None:
         raise ValueError(f"{run.policy!r} needs an evictor; pass load_evictor=evictor.load")
-    return Memory(policies.DMS(load_evictor(file, model)), quantised)
+    return Memory(policies.DMS(load_evictor(file, model)), quantized)
 
 
 def generate(
@@ -160,7 +160,7 @@ def generate(
     stored = store.keys(key for each in keys.values() for key in each)
     todo, done = {job.key for job in jobs if not stored.issuperset(keys[job.key])}, 0
     if todo:
-        model = quantised(base, run.bits)
+        model = quantized(base, run.bits)
         each = grid.tokens[-1] + len(grid.tokens) * forcing.extra_tokens
     for whole in evaluate.groups(base, jobs, each, 4 * batch_size) if todo else ():
         if group := [job for job in whole if job.key in todo]:
@@ -198,10 +198,10 @@ def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: M
 
 
 @lru_cache(maxsize=1)
-def quantised(model: Model, bits: int) -> Model:
+def quantized(model: Model, bits: int) -> Model:
     """`model` with weights of `bits`, unpacked, since HQQ brings no kernels that read packed ones:
     it would unpack a layer at each use. The last one asked for is kept."""
-    return quantization.quantise(model, bits, packed=False)
+    return quantization.quantize(model, bits, packed=False)
 
 
 def scenarios(
@@ -222,7 +222,7 @@ def scenarios(
         frame = at(records, cut)
         spent = Configuration(
             sizes, packing, tokens=round(frame["prompt_tokens"].mean() + cut),
-            kept=_kept(frame), quantised=ledger.cache(sizes, run.kv_bits), **held,
+            kept=_kept(frame), quantized=ledger.cache(sizes, run.kv_bits), **held,
         )  # fmt: skip
         mean = frame[["kv_reads_tokens", "kv_peak_bytes", "seconds", "joules"]].mean()
         for width in grid.widths:

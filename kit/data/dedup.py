@@ -39,7 +39,7 @@ class Signature:
 
 
 def signature(question: str) -> Signature:
-    """Normalised words, numbers in order, and word shingles of one question."""
+    """Normalized words, numbers in order, and word shingles of one question."""
     text = unicodedata.normalize("NFKC", question).casefold()
     text = _BARE_FRACTION.sub(r" frac \1 \2 ", _THOUSANDS.sub("", text))
     text = _SPACING.sub(" ", text).replace("dfrac", "frac").replace("tfrac", "frac")

@@ -30,7 +30,7 @@ def forced(
     ids: torch.Tensor,
     policy: Full = Full(),  # noqa: B008 (frozen)
     prompt: int = 32,
-    quantised=None,
+    quantized=None,
     teacher: Model | None = None,
 ) -> pandas.DataFrame:
     """One row per sequence of `ids` [N, T]: its first `prompt` tokens read at once, then fed.
@@ -45,7 +45,7 @@ def forced(
         raise ValueError(f"prompt is {prompt}; the sequences have {length} tokens.")
     ids, teacher = ids.to(model.device), teacher or model
     states, live = [], []
-    cache = SlotCache(model.weights, count, policy=policy, quantised=quantised)
+    cache = SlotCache(model.weights, count, policy=policy, quantized=quantized)
     with slots_attached(model), policy.attached(model.weights):
         positions = cache.prefill([[i] for i in range(count)], [prompt] * count)
         packed = ids[:, :prompt].reshape(1, -1)

@@ -21,7 +21,7 @@ from kit.evaluation import grader
 from kit.evaluation.store import Store
 from kit.inference import decode
 from kit.inference.budget_forcing import NO_FORCING
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model
 from kit.schema import Generation, Prompt, Record, Sampling, digest
@@ -44,24 +44,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the KV cache keeps, and how: an eviction policy and a quantisation; and the bank that
+    """What the KV cache keeps, and how: an eviction policy and a quantization; and the bank that
     each question fetches from. Besides what `decode` calls, the bank has `paths(questions)`, one
     node per level for each question, and `key`, a text that identifies it in record keys."""
 
     policy: Full = Full()
-    quantised: Quantised | None = None
+    quantized: Quantized | None = None
     bank: object | None = None  # feed-forward blocks fetched by the question
 
     @property
     def name(self) -> str:
         """For the column `policy` of the records."""
-        names = [self.policy.name, *([self.quantised.name] if self.quantised else [])]
+        names = [self.policy.name, *([self.quantized.name] if self.quantized else [])]
         return " + ".join(names)
 
     @property
     def key(self) -> list:
         """For record keys."""
-        kept = [self.policy.key, asdict(self.quantised) if self.quantised else None]
+        kept = [self.policy.key, asdict(self.quantized) if self.quantized else None]
         return [*kept, self.bank.key] if self.bank else kept
 
 
@@ -116,7 +116,7 @@ def groups(model: Model, jobs: list[Job], tokens: int, most: int) -> list[list[J
     found, spent = [], 0.0
     for i, job in enumerate(jobs):
         again = i and job.prompt is jobs[i - 1].prompt  # read once for all of its samples
-        cost = tokens if again else tokens + READ * len(decode.tokenise(model, job.prompt))
+        cost = tokens if again else tokens + READ * len(decode.tokenize(model, job.prompt))
         size = len(found[-1]) if found else most
         if size == most or (size >= FEWEST and spent + cost > room):
             found.append([])
@@ -198,10 +198,10 @@ def generate(
     questions = [job.prompt.problem.question for job in jobs]
     paths = memory.bank.paths(questions) if memory.bank else [()] * len(jobs)
     requests = [
-        decode.Request(decode.tokenise(model, job.prompt), job.prompt.problem.id, job.sample, path)
+        decode.Request(decode.tokenize(model, job.prompt), job.prompt.problem.id, job.sample, path)
         for job, path in zip(jobs, paths)
     ]
-    how = dict(policy=memory.policy, quantised=memory.quantised, bank=memory.bank)
+    how = dict(policy=memory.policy, quantized=memory.quantized, bank=memory.bank)
     return decode.decode(model, requests, sampling, batch_size, forcing=forcing, **how)
 
 

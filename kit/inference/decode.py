@@ -22,7 +22,7 @@ import torch
 from kit.inference import energy, prefix_sharing
 from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
 from kit.inference.kv_cache import Saved, SlotCache
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Full
 from kit.inference.sampling import sample_tokens, seeded_uniforms
 from kit.models.load import Model
@@ -43,7 +43,7 @@ class Request:
     path: tuple[int, ...] = ()  # of the blocks that it fetches from a bank
 
 
-def tokenise(model: Model, prompt: Prompt) -> tuple[int, ...]:
+def tokenize(model: Model, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of chat messages by the model's own template, with the generation prompt."""
     messages = [{"role": role, "content": content} for role, content in prompt.messages]
     ids = model.tokenizer.apply_chat_template(
@@ -102,14 +102,14 @@ def decode(
     sampling: Sampling,
     batch_size: int = 64,
     policy: Full = Full(),  # noqa: B008 (frozen)
-    quantised: Quantised | None = None,
+    quantized: Quantized | None = None,
     bank: object | None = None,
     forcing: BudgetForcing = NO_FORCING,
 ) -> list[Generation]:
     """Continue every request; results in the order of `requests`.
 
     `batch_size` sequences run at once, on a KV cache with eviction `policy` and storage as in
-    `quantised`; each sequence is widened by the blocks that its path fetches from `bank`. The
+    `quantized`; each sequence is widened by the blocks that its path fetches from `bank`. The
     answers that `forcing` asks for are in `forced` of each Generation. Raises ValueError for a
     request that does not fit the model's context.
     """
@@ -117,7 +117,7 @@ def decode(
     done: dict[tuple[int, int | None], Generation] = {}  # (request, budget)
     prompts = [request.prompt_ids for request in requests]
     waiting = [(i, requests[i]) for i in prefix_sharing.queue(prompts)]
-    cache = SlotCache(model.weights, batch_size, policy, quantised=quantised)
+    cache = SlotCache(model.weights, batch_size, policy, quantized=quantized)
     running: dict[int, _Running] = {}  # place in the cache -> sequence
     asked: list[tuple[_Running, Saved]] = []  # copies to be continued by their answers
     joules = energy.joules()

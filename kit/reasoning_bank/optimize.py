@@ -47,7 +47,7 @@ def _graded(example, prediction):
     return grader.grade(prediction.answer or "", example.gold, asks=example.get("asks", "any"))
 
 
-def optimise(
+def optimize(
     program: dspy.Module,
     train: Sequence[Problem],
     validation: Sequence[Problem],

@@ -155,9 +155,9 @@ def on_scenarios(
     scale threshold."""
     made: dict[str, Measurement] = {}
     gaps = effects.gaps(rows, outcomes, _rng())
-    evicted, quantised = effects.evicted_or_quantised(rows)
-    pairs = {"frontier_gap_with_kv_compression": (evicted, (quantised[0], evicted[1])),
-             "accuracy_evicted_minus_quantised_at_equal_bytes": (evicted, quantised)}  # fmt: skip
+    evicted, quantized = effects.evicted_or_quantized(rows)
+    pairs = {"frontier_gap_with_kv_compression": (evicted, (quantized[0], evicted[1])),
+             "accuracy_evicted_minus_quantised_at_equal_bytes": (evicted, quantized)}  # fmt: skip
     for claim in published:
         kind, interval = claim.contrast.get("value"), None
         if kind in pairs:

@@ -66,7 +66,7 @@ def sequences(model: Model, rows: pandas.DataFrame, prompts: Sequence[Prompt]) -
     for row in rows.itertuples():
         if row.problem_id not in asked:
             raise ValueError(f"No prompt for problem {row.problem_id}; give one for each row.")
-        prompt = list(decode.tokenise(model, asked[row.problem_id]))
+        prompt = list(decode.tokenize(model, asked[row.problem_id]))
         said = model.tokenizer(row.text, add_special_tokens=False)["input_ids"] + [stop]
         mask = [0] * len(prompt) + [1] * len(said)
         made.append({"input_ids": prompt + said, "completion_mask": mask})

@@ -41,7 +41,7 @@ def completions(
     seen, requests = Counter(), []
     for messages in asked:
         chat = tuple((message["role"], message["content"]) for message in messages)
-        ids = decode.tokenise(model, Prompt(NOTHING, "rollout", chat))
+        ids = decode.tokenize(model, Prompt(NOTHING, "rollout", chat))
         name = digest(ids, 16)
         requests.append(decode.Request(ids, name, seen[name]))
         seen[name] += 1

@@ -143,7 +143,7 @@ def test_runs_without_room_leave_effects_unmeasured_and_no_others():
     window, whole = ("window", 16), ("full", 4)
     gaps = effects.gaps(table, outcomes, RNG(0))
     assert gaps[window, ("full", 16)] is None and gaps[window, whole] is not None
-    assert effects.evicted_or_quantised(table) == (window, whole)
+    assert effects.evicted_or_quantized(table) == (window, whole)
     shown = effects.gap_rows(gaps)
     assert shown["difference"].isna().tolist() == [True, True, True, False]
     assert len(effects.threshold(table, outcomes, RNG(0))) == 3

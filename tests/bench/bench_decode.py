@@ -38,7 +38,7 @@ def run() -> dict:
     """`decode_vs_transformers` and `decode_vs_llamacpp`: our tokens/s over theirs."""
     model = models.load(models.BUNDLED)
     suite = problems.load("laptop", "test", n=PROBLEMS).problems
-    requests = [decode.Request(decode.tokenise(model, prompts.plain(p)), p.id) for p in suite]
+    requests = [decode.Request(decode.tokenize(model, prompts.plain(p)), p.id) for p in suite]
     few = requests[:: max(1, PROBLEMS // 64)]
     best = max(BATCHES, key=lambda batch: _rate(_transformers, model, few, batch))
     ratios = [

@@ -122,7 +122,7 @@ def _fetch(times: list[float]) -> dict:
 def _decoding(model, bank: ParametricBank) -> list[float]:
     """Seconds with sixteen paths over seconds without memory."""
     suite = problems.load("laptop", "test", n=16).problems
-    ids = [decode.tokenise(model, prompts.plain(p)) for p in suite]
+    ids = [decode.tokenize(model, prompts.plain(p)) for p in suite]
     plain = [decode.Request(i, p.id) for i, p in zip(ids, suite)]
     paths = [(node, node * BRANCHING, node * BRANCHING**2) for node in range(16)]
     wide = [decode.Request(r.prompt_ids, r.problem_id, 0, path) for r, path in zip(plain, paths)]

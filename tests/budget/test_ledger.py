@@ -7,7 +7,7 @@ from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 from kit.analysis import claims
 from kit.budget import ledger
 from kit.budget.ledger import GIB, QWEN3, Configuration, Packing
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Window
 from kit.models import load as models
 
@@ -92,11 +92,11 @@ def test_weights_of_the_bundled_model_as_allocated(bundled):
     assert a.parameters == 134_515_008
 
 
-@pytest.mark.parametrize("quantised", [None, *(Quantised(bits) for bits in (8, 4, 2))])
-def test_the_cache_as_allocated(bundled, quantised):
+@pytest.mark.parametrize("quantized", [None, *(Quantized(bits) for bits in (8, 4, 2))])
+def test_the_cache_as_allocated(bundled, quantized):
     a, native = ledger.architecture(bundled.weights.config), 8 * bundled.dtype.itemsize
-    one = ledger.keys_and_values(a, 700, quantised, native)
-    near(4 * one, ledger.measured_cache(bundled.weights, 4, 700, quantised=quantised))
+    one = ledger.keys_and_values(a, 700, quantized, native)
+    near(4 * one, ledger.measured_cache(bundled.weights, 4, 700, quantized=quantized))
 
 
 def test_a_thinned_cache_and_one_of_random_qwen3_weights(tmp_path):
@@ -140,10 +140,10 @@ def test_what_shares_the_weights_pays_for_a_part_of_them():
     assert alone["strategies"] == pytest.approx(full / 2 * 300 / 8000)
 
 
-def test_a_quantised_checkpoint_is_counted_as_it_is():
+def test_a_quantized_checkpoint_is_counted_as_it_is():
     config = Qwen3Config(quantization_config={"quant_method": "gptq", "bits": 8, "group_size": 64})
     assert ledger.packing(16, config) == Packing(8, 64)
-    assert not ledger.packing(16, Qwen3Config()).quantised and ledger.packing(4).group == 64
+    assert not ledger.packing(16, Qwen3Config()).quantized and ledger.packing(4).group == 64
 
 
 def test_bytes_are_said_in_both_units():

@@ -144,7 +144,7 @@ def test_an_evictor_is_opened_by_what_the_caller_hands_over(tiny):
 
     memory = sweep.memory_of(run, tiny, load_evictor)
     assert opened == [("smollm2-135m-seed0-4x.safetensors", tiny)]
-    assert memory.policy.evictor.base_hash == tiny.weights_hash and memory.quantised.bits == 4
+    assert memory.policy.evictor.base_hash == tiny.weights_hash and memory.quantized.bits == 4
 
 
 def test_a_run_without_room_is_recorded_and_the_rest_goes_on(tiny, tmp_path, monkeypatch):
@@ -167,11 +167,11 @@ def test_a_run_without_room_is_recorded_and_the_rest_goes_on(tiny, tmp_path, mon
     assert "window 12" in said[-1] and "out of memory" in said[-1]
 
 
-def test_asking_the_store_quantises_nothing(tiny, tmp_path, monkeypatch):
+def test_asking_the_store_quantizes_nothing(tiny, tmp_path, monkeypatch):
     grid = Grid(bits=(4,), tokens=(3,))
     table, *_ = swept(tiny, grid, tmp_path)
-    sweep.quantised.cache_clear()
-    monkeypatch.setattr(sweep, "quantised", lambda *_: pytest.fail("quantised again"))
+    sweep.quantized.cache_clear()
+    monkeypatch.setattr(sweep, "quantized", lambda *_: pytest.fail("quantized again"))
     assert swept(tiny, grid, tmp_path)[0].equals(table)
 
 

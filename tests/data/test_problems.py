@@ -87,7 +87,7 @@ def test_math_train_is_cut_and_cleaned_of_the_test_split():
 def test_near_duplicates_equal_a_comparison_of_all_pairs():
     """Oracle: every pair, words by str methods alone, no blocking and no size filter."""
     drop = str.maketrans({c: " " for c in "$\\{}()[].,;:?!'\"_&|~%-+*/^=<>"})
-    plain = re.compile(r"[a-z ]*\d*[a-z ?.,]*\d*[a-z ?.,]*")  # hardly any LaTeX to normalise
+    plain = re.compile(r"[a-z ]*\d*[a-z ?.,]*\d*[a-z ?.,]*")  # hardly any LaTeX to normalize
 
     def shingles(text: str) -> set:
         words = text.lower().translate(drop).split()

@@ -22,7 +22,7 @@ from kit.evaluation import evaluate, grader
 from kit.evaluation.evaluate import Memory, plan
 from kit.evaluation.store import Store
 from kit.inference import decode
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Full, Window
 from kit.schema import Problem, Prompt, Sampling, digest
 
@@ -151,7 +151,7 @@ def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
     moved = [dataclasses.replace(p, source="other") for p in SUMS]
     assert keys(asked=prompts.build(prompts.plain, moved)).isdisjoint(base)
     memories = [Window(kept_tokens=8), Window(kept_tokens=9), Window(kept_tokens=9, sinks=0)]
-    memories = [Memory(policy) for policy in memories] + [Memory(quantised=Quantised(4, 16))]
+    memories = [Memory(policy) for policy in memories] + [Memory(quantized=Quantized(4, 16))]
     found = [keys(memory=memory) for memory in memories]
     assert len(base.union(*found)) == 12 * 5 and keys(memory=Memory(Full())) == base
 
@@ -173,7 +173,7 @@ def test_the_gold_answer_is_in_the_key_of_the_grade_alone(tiny):
 
 
 def test_records_say_what_the_cache_kept(tiny, tmp_path):
-    store, thin = Store(tmp_path), Memory(Window(kept_tokens=8), Quantised(4, 16, 4))
+    store, thin = Store(tmp_path), Memory(Window(kept_tokens=8), Quantized(4, 16, 4))
     full, _ = run(tiny, store)
     kept = evaluate.evaluate(tiny, PLAIN, WARM, store, memory=thin, report=lambda line: None)
     assert set(full["policy"]) == {"full"}
@@ -197,7 +197,7 @@ def test_derived_records_keep_their_costs_and_are_graded_anew(tiny, tmp_path):
 
 def test_groups_on_a_cpu_take_half_a_minute_whatever_is_stored(tiny, monkeypatch):
     jobs = plan(tiny, PLAIN, WARM, 8, 64)
-    reads = [len(decode.tokenise(tiny, prompt)) for prompt in PLAIN]
+    reads = [len(decode.tokenize(tiny, prompt)) for prompt in PLAIN]
     size = tiny.weights.num_parameters()
 
     def cut(tokens: int, room: float, fewest: int = 1, most: int = 256) -> list[int]:

@@ -8,7 +8,7 @@ from kit.dms import evictor
 from kit.inference import energy, policies
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request, decode
-from kit.inference.kv_quantization import Quantised
+from kit.inference.kv_quantization import Quantized
 from kit.models import load as models
 from kit.schema import Sampling, digest
 from tests.rounding import assert_same_greedy
@@ -62,7 +62,7 @@ def memories():
         parameter.data.normal_()
     for rule in (policies.Window(6), policies.TOVA(6), policies.H2O(6), policies.DMS(adapter)):
         yield dict(policy=rule)
-    yield dict(quantised=Quantised(4, group=8, residual=4))
+    yield dict(quantized=Quantized(4, group=8, residual=4))
 
 
 @pytest.mark.parametrize("temperature", (0.0, 1.0))

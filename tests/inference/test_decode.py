@@ -10,7 +10,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from kit.data import prompts
 from kit.inference import decode as decode_module
 from kit.inference import policies, prefix_sharing
-from kit.inference.decode import Request, decode, tokenise
+from kit.inference.decode import Request, decode, tokenize
 from kit.inference.kv_cache import SlotCache
 from kit.inference.sampling import HEAD, sample_tokens, seeded_uniforms
 from kit.models import load as models
@@ -213,7 +213,7 @@ CHATS = (
 def chats(bundled) -> list[tuple[Request, Generation]]:
     problems = [Problem(str(i), text, "", "chat", 0, "test") for i, text in enumerate(CHATS)]
     asked = [
-        Request(tokenise(bundled, p), p.problem.id) for p in prompts.build(prompts.plain, problems)
+        Request(tokenize(bundled, p), p.problem.id) for p in prompts.build(prompts.plain, problems)
     ]
     return list(zip(asked, decode(bundled, asked, Sampling(max_new_tokens=12), batch_size=3)))
 

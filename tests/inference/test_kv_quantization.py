@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit.inference.kv_quantization import LARGEST, Quantised, pack, unpack
+from kit.inference.kv_quantization import LARGEST, Quantized, pack, unpack
 
 BITS = (8, 4, 2)
 
@@ -208,7 +208,7 @@ def test_defaults_refine_at_four_and_two_bits_only(bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", (16, 32, 64))
 def test_bytes_per_token_are_the_bytes_of_the_tensors(bits, group):
-    policy, (layers, heads, size) = Quantised(bits, group), (3, 5, 64)
+    policy, (layers, heads, size) = Quantized(bits, group), (3, 5, 64)
     stored = [pack(torch.randn(2, layers, heads, size), bits, group)]
     assert sum(t.nbytes for t in stored[0]) == policy.bytes_per_token(size, heads, layers)
     assert policy.bytes_per_token(size, heads, layers) == (
@@ -218,25 +218,25 @@ def test_bytes_per_token_are_the_bytes_of_the_tensors(bits, group):
 
 def test_bits_per_value_are_the_published_ones():
     # HQQ with group 64: 8.5, 4.5, 2.5 bits, which is 1.9x, 3.6x, 6.4x against 16
-    assert [Quantised(bits, 64).bits_per_value for bits in BITS] == [8.5, 4.5, 2.5]
+    assert [Quantized(bits, 64).bits_per_value for bits in BITS] == [8.5, 4.5, 2.5]
     # Qwen3-8B: 147,456 bytes per token in bfloat16
-    exact = 147_456 / Quantised(4, 64).bytes_per_token(128, 8, 36)
+    exact = 147_456 / Quantized(4, 64).bytes_per_token(128, 8, 36)
     assert exact == pytest.approx(3.56, abs=0.005)
 
 
 def test_a_policy_says_its_name():
-    assert Quantised(4).name == "kv 4-bit g32 r32"
-    assert Quantised(2, 16, 0).name == "kv 2-bit g16 r0"
+    assert Quantized(4).name == "kv 4-bit g32 r32"
+    assert Quantized(2, 16, 0).name == "kv 2-bit g16 r0"
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: Quantised(3), "3 bits cannot be packed; choose 8, 4 or 2"),
-        (lambda: Quantised(4, 0), "groups of 0"),
-        (lambda: Quantised(2, 30), "multiple of 4"),
-        (lambda: Quantised(4, residual=-1), "residual is -1"),
-        (lambda: Quantised(4, 48).bytes_per_token(64, 1, 1), "groups of 48 .* head of 64"),
+        (lambda: Quantized(3), "3 bits cannot be packed; choose 8, 4 or 2"),
+        (lambda: Quantized(4, 0), "groups of 0"),
+        (lambda: Quantized(2, 30), "multiple of 4"),
+        (lambda: Quantized(4, residual=-1), "residual is -1"),
+        (lambda: Quantized(4, 48).bytes_per_token(64, 1, 1), "groups of 48 .* head of 64"),
         (lambda: pack(torch.zeros(2, 64), 5, 32), "5 bits"),
         (lambda: pack(torch.zeros(2, 64), 4, 24), "groups of 24 .* head of 64"),
     ],

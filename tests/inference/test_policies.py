@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kit.inference import paged_attention as blocks
 from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
-from kit.inference.kv_quantization import Quantised, pack, unpack
+from kit.inference.kv_quantization import Quantized, pack, unpack
 from kit.inference.policies import DMS, FLOOR, H2O, TOVA, Full, Knorm, Random, Window
 from kit.models import load as models
 from kit.schema import Sampling
@@ -69,9 +69,9 @@ class Twin:
     seen[layer][head][t] is the set of positions that the token at t attends to.
     """
 
-    def __init__(self, policy, windows, prompt: int, quantised: Quantised | None = None):
+    def __init__(self, policy, windows, prompt: int, quantized: Quantized | None = None):
         self.policy, self.windows, self.prompt = policy, windows, prompt
-        self.quantised = quantised
+        self.quantized = quantized
         self.seen: dict[int, list[list[set]]] = {}
         self.plain: dict[int, torch.Tensor] = {}  # what attention gives without a wider dtype
         self.evicted: dict[int, list[list[bool]]] = {}
@@ -95,17 +95,17 @@ class Twin:
         return self._join(self.scores, *read, hidden)
 
     def _read(self, q, k, v, scale: float):
-        """Scores [H*G, T, T], values, and of quantised caches which are coarse, and coarse values;
+        """Scores [H*G, T, T], values, and of quantized caches which are coarse, and coarse values;
         all in the dtype of what is given."""
         k, v = (x.repeat_interleave(self.group, 0) for x in (k, v))
         scores = q * scale @ k.transpose(1, 2)
-        if self.quantised is None:
+        if self.quantized is None:
             return scores, v, None, None
         # In decoding, only the newest keys and values are exact, the token itself included.
         at = torch.arange(k.shape[1])
-        coarse = at[:, None] - at >= self.quantised.residual
+        coarse = at[:, None] - at >= self.quantized.residual
         coarse[: self.prompt] = False
-        bits, group = self.quantised.bits, self.quantised.group
+        bits, group = self.quantized.bits, self.quantized.group
         rough_k, rough_v = (unpack(*pack(x, bits, group), bits, x.dtype) for x in (k, v))
         return torch.where(coarse, q * scale @ rough_k.transpose(1, 2), scores), v, coarse, rough_v
 
@@ -221,9 +221,9 @@ def read(model, policy, slots, ids, positions) -> torch.Tensor:
 class Stream:
     """One text with what the Twin says of it."""
 
-    def __init__(self, model, policy, ids: list[int], prompt: int, quantised):
+    def __init__(self, model, policy, ids: list[int], prompt: int, quantized):
         self.ids, self.prompt, self.at = ids, prompt, prompt  # tokens fed so far
-        self.twin = Twin(policy, layer_windows(model.weights.config), prompt, quantised)
+        self.twin = Twin(policy, layer_windows(model.weights.config), prompt, quantized)
         self.logits = read(model, policy, self.twin, ids, torch.arange(len(ids))[None])
         self.rounded = isinstance(model, Given)
         self.plain = torch.stack([x[0].flatten(1) for _, x in sorted(self.twin.plain.items())], 1)
@@ -250,9 +250,9 @@ class Crowd:
 
     PLACES = 5
 
-    def __init__(self, model, policy, seed: int, quantised: Quantised | None = None):
+    def __init__(self, model, policy, seed: int, quantized: Quantized | None = None):
         self.model, self.policy, self.rng = model, policy, random.Random(seed)
-        self.cache = SlotCache(model.weights, self.PLACES, policy, 4, quantised)
+        self.cache = SlotCache(model.weights, self.PLACES, policy, 4, quantized)
         self.running: dict[int, Stream] = {}
         self.texts = 0
 
@@ -267,7 +267,7 @@ class Crowd:
         for ids, group in zip(prompts, groups):
             for place in group:
                 text = ids + self.text(self.rng.randint(6, 18))
-                stream = Stream(self.model, self.policy, text, len(ids), self.cache.quantised)
+                stream = Stream(self.model, self.policy, text, len(ids), self.cache.quantized)
                 self.running[place] = stream
                 self.texts += 1
 
@@ -355,34 +355,34 @@ def test_the_cache_says_and_keeps_what_the_slow_twin_does(families, shape, name)
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "shape, name, quantised",
+    "shape, name, quantized",
     [
-        ("llama", "full", Quantised(8, group=16, residual=5)),
-        ("gemma3", "full", Quantised(2, group=8, residual=0)),
-        ("qwen3", "tova", Quantised(4, group=8, residual=6)),
-        ("llama", "h2o", Quantised(4, group=16, residual=3)),
-        ("gemma3", "dms", Quantised(8, group=16, residual=4)),
+        ("llama", "full", Quantized(8, group=16, residual=5)),
+        ("gemma3", "full", Quantized(2, group=8, residual=0)),
+        ("qwen3", "tova", Quantized(4, group=8, residual=6)),
+        ("llama", "h2o", Quantized(4, group=16, residual=3)),
+        ("gemma3", "dms", Quantized(8, group=16, residual=4)),
     ],
 )
-def test_quantised_tokens_are_read_from_codes_except_for_the_newest(
-    families, shape, name, quantised
+def test_quantized_tokens_are_read_from_codes_except_for_the_newest(
+    families, shape, name, quantized
 ):
     model = families[shape]
-    Crowd(model, POLICIES[name](model.weights), 5, quantised).run()
+    Crowd(model, POLICIES[name](model.weights), 5, quantized).run()
 
 
 NARROW = [(SHAPES[i % 3], name, None) for i, name in enumerate(POLICIES)]
 NARROW += [
-    ("qwen3", "full", Quantised(8, group=16, residual=5)),
-    ("llama", "tova", Quantised(4, group=8, residual=6)),
+    ("qwen3", "full", Quantized(8, group=16, residual=5)),
+    ("llama", "tova", Quantized(4, group=8, residual=6)),
 ]
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("shape, name, quantised", NARROW)
-def test_in_fewer_bits_the_same_tokens_are_kept_of_the_same_keys(shape, name, quantised, dtype):
+@pytest.mark.parametrize("shape, name, quantized", NARROW)
+def test_in_fewer_bits_the_same_tokens_are_kept_of_the_same_keys(shape, name, quantized, dtype):
     model = Given(shape, dtype)
-    Crowd(model, POLICIES[name](model.weights), 3, quantised).run()
+    Crowd(model, POLICIES[name](model.weights), 3, quantized).run()
 
 
 def requests(lengths, samples: int = 1) -> list[Request]:
@@ -424,8 +424,8 @@ def test_what_switches_eviction_off_is_the_identity(families):
         whole = [Window(kept_tokens=1000), TOVA(kept_fraction=1.0), Random(kept_fraction=1.0)]
         for policy in whole:
             assert untimed(decode(model, asked, sampling, 2, policy=policy)) == plain
-        exact = Quantised(2, group=16, residual=100)
-        tokens = [g.token_ids for g in decode(model, asked, sampling, 2, quantised=exact)]
+        exact = Quantized(2, group=16, residual=100)
+        tokens = [g.token_ids for g in decode(model, asked, sampling, 2, quantized=exact)]
         assert tokens == [g.token_ids for g in plain]
 
 
@@ -522,9 +522,9 @@ def test_allocated_memory_follows_what_is_live(roomy):
 def test_eight_bits_are_nearly_exact_and_two_are_not(roomy):
     texts = torch.randint(3, 256, (3, 90), generator=torch.Generator().manual_seed(0))
     logits = []
-    for quantised in (None, Quantised(8, residual=4), Quantised(2, residual=4)):
+    for quantized in (None, Quantized(8, residual=4), Quantized(2, residual=4)):
         crowd = Crowd(roomy, Full(), 0)
-        crowd.cache = SlotCache(roomy.weights, 3, quantised=quantised)
+        crowd.cache = SlotCache(roomy.weights, 3, quantized=quantized)
         positions = crowd.cache.prefill([[0], [1], [2]], [80] * 3)
         crowd.forward(texts[:, :80].flatten().tolist(), positions)
         for ids in texts[:, 80:].T:
@@ -534,9 +534,9 @@ def test_eight_bits_are_nearly_exact_and_two_are_not(roomy):
     assert 0 < eight < 3e-3 < 10 * eight < two
 
 
-def test_bytes_of_a_quantised_cache_are_those_of_the_formula(roomy):
-    quantised = Quantised(4, group=32, residual=8)
-    cache = SlotCache(roomy.weights, 3, quantised=quantised)
+def test_bytes_of_a_quantized_cache_are_those_of_the_formula(roomy):
+    quantized = Quantized(4, group=32, residual=8)
+    cache = SlotCache(roomy.weights, 3, quantized=quantized)
     cache.fill(3, 640)
     codes = 2 * 2 * 2 * (64 // 2 + 2 * 2 * 2)  # K and V, layers, heads: codes, scales, zeros
     assert cache.token_bytes == codes

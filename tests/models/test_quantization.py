@@ -26,8 +26,8 @@ TEXTS = (
 @pytest.mark.parametrize("family", models.RANDOM)
 def test_packed_weights_say_what_they_unpack_to(family, bits):
     model = models.load(f"random:{family}", "float32")
-    packed = quantization.quantise(model, bits, group=32)
-    plain = quantization.quantise(model, bits, group=32, packed=False)
+    packed = quantization.quantize(model, bits, group=32)
+    plain = quantization.quantize(model, bits, group=32, packed=False)
     assert torch.equal(packed.weights(IDS).logits, plain.weights(IDS).logits)
     assert packed.weights_hash == plain.weights_hash != model.weights_hash
     asked, how = [Request((1, 2, 3)), Request((4, 5))], Sampling(max_new_tokens=8)
@@ -40,7 +40,7 @@ def test_packed_weights_say_what_they_unpack_to(family, bits):
 def test_each_weight_is_near_what_it_was(bits, dtype):
     """No further than a step of plain rounding, whose zero HQQ moves, and one of the dtype."""
     model = models.load("random:llama", dtype)
-    found = quantization.quantise(model, bits, group=32, packed=False)
+    found = quantization.quantize(model, bits, group=32, packed=False)
     for before, after in zip(model.weights.base_model.layers, found.weights.base_model.layers):
         old, new = (layer.mlp.down_proj.weight.detach().float() for layer in (before, after))
         groups = old.view(-1, 32)
@@ -73,7 +73,7 @@ def divergence(model, weights) -> float:
 
 
 def test_the_bundled_model_at_four_bits_loses_less_than_by_plain_rounding(bundled):
-    four = quantization.quantise(bundled, 4)
+    four = quantization.quantize(bundled, 4)
     assert "4-bit g64" in four.name
     mine, plain = divergence(bundled, four.weights), divergence(bundled, nearest(bundled, 4, 64))
     assert 0 < mine < plain < 2
@@ -87,10 +87,10 @@ def test_the_bundled_model_at_four_bits_loses_less_than_by_plain_rounding(bundle
 
 def test_other_bits_are_refused_and_groups_divide_what_is_read():
     model = models.load("random:llama")
-    assert quantization.quantise(model, 16) is model
+    assert quantization.quantize(model, 16) is model
     with pytest.raises(ValueError, match="weights of 3 bit cannot be made; use 16, 8 or 4"):
-        quantization.quantise(model, 3)
-    made = quantization.quantise(model, 4, packed=False).weights.base_model.layers[0].mlp
+        quantization.quantize(model, 3)
+    made = quantization.quantize(model, 4, packed=False).weights.base_model.layers[0].mlp
     groups = made.gate_proj.weight.view(-1, 32)  # 96 numbers are read: 32 is what 64 shares with it
     assert max(len(group.unique()) for group in groups) <= 16
 
@@ -101,7 +101,7 @@ def test_eight_bits_lose_no_more_in_bfloat16_than_its_own_rounding():
     whole = dataclasses.replace(half, weights=models.twin(half.weights).float())
     errors = []
     for model in (half, whole):
-        found = quantization.quantise(model, 8, packed=False).weights.base_model.layers[0].mlp
+        found = quantization.quantize(model, 8, packed=False).weights.base_model.layers[0].mlp
         exact = whole.weights.base_model.layers[0].mlp.down_proj.weight
         unpacked = found.down_proj.weight.to(torch.bfloat16)
         errors.append(float((unpacked.float() - exact).square().mean()))
@@ -109,5 +109,5 @@ def test_eight_bits_lose_no_more_in_bfloat16_than_its_own_rounding():
 
 
 def test_eight_bits_are_rounded_and_lose_next_to_nothing(bundled):
-    eight = quantization.quantise(bundled, 8, packed=False)
+    eight = quantization.quantize(bundled, 8, packed=False)
     assert 0 < divergence(bundled, eight.weights) < 0.01

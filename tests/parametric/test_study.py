@@ -111,7 +111,7 @@ def test_solved_problems_are_told_as_they_are_asked(bundled):
     asked = prompts.build(prompts.plain, problems.load("laptop", "train", n=3).problems)
     for prompt, said in zip(asked, solved_as_facts(bundled, asked), strict=True):
         ids, read = encode_sentence(bundled, said.context, said.completion)
-        assert tuple(ids[:read]) == decode.tokenise(bundled, prompt)
+        assert tuple(ids[:read]) == decode.tokenize(bundled, prompt)
         assert ids[-1] in bundled.stop_ids
         assert bundled.tokenizer.decode(ids[read:-1]) == f"Answer: {prompt.problem.answer}"
         assert said.fact.subject == prompt.problem.question

@@ -120,7 +120,7 @@ def test_one_of_several_samples_is_chosen_by_its_number(tests):
     assert (found[arms.SPENT] == 31).all(axis=None), "three answers and a choice were paid for"
 
 
-def test_an_optimised_solver_asks_what_it_was_given(tests):
+def test_an_optimized_solver_asks_what_it_was_given(tests):
     solver = Solver()
     (bare,) = arms.programmed(solver, tests[:1], "solver")
     assert bare.messages == arms.format_only(tests[:1])[0].messages and bare.arm == "solver"

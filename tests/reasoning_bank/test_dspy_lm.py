@@ -34,7 +34,7 @@ def expected(tiny, question: str, sampling: Sampling, seed: int) -> str:
     """The same prompt through `decode`, without DSPy; a request is known by prompt and seed."""
     messages = arms.prompt(Problem("", question, "", "", 0, ""), "").messages
     asked = Prompt(Problem("", "", "", "", 0, "dspy"), "dspy", messages)
-    request = decode.Request(decode.tokenise(tiny, asked), json.dumps([asked.id, seed]))
+    request = decode.Request(decode.tokenize(tiny, asked), json.dumps([asked.id, seed]))
     return decode.decode(tiny, [request], sampling)[0].text.strip()
 
 

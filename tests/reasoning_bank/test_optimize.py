@@ -40,7 +40,7 @@ def score(program, tests) -> float:
 
 
 def test_bootstrap_shows_attempts_that_were_correct(model, sums):
-    made = optimize.optimise(Solver(), sums[:6], [], demos=2)
+    made = optimize.optimize(Solver(), sums[:6], [], demos=2)
     demos = made.solve.demos
     assert [d.question for d in demos] == [sums[0].question, sums[2].question]
     assert all("I see." in d.answer for d in demos), "its own words, not the gold answer"
@@ -50,13 +50,13 @@ def test_bootstrap_shows_attempts_that_were_correct(model, sums):
 
 def test_mipro_finds_the_instruction_that_helps(model, sums):
     assert score(Solver(), sums[10:16]) == 0.5
-    made = optimize.optimise(Solver(), sums[:6], sums[6:10], "mipro", trials=4)
+    made = optimize.optimize(Solver(), sums[:6], sums[6:10], "mipro", trials=4)
     assert "fingers" in made.solve.signature.instructions
     assert score(made, sums[10:16]) == 1.0
 
 
 def test_gold_answers_are_in_no_prompt(model, sums):
-    optimize.optimise(Solver(), sums[1:8:2], [], demos=2)
+    optimize.optimize(Solver(), sums[1:8:2], [], demos=2)
     for asked, problem in zip(model.asked, sums[1:8:2], strict=False):
         assert not any(f"Answer: {problem.answer}" in text for _, text in asked)
 
@@ -64,7 +64,7 @@ def test_gold_answers_are_in_no_prompt(model, sums):
 def test_gepa_says_what_it_lacks(model, sums, monkeypatch):
     monkeypatch.delenv("KIT_REFLECTION_MODEL", raising=False)
     with pytest.raises(ValueError, match="set KIT_REFLECTION_MODEL to one that DSPy knows"):
-        optimize.optimise(Solver(), sums[:2], sums[2:4], "gepa")
+        optimize.optimize(Solver(), sums[:2], sums[2:4], "gepa")
     told = optimize.feedback(optimize.examples(sums[:1])[0], dspy.Prediction(answer="Answer: 99"))
     assert told.score == 0 and told.feedback == f"Wrong: answered 99, it is {sums[0].answer}."
 
@@ -73,13 +73,13 @@ def test_gepa_takes_the_instruction_of_a_stronger_model(model, sums, monkeypatch
     said = '{"new_instruction": "Count on your fingers."}'
     stronger = Scripted(lambda messages: said)
     monkeypatch.setattr(optimize, "_stronger", lambda: language_model(stronger))
-    made = optimize.optimise(Solver(), sums[:6], sums[6:10], "gepa", trials=8)
+    made = optimize.optimize(Solver(), sums[:6], sums[6:10], "gepa", trials=8)
     assert "fingers" in made.solve.signature.instructions and stronger.asked
     assert score(made, sums[10:16]) == 1.0
 
 
 def test_wrong_questions_are_one_sentence(model, sums):
     with pytest.raises(ValueError, match="No optimiser 'best'; choose one of bootstrap"):
-        optimize.optimise(Solver(), sums[:2], [], "best")
+        optimize.optimize(Solver(), sums[:2], [], "best")
     with pytest.raises(ValueError, match="is in train and validation"):
-        optimize.optimise(Solver(), sums[:2], sums[1:3], "mipro")
+        optimize.optimize(Solver(), sums[:2], sums[1:3], "mipro")

@@ -215,10 +215,10 @@ def test_the_gaps_that_claims_are_about():
     outcomes = np.array([pareto.votes(frames[i // 2], width)
                          for i, width in enumerate(table["width"])])  # fmt: skip
     gaps = effects.gaps(table, outcomes, RNG(0))
-    evicted, quantised = ("window 8", 16), ("full", 4)
+    evicted, quantized = ("window 8", 16), ("full", 4)
     assert {*gaps} == {
-        (evicted, ("full", 16)), (quantised, ("full", 16)), (("window 8", 4), ("full", 16)),
-        (evicted, quantised),
+        (evicted, ("full", 16)), (quantized, ("full", 16)), (("window 8", 4), ("full", 16)),
+        (evicted, quantized),
     }  # fmt: skip
     found = recompute.on_scenarios(claims.load(), table, outcomes)
     gap = gaps[evicted, ("full", 16)]
