@@ -42,11 +42,11 @@ def rates() -> dict:
     import torch
 
     from kit.inference import decode
-    from kit.models import load as models
+    from kit.models.load import BUNDLED, load
     from kit.parametric import train  # noqa: F401 (the imports of a notebook)
     from kit.schema import Sampling
 
-    model = models.load(models.BUNDLED)
+    model = load(BUNDLED)
     start = time.perf_counter() - began
     asked = [decode.Request(tuple(range(100, 164)), f"{i}") for i in range(32)]
     decode.decode(model, asked, Sampling(2))

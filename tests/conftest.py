@@ -32,31 +32,31 @@ def hub_cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def one_at_a_time(monkeypatch):
-    """References to the weights of all models that are loaded, each when none of the others is
-    left; Python looks for circles of references only where it is told to."""
-    from kit.models import load as models
+    """References to the weights of all models loaded from folders, each when none of the others is
+    left; Python collects circles of references only when told to."""
+    from kit.models import load
 
-    load, seen = models.load, []
+    from_folder, loaded = load._from_folder, []
 
-    def loaded(*args, **how):
-        assert not any(weights() for weights in seen), "a model of before is still in memory"
-        model = load(*args, **how)
-        seen.append(weakref.ref(model.weights))
+    def load_alone(*args):
+        assert not any(weights() for weights in loaded), "an earlier model is still in memory"
+        model = from_folder(*args)
+        loaded.append(weakref.ref(model.weights))
         return model
 
-    monkeypatch.setattr(models, "load", loaded)
+    monkeypatch.setattr(load, "_from_folder", load_alone)
     gc.collect()
     gc.disable()
-    yield seen
+    yield loaded
     gc.enable()
 
 
 @pytest.fixture(scope="session")
 def bundled():
     """The bundled real model in float32."""
-    from kit.models import load as models
+    from kit.models.load import BUNDLED, load
 
-    return models.load(models.BUNDLED, dtype="float32")
+    return load(BUNDLED, dtype="float32")
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +85,6 @@ def tiny(tiny_folder):
 
 def loaded(tiny_folder: Path, dtype: str):
     """The tiny model in `dtype`; where a file's tests run in several, its own fixture `tiny`."""
-    from kit.models import load as models
+    from kit.models.load import load
 
-    return dataclasses.replace(models.load(str(tiny_folder), dtype=dtype), name="tiny")
+    return dataclasses.replace(load(str(tiny_folder), dtype=dtype), name="tiny")

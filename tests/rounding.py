@@ -4,15 +4,14 @@ import dataclasses
 
 import torch
 
-from kit.models import load as models
-from kit.models.load import Model
+from kit.models.load import Model, twin
 
 TIMES = 4  # how far off something may be, in errors of a plain computation in the same dtype
 
 
 def exact(model: Model) -> Model:
     """The same weights, as they are rounded, in a model that computes in float64."""
-    return dataclasses.replace(model, weights=models.twin(model.weights, torch.float64))
+    return dataclasses.replace(model, weights=twin(model.weights, torch.float64))
 
 
 def tolerance(plain: torch.Tensor, right: torch.Tensor) -> float:

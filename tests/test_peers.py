@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kit.inference import policies
-from kit.models import load as models
+from kit.models.load import load
 from tests.peers import compare
 
 PEER = [[[0, 1, 8, 9], [0, 3, 5, 9]], [[2, 4, 6, 8], [1, 3, 5, 7]]]  # 2 layers x 2 heads x 4
@@ -75,7 +75,7 @@ def test_every_method_has_its_reason():
 
 
 def test_caches_that_read_together_keep_what_each_keeps_alone():
-    model = models.load("random:llama", dtype="float32")
+    model = load("random:llama", dtype="float32")
     ids = torch.randint(256, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [policies.Window(kept_tokens=12), policies.H2O(kept_tokens=20)]
     together = [cache.kept(0) for cache in compare.read(model, ids, chosen).caches]
@@ -86,7 +86,7 @@ def test_caches_that_read_together_keep_what_each_keeps_alone():
 
 
 def test_a_peer_that_read_another_prompt_is_noticed():
-    model = models.load("random:llama", dtype="float32")
+    model = load("random:llama", dtype="float32")
     one, same, other = (
         compare.read(model, ids, [policies.Full()]).dense
         for ids in (list(range(40)), list(range(40)), [*range(1, 40), 0])

@@ -17,8 +17,9 @@ from kit.inference import decode, paged_attention, policies
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import Quantized
 from kit.models import embedder as embed
-from kit.models import load as models
 from kit.models import quantization
+from kit.models.load import RANDOM as SHAPES
+from kit.models.load import Model, load
 from kit.parametric import ffn_memory, qa
 from kit.parametric.activation_cache import Lower
 from kit.parametric.train import IGNORED, BankTraining, MemoryTrainConfig, Row
@@ -28,7 +29,7 @@ from tests import simcuda
 from tests.toys import drawn, tokens
 from tests.training.test_grpo import Plain
 
-RANDOM = {name: models.load(f"random:{name}", "float32", "cpu") for name in models.RANDOM}
+RANDOM = {name: load(f"random:{name}", "float32", "cpu") for name in SHAPES}
 REQUESTS = [
     decode.Request(tuple(tokens(1, 30 - 9 * i, i)[0].tolist()), f"p{i}", 1) for i in range(3)
 ]
@@ -62,7 +63,7 @@ def embedder():
     return embed.load()
 
 
-def pair(here: models.Model = RANDOM["llama"]) -> list[models.Model]:
+def pair(here: Model = RANDOM["llama"]) -> list[Model]:
     """A model on the CPU, and the same one on the device."""
     return [here, simcuda.moved(dataclasses.replace(here, weights=copy.deepcopy(here.weights)))]
 

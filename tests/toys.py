@@ -5,11 +5,11 @@ import dataclasses
 import torch
 
 from kit.dms import evictor
-from kit.models import load as models
+from kit.models.load import Model, load
 
 
-def toy(shape: str = "llama", dtype: str = "float32") -> models.Model:
-    return models.load(f"random:{shape}", dtype=dtype)
+def toy(shape: str = "llama", dtype: str = "float32") -> Model:
+    return load(f"random:{shape}", dtype=dtype)
 
 
 def tokens(count: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -16,8 +16,8 @@ from transformers import AutoConfig
 from kit import hub
 from kit.budget import ledger
 from kit.budget.ledger import QWEN3, Architecture, Configuration, Packing
-from kit.models import load as models
 from kit.models import quantization
+from kit.models.load import BUNDLED, bundled
 from kit.pipeline.refusals import read_json
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -76,7 +76,7 @@ def tokens(text: str) -> int:
 def sizes(name: str) -> Architecture:
     """The architecture under a model's name, from its config.json, weights untouched; of Qwen3 also
     without a network."""
-    folder = models.bundled() if name == models.BUNDLED else Path(name)
+    folder = bundled() if name == BUNDLED else Path(name)
     if name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
         try:
@@ -89,7 +89,7 @@ def sizes(name: str) -> Architecture:
         folder = file.parent
     if not (folder / "config.json").is_file():
         raise ValueError(f"no config.json in {name!r}; give a folder, hub:ORG/NAME or "
-                         f"{models.BUNDLED}")  # fmt: skip
+                         f"{BUNDLED}")  # fmt: skip
     return ledger.architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 

@@ -18,8 +18,7 @@ import torch
 from kit.budget import sweep
 from kit.budget.sweep import Grid, Run
 from kit.evaluation.store import Store
-from kit.models import load as models
-from kit.models.load import Model
+from kit.models.load import Model, load
 from kit.schema import Prompt
 
 ATTEMPTS = 2  # actors that may die of one run
@@ -37,7 +36,7 @@ class Worker:
     """A model in a process of its own."""
 
     def __init__(self, name: str, dtype: str, store: str):
-        self.base, self.store = models.load(name, dtype), Store(store)
+        self.base, self.store = load(name, dtype), Store(store)
 
     def pid(self) -> int:
         """Of the process."""

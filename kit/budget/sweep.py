@@ -33,9 +33,8 @@ from kit.evaluation.store import Store
 from kit.inference import policies
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import ITERATIONS
-from kit.models import load as models
 from kit.models import quantization
-from kit.models.load import Model
+from kit.models.load import Model, collect
 from kit.schema import Prompt, Sampling, digest
 
 ASK, WAIT = "\nAnswer:", " Wait,"  # what forces an answer, and what stands in the place of a stop
@@ -271,7 +270,7 @@ def refused(
 def available() -> int:
     """Free bytes of the first CUDA device, otherwise of this machine's memory; what torch only
     keeps for later is free."""
-    models.collect()
+    collect()
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else virtual_memory().available
 
 

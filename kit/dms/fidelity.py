@@ -17,8 +17,7 @@ from kit.dms import distillation
 from kit.inference.decode import DECODE_VERSION, slots_attached
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import Full
-from kit.models import load as models
-from kit.models.load import Model
+from kit.models.load import Model, twin
 from kit.schema import digest
 
 QUALITY_VERSION = 1  # of what `forced` measures; raise it by one when that may change
@@ -75,7 +74,7 @@ def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFr
     read the same text is rounding, not a difference.
     """
     wide = torch.float64 if model.dtype == torch.float32 else torch.float32
-    exact = dataclasses.replace(model, weights=models.twin(model.weights, wide))
+    exact = dataclasses.replace(model, weights=twin(model.weights, wide))
     heads, found = (model.weights.lm_head.weight, exact.weights.lm_head.weight), []
     for row in ids.to(model.device):
         pair = (_whole(each, row, prompt) for each in (model, exact))

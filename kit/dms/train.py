@@ -29,9 +29,9 @@ from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.inference.decode import slots_attached
 from kit.inference.kv_cache import layer_windows
-from kit.models import load as models
 from kit.models.checkpoint import ResumableTraining
-from kit.models.load import Model
+from kit.models.load import BUNDLED, Model, twin
+from kit.models.load import load as load_model
 from kit.schema import Sampling, digest
 
 
@@ -97,7 +97,7 @@ class Training(ResumableTraining):
         everything = recipe.trains == "all"
         precise = torch.promote_types(model.dtype, torch.float32)
         apart = everything or model.dtype == torch.float16
-        weights = models.twin(model.weights, precise) if apart else model.weights
+        weights = twin(model.weights, precise) if apart else model.weights
         self.student = dataclasses.replace(model, weights=weights)
         self.evictor = Evictor(weights, recipe, model.weights_hash)
         weights.requires_grad_(everything)
@@ -196,7 +196,7 @@ class Training(ResumableTraining):
         evictor.card |= dict(target_x=self.recipe.compression(done), data=hash_ids(self.data))
         trained = self.recipe.trains == "all"
         if held_out is not None:
-            used = models.twin(self.student.weights, self.model.dtype) if trained else None
+            used = twin(self.student.weights, self.model.dtype) if trained else None
             student = dataclasses.replace(self.model, weights=used or self.model.weights)
             found = measure(student, evictor, held_out, teacher=self.model).mean()
             evictor.card |= dict(kl=found["kl"], compression_x=1 / found["kept_fraction"])
@@ -217,7 +217,7 @@ def main() -> None:
     """Train an evictor on a model's own traces of a training split, from the command line."""
     parser = argparse.ArgumentParser(prog="python -m kit.dms.train", description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder for the evictors (2x.safetensors, ...)")
-    parser.add_argument("--model", default=models.BUNDLED)
+    parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--recipe", default="laptop", choices=sorted(RECIPES))
     parser.add_argument("--problems", default="laptop", help="problem set; train and validation")
     parser.add_argument("--count", type=int, help="training problems (default: all)")
@@ -230,7 +230,7 @@ def main() -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    model, recipe = models.load(args.model), RECIPES[args.recipe]
+    model, recipe = load_model(args.model), RECIPES[args.recipe]
     store = Store(args.out / "traces")
     texts = {
         split: own_traces(model, load(args.problems, split, n=args.count), store)

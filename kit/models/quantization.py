@@ -15,8 +15,7 @@ from importlib.metadata import version
 
 import torch
 
-from kit.models import load as models
-from kit.models.load import Model
+from kit.models.load import Model, twin
 from kit.schema import digest
 
 BITS = (8, 4)
@@ -60,7 +59,7 @@ def quantize(model: Model, bits: int, group: int = GROUP, packed: bool = True) -
         return model
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # takes a second
 
-    weights = models.twin(model.weights)
+    weights = twin(model.weights)
     for name, linear in [*weights.base_model.layers.named_modules()]:
         if type(linear) is not torch.nn.Linear:
             continue

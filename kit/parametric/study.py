@@ -21,9 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kit.models import embedder as embed
-from kit.models import load as models
 from kit.models.embedder import Embedder
-from kit.models.load import Model
+from kit.models.load import BUNDLED, Model, load
 from kit.parametric import cluster_tree, facts, ffn_memory, shards
 from kit.parametric.activation_cache import Lower
 from kit.parametric.bank import ParametricBank, assemble_bank
@@ -195,7 +194,7 @@ class FactStudy:
         job = BankTraining(self.model, shape, nodes, rows, recipe, self.folder)
         place = job.run(self.report)
         base = self.model
-        model = models.load(str(place / "model"), base.dtype_name, str(base.device))
+        model = load(str(place / "model"), base.dtype_name, str(base.device))
         if not blocks:
             return model, None
         name = self.embedder.fingerprint
@@ -225,7 +224,7 @@ def main() -> None:
         prog="python -m kit.parametric.study", description=main.__doc__
     )
     parser.add_argument("out", type=Path, help="folder for jobs and bank")
-    parser.add_argument("--model", default=models.BUNDLED)
+    parser.add_argument("--model", default=BUNDLED)
     parser.add_argument(
         "--families", nargs="+", default=[*facts.TELL], help="of kit.parametric.facts"
     )
@@ -253,7 +252,7 @@ def _train(args: argparse.Namespace) -> Path | None:
         bar.update()
 
     told = tuple(facts.tell(known, args.told, seed=0))
-    whole = models.load(args.model), embed.load(), tuple(known), told, args.out, show
+    whole = load(args.model), embed.load(), tuple(known), told, args.out, show
     layout = Layout(args.branching, tuple(args.sizes), args.where, args.layers)
     if unknown := sorted(set(args.only or ()) - set(range(args.branching))):
         raise ValueError(f"no subtree {unknown[0]}; there are 0 to {args.branching - 1}")

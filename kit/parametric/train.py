@@ -22,9 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.models import load as models
 from kit.models.checkpoint import ResumableTraining
-from kit.models.load import Model
+from kit.models.load import Model, save, twin
 from kit.parametric import activation_cache, cluster_tree, ffn_memory, shards
 from kit.parametric.activation_cache import Lower
 from kit.parametric.bank import assemble_bank
@@ -151,7 +150,7 @@ class BankTraining(ResumableTraining):
         self.files = [self.folder / shards.name(node) for node in self.nodes]
         self.base, self.model, self.below = model, model, below
         if recipe.anchor_rate or model.dtype == torch.float16:  # too small for gradients
-            weights = models.twin(model.weights, torch.float32).train(bool(recipe.anchor_rate))
+            weights = twin(model.weights, torch.float32).train(bool(recipe.anchor_rate))
             self.model = replace(model, weights=weights)
         self.model.weights.requires_grad_(bool(recipe.anchor_rate))
         for node in self.nodes:
@@ -236,7 +235,7 @@ class BankTraining(ResumableTraining):
             shards.write(self.folder / "generic.safetensors", self._blocks("generic"))
         if self.recipe.anchor_rate:
             card = {"base": self.base.name, "recipe": asdict(self.recipe), "rows": len(self.data)}
-            models.save(self.model.weights, self.base, self.folder / "model", card)
+            save(self.model.weights, self.base, self.folder / "model", card)
         (self.folder / "history.json").write_text(json.dumps(self.history))  # says that it is done
         self.state.unlink(missing_ok=True)
         return self.folder

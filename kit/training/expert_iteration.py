@@ -16,9 +16,8 @@ from kit.analysis import stats
 from kit.data import prompts
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
-from kit.models import load as models
 from kit.models.embedder import Embedder
-from kit.models.load import Model
+from kit.models.load import Model, load
 from kit.reasoning_bank import programs
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.strategy import Strategy
@@ -123,7 +122,7 @@ def compound(
     """
     found, frames = [base], []
     for number in range(rounds):
-        model = models.load(found[-1])
+        model = load(found[-1])
         known = tagged(bank, number)
         asked = remembered(known, train, plan.k)
         frames.append(evaluate(model, asked, plan.sampling, store, plan.samples, report=_silent))
@@ -151,7 +150,7 @@ def exam(
     sampling = Sampling(max_new_tokens)
     if samples > 1:
         sampling = Sampling(max_new_tokens, temperature=0.6, top_p=0.95)
-    return evaluate(models.load(name), list(asked), sampling, store, samples, report=_silent)
+    return evaluate(load(name), list(asked), sampling, store, samples, report=_silent)
 
 
 def best_against_last(

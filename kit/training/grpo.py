@@ -35,7 +35,7 @@ from kit import paths
 from kit.data import problems, prompts
 from kit.dms import evictor
 from kit.inference.policies import DMS, Full
-from kit.models import load as models
+from kit.models.load import BUNDLED, Model, collect, load
 from kit.schema import Problem, Prompt, digest
 from kit.training import rewards, rollouts
 from kit.training.callbacks import Watch
@@ -201,7 +201,7 @@ def grpo(
     rewards.check_golds([prompt.problem for prompt in asked])
     if len(asked) < recipe.groups:
         raise ValueError(f"{len(asked)} problems are fewer than the {recipe.groups} of a step.")
-    model = models.load(base, dtype="float32", device=device)
+    model = load(base, dtype="float32", device=device)
     data = digest([[p.id, p.problem.answer, p.problem.asks] for p in asked], 12)
     parts = ["grpo", model.weights_hash, data, identity(recipe), policy.key]
     parts += [computed(model), VERSIONS]
@@ -229,7 +229,7 @@ def grpo(
     return train(trainer, model, place, recipe, card)
 
 
-def _name_architecture(model: models.Model, folder: Path) -> None:
+def _name_architecture(model: Model, folder: Path) -> None:
     """A folder of the same weights whose config says what they are, as that of a converted GGUF
     does not: TRL reads the reference model anew from where the config came from."""
     source, config = Path(model.weights.config._name_or_path), model.weights.config
@@ -241,7 +241,7 @@ def _name_architecture(model: models.Model, folder: Path) -> None:
     config._name_or_path = str(folder)
 
 
-def _settings(recipe: GRPOConfig, model: models.Model, place: Path) -> dict:
+def _settings(recipe: GRPOConfig, model: Model, place: Path) -> dict:
     """What TRL is told."""
     count = int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by accelerate
     mine, rest = divmod(recipe.groups * recipe.size, count)
@@ -301,7 +301,7 @@ def launch(
     if count < processes:
         whole = recipe.groups * recipe.size
         print(f"{count} of {processes} processes: {whole} completions of a step divide by {count}")
-    models.collect()  # the processes may need what is not in use here
+    collect()  # the processes may need what is not in use here
     rows = [asdict(prompt) for prompt in asked]
     text = json.dumps({"base": base, "recipe": asdict(recipe), "asked": rows})
     job, log = folder / "job.json", folder / "job.log"
@@ -335,7 +335,7 @@ def main() -> None:
     """Train a model on the training split of a problem set, from the command line."""
     parser = argparse.ArgumentParser(prog="python -m kit.training.grpo", description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder for checkpoints and the trained model")
-    parser.add_argument("--model", default=models.BUNDLED)
+    parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--recipe", default="laptop", choices=sorted(RECIPES))
     parser.add_argument("--problems", default="laptop", help="problem set, its train split")
     parser.add_argument("--mix", type=int, nargs=2, metavar=("EASY", "HARD"), help="problems")
@@ -368,7 +368,7 @@ def _asked_for(args) -> Path:
 
     policy = Full()
     if args.evictor:
-        policy = DMS(evictor.load(args.evictor, models.load(args.model)))
+        policy = DMS(evictor.load(args.evictor, load(args.model)))
     return grpo(args.model, asked, recipe, args.out, show, policy)
 
 

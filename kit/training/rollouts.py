@@ -18,8 +18,7 @@ from kit.dms.gates import Gates, hidden
 from kit.inference import decode
 from kit.inference.kv_cache import layer_windows
 from kit.inference.policies import DMS, Full
-from kit.models import load as models
-from kit.models.load import Model
+from kit.models.load import Model, default_dtype, twin
 from kit.schema import Problem, Prompt, Sampling, digest
 
 AT_ONCE = 8  # sequences whose log-probabilities are computed together
@@ -116,11 +115,11 @@ class Sampler:
 
     @torch.no_grad()
     def _weights(self, trained):
-        dtype = models.default_dtype(trained.device)
+        dtype = default_dtype(trained.device)
         if trained.dtype == dtype:
             return trained
         if self._twin is None:
-            self._twin = models.twin(trained, dtype).eval()
+            self._twin = twin(trained, dtype).eval()
         for mine, theirs in zip(self._twin.parameters(), trained.parameters(), strict=True):
             mine.copy_(theirs)
         return self._twin

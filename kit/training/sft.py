@@ -21,7 +21,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from kit.models import load as models
+from kit.models.load import Model, collect, default_dtype, load, save
 from kit.schema import digest
 from kit.training.callbacks import Watch, last_checkpoint, told
 
@@ -60,7 +60,7 @@ def alone(train: Callable[..., Path]) -> Callable[..., Path]:
         try:
             return train(*args, **how)
         finally:
-            models.collect()
+            collect()
 
     return run
 
@@ -84,7 +84,7 @@ def sft(
     if not examples:
         raise ValueError("No examples to train on; see traces.accepted.")
     datasets.disable_progress_bars()
-    model = models.load(base, dtype="float32", device=device)
+    model = load(base, dtype="float32", device=device)
     data = digest([[e["input_ids"], e["completion_mask"]] for e in examples], 12)
     parts = ["sft", model.weights_hash, data, identity(recipe), computed(model), VERSIONS]
     place = Path(folder) / digest(parts, 12)
@@ -107,12 +107,12 @@ def identity(recipe) -> dict:
     return asdict(recipe) | {"micro_batch": None}
 
 
-def computed(model: models.Model) -> str:
+def computed(model: Model) -> str:
     """The dtype that the device of `model` computes in, whatever its weights are kept in."""
-    return str(models.default_dtype(model.device)).removeprefix("torch.")
+    return str(default_dtype(model.device)).removeprefix("torch.")
 
 
-def _settings(recipe: SFTConfig, model: models.Model, place: Path) -> dict:
+def _settings(recipe: SFTConfig, model: Model, place: Path) -> dict:
     """What TRL is told."""
     return common(recipe, model, place) | dict(
         gradient_accumulation_steps=recipe.batch // recipe.micro_batch,
@@ -123,7 +123,7 @@ def _settings(recipe: SFTConfig, model: models.Model, place: Path) -> dict:
     )
 
 
-def common(recipe, model: models.Model, place: Path) -> dict:
+def common(recipe, model: Model, place: Path) -> dict:
     """What TRL is told whatever is trained."""
     cpu = model.device.type == "cpu"
     return dict(
@@ -145,7 +145,7 @@ def common(recipe, model: models.Model, place: Path) -> dict:
     )
 
 
-def train(trainer, model: models.Model, place: Path, recipe, card: dict) -> Path:
+def train(trainer, model: Model, place: Path, recipe, card: dict) -> Path:
     """Run a TRL trainer to its end, from its last checkpoint where it has one; the folder of the
     trained model. Of several processes the first one saves."""
     if recipe.lora_rank and trainer.is_fsdp_enabled:
@@ -171,7 +171,7 @@ def train(trainer, model: models.Model, place: Path, recipe, card: dict) -> Path
     return place / "model"
 
 
-def keep(trainer, model: models.Model, folder: Path, card: dict) -> None:
+def keep(trainer, model: Model, folder: Path, card: dict) -> None:
     """Save what `trainer` trains as it is now. Each of several processes has to call this."""
     trained, weights = trainer.accelerator.unwrap_model(trainer.model), None
     if hasattr(trained, "merge_and_unload"):  # LoRA is put into a copy of the weights
@@ -179,14 +179,14 @@ def keep(trainer, model: models.Model, folder: Path, card: dict) -> None:
     else:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards
     if trainer.is_world_process_zero():
-        models.save(trained, model, folder, card, weights)
+        save(trained, model, folder, card, weights)
 
 
 class Keep(TrainerCallback):
     """Keeps the model of every `every`th step but the last, which `train` keeps without the
     checkpoint that the Trainer would save there."""
 
-    def __init__(self, trainer, model: models.Model, place: Path, every: int, card: dict):
+    def __init__(self, trainer, model: Model, place: Path, every: int, card: dict):
         self.trainer, self.model, self.place = trainer, model, place
         self.every, self.card = every, card
 

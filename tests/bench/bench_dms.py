@@ -23,7 +23,7 @@ from kit.dms import train as dms
 from kit.inference import decode
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import DMS, Full
-from kit.models import load as models
+from kit.models.load import BUNDLED, load
 
 PAIRS = int(os.environ.get("KIT_BENCH_PAIRS", 5))
 STEPS = 6  # decode steps in one measurement
@@ -33,7 +33,7 @@ LONG = 8000  # with batch 8: the size of the figures
 
 def run() -> dict:
     """The four figures; a table of other sizes is printed."""
-    model = models.load(models.BUNDLED)
+    model = load(BUNDLED)
     made = evictor.Evictor(model.weights, evictor.LAPTOP, model.weights_hash).requires_grad_(False)
     print("  context batch  tokens/s: full, 4x, 8x    allocated (accounted) MB: full, 4x, 8x")
     for length, batch in SIZES:

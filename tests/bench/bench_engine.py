@@ -11,7 +11,7 @@ from functools import partial
 import dspy
 
 from kit.data import problems
-from kit.models import load as models
+from kit.models.load import BUNDLED, load
 from kit.reasoning_bank.dspy_adapter import Lines
 from kit.reasoning_bank.dspy_lm import Engine, language_model
 from kit.reasoning_bank.programs import Solver
@@ -21,7 +21,7 @@ CALLS = int(os.environ.get("KIT_BENCH_CALLS", 100))
 
 def run() -> dict:
     """One pair, after a call to warm up."""
-    engine = Engine(models.load(models.BUNDLED), max_new_tokens=24)
+    engine = Engine(load(BUNDLED), max_new_tokens=24)
     asked = [p.question for p in problems.load("laptop", "test", n=CALLS).problems]
     solver = Solver()
     with dspy.context(lm=language_model(engine, temperature=0.2), adapter=Lines()):

@@ -25,7 +25,7 @@ from kit.dms import evictor
 from kit.inference import decode
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import DMS
-from kit.models import load as models
+from kit.models.load import Model, load
 
 HEADS, SIZE, BLOCK = 8, 128, 16  # KV heads and head size of Qwen3-1.7B and 8B; slots per block
 GROUPS = {"Qwen3-1.7B": 2, "Qwen3-8B": 4}  # query heads per KV head
@@ -137,7 +137,7 @@ class Roomy(DynamicLayer):
 class Dense:
     """transformers with SDPA: `batch` sequences of `length` random tokens, and room for more."""
 
-    def __init__(self, model: models.Model, batch: int, length: int, room: int):
+    def __init__(self, model: Model, batch: int, length: int, room: int):
         self.model, self.batch = model, batch
         config = model.weights.config
         shape = batch, config.num_key_value_heads, length + room, config.head_dim
@@ -164,7 +164,7 @@ class Dense:
 class Slots:
     """The kit's decode step with DMS: `batch` sequences of `length` tokens, `live` of them kept."""
 
-    def __init__(self, model: models.Model, batch: int, length: int, live: float, window: int):
+    def __init__(self, model: Model, batch: int, length: int, live: float, window: int):
         self.model, self.batch = model, batch
         recipe = replace(evictor.OFFICIAL, window=window)  # untrained: asked, and evicts nothing
         self.policy = DMS(evictor.Evictor(model.weights, recipe, model.weights_hash).eval())
@@ -237,7 +237,7 @@ def step_ratio(
     with tempfile.TemporaryDirectory() as folder:
         config = Qwen3Config(**shape)
         config.to_json_file(Path(folder, "config.json"), use_diff=False)
-        model = models.load(f"random:{folder}")
+        model = load(f"random:{folder}")
     torch.manual_seed(0)
     ours = Slots(model, batch, length, length * KEPT, window)
     room, most = STEPS * (PAIRS + 3), batch

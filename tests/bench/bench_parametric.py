@@ -21,7 +21,7 @@ import torch
 
 from kit.data import problems, prompts
 from kit.inference import decode
-from kit.models import load as models
+from kit.models.load import BUNDLED, load
 from kit.parametric import cluster_tree, ffn_memory, shards
 from kit.parametric.bank import ParametricBank, assemble_bank
 from kit.schema import Sampling
@@ -34,7 +34,7 @@ CACHE, SLACK = 2**26, 2**28  # bytes
 
 def run() -> dict:
     """`bank_fetch_p99_ms_cold`, `_warm`, `bank_resident_mib`, `parametric_decode_overhead`."""
-    model = models.load(models.BUNDLED)
+    model = load(BUNDLED)
     with tempfile.TemporaryDirectory() as scratch:
         folder = _bank(model, Path(os.environ.get("KIT_BENCH_BANK", scratch)))
         bank = ParametricBank(folder, model, cache_bytes=CACHE)

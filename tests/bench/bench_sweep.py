@@ -13,7 +13,7 @@ from kit.budget import ray_sweep, sweep
 from kit.budget.sweep import Grid
 from kit.data import problems, prompts
 from kit.evaluation.store import Store
-from kit.models import load as models
+from kit.models.load import BUNDLED, load
 
 GRID = Grid(
     bits=(16,), policies=("full", "window 32", "tova 32", "h2o 32"), kv_bits=(16, 8, 4),
@@ -28,7 +28,7 @@ def run() -> dict:
         import ray  # noqa: F401
     except ImportError:
         return {"sweep_overhead_ms": {"skipped": "Ray is not installed; run `make cluster`"}}
-    base = models.load(models.BUNDLED)
+    base = load(BUNDLED)
     asked = {False: prompts.build(prompts.plain, problems.load("laptop", "test", n=4).problems)}
     found = []
     with tempfile.TemporaryDirectory() as scratch:

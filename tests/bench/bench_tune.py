@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas
 
 from kit.data import problems, prompts
-from kit.models import load as models
+from kit.models.load import BUNDLED, load
 from kit.training import grpo, rejection_sampling, sft
 
 STEPS = int(os.environ.get("KIT_BENCH_STEPS", 4))
@@ -44,13 +44,13 @@ def _sft(suite, asked, folder: Path) -> Path:
     rows = pandas.DataFrame(
         [{"problem_id": p.id, "text": f"Answer: {p.answer}", "key": p.id} for p in suite]
     )
-    examples = rejection_sampling.sequences(models.load(models.BUNDLED), rows, asked)
-    return sft.sft(models.BUNDLED, examples, sft.SFTConfig(steps=STEPS + 1), folder)
+    examples = rejection_sampling.sequences(load(BUNDLED), rows, asked)
+    return sft.sft(BUNDLED, examples, sft.SFTConfig(steps=STEPS + 1), folder)
 
 
 def _grpo(asked, rollouts: str, folder: Path) -> Path:
     recipe = grpo.GRPOConfig(steps=STEPS + 1, max_new_tokens=48, rollouts=rollouts, save_every=99)
-    return grpo.grpo(models.BUNDLED, asked, dataclasses.replace(recipe, keep_every=0), folder)
+    return grpo.grpo(BUNDLED, asked, dataclasses.replace(recipe, keep_every=0), folder)
 
 
 def _seconds(place: Path) -> list[float]:

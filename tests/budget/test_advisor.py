@@ -8,7 +8,7 @@ from kit import cli, hub, paths
 from kit.budget import advisor, ledger
 from kit.budget.advisor import Option
 from kit.budget.ledger import GIB, QWEN3, Configuration
-from kit.models import load as models
+from kit.models.load import BUNDLED, RANDOM
 
 
 def test_sizes_and_lengths_as_people_write_them():
@@ -89,10 +89,10 @@ def test_the_arithmetic_adds_up():
 
 def test_a_model_is_known_by_its_config_alone(tmp_path, hub_cache):
     assert advisor.sizes("hub:Qwen/Qwen3-4B-Instruct-2507") == QWEN3["Qwen3-4B"]
-    assert advisor.sizes(models.BUNDLED).parameters == 134_515_008
-    models.RANDOM["qwen3"]().save_pretrained(tmp_path / "here")
+    assert advisor.sizes(BUNDLED).parameters == 134_515_008
+    RANDOM["qwen3"]().save_pretrained(tmp_path / "here")
     a = advisor.sizes(str(tmp_path / "here"))
-    assert a == ledger.architecture(models.RANDOM["qwen3"]())
+    assert a == ledger.architecture(RANDOM["qwen3"]())
     with pytest.raises(hub.HubError):
         advisor.sizes("hub:other/model")
     with pytest.raises(ValueError, match="no config.json in 'nowhere'"):

@@ -9,7 +9,7 @@ from kit.budget import ledger
 from kit.budget.ledger import GIB, QWEN3, Configuration, Packing
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Window
-from kit.models import load as models
+from kit.models.load import RANDOM, AutoConfig, AutoModelForCausalLM, load
 
 # arXiv 2510.10964, table 1: GiB of weights at 4, 8 and 16 bit, of a 30,000 token cache, and of 16
 TABLE_1 = {
@@ -64,7 +64,7 @@ def test_every_parameter_of_a_family_is_counted(kind, tied):
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied,
     )  # fmt: skip
     with torch.device("meta"):
-        weights = models.AutoModelForCausalLM.from_config(config)
+        weights = AutoModelForCausalLM.from_config(config)
     a = ledger.architecture(config)
     assert a.parameters == weights.num_parameters()
     linear = {id(m): m for m in weights.base_model.layers.modules() if type(m) is torch.nn.Linear}
@@ -73,7 +73,7 @@ def test_every_parameter_of_a_family_is_counted(kind, tied):
 
 def test_an_unknown_family_is_told():
     with pytest.raises(ValueError, match="no ledger for models of type 'gpt2'"):
-        ledger.architecture(models.AutoConfig.for_model("gpt2"))
+        ledger.architecture(AutoConfig.for_model("gpt2"))
     with pytest.raises(ValueError, match="weights of 5 bit"):
         Packing(5)
 
@@ -105,7 +105,7 @@ def test_a_thinned_cache_and_one_of_random_qwen3_weights(tmp_path):
         num_attention_heads=4, num_key_value_heads=2, head_dim=128,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    model = models.load(f"random:{tmp_path}", dtype="bfloat16").weights
+    model = load(f"random:{tmp_path}", dtype="bfloat16").weights
     a = ledger.architecture(config)
     near(sum(ledger.weights(a).values()), sum(ledger.measured_weights(model).values()))
     near(3 * ledger.keys_and_values(a, 1000), ledger.measured_cache(model, 3, 1000))
@@ -114,8 +114,8 @@ def test_a_thinned_cache_and_one_of_random_qwen3_weights(tmp_path):
 
 
 def test_sliding_layers_hold_their_window():
-    a = ledger.architecture(models.RANDOM["gemma3"]())
-    model = models.load("random:gemma3")
+    a = ledger.architecture(RANDOM["gemma3"]())
+    model = load("random:gemma3")
     native = 8 * model.dtype.itemsize
     found = ledger.measured_cache(model.weights, 2, 480)
     near(2 * ledger.keys_and_values(a, 480, native_bits=native), found)

@@ -12,7 +12,7 @@ from kit.budget import ray_sweep, sweep
 from kit.budget.sweep import Grid, Run
 from kit.data import problems, prompts
 from kit.evaluation.store import Store
-from kit.models import load as models
+from kit.models.load import load
 
 SUMS = problems.load("laptop", "test", families=["chain_sum"], levels=[1]).problems[:6]
 GRID = Grid(bits=(16,), policies=("full", "window 12", "tova 12"), tokens=(4, 16), widths=(1, 2))
@@ -36,7 +36,7 @@ def test_killed_workers_are_replaced_and_the_store_ends_the_same(tiny_folder, tm
         threading.Thread(target=later, daemon=True).start()
 
     how = dict(report=said.append, started=kill, **HOW)
-    base = models.load(str(tiny_folder), "float32")
+    base = load(str(tiny_folder), "float32")
     failed = ray_sweep.generate(base, GRID, ASKED, Store(shared), 2, workers=2, **how)
     assert not failed and any("its worker died; a new one goes on" in line for line in said)
     store = Store(tmp_path / "alone")

@@ -292,11 +292,11 @@ WORKER = textwrap.dedent(
     import os, sys
     from kit.data import prompts
     from kit.evaluation import evaluate
-    from kit.models import load as models
+    from kit.models.load import load
     from kit.schema import Problem, Sampling
     from kit.evaluation.store import Store
 
-    model = models.load(sys.argv[1], dtype="float32")
+    model = load(sys.argv[1], dtype="float32")
     problems = [Problem(f"p{i}", "say " * i, "1", "f", 1, "t") for i in range(1, 13)]
     asked = prompts.build(prompts.plain, problems)
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_k=100, top_p=0.9, seed=1)

@@ -9,7 +9,7 @@ from kit.inference import energy, policies
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request, decode
 from kit.inference.kv_quantization import Quantized
-from kit.models import load as models
+from kit.models.load import RANDOM, load
 from kit.schema import Sampling, digest
 from tests.rounding import assert_same_greedy
 
@@ -19,7 +19,7 @@ REQUESTS = [Request(tuple(range(3 + i, 20 + 2 * i)), f"p{i}", i % 2) for i in ra
 
 
 def model(family: str, stops=None, dtype: str = "float64"):
-    found = models.load(f"random:{family}", dtype=dtype)
+    found = load(f"random:{family}", dtype=dtype)
     found.weights.generation_config.eos_token_id = stops
     return found
 
@@ -28,7 +28,7 @@ def untimed(generation):
     return generation and dataclasses.replace(generation, seconds=0.0, forced=())
 
 
-@pytest.mark.parametrize("family", models.RANDOM)
+@pytest.mark.parametrize("family", RANDOM)
 def test_an_answer_is_what_the_text_so_far_and_the_question_for_it_give(family):
     tiny, sampling = model(family), Sampling(NEW)
     found = decode(tiny, REQUESTS, sampling, 2, forcing=FORCING)

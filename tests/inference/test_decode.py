@@ -13,12 +13,11 @@ from kit.inference import policies, prefix_sharing
 from kit.inference.decode import Request, decode, tokenize
 from kit.inference.kv_cache import SlotCache
 from kit.inference.sampling import HEAD, sample_tokens, seeded_uniforms
-from kit.models import load as models
-from kit.models.load import Model
+from kit.models.load import RANDOM, Model, load
 from kit.schema import Generation, Problem, Sampling
 from tests.rounding import assert_same_greedy
 
-SHAPES = sorted(models.RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
+SHAPES = sorted(RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
 HEADS = {"llama": 2, "qwen3": 1, "gemma3": 4}  # of keys and values
 WINDOW = 24  # of gemma3's sliding layers: prompts below are shorter and longer
 LENGTHS = (3, 61, 24, 1, 35, 10, 23)
@@ -47,7 +46,7 @@ def untimed(generations: list[Generation]) -> list[Generation]:
 
 @pytest.fixture(scope="module")
 def families() -> dict[str, Model]:
-    return {shape: models.load(f"random:{shape}", dtype="float32") for shape in SHAPES}
+    return {shape: load(f"random:{shape}", dtype="float32") for shape in SHAPES}
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +423,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(families, monkeyp
 @pytest.mark.parametrize("shape", SHAPES)
 def test_half_precision_parts_from_transformers_only_where_rounding_decides(shape, dtype):
     """Masked blocks, windows, long and short prompts together."""
-    model = models.load(f"random:{shape}", dtype=dtype)
+    model = load(f"random:{shape}", dtype=dtype)
     requests = [request(n, i) for i, n in enumerate(LENGTHS)]
     out = decode(model, requests, Sampling(max_new_tokens=NEW), batch_size=4)
     for one, asked in zip(out, requests):
@@ -434,7 +433,7 @@ def test_half_precision_parts_from_transformers_only_where_rounding_decides(shap
 
 
 def test_an_autocast_around_it_changes_nothing(dtype):
-    model, asked = models.load("random:llama", dtype=dtype), [request(9, 0), request(4, 1)]
+    model, asked = load("random:llama", dtype=dtype), [request(9, 0), request(4, 1)]
     out = untimed(decode(model, asked, Sampling(max_new_tokens=6)))
     with torch.autocast("cpu", torch.bfloat16):
         assert untimed(decode(model, asked, Sampling(max_new_tokens=6))) == out

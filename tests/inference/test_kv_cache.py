@@ -8,16 +8,16 @@ import torch
 
 from kit.inference.block_table import MASKED, BlockTable
 from kit.inference.kv_cache import SlotCache, layer_windows
-from kit.models import load as models
+from kit.models.load import RANDOM, load
 from tests import rounding
 
-SHAPES = sorted(models.RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
+SHAPES = sorted(RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
 
 
 @pytest.fixture(scope="module")
 def wide() -> dict:
     """One float64 model per family: only its shape is used."""
-    return {shape: models.load(f"random:{shape}", dtype="float64").weights for shape in SHAPES}
+    return {shape: load(f"random:{shape}", dtype="float64").weights for shape in SHAPES}
 
 
 class Walk:
@@ -253,7 +253,7 @@ class Crowd:
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attend_equals_dense_softmax_while_sequences_come_and_go(shape, dtype):
-    crowd = Crowd(models.load(f"random:{shape}", dtype=dtype).weights, seed=1)
+    crowd = Crowd(load(f"random:{shape}", dtype=dtype).weights, seed=1)
     for _ in range(45):
         act, room = crowd.rng.random(), len(crowd.lengths) < crowd.PLACES
         if not crowd.lengths or (room and act < 0.15):
@@ -300,7 +300,7 @@ def test_a_burst_is_paid_once(wide, shape):
 
 def test_token_bytes_are_those_of_keys_and_values(wide):
     assert SlotCache(wide["llama"], 1).token_bytes == 2 * 4 * 2 * 16 * 8  # K and V, layers, heads
-    half = models.load("random:llama", dtype="bfloat16").weights
+    half = load("random:llama", dtype="bfloat16").weights
     assert SlotCache(half, 1).token_bytes == 2 * 4 * 2 * 16 * 2
 
 

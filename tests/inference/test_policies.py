@@ -22,16 +22,16 @@ from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.kv_quantization import Quantized, pack, unpack
 from kit.inference.policies import DMS, FLOOR, H2O, TOVA, Full, Knorm, Random, Window
-from kit.models import load as models
+from kit.models.load import RANDOM, Model, load
 from kit.schema import Sampling
 from tests import rounding
 
-SHAPES = sorted(models.RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
+SHAPES = sorted(RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
 
 
 @pytest.fixture(scope="module")
 def families():
-    return {shape: models.load(f"random:{shape}", dtype="float64") for shape in SHAPES}
+    return {shape: load(f"random:{shape}", dtype="float64") for shape in SHAPES}
 
 
 class Evictor:
@@ -186,7 +186,7 @@ class Given:
     TEXT = 64  # positions
 
     def __init__(self, shape: str, dtype: str):
-        self.weights, make = models.load(f"random:{shape}", dtype=dtype).weights, torch.Generator()
+        self.weights, make = load(f"random:{shape}", dtype=dtype).weights, torch.Generator()
         config, make = self.weights.config, make.manual_seed(0)
         kv, layers = config.num_key_value_heads, config.num_hidden_layers
         heads = (config.num_attention_heads, kv, kv)
@@ -476,7 +476,7 @@ def test_reads_and_peaks_of_cases_counted_by_hand(families):
 
 
 @pytest.fixture(scope="module")
-def roomy() -> models.Model:
+def roomy() -> Model:
     """Heads of a usual size: bookkeeping and half-filled blocks weigh what they weigh in use."""
     shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)
@@ -484,7 +484,7 @@ def roomy() -> models.Model:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         weights = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return models.Model("roomy", weights.eval(), None, "roomy", "seed 0")
+    return Model("roomy", weights.eval(), None, "roomy", "seed 0")
 
 
 @torch.inference_mode()

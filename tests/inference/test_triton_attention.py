@@ -192,7 +192,7 @@ def cache_error(model: str, kept: int | None, dtype: str) -> float:
     from kit.inference import paged_attention as blocks
     from kit.inference.policies import Full, Knorm
     from kit.inference.triton_attention import paged_attention
-    from kit.models import load as models
+    from kit.models.load import load
     from kit.schema import Sampling
 
     on_cpu, found, plain, right = blocks.attend, [], [], []
@@ -215,7 +215,7 @@ def cache_error(model: str, kept: int | None, dtype: str) -> float:
     policy = Full() if kept is None else Knorm(kept_tokens=kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "attend", both)
-        tiny = models.load(f"random:{model}", dtype=dtype, device="cpu")
+        tiny = load(f"random:{model}", dtype=dtype, device="cpu")
         decode.decode(tiny, requests, Sampling(max_new_tokens=4), 2, policy=policy)
     assert len(found) >= 2 * 3 * 4  # rounds of requests, steps after the first token, layers
     return missed(*map(torch.cat, (found, plain, right)))

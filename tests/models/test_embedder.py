@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from kit import paths
 from kit.models import embedder
-from kit.models import load as models
+from kit.models.load import ModelError
 
 TEXTS = ["Add 2 and 3.", "How many legs does a spider have?", "", "漢字 " * 30, "word " * 400]
 
@@ -70,5 +70,5 @@ def test_a_decoder_takes_its_last_token_and_an_instruction_before_queries(tiny_f
 
 
 def test_an_unknown_embedder_is_one_sentence():
-    with pytest.raises(models.ModelError, match="No embedder 'bundled:other'; use 'bundled:gt-all"):
+    with pytest.raises(ModelError, match="No embedder 'bundled:other'; use 'bundled:gt-all"):
         embedder.load("bundled:other")

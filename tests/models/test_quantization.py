@@ -10,8 +10,8 @@ from kit.budget import ledger
 from kit.budget.ledger import Packing
 from kit.inference import decode, kv_quantization
 from kit.inference.decode import Request
-from kit.models import load as models
 from kit.models import quantization
+from kit.models.load import RANDOM, load, twin
 from kit.schema import Sampling
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -23,9 +23,9 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("bits", quantization.BITS)
-@pytest.mark.parametrize("family", models.RANDOM)
+@pytest.mark.parametrize("family", RANDOM)
 def test_packed_weights_say_what_they_unpack_to(family, bits):
-    model = models.load(f"random:{family}", "float32")
+    model = load(f"random:{family}", "float32")
     packed = quantization.quantize(model, bits, group=32)
     plain = quantization.quantize(model, bits, group=32, packed=False)
     assert torch.equal(packed.weights(IDS).logits, plain.weights(IDS).logits)
@@ -39,7 +39,7 @@ def test_packed_weights_say_what_they_unpack_to(family, bits):
 @pytest.mark.parametrize("bits", quantization.BITS)
 def test_each_weight_is_near_what_it_was(bits, dtype):
     """No further than a step of plain rounding, whose zero HQQ moves, and one of the dtype."""
-    model = models.load("random:llama", dtype)
+    model = load("random:llama", dtype)
     found = quantization.quantize(model, bits, group=32, packed=False)
     for before, after in zip(model.weights.base_model.layers, found.weights.base_model.layers):
         old, new = (layer.mlp.down_proj.weight.detach().float() for layer in (before, after))
@@ -86,7 +86,7 @@ def test_the_bundled_model_at_four_bits_loses_less_than_by_plain_rounding(bundle
 
 
 def test_other_bits_are_refused_and_groups_divide_what_is_read():
-    model = models.load("random:llama")
+    model = load("random:llama")
     assert quantization.quantize(model, 16) is model
     with pytest.raises(ValueError, match="weights of 3 bit cannot be made; use 16, 8 or 4"):
         quantization.quantize(model, 3)
@@ -97,8 +97,8 @@ def test_other_bits_are_refused_and_groups_divide_what_is_read():
 
 def test_eight_bits_lose_no_more_in_bfloat16_than_its_own_rounding():
     """Unpacked in bfloat16 itself, code - zero would be rounded to eight bits."""
-    half = models.load("random:llama", "bfloat16")
-    whole = dataclasses.replace(half, weights=models.twin(half.weights).float())
+    half = load("random:llama", "bfloat16")
+    whole = dataclasses.replace(half, weights=twin(half.weights).float())
     errors = []
     for model in (half, whole):
         found = quantization.quantize(model, 8, packed=False).weights.base_model.layers[0].mlp

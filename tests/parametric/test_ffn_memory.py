@@ -10,7 +10,7 @@ from torch import nn
 from kit.dms import evictor, fidelity
 from kit.inference import decode, policies
 from kit.inference.decode import Request
-from kit.models import load as models
+from kit.models.load import load
 from kit.parametric import cluster_tree, ffn_memory, shards
 from kit.parametric.bank import ParametricBank, assemble_bank
 from kit.schema import Sampling
@@ -43,7 +43,7 @@ def built(weights, wider: ffn_memory.Wider, sequence: int):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_units_beside_the_layer_are_a_wider_layer(family):
-    model = models.load(f"random:{family}", dtype="float64")
+    model = load(f"random:{family}", dtype="float64")
     wider = drawn(model.weights, "ffn", len(IDS))
     with torch.no_grad(), wider.attached():
         found = model.weights(IDS).logits
@@ -54,7 +54,7 @@ def test_units_beside_the_layer_are_a_wider_layer(family):
 
 @pytest.mark.parametrize("kind", [kind for kind in ffn_memory.KINDS if kind.startswith("lora")])
 def test_low_rank_blocks_are_changes_of_the_weights(kind):
-    model = models.load("random:qwen3", dtype="float64")
+    model = load("random:qwen3", dtype="float64")
     wider = drawn(model.weights, kind, len(IDS))
     with torch.no_grad(), wider.attached():
         found = model.weights(IDS).logits
@@ -76,7 +76,7 @@ def test_low_rank_blocks_are_changes_of_the_weights(kind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_learned_pairs_are_an_attention_of_their_own(family):
     """Against a softmax over the pairs written out, added to what the heads read."""
-    model = models.load(f"random:{family}", dtype="float64")
+    model = load(f"random:{family}", dtype="float64")
     wider = drawn(model.weights, "kv", len(IDS), layers=(2,))
     attention, heard = model.weights.base_model.layers[2].self_attn, {}
     asks = attention.q_proj
@@ -108,7 +108,7 @@ def test_learned_pairs_are_an_attention_of_their_own(family):
 
 @pytest.mark.parametrize("kind", ("lora-qk", "kv"))
 def test_other_kinds_decode_in_a_batch_as_alone(kind, tmp_path):
-    model = models.load("random:qwen3", dtype="float64")
+    model = load("random:qwen3", dtype="float64")
     memory, sampling = bank(model, tmp_path / "b", kind=kind), Sampling(max_new_tokens=10)
     together = decode.decode(model, asked(), sampling, 16, bank=memory)
     for request, generation in zip(asked(), together, strict=True):
@@ -125,7 +125,7 @@ def test_other_kinds_decode_in_a_batch_as_alone(kind, tmp_path):
 @pytest.mark.parametrize("kind", ffn_memory.KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_blocks_and_detached_ones_change_no_bit(family, kind):
-    model = models.load(f"random:{family}")
+    model = load(f"random:{family}")
     shape = ffn_memory.shape(model.weights, kind, (0, 2), (3, 2), 2)
     before = model.weights(IDS).logits
     fetched = [blocks[-1] for blocks in ffn_memory.initial(model.weights, shape, seed=1)]
@@ -169,7 +169,7 @@ def asked(branching: int = 3) -> list[Request]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_with_a_bank_is_that_of_the_wider_models(family, batch_size, tmp_path):
     """Each request against a loop that reads the whole text anew for each token."""
-    model = models.load(f"random:{family}", dtype="float64")
+    model = load(f"random:{family}", dtype="float64")
     memory, sampling = bank(model, tmp_path / "b"), Sampling(max_new_tokens=10)
     found = decode.decode(model, asked(), sampling, batch_size, bank=memory)
     plain = decode.decode(model, asked(), sampling, batch_size)
@@ -185,7 +185,7 @@ def test_decoding_with_a_bank_is_that_of_the_wider_models(family, batch_size, tm
 
 def test_a_bank_goes_with_every_policy(tmp_path):
     """Under each policy, requests together give what each gives alone."""
-    model = models.load("random:qwen3")
+    model = load("random:qwen3")
     memory, sampling = bank(model, tmp_path / "b"), Sampling(max_new_tokens=12)
     dms = evictor.Evictor(model.weights, replace(evictor.LAPTOP, window=4), model.weights_hash)
     for parameter in dms.parameters():
@@ -202,7 +202,7 @@ def test_a_bank_goes_with_every_policy(tmp_path):
 
 def test_teacher_forcing_hears_the_same_blocks(tmp_path):
     """`quality.forced` feeds through the cache what `attached` batches see whole."""
-    model = models.load("random:llama", dtype="float64")
+    model = load("random:llama", dtype="float64")
     wider = drawn(model.weights, "ffn", len(IDS))
     with wider.attached():
         frame = fidelity.forced(model, IDS, prompt=4)
@@ -216,7 +216,7 @@ def test_teacher_forcing_hears_the_same_blocks(tmp_path):
 
 
 def test_one_prompt_under_two_paths_is_refused(tmp_path):
-    model = models.load("random:llama")
+    model = load("random:llama")
     one = Request((1, 2, 3), "p", 0, (0, 0))
     with pytest.raises(ValueError, match="'p' repeats a prompt with another path"):
         decode.decode(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kit.models import load as models
+from kit.models.load import load, twin
 from kit.parametric import cluster_tree, facts, ffn_memory, qa, shards
 from kit.parametric.activation_cache import Lower
 from kit.parametric.bank import ParametricBank
@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_each_sentence_alone(tiny, data):
 
 def test_lower_layers_computed_once_give_the_same_loss_and_gradient(data):
     """Sentence by sentence beforehand, against the whole model."""
-    model = models.load("random:qwen3", dtype="float64")
+    model = load("random:qwen3", dtype="float64")
     cut = [
         dataclasses.replace(row, ids=row.ids % 256, targets=row.targets.clamp(max=255))
         for row in data[:3]
@@ -112,7 +112,7 @@ def test_lower_layers_computed_once_give_the_same_loss_and_gradient(data):
     with pytest.raises(KeyError):
         below.states(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]]))
     assert Lower.fits(model, 2, 1000) and not Lower.fits(model, 2, 10**9)
-    assert not Lower.fits(models.load("random:gemma3"), 2, 1000), "layers of two kinds"
+    assert not Lower.fits(load("random:gemma3"), 2, 1000), "layers of two kinds"
 
 
 def test_jobs_are_independent_and_make_one_bank(tiny, shape, data, tmp_path):
@@ -162,7 +162,7 @@ def test_a_float16_model_has_the_gradients_of_float32(tiny_folder, shape, data, 
     half, steps = loaded(tiny_folder, "float16"), []
     for model in (
         half,
-        dataclasses.replace(half, weights=models.twin(half.weights, torch.float32)),
+        dataclasses.replace(half, weights=twin(half.weights, torch.float32)),
     ):
         steps.append(BankTraining(model, shape, [0], data, QUICK, tmp_path).step())
     for name in ("loss", "gradient_norm"):
@@ -175,7 +175,7 @@ def test_together_with_the_anchor_both_learn_and_some_rows_read_the_generic_bloc
     recipe = dataclasses.replace(QUICK, anchor_rate=1e-3, generic=0.5, epochs=3)
     job = BankTraining(tiny, shape, [0, 1], data, recipe, tmp_path)
     place = job.run()
-    trained = models.load(str(place / "model"), dtype="float32")
+    trained = load(str(place / "model"), dtype="float32")
     assert trained.weights_hash != tiny.weights_hash
     assert job.history[-1]["loss"] < job.history[0]["loss"]
     blocks = [*job.files, place / "generic.safetensors"]
@@ -190,7 +190,7 @@ def test_without_nodes_the_model_alone_goes_on(tiny, shape, data, tmp_path):
     assert len(job.data) == len(data)
     place = job.run()
     assert not [*place.glob("subtree*")]
-    trained = models.load(str(place / "model"), dtype="float32")
+    trained = load(str(place / "model"), dtype="float32")
     assert completion_loss(trained, data) < completion_loss(tiny, data)
 
 

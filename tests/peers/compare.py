@@ -25,11 +25,11 @@ from kit.data import problems
 from kit.inference import policies
 from kit.inference.decode import slots_attached
 from kit.inference.kv_cache import SlotCache
-from kit.models import load as models
+from kit.models.load import BUNDLED, Model, load
 from kit.pipeline import provenance
 
 WORK = paths.OUTPUTS / "peers"  # the job, kvpress' answer, and the random models
-MODELS = ("random:llama", "random:qwen3", models.BUNDLED)
+MODELS = ("random:llama", "random:qwen3", BUNDLED)
 LENGTHS = (211, 397, 600)  # tokens per prompt; not multiples, so that rounding shows
 RATIOS = (0.5, 0.75, 0.875, 0.9)  # kvpress' compression_ratio: the share of the prompt dropped
 KEYS_WITHIN = 1e-3  # relative; beyond it the two sides did not read the same prompt
@@ -129,7 +129,7 @@ class Fan:
 
 
 @torch.inference_mode()
-def read(model: models.Model, ids: list[int], chosen: list) -> Fan:
+def read(model: Model, ids: list[int], chosen: list) -> Fan:
     """One cache per policy of `chosen`, each with the whole prompt read as sequence 0."""
     fan = Fan([SlotCache(model.weights, 1, policy=policy) for policy in chosen])
     positions = [cache.prefill([[0]], [len(ids)]) for cache in fan.caches][0]
@@ -154,7 +154,7 @@ def same_prompt(name: str, ours: list[float], theirs: list[float]) -> None:
             )
 
 
-def compare(model: models.Model, prompts: list[list[int]], peer: list[dict]) -> list[Row]:
+def compare(model: Model, prompts: list[list[int]], peer: list[dict]) -> list[Row]:
     """All rows of one model; `peer` is kvpress' answer per prompt."""
     cells = [(method, ratio) for method in OURS for ratio in RATIOS]
     pairs, rounding = {cell: [] for cell in cells}, {cell: [] for cell in cells}
@@ -180,8 +180,8 @@ def prepare() -> None:
     text = "\n".join(p.question for p in problems.load("laptop", "test").problems)
     job = {"ratios": RATIOS, "models": {}}
     for name in MODELS:
-        model = models.load(name, dtype="float32")
-        if name == models.BUNDLED:
+        model = load(name, dtype="float32")
+        if name == BUNDLED:
             folder, ids = paths.MODELS / "smollm2-135m", model.tokenizer(text).input_ids
         else:  # 256 tokens: the bytes of the same text
             folder, ids = WORK / name.replace(":", "-"), list(text.encode())
@@ -197,7 +197,7 @@ def main() -> int:
     job, peer = (json.loads((WORK / name).read_text()) for name in ("job.json", "kept.json"))
     rows = []
     for name, (_, prompts) in job["models"].items():
-        rows += compare(models.load(name, dtype="float32"), prompts, peer["models"][name])
+        rows += compare(load(name, dtype="float32"), prompts, peer["models"][name])
     print(table(rows))
     ours = {name: metadata.version(name) for name in ("transformers", "torch")}
     result = {

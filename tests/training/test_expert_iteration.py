@@ -10,7 +10,7 @@ from kit.data import problems
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.models import embedder as embed
-from kit.models import load as models
+from kit.models.load import BUNDLED
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.schema import Sampling
 from kit.training import expert_iteration, sft
@@ -104,7 +104,7 @@ def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, 
     def run(count: int) -> list[str]:
         said.clear()
         return expert_iteration.compound(
-            models.BUNDLED, bank, train, count, PLAN, STEP, store, tmp_path / "models", said.append
+            BUNDLED, bank, train, count, PLAN, STEP, store, tmp_path / "models", said.append
         )
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -112,13 +112,13 @@ def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, 
         run(1)
     assert bank.tags() == ["round-0", "round-1"] and len(bank.checkout("round-0")) == before
     found = run(2)
-    assert found[0] == models.BUNDLED and len(found) == 3 and models.BUNDLED not in found[1:]
+    assert found[0] == BUNDLED and len(found) == 3 and BUNDLED not in found[1:]
     assert bank.tags() == ["round-0", "round-1", "round-2"]
     grown = [len(bank.checkout(tag)) for tag in bank.tags()]
     assert grown[0] == before and before < grown[1] <= grown[2]
     assert bank.table()["problem_id"].is_unique
     cards = [json.loads((sft.Path(folder) / "card.json").read_text()) for folder in found[1:]]
-    assert [card["base"] for card in cards] == [models.BUNDLED] * 2, "each starts at the base"
+    assert [card["base"] for card in cards] == [BUNDLED] * 2, "each starts at the base"
     sizes = [int(line.split()[-2]) for line in said]
     assert sizes == grown[1:]
     assert run(2) == found

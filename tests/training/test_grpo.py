@@ -13,7 +13,7 @@ from kit.data import prompts
 from kit.dms import evictor
 from kit.inference.decode import Request, decode
 from kit.inference.policies import DMS, TOVA, Full
-from kit.models import load as models
+from kit.models.load import load, twin
 from kit.schema import Problem, Sampling
 from kit.training import grpo, rewards, rollouts, sft
 from kit.training.grpo import GRPOConfig
@@ -60,7 +60,7 @@ def test_equal_rewards_change_nothing(tiny, tiny_folder, tmp_path):
         place = grpo.grpo(str(tiny_folder), asked(), recipe, tmp_path)
     for row in history(place):
         assert row["frac_reward_zero_std"] == 1 and row["grad_norm"] == 0 and row["loss"] == 0
-    trained = models.load(str(place), dtype="float32").weights.state_dict()
+    trained = load(str(place), dtype="float32").weights.state_dict()
     for name, value in tiny.weights.state_dict().items():
         torch.testing.assert_close(trained[name], value.half().float())
 
@@ -212,7 +212,7 @@ def test_evicting_samples_know_their_probabilities():
 
 
 def test_probabilities_of_what_a_full_cache_samples(dtype):
-    model = models.load("random:qwen3", dtype=dtype)
+    model = load("random:qwen3", dtype=dtype)
     said = [row.tolist() for row in tokens(rollouts.AT_ONCE + 2, 30)]
     read = [row[: 4 + i] for i, row in enumerate(said)]
     found = rollouts.sampled_logps(model, Full(), read, said, 0.7)
@@ -241,7 +241,7 @@ class Plain:
 
 def error(tiny, dtype: str) -> float:
     """What rounding to `dtype` may change in a log-probability of the tiny model, in nats."""
-    model = dataclasses.replace(tiny, weights=models.twin(tiny.weights, getattr(torch, dtype)))
+    model = dataclasses.replace(tiny, weights=twin(tiny.weights, getattr(torch, dtype)))
     ids = torch.randint(3, 40_000, (4, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain, right = (
@@ -286,7 +286,7 @@ def test_a_sampler_in_bfloat16_is_one_copy_that_follows_the_training(
     (sampler, first), (again, second) = seen
     assert sampler is again and sampler.dtype == torch.bfloat16
     assert torch.equal(first, tiny.weights.lm_head.weight.bfloat16())
-    kept = models.load(str(sft.kept(place)[1]), dtype="float32").weights.lm_head.weight
+    kept = load(str(sft.kept(place)[1]), dtype="float32").weights.lm_head.weight
     assert not torch.equal(first, second)
     # Kept as float16, whose smallest step is 2^-24.
     torch.testing.assert_close(second.float(), kept, rtol=2**-8, atol=2**-24)
@@ -327,7 +327,7 @@ def test_two_processes_by_accelerate_launch(tiny_folder, tmp_path):
     assert [row["step"] for row in seen] == [1, 2]
     log = history(place)
     assert [row["reward"] for row in log] == [row["reward"] for row in seen]
-    assert models.load(str(place)).weights_hash != models.load(str(tiny_folder)).weights_hash
+    assert load(str(place)).weights_hash != load(str(tiny_folder)).weights_hash
     again = []
     assert grpo.launch(str(tiny_folder), asked(), recipe, tmp_path, again.append) == place
     assert not again, "trained before"

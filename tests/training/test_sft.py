@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from kit.data import prompts
 from kit.inference import energy
-from kit.models import load as models
+from kit.models.load import load, save, twin
 from kit.schema import Problem
 from kit.training import callbacks, rejection_sampling, sft
 from kit.training.sft import SFTConfig
@@ -113,7 +113,7 @@ def test_training_lowers_the_loss_that_is_computed_by_hand(
 ):
     monkeypatch.setenv("KIT_DTYPE", dtype)
     data = examples(tiny, 4)
-    rounded = dataclasses.replace(tiny, weights=models.twin(tiny.weights, getattr(torch, dtype)))
+    rounded = dataclasses.replace(tiny, weights=twin(tiny.weights, getattr(torch, dtype)))
     plain, right = (nats(model, data) for model in (rounded, rounding.exact(tiny)))
     recipe = dataclasses.replace(QUICK, steps=20, learning_rate=5e-3, lora_rank=rank, save_every=50)
     place = sft.sft(str(tiny_folder), data, recipe, tmp_path)
@@ -121,7 +121,7 @@ def test_training_lowers_the_loss_that_is_computed_by_hand(
     assert [row["step"] for row in log] == list(range(1, 21))
     off = rounding.tolerance(plain, right)
     assert log[0]["loss"] == pytest.approx(float(right.mean()), abs=off)
-    trained = models.load(str(place), dtype="float32")
+    trained = load(str(place), dtype="float32")
     assert by_hand(trained, data) < 0.9 * log[0]["loss"]
     assert by_hand(trained, data) == pytest.approx(log[-1]["loss"], rel=0.1), "as it was trained"
     assert json.loads((place / "card.json").read_text())["base_hash"] == tiny.weights_hash
@@ -169,7 +169,7 @@ def test_models_of_several_steps_are_kept_to_choose_from(tiny, tiny_folder, tmp_
         for a, b in zip(weights, weights[1:], strict=False)
     ]
     assert all(change > 0 for change in changed)
-    assert models.load(str(kept[2])).weights_hash != models.load(str(place)).weights_hash
+    assert load(str(kept[2])).weights_hash != load(str(place)).weights_hash
     assert "lm_head.weight" not in weights[0], "tied to the embeddings, which are saved"
     spent = sft.cost(place)
     assert spent["steps"] == 6 and spent["seconds"] > 0 and spent["tokens"] > 6 * 4 * 8
@@ -278,7 +278,7 @@ def test_wrong_recipes_and_a_full_disk_are_one_sentence(tiny, tmp_path, monkeypa
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "hash_files", full)
+    monkeypatch.setattr("kit.models.load.hash_files", full)
     with pytest.raises(OSError, match=r"\(No space left on device\); make room and run again"):
-        models.save(models.load("random:llama").weights, tiny, tmp_path / "model", {})
+        save(load("random:llama").weights, tiny, tmp_path / "model", {})
     assert not list(tmp_path.iterdir())
