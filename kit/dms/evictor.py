@@ -13,7 +13,6 @@ experimental/dms ("official").
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kit.inference.kv_cache import layer_windows
+from kit.paths import atomic
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,9 @@ class Evictor(nn.Module):
         tensors = {name: t.half().cpu().contiguous() for name, t in self.state_dict().items()}
         tensors |= {f"base.{name}": t.cpu().contiguous() for name, t in (extra or {}).items()}
         card = {**self.card, "recipe": asdict(self.recipe), "base_hash": self.base_hash}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
         tensors = tensors or {"none": torch.zeros(1)}
-        save_file(tensors, part, metadata={"card": json.dumps(card)})
-        os.replace(part, file)
+        with atomic(file) as part:
+            save_file(tensors, part, metadata={"card": json.dumps(card)})
 
 
 def read_card(file: Path) -> dict:

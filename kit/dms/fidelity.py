@@ -6,7 +6,6 @@ it took. Policies are compared at equal live tokens, the delay window of DMS cou
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy
@@ -18,6 +17,7 @@ from kit.inference.decode import DECODE_VERSION, slots_attached
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import Full
 from kit.models.load import Model, twin
+from kit.paths import atomic
 from kit.schema import digest
 
 QUALITY_VERSION = 1  # of what `forced` measures; raise it by one when that may change
@@ -90,9 +90,8 @@ def stored(folder: Path, model: Model, ids, policy: Full, prompt: int = 32) -> p
     file = Path(folder) / f"{digest([*runs, policy.key, prompt, ids.tolist()])}.parquet"
     if not file.is_file():
         frame = forced(model, ids, policy, prompt)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        frame.to_parquet(part := file.with_suffix(".part"))
-        os.replace(part, file)
+        with atomic(file) as part:
+            frame.to_parquet(part)
     return pandas.read_parquet(file)
 
 

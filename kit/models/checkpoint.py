@@ -1,7 +1,6 @@
 """A training loop that saves its state as it goes and resumes after a kill at the same step."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from kit.paths import atomic
 from kit.schema import digest
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, per parameter
@@ -64,10 +64,9 @@ class ResumableTraining:
             state = {} if finished else self.optimizer.state[value]
             tensors[f"{name}|value"] = value.detach()
             tensors |= {f"{name}|{key}": state[key] for key in MOMENTS if key in state}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part, meta = self.state.with_suffix(".part"), {"history": json.dumps(self.history)}
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata=meta)
-        os.replace(part, self.state)
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        with atomic(self.state) as part:
+            save_file(tensors, part, metadata={"history": json.dumps(self.history)})
 
     def resume(self) -> None:
         """Restore the state of `save`, if there is one."""

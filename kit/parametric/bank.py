@@ -13,7 +13,6 @@ Source: arXiv 2510.02375, sections 3.1 and 3.3. No code of it is public.
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections import OrderedDict
@@ -30,6 +29,7 @@ from kit.models.embedder import Embedder
 from kit.models.load import Model
 from kit.parametric import cluster_tree, shards
 from kit.parametric.ffn_memory import Shape, Wider
+from kit.paths import atomic
 from kit.schema import digest
 
 
@@ -64,9 +64,8 @@ def assemble_bank(
         said.append({"bytes": here.stat().st_size, "sha256": shards.fingerprint(here)})
     card = {"base": model.name, "base_hash": model.weights_hash, "shape": asdict(shape)}
     card |= {"embedder": embedder, "tree": _hash(folder / "tree.npz"), "shards": said}
-    part = folder / "bank.part"
-    part.write_text(json.dumps(card, indent=1))
-    os.replace(part, folder / "bank.json")
+    with atomic(folder / "bank.json") as part:
+        part.write_text(json.dumps(card, indent=1))
     return folder
 
 

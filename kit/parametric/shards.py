@@ -7,7 +7,6 @@ block, `sumsN`. Reading a block touches its own pages, and gives them back.
 import hashlib
 import json
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from kit.paths import atomic
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # of safetensors
 SUM = 8  # bytes of a block's checksum
@@ -27,18 +28,17 @@ def name(node: int) -> str:
 
 def write(file: Path, blocks: Sequence[torch.Tensor]) -> Path:
     """One shard: the blocks of each level [nodes, layers, units, row], and a checksum of each."""
-    tensors, part = {}, Path(file).with_suffix(".part")
+    tensors, file = {}, Path(file)
     for level, values in enumerate(blocks):
         values = values.detach().cpu().contiguous()
         tensors[f"level{level}"] = values
         tensors[f"sums{level}"] = torch.stack([checksum(block) for block in values])
     try:
-        save_file(tensors, part)
+        with atomic(file) as part:
+            save_file(tensors, part)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise OSError(f"Cannot write {file} ({error}); make room and run again.") from error
-    os.replace(part, file)
-    return Path(file)
+    return file
 
 
 class Shard:

