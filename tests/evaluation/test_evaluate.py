@@ -86,7 +86,7 @@ def test_a_record_says_what_was_asked_said_and_graded(tiny, tmp_path, decoded):
         )
         assert (row.model, row.weights_hash) == (tiny.name, tiny.weights_hash)
         assert (row.arm, row.policy, row.source, row.sample) == ("format", "full", "test", 0)
-        verdict = evaluate.grade.grade(row.text, problem.answer, prompts.FORM)
+        verdict = evaluate.grader.grade(row.text, problem.answer, prompts.FORM)
         assert dataclasses.asdict(verdict).items() <= row._asdict().items()
 
 
@@ -259,7 +259,7 @@ def test_arms_ask_the_same_question():
     assert form.messages == (("user", f"{SUMS[0].question}\n\n{FORMAT_INSTRUCTION}"),)
     assert (plain.arm, plain.thinking, form.arm, form.thinking) == ("plain", False, "format", True)
     answered = f"{SUMS[0].question}\n{FORMAT_INSTRUCTION.replace('<answer>', '1')}"
-    assert evaluate.grade.grade(answered, "1", prompts.FORM).compliant
+    assert evaluate.grader.grade(answered, "1", prompts.FORM).compliant
 
 
 def test_a_prompt_is_known_by_what_the_model_sees():

@@ -61,7 +61,7 @@ def test_a_folder_belongs_to_one_training_and_a_finished_one_keeps_no_moments(tm
     assert one.folder != other.folder == tmp_path / other.job
     sizes = {}
     one.train(milestone=lambda step: sizes.update({step: one.save() or one.state.stat().st_size}))
-    assert sizes[STEPS] < sizes[STEPS - 1] and not [*one.folder.glob("*.part")]
+    assert sizes[STEPS] < sizes[STEPS - 1] and [*one.folder.iterdir()] == [one.state]
     again = LineFit(tmp_path)
     again.resume()
     assert len(again.history) == STEPS and not again.optimizer.state
