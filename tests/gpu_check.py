@@ -390,7 +390,7 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
         ids = torch.randint(1, 250, (2, 24 if here.dry else 80))
         for bits in (8, 4):
             how = dict(prompt=16, quantized=Quantized(bits, 16, 8))
-            cpu, other = (fidelity.forced(model, ids, **how) for model in pair)
+            cpu, other = (fidelity.teacher_forced_kl(model, ids, **how) for model in pair)
             moves, costs = float((cpu["kl"] - other["kl"]).abs().max()), float(cpu["kl"].max())
             found[f"{family}, kv {bits}-bit"] = [moves, costs]
             wrong += [f"{family} kv {bits}-bit"] if not moves <= costs / 10 else []
@@ -588,8 +588,8 @@ def kept_text(here: Here, found: dict) -> str:
     model = pair_of(here, "llama")[1]
     made = moved(policies.DMS(drawn(pair_of(here, "llama")[0], window=6)), here.device)
     ids = torch.randint(1, 250, (48,))
-    found["kl"] = float(fidelity.forced(model, ids[None], made, 16)["kl"].iloc[0])
-    kept = fidelity.kept(model, ids, made, 16)
+    found["kl"] = float(fidelity.teacher_forced_kl(model, ids[None], made, 16)["kl"].iloc[0])
+    kept = fidelity.kept_positions(model, ids, made, 16)
     plots.kept_text([str(i) for i in ids.tolist()], kept)
     plots.kept_heatmap(kept, len(ids))
     found["kept"] = sum(len(head) for layer in kept for head in layer) / 48 / sum(map(len, kept))
@@ -599,16 +599,16 @@ def kept_text(here: Here, found: dict) -> str:
 
 @check(40)
 def evictor_training(here: Here, found: dict) -> str:
-    """Steps of `dms.Training` as 03 does them: one sequence of 4,096 tokens."""
+    """Steps of `EvictorTraining` as 03 does them: one sequence of 4,096 tokens."""
     from kit.dms import evictor
-    from kit.dms import train as dms
+    from kit.dms.train import EvictorTraining
 
     model, tokens = random_model(here), 48 if here.dry else 4096
     recipe = dataclasses.replace(evictor.LAPTOP, batch=1, context=tokens, ramp_steps=100)
     here.clear()
     with tempfile.TemporaryDirectory() as folder:
         data = torch.randint(3, 40_000, (4, tokens))
-        training = dms.Training(model, data, recipe, Path(folder))
+        training = EvictorTraining(model, data, recipe, Path(folder))
         steps = [training.step() for _ in range(2 if here.dry else 4)]
         training.save()
     return trained(here, found, steps, f"{tokens} tokens a step")
@@ -760,7 +760,9 @@ def real_weights(here: Here, found: dict) -> str:
     text = model.tokenizer("\n\n".join(rows["text"]) * 20)["input_ids"][: count * length]
     ids, kl = torch.tensor(text).view(count, length), []
     for one in (load(BUNDLED, "float32", "cpu"), model):
-        kl.append(fidelity.forced(one, ids, policies.DMS(evictor.load(file, one)), 32)["kl"])
+        kl.append(
+            fidelity.teacher_forced_kl(one, ids, policies.DMS(evictor.load(file, one)), 32)["kl"]
+        )
     found |= dict(answers=len(same), as_published=sum(same), kl_cpu=[*kl[0]], kl=[*kl[1]])
     assert sum(same) >= 0.9 * len(same), f"{sum(same)} of {len(same)} answers as published"
     gap = float((kl[0] - kl[1]).abs().max())

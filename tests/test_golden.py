@@ -57,7 +57,7 @@ def model(family: str, dtype: str = "float64") -> Model:
     return toy
 
 
-def dms(toy: Model, recipe: evictor.Recipe) -> DMS:
+def dms(toy: Model, recipe: evictor.EvictorRecipe) -> DMS:
     """A policy that forgets about half of the tokens, eight later."""
     fixed = evictor.Evictor(toy.weights, replace(recipe, window=8), toy.weights_hash)
     for seed, linear in enumerate(getattr(fixed, "linear", ())):
@@ -166,7 +166,7 @@ def measures() -> dict[str, list[str]]:
     toy, ids = model("llama"), torch.tensor([prompt(seed, 0, 48) for seed in (4, 5)])
     found = {}
     for policy in (TOVA(8), dms(toy, evictor.LAPTOP)):
-        frame = fidelity.forced(toy, ids, policy).drop(columns="policy")
+        frame = fidelity.teacher_forced_kl(toy, ids, policy).drop(columns="policy")
         found[policy.name] = [f"{name} {row[name]:.6f}" for row in frame.to_dict("records")
                               for name in frame]  # fmt: skip
     return found

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kit.dms import evictor, fidelity, gates, plots
-from kit.dms import train as dms
+from kit.dms.train import EvictorTraining
 from kit.inference import decode, paged_attention, policies
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import Quantized
@@ -119,10 +119,10 @@ def test_the_quality_of_a_policy_and_what_it_keeps_are_shown(seen, name):
     ids, found = tokens(2, 24), []
     for model in pair():
         policy = POLICIES[name](model)
-        kept = fidelity.kept(model, ids[0], policy, prompt=10)
+        kept = fidelity.kept_positions(model, ids[0], policy, prompt=10)
         assert plots.kept_heatmap(kept, 24).alt
         text = plots.kept_text([f"{i}" for i in range(24)], kept)
-        found.append((text, fidelity.forced(model, ids, policy, prompt=10)))
+        found.append((text, fidelity.teacher_forced_kl(model, ids, policy, prompt=10)))
     (here, measured), (there, on_device) = found
     assert here == there
     assert measured["kl"].to_numpy() == pytest.approx(on_device["kl"].to_numpy(), abs=1e-5)
@@ -141,10 +141,10 @@ def test_gates_are_measured_and_moved(seen):
 def test_a_step_of_each_evictor_training(seen, recipe, tmp_path):
     recipe, found = dataclasses.replace(recipe, window=4, batch=2, context=24), []
     for number, model in enumerate(pair()):
-        training = dms.Training(model, tokens(4, 24), recipe, tmp_path / str(number))
+        training = EvictorTraining(model, tokens(4, 24), recipe, tmp_path / str(number))
         found.append([training.step() for _ in range(2)])
         training.save()
-        again = dms.Training(model, tokens(4, 24), recipe, tmp_path / str(number))
+        again = EvictorTraining(model, tokens(4, 24), recipe, tmp_path / str(number))
         assert len(again.history) == 2, "saved from there and read back"
         found[-1].append(again.step())
     kl = [[step["kl"] for step in steps] for steps in found]

@@ -121,8 +121,8 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
 def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms") -> pd.DataFrame:
     """KL and perplexity of each policy at each compression, and its KL less the baseline's.
 
-    `frames` holds per (policy, nominal compression) what `kit.dms.fidelity.forced` gives; rows are
-    paired by sequence. A positive `excess_kl` means worse than the baseline.
+    `frames` holds per (policy, nominal compression) what `kit.dms.fidelity.teacher_forced_kl`
+    returns; rows are paired by sequence. A positive `excess_kl` means worse than the baseline.
     """
     rows = []
     for (name, compression), frame in frames.items():

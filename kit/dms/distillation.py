@@ -1,9 +1,9 @@
-"""KL between a student and a teacher that share a vocabulary, without keeping logits.
+"""KL divergence between a student and a teacher that share a vocabulary, without storing logits.
 
-Logits of 1,000 tokens over 50,000 words take 200 MB, and automatic differentiation keeps
-several copies. Here they live for one chunk of rows: the gradient with respect to the
-hidden states is computed on the way, as fused cross-entropy kernels do (Liger, arXiv
-2410.10989).
+The logits of 1,000 tokens over a vocabulary of 50,000 take 200 MB, and automatic differentiation
+stores several copies. Here they exist for one chunk of tokens at a time: the forward pass also
+computes the gradient with respect to the hidden states, as fused cross-entropy kernels do (Liger
+kernels, https://arxiv.org/abs/2410.10989).
 
 Logits are float32 whatever the dtype of the states: bfloat16 would round them by up to a sixteenth,
 and two equal models would seem a thousandth of a nat apart.
@@ -12,7 +12,7 @@ and two equal models would seem a thousandth of a nat apart.
 import torch
 
 DIVERGENCES = ("student||teacher", "teacher||student")
-ROWS = 256  # tokens whose logits are held at once
+ROWS = 256  # tokens per chunk
 
 
 class _Divergence(torch.autograd.Function):

@@ -1,13 +1,12 @@
-"""The evictor of DMS: which tokens of the KV cache each head may forget.
+"""The evictor of DMS: predicts which tokens each head may evict from the KV cache.
 
-An Evictor turns a layer's hidden states into one logit per token and KV head. It is heard,
-not asked: `attached` puts it on the model's layers, where it tells whatever stands in for
-attention (`slots=`: the slot cache in decoding, soft gates in training) what it decided.
-The logit of token t+1 decides for token t, and the decision takes effect once `window` later
-tokens have seen it (delayed eviction).
+An Evictor turns a layer's hidden states into one logit per token and KV head. `attached` hooks it
+to the model's layers, where it passes its logits to the object that computes attention (`slots=`:
+the slot cache in decoding, soft gates in training). The logit at token t+1 decides about token t,
+and the decision takes effect after `window` further tokens (delayed eviction).
 
-Dynamic Memory Sparsification: arXiv 2506.05345 ("paper"); NVIDIA/Model-Optimizer,
-experimental/dms ("official").
+Sources: Dynamic Memory Sparsification, https://arxiv.org/abs/2506.05345 ("paper");
+https://github.com/NVIDIA/Model-Optimizer, experimental/dms at a2fbac7 ("official").
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from kit.paths import atomic
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EvictorRecipe:
     """Everything that determines a training of evictors, apart from model, data and seed."""
 
     name: str
@@ -65,10 +64,10 @@ class Recipe:
         return self.fade_steps + self.steps_to(self.compression_x) + self.hold_steps
 
 
-# As published. The paper's learning rate and neuron-fading length are not given in our
-# sources; 1e-5 and 300 ("about 1K steps" for 8x in all) are assumptions.
-OFFICIAL = Recipe("official", "adapter", "evictor", 512, 16, 34, "student||teacher")
-PAPER = Recipe(
+# As published. Two values of the paper's recipe are assumptions: the learning rate, and the steps
+# of fading, 300 of "about 1K steps" for 8x in all.
+OFFICIAL = EvictorRecipe("official", "adapter", "evictor", 512, 16, 34, "student||teacher")
+PAPER = EvictorRecipe(
     *("paper", "neuron", "all", 256, 8, 100, "teacher||student"),
     logit_scale=1.0,
     fade_steps=300,
@@ -90,11 +89,11 @@ RECIPES = {recipe.name: recipe for recipe in (OFFICIAL, PAPER, LAPTOP)}
 class Evictor(nn.Module):
     """Eviction logits for every full-attention layer of one base model.
 
-    `window` and `layers` are what the slot cache needs to know; `fingerprint` names the
-    trained values in record keys.
+    The slot cache reads `window` and `layers`; `fingerprint` identifies the trained values in
+    record keys.
     """
 
-    def __init__(self, weights: PreTrainedModel, recipe: Recipe, base_hash: str):
+    def __init__(self, weights: PreTrainedModel, recipe: EvictorRecipe, base_hash: str):
         super().__init__()
         config = weights.config.get_text_config()
         windows = layer_windows(config)
@@ -111,7 +110,7 @@ class Evictor(nn.Module):
             )
         self.recipe, self.window, self.base_hash = recipe, recipe.window, base_hash
         self.heads = config.num_key_value_heads
-        self.fade = 0.0  # how much of a borrowed neuron attention still sees
+        self.fade = 0.0  # share of a borrowed neuron that attention still sees
         self.card: dict = {}
         size = config.hidden_size
         if recipe.source == "adapter":
@@ -125,7 +124,7 @@ class Evictor(nn.Module):
 
     @property
     def name(self) -> str:
-        """By the compression that its training asked for, as "dms-4x"."""
+        """By the target compression of its training, for example "dms-4x"."""
         return f"dms-{self.card.get('target_x', 1):.3g}x"
 
     @property
@@ -157,8 +156,8 @@ class Evictor(nn.Module):
                     hook = self._adapter_hook(number)
                     hooks.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 else:
-                    listen, borrow = self._neuron_hooks(block.self_attn)
-                    handle = block.register_forward_pre_hook(listen, with_kwargs=True)
+                    remember, borrow = self._neuron_hooks(block.self_attn)
+                    handle = block.register_forward_pre_hook(remember, with_kwargs=True)
                     hooks.callback(handle.remove)
                     hooks.callback(block.self_attn.q_proj.register_forward_hook(borrow).remove)
             yield
@@ -175,21 +174,21 @@ class Evictor(nn.Module):
         group = attention.q_proj.out_features // attention.head_dim // self.heads
         first = torch.arange(self.heads, device=attention.q_proj.weight.device) * group
         neuron = first * attention.head_dim + attention.head_dim - 1
-        heard = {}
+        slots = {}
 
-        def listen(block, args, kwargs):
-            heard["slots"] = kwargs["slots"]
+        def remember(block, args, kwargs):
+            slots["current"] = kwargs["slots"]
 
         def borrow(projection, args, output):
             logit = self.recipe.logit_scale * output[..., neuron].float()
-            heard["slots"].set_eviction_logits(
+            slots["current"].set_eviction_logits(
                 attention.layer_idx, logit + self.recipe.logit_offset
             )
             mask = torch.ones_like(output[0, 0])
             mask[neuron] = self.fade
             return output * mask
 
-        return listen, borrow
+        return remember, borrow
 
     def save(self, file: Path, extra: dict[str, torch.Tensor] | None = None) -> None:
         """Write the evictor in float16 with its card as one safetensors file, whole or not at all.
@@ -218,7 +217,7 @@ def load(file: Path, model) -> Evictor:
 
     An "all" recipe changes the base: its trained weights are copied into `model.weights`.
     Raises ValueError when it was trained for other weights than these, or than those that these
-    were quantised from.
+    were quantized from.
     """
     card = read_card(file)
     if card["base_hash"] not in model.hashes:
@@ -226,7 +225,7 @@ def load(file: Path, model) -> Evictor:
             f"{file} was trained for weights {card['base_hash']}, {model.name} has "
             f"{model.weights_hash}; load the model it belongs to or train an evictor for this one."
         )
-    evictor = Evictor(model.weights, Recipe(**card.pop("recipe")), card.pop("base_hash"))
+    evictor = Evictor(model.weights, EvictorRecipe(**card.pop("recipe")), card.pop("base_hash"))
     with safe_open(file, "pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}
     own = {name: tensors[name] for name in evictor.state_dict()}

@@ -1,8 +1,8 @@
-"""What an eviction policy costs on given text: the cache is fed the text, token by token.
+"""Fidelity of an eviction policy on given text, by teacher forcing.
 
-Every policy goes through the same slot cache that decodes, so nothing is simulated. What it
-predicts is compared with the model under full attention: KL, surprisal, and the live tokens
-it took. Policies are compared at equal live tokens, the delay window of DMS counted.
+The text is fed to the slot cache that also decodes, token by token, so nothing is simulated. The
+predictions are compared with those of full attention: KL divergence, surprisal and live tokens.
+Policies are compared at equal live tokens, the delay window of DMS included.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from kit.models.load import Model, twin
 from kit.paths import atomic
 from kit.schema import digest
 
-QUALITY_VERSION = 1  # of what `forced` measures; raise it by one when that may change
+QUALITY_VERSION = 1  # of what `teacher_forced_kl` measures; raise it by one when that may change
 
 
 @torch.inference_mode()
-def forced(
+def teacher_forced_kl(
     model: Model,
     ids: torch.Tensor,
     policy: Full = Full(),  # noqa: B008 (frozen)
@@ -32,7 +32,7 @@ def forced(
     quantized=None,
     teacher: Model | None = None,
 ) -> pandas.DataFrame:
-    """One row per sequence of `ids` [N, T]: its first `prompt` tokens read at once, then fed.
+    """One row per sequence of `ids` [N, T]: its first `prompt` tokens are prefilled.
 
     kl: KL(full || policy), nats per token; nats: surprisal of the text under the policy;
     full_nats: under full attention; live_tokens: entries attended per fed token, mean over
@@ -68,10 +68,11 @@ def forced(
 
 @torch.inference_mode()
 def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFrame:
-    """kl per sequence of `ids` [N, T]: KL(exact || model) of what `forced` feeds, nats per token.
+    """kl per sequence of `ids` [N, T]: KL(exact || model), nats per token, on the tokens of
+    `teacher_forced_kl`.
 
-    Exact are the same weights computed in a wider dtype. A KL of this size between two ways to
-    read the same text is rounding, not a difference.
+    "Exact" is the same model computed in a wider dtype. A KL of this size between two ways to
+    compute the same text is rounding, not a difference.
     """
     wide = torch.float64 if model.dtype == torch.float32 else torch.float32
     exact = dataclasses.replace(model, weights=twin(model.weights, wide))
@@ -83,21 +84,23 @@ def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFr
     return pandas.DataFrame({"kl": found})
 
 
-def stored(folder: Path, model: Model, ids, policy: Full, prompt: int = 32) -> pandas.DataFrame:
-    """What `forced` finds, kept in `folder` as Parquet and read back when it is asked for again."""
+def cached_teacher_forced_kl(
+    folder: Path, model: Model, ids, policy: Full, prompt: int = 32
+) -> pandas.DataFrame:
+    """`teacher_forced_kl`, cached in `folder` as Parquet."""
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
     runs += [DECODE_VERSION, QUALITY_VERSION]
     file = Path(folder) / f"{digest([*runs, policy.key, prompt, ids.tolist()])}.parquet"
     if not file.is_file():
-        frame = forced(model, ids, policy, prompt)
+        frame = teacher_forced_kl(model, ids, policy, prompt)
         with atomic(file) as part:
             frame.to_parquet(part)
     return pandas.read_parquet(file)
 
 
 @torch.inference_mode()
-def kept(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 32) -> list:
-    """Positions live after one sequence [T] was fed, per layer and head, as `SlotCache.kept`."""
+def kept_positions(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 32) -> list:
+    """Live positions after feeding one sequence [T], per layer and head, see `SlotCache.kept`."""
     cache, ids = SlotCache(model.weights, 1, policy), ids.to(model.device)
     with slots_attached(model), policy.attached(model.weights):
         _final(model, cache, ids[None, :prompt], cache.prefill([[0]], [prompt]))
@@ -107,7 +110,7 @@ def kept(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 32) -> lis
 
 
 def _whole(model: Model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Final hidden states of one sequence [T] read whole, of its tokens from `prompt` to the last
+    """Final hidden states under full attention of one sequence [T], from token `prompt` to the last
     but one: [T - prompt - 1, hidden size]."""
     out = model.weights.base_model(input_ids=ids[None], use_cache=False)
     return out.last_hidden_state[0, prompt:-1]
@@ -121,14 +124,14 @@ def _final(model: Model, cache: SlotCache, tokens, positions) -> torch.Tensor:
     return out.last_hidden_state
 
 
-def matched(policy, live_tokens: float, prompt: int, length: int):
+def match_live_tokens(policy, live_tokens: float, prompt: int, length: int):
     """`policy` with the smallest `kept_tokens` whose mean live tokens reach `live_tokens`.
 
-    For sequences of `length` tokens of which `prompt` are read at once. Rounded up, so that
-    what is compared with DMS never has less memory than DMS had.
+    For sequences of `length` tokens of which `prompt` are prefilled. Rounded up, so that a rival
+    of DMS never has less memory than DMS.
     """
     attended = numpy.arange(prompt + 1, length)
-    for kept in range(1, length):
-        if numpy.minimum(attended, kept + 1).mean() >= live_tokens:
-            return dataclasses.replace(policy, kept_tokens=kept)
+    for kept_positions in range(1, length):
+        if numpy.minimum(attended, kept_positions + 1).mean() >= live_tokens:
+            return dataclasses.replace(policy, kept_tokens=kept_positions)
     return dataclasses.replace(policy, kept_tokens=length)

@@ -1,10 +1,11 @@
-"""Soft and hard eviction gates over whole sequences: attention as evictors are trained in it.
+"""Soft and hard eviction gates over whole sequences: the attention in which evictors are trained.
 
-Gates stand where the slot cache stands in decoding: an attached Evictor tells them its logits,
-and the model's attention layers ask them to attend. Soft gates (a temperature and noise) let
-gradients through; hard gates do what the slot cache does, for all tokens at once.
+Gates take the place of the slot cache: an attached Evictor passes them its logits, and the model's
+attention layers call them to attend. Soft gates (relaxed by a temperature and noise) let gradients
+through; hard gates evict as the slot cache does, for all tokens at once.
 
-Sources: arXiv 2506.05345; NVIDIA/Model-Optimizer experimental/dms at a2fbac7.
+Sources: Dynamic Memory Sparsification, https://arxiv.org/abs/2506.05345;
+https://github.com/NVIDIA/Model-Optimizer, experimental/dms at a2fbac7.
 """
 
 import copy
@@ -24,9 +25,9 @@ from kit.models.load import Model
 
 
 class Gates:
-    """Stands where the slot cache stands in decoding, for whole sequences [B, T] at once.
+    """Takes the place of the slot cache for whole sequences [B, T] at once.
 
-    `temperature` 0 closes gates hard and without noise: what the slot cache does.
+    With `temperature` 0 gates are hard and without noise, as in the slot cache.
     """
 
     def __init__(self, windows, window: int = 1, temperature: float = 0.0, noise=None):
@@ -71,7 +72,7 @@ class Gates:
         )
         return out.transpose(1, 2)
 
-    def closed_share(self) -> torch.Tensor:
+    def eviction_rate(self) -> torch.Tensor:
         """Share of gates closed, over all layers, heads and decided tokens."""
         return torch.stack([closed[..., :-1].mean() for closed in self.closed.values()]).mean()
 
@@ -95,8 +96,8 @@ def hidden(weights, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
 def measure(
     model: Model, evictor: Evictor, ids: torch.Tensor, teacher: Model | None = None, batch: int = 4
 ) -> pandas.DataFrame:
-    """One row per sequence of `ids` [S, T], read whole under hard gates; teacher: `model` itself
-    unless its weights were trained.
+    """One row per sequence of `ids` [S, T] under hard gates; teacher: `model` itself unless its
+    weights were trained.
 
     kl: KL(teacher || student) in nats per token; nats and full_nats: surprisal of the text with
     and without eviction; live_tokens: what a query attends to, mean over the evicting layers,
@@ -123,10 +124,10 @@ def measure(
 def at_fraction(
     model: Model, evictor: Evictor, ids: torch.Tensor, kept_fraction: float, tolerance=0.005
 ) -> Evictor:
-    """The evictor with its threshold moved until it keeps `kept_fraction` of `ids` [S, T].
+    """The evictor with its threshold shifted until it keeps `kept_fraction` of `ids` [S, T], to
+    compare evictors at equal memory.
 
-    Evictors that close different shares are compared at equal memory that way. The nearest
-    that 12 bisections of the offset find, where `tolerance` cannot be met.
+    Where 12 bisections of the offset do not meet `tolerance`, the closest of them is returned.
     """
     low, high, ids = -64.0, 64.0, ids.to(model.device)
     found = []

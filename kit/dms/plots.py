@@ -114,7 +114,7 @@ def allocated(table: pd.DataFrame) -> Picture:
     return picture
 
 
-def frontier(table: pd.DataFrame, budget: str, label: str) -> Picture:
+def scaling_frontier(table: pd.DataFrame, budget: str, label: str) -> Picture:
     """Accuracy against a budget, one marker per compression, the frontier drawn as steps.
 
     `table` is `kit.analysis.pareto.table` with columns `compression`, `length` and `width`.

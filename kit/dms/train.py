@@ -1,12 +1,12 @@
-"""Training evictors: distil the model with soft eviction gates from itself without.
+"""Trains evictors: distills the model with soft eviction gates from the same model without.
 
-Loss = KL between student and teacher + a hinge that asks for as many closed gates as the
-schedule wants by now, over all layers and heads together. Where the memory is spent is the
-evictor's choice. Recipes are in `evictor`; the gates' hard limit is what the slot cache does.
-What is trained is kept in float32, evictors and whole models: steps of AdamW are lost on bfloat16.
-A training saves its state as it goes and resumes after a kill at the same step and data.
+The loss is the KL divergence between student and teacher plus a hinge on the eviction rate, which
+follows a schedule over all layers and heads together: where memory is spent is up to the evictor.
+Recipes are in `kit.dms.evictor`. Trained parameters, of evictors and of whole models, are float32:
+bfloat16 would lose the steps of AdamW. A killed training resumes at the same step and data.
 
-Sources: arXiv 2506.05345; NVIDIA/Model-Optimizer experimental/dms at a2fbac7.
+Sources: Dynamic Memory Sparsification, https://arxiv.org/abs/2506.05345;
+https://github.com/NVIDIA/Model-Optimizer, experimental/dms at a2fbac7.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from kit.data import prompts
 from kit.data.problems import ProblemSet, load
 from kit.dms import distillation
-from kit.dms.evictor import RECIPES, Evictor, Recipe, read_card
+from kit.dms.evictor import RECIPES, Evictor, EvictorRecipe, read_card
 from kit.dms.gates import Gates, hidden, measure
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
@@ -42,7 +42,7 @@ def own_traces(
     max_new_tokens: int = 160,
     batch_size: int = 64,
 ) -> list[str]:
-    """Chats in which the model answers problems of a training split: what it evicts from later."""
+    """Chats in which the model answers problems of a training split, as text to train on."""
     if problems.split == "test":
         raise ValueError(f"{problems.name} test cannot be training text; use its train split.")
     sampling = Sampling(max_new_tokens, temperature=0.6, top_p=0.95)
@@ -58,10 +58,10 @@ def own_traces(
     ]
 
 
-def pack(model: Model, documents: list[str], context: int, seed: int = 0) -> torch.Tensor:
-    """Documents shuffled and joined to sequences of exactly `context` tokens: [S, context].
+def pack_documents(model: Model, documents: list[str], context: int, seed: int = 0) -> torch.Tensor:
+    """Documents, shuffled and concatenated, as sequences of exactly `context` tokens: [S, context].
 
-    What does not fill a last sequence is dropped, as in the official data pipeline.
+    A remainder shorter than a sequence is dropped, as in the official data pipeline.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     ids: list[int] = []
@@ -76,16 +76,17 @@ def pack(model: Model, documents: list[str], context: int, seed: int = 0) -> tor
     return torch.tensor(ids[: count * context]).view(count, context)
 
 
-class Training(ResumableTraining):
-    """One training of an evictor, step by step, that can be stopped and resumed.
+class EvictorTraining(ResumableTraining):
+    """One training of an evictor; state and evictors lie in a folder of its own under `folder`.
 
-    State, evictors and the log of steps live in `folder`, each training in one of its own.
-    `step()` does one step and returns its figures; `run` does the rest. `student` is `model`
-    itself where only the evictor is trained, else a copy in float32 whose weights change, computed
-    under autocast where the model is bfloat16; of a float16 model, too small for gradients, always.
+    `student` is `model` itself where only the evictor is trained, otherwise a float32 copy whose
+    weights are trained, under autocast where the model is bfloat16. A float16 model is always
+    copied: its gradients would underflow.
     """
 
-    def __init__(self, model: Model, data: torch.Tensor, recipe: Recipe, folder: Path, seed=0):
+    def __init__(
+        self, model: Model, data: torch.Tensor, recipe: EvictorRecipe, folder: Path, seed=0
+    ):
         if data.shape[0] < recipe.batch:
             raise ValueError(
                 f"{data.shape[0]} sequences of {data.shape[1]} tokens are fewer than a batch of "
@@ -120,7 +121,7 @@ class Training(ResumableTraining):
         return order[place * size : (place + 1) * size].tolist()
 
     def step(self) -> dict:
-        """One step of training: its KL, hinge, target and closed share, gradient norm, seconds."""
+        """One optimizer step: KL, hinge, target and eviction rate, gradient norm and seconds."""
         started, number, recipe = time.perf_counter(), len(self.history), self.recipe
         rows = self.batch(number)
         ids = self.data[rows].to(self.model.device)
@@ -131,12 +132,12 @@ class Training(ResumableTraining):
             theirs = self._teach(rows, ids)
             with self.evictor.attached(self.student.weights), self._computing():
                 ours = hidden(self.student.weights, ids, gates)
-            spoken = (
+            scored = (
                 (ids != self.student.tokenizer.eos_token_id) if self.model.tokenizer else ids > -1
             )
             heads = self.student.weights.lm_head.weight, self.model.weights.lm_head.weight.detach()
-            kl = distillation.divergence(ours[spoken], theirs[spoken], *heads, recipe.divergence)
-            closed, target = gates.closed_share(), 1 - 1 / recipe.compression(number + 1)
+            kl = distillation.divergence(ours[scored], theirs[scored], *heads, recipe.divergence)
+            closed, target = gates.eviction_rate(), 1 - 1 / recipe.compression(number + 1)
             hinge = (target - closed).clamp_min(0)
             self.optimizer.zero_grad()
             (kl + recipe.hinge_weight * hinge).backward()
@@ -148,12 +149,12 @@ class Training(ResumableTraining):
         return self.history[-1]
 
     def _computing(self) -> torch.autocast:
-        """The student computes in bfloat16 where its teacher does, whatever it is kept in."""
+        """Autocast to bfloat16 where the teacher is bfloat16 and the student is not."""
         rounds = self.model.dtype == torch.bfloat16 != self.student.dtype
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=rounds)
 
     def _teach(self, rows: list[int], ids: torch.Tensor) -> torch.Tensor:
-        """The teacher's final hidden states; kept where sequences come back in later epochs."""
+        """The teacher's final hidden states; cached where later epochs need them again."""
         if len(self.data) * 2 > self.recipe.steps * self.recipe.batch:
             with torch.no_grad():
                 return hidden(self.model.weights, ids, Gates(self.windows))
@@ -170,9 +171,9 @@ class Training(ResumableTraining):
         report: Callable[[dict], None] = lambda figures: None,
         held_out: torch.Tensor | None = None,
     ) -> dict[float, Path]:
-        """Train to the end of the schedule: the evictor's file at each of `checkpoints` (CR).
+        """Train to the end of the schedule: the evictor's file per compression in `checkpoints`.
 
-        The last one is always saved. With `held_out` [S, T] each card tells the KL there.
+        The last one is always saved. With `held_out` [S, T] each card states the KL on it.
         """
         wanted = {self.recipe.fade_steps + self.recipe.steps_to(x): x for x in checkpoints}
         wanted[self.recipe.steps] = self.recipe.compression_x
@@ -236,8 +237,8 @@ def _train(args: argparse.Namespace) -> None:
         split: own_traces(model, load(args.problems, split, n=args.count), store)
         for split in ("train", "validation")
     }
-    data, held_out = (pack(model, texts[split], recipe.context) for split in texts)
-    training = Training(model, data, recipe, args.out / f"seed{args.seed}", args.seed)
+    data, held_out = (pack_documents(model, texts[split], recipe.context) for split in texts)
+    training = EvictorTraining(model, data, recipe, args.out / f"seed{args.seed}", args.seed)
     print(f"{len(training.evictor.layers)} of {len(training.windows)} layers have full attention")
     steps = tqdm(total=recipe.steps, initial=len(training.history), unit="step")
 

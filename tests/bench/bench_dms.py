@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from kit.dms import evictor
-from kit.dms import train as dms
+from kit.dms.train import EvictorTraining
 from kit.inference import decode
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import DMS, Full
@@ -107,5 +107,5 @@ def _training(model) -> list[float]:
     recipe = dataclasses.replace(evictor.LAPTOP, batch=3, context=384, ramp_steps=PAIRS)
     data = torch.randint(3, 40_000, (3 * PAIRS, 384), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        training = dms.Training(model, data, recipe, Path(folder))
+        training = EvictorTraining(model, data, recipe, Path(folder))
         return [training.step()["seconds"] for _ in range(PAIRS + 1)][1:]

@@ -11,11 +11,14 @@ from tests.toys import drawn, tokens, toy
 
 def test_full_attention_costs_no_more_than_rounding(dtype):
     model, ids = toy(dtype=dtype), tokens(3, 40)
-    found, floor = fidelity.forced(model, ids, prompt=10), fidelity.rounding(model, ids, prompt=10)
+    found, floor = (
+        fidelity.teacher_forced_kl(model, ids, prompt=10),
+        fidelity.rounding(model, ids, prompt=10),
+    )
     assert 0 < found["kl"].max() < TIMES * floor["kl"].max()
     assert (found["kept_fraction"] == 1).all()
     assert (found["live_tokens"] == sum(range(11, 40)) / 29).all()
-    window = fidelity.forced(model, ids, policies.Window(kept_tokens=20), prompt=10)
+    window = fidelity.teacher_forced_kl(model, ids, policies.Window(kept_tokens=20), prompt=10)
     assert window["kl"].min() > TIMES * floor["kl"].max(), "what is forgotten shows in any dtype"
 
 
@@ -23,7 +26,7 @@ def test_the_fed_cache_agrees_with_the_masked_sequence():
     """Prompt of one token, so that both see the same positions, the first apart."""
     model, ids = toy("qwen3"), tokens(3, 50)
     made = drawn(model)
-    fed = fidelity.forced(model, ids, policies.DMS(made), prompt=1)
+    fed = fidelity.teacher_forced_kl(model, ids, policies.DMS(made), prompt=1)
     whole = gates.measure(model, made, ids)
     kl = whole["kl"] * 49 / 48  # the first token sees only itself: its KL is 0
     torch.testing.assert_close(torch.tensor(fed["kl"]), torch.tensor(kl), rtol=1e-3, atol=1e-4)
@@ -34,13 +37,15 @@ def test_the_fed_cache_agrees_with_the_masked_sequence():
 @pytest.mark.parametrize("live", [12.3, 17.0, 25.1])
 def test_matched_policies_take_as_much_memory_and_hardly_more(kind, live):
     model, ids = toy(), tokens(2, 60)
-    chosen = fidelity.matched(kind(kept_tokens=8), live, 10, 60)
-    found = fidelity.forced(model, ids, chosen, prompt=10)["live_tokens"]
+    chosen = fidelity.match_live_tokens(kind(kept_tokens=8), live, 10, 60)
+    found = fidelity.teacher_forced_kl(model, ids, chosen, prompt=10)["live_tokens"]
     assert (live <= found).all() and (found < live + 1.1).all()
 
 
 def test_kept_is_what_a_window_keeps():
-    found = fidelity.kept(toy(), tokens(1, 30)[0], policies.Window(kept_tokens=8), prompt=10)
+    found = fidelity.kept_positions(
+        toy(), tokens(1, 30)[0], policies.Window(kept_tokens=8), prompt=10
+    )
     assert {tuple(head.tolist()) for layer in found for head in layer} == {
         (0, 1, 2, 3, *range(25, 30))
     }
@@ -48,19 +53,19 @@ def test_kept_is_what_a_window_keeps():
 
 def test_a_prompt_longer_than_the_text_is_refused():
     with pytest.raises(ValueError, match="prompt is 29; the sequences have 30 tokens"):
-        fidelity.forced(toy(), tokens(1, 30), prompt=29)
+        fidelity.teacher_forced_kl(toy(), tokens(1, 30), prompt=29)
 
 
 def test_what_was_measured_is_read_back(tmp_path, monkeypatch):
     model, ids = toy(), tokens(2, 30)
     window, other = policies.Window(kept_tokens=8), policies.Window(kept_tokens=9)
-    first = fidelity.stored(tmp_path, model, ids, window, 10)
-    found = fidelity.forced(model, ids, window, 10)
+    first = fidelity.cached_teacher_forced_kl(tmp_path, model, ids, window, 10)
+    found = fidelity.teacher_forced_kl(model, ids, window, 10)
     assert first.equals(found), "the file says something else than was measured"
-    assert not fidelity.stored(tmp_path, model, ids, other, 10).equals(first)
+    assert not fidelity.cached_teacher_forced_kl(tmp_path, model, ids, other, 10).equals(first)
     assert len(list(tmp_path.iterdir())) == 2, "another policy is another file, and no part is left"
-    monkeypatch.setattr(fidelity, "forced", None)  # a second measurement would fail
-    assert fidelity.stored(tmp_path, model, ids, window, 10).equals(first)
+    monkeypatch.setattr(fidelity, "teacher_forced_kl", None)  # a second measurement would fail
+    assert fidelity.cached_teacher_forced_kl(tmp_path, model, ids, window, 10).equals(first)
 
 
 @pytest.mark.parametrize("wanted", [0.6, 0.7, 0.95])

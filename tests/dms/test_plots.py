@@ -66,6 +66,8 @@ def test_the_frontier_is_named_in_l_w_cr():
         (64, 2, "4x", 12.0, 0.3, True),
         (64, 4, "1x", 40.0, 0.1, False),
     ]
-    picture = plots.frontier(pd.DataFrame(rows, columns=columns), "reads", "KV reads, tokens")
+    picture = plots.scaling_frontier(
+        pd.DataFrame(rows, columns=columns), "reads", "KV reads, tokens"
+    )
     assert picture.alt.endswith("64-1-1x, 64-2-4x.")
     FigureCanvasAgg(picture).draw()

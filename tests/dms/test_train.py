@@ -9,7 +9,7 @@ import torch
 from kit import hub, paths
 from kit.data import problems
 from kit.dms import distillation, evictor, gates
-from kit.dms import train as dms
+from kit.dms.train import EvictorTraining, main, own_traces, pack_documents
 from kit.evaluation.store import Store
 from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
@@ -43,7 +43,7 @@ def test_hard_gates_equal_the_evicting_cache(shape, window, dtype):
     made = drawn(model, window=window)
     expected, gate = masked(model, made, ids)
     right, _ = masked(rounding.exact(model), made, ids)
-    share = float(gate.closed_share())
+    share = float(gate.eviction_rate())
     assert 0.2 < share < 0.8, share
     cache, read = SlotCache(model.weights, 3, policy=DMS(made)), 20
     found = []
@@ -103,7 +103,7 @@ def test_soft_gates_approach_hard_ones(dtype):
             states = gates.hidden(model.weights, ids, gate)
         gaps.append(float((model.weights.lm_head(states) - expected).abs().max().detach()))
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] <= rounded, gaps
-    assert float(gate.closed_share()) == float(hard.closed_share())
+    assert float(gate.eviction_rate()) == float(hard.eviction_rate())
 
 
 def test_an_untrained_evictor_is_no_evictor(dtype):
@@ -161,7 +161,7 @@ def test_training_reaches_its_target_and_is_not_pushed_further(shape, recipe, dt
     before = {k: v.clone() for k, v in model.weights.state_dict().items()}
     quick = dataclasses.replace(recipe, hinge_weight=50.0, learning_rate=5e-3, compression_x=3)
     quick = dataclasses.replace(quick, hold_steps=60)
-    training = dms.Training(model, tokens(6, 48), quick, tmp_path)
+    training = EvictorTraining(model, tokens(6, 48), quick, tmp_path)
     training.run()
     last = training.history[-1]
     assert last["target"] == pytest.approx(2 / 3) and last["closed"] > 0.5
@@ -177,7 +177,7 @@ def test_training_reaches_its_target_and_is_not_pushed_further(shape, recipe, dt
 def test_steps_that_bfloat16_does_not_hold_are_kept(recipe, tmp_path):
     """Weights of 1 and steps of 1e-5: each alone is lost in eight bits."""
     quick = dataclasses.replace(recipe, fade_steps=1, learning_rate=1e-5)
-    training = dms.Training(toy("llama", "bfloat16"), tokens(4, 48), quick, tmp_path)
+    training = EvictorTraining(toy("llama", "bfloat16"), tokens(4, 48), quick, tmp_path)
     assert {value.dtype for value in training.named.values()} == {torch.float32}
     before = {name: value.detach().clone() for name, value in training.named.items()}
     for _ in range(3):
@@ -189,7 +189,7 @@ def test_steps_that_bfloat16_does_not_hold_are_kept(recipe, tmp_path):
 
 def test_gradients_of_a_float16_model_are_float32(tmp_path):
     """A step's mean over a thousand tokens would lie below the least number of float16."""
-    training = dms.Training(toy("llama", "float16"), tokens(4, 48), LAPTOP, tmp_path)
+    training = EvictorTraining(toy("llama", "float16"), tokens(4, 48), LAPTOP, tmp_path)
     assert training.model.dtype == torch.float16 and training.student.dtype == torch.float32
     training.step()
     assert all(linear.weight.grad.all() for linear in training.evictor.linear)
@@ -198,18 +198,18 @@ def test_gradients_of_a_float16_model_are_float32(tmp_path):
 @pytest.mark.parametrize("recipe, dtype", [(LAPTOP, "float32"), (PAPER, "bfloat16")], ids=KINDS)
 def test_a_killed_training_ends_like_an_undisturbed_one(recipe, dtype, tmp_path):
     data = tokens(5, 48)
-    whole = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "whole", seed=3)
+    whole = EvictorTraining(toy("llama", dtype), data, recipe, tmp_path / "whole", seed=3)
     files = whole.run((2,))
     for stop in (3, 7, 9):
-        part = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=3)
+        part = EvictorTraining(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=3)
         while len(part.history) < stop:
             part.step()
         part.save()
         part.step()  # lost: done after the last save
-    again = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=3).run((2,))
+    again = EvictorTraining(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=3).run((2,))
     for x in (recipe.compression_x,):
         assert again[x].read_bytes() == files[x].read_bytes()
-    other = dms.Training(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=4)
+    other = EvictorTraining(toy("llama", dtype), data, recipe, tmp_path / "parts", seed=4)
     assert other.history == [], "another seed is another training"
 
 
@@ -217,7 +217,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(recipe, dtype, tmp_path)
 def test_a_saved_evictor_decides_as_before(recipe, dtype, tmp_path):
     model, ids = toy("qwen3", dtype), tokens(2, 48)
     quick = dataclasses.replace(recipe, hinge_weight=50.0, learning_rate=5e-3, hold_steps=20)
-    training = dms.Training(model, tokens(4, 48, 1), quick, tmp_path)
+    training = EvictorTraining(model, tokens(4, 48, 1), quick, tmp_path)
     file = training.run(held_out=ids)[8]
     other = toy("qwen3", dtype)
     made = evictor.load(file, other)
@@ -262,20 +262,20 @@ def test_impossible_recipes_are_refused(bad):
 def test_training_text_is_the_models_own_and_never_the_test_split(tiny, tmp_path):
     model, store = tiny, Store(tmp_path)
     train = problems.load("laptop", "train", n=12)
-    chats = dms.own_traces(model, train, store, max_new_tokens=8)
+    chats = own_traces(model, train, store, max_new_tokens=8)
     first = store.table().set_index("problem_id").loc[train.problems[0].id]
     assert train.problems[0].question in chats[0] and first["text"].strip() in chats[0]
-    ids = dms.pack(model, chats, 100, seed=1)
-    again = dms.pack(model, dms.own_traces(model, train, store, max_new_tokens=8), 100, seed=1)
+    ids = pack_documents(model, chats, 100, seed=1)
+    again = pack_documents(model, own_traces(model, train, store, max_new_tokens=8), 100, seed=1)
     assert len(store.keys()) == 12 and torch.equal(ids, again)
     total = sum(len(model.tokenizer(chat)["input_ids"]) for chat in chats)
     assert ids.shape == (total // 100, 100)
     with pytest.raises(ValueError, match="test cannot be training text"):
-        dms.own_traces(model, problems.load("laptop", "test", n=2), store)
+        own_traces(model, problems.load("laptop", "test", n=2), store)
     with pytest.raises(ValueError, match="less than one sequence"):
-        dms.pack(model, chats[:1], 5000)
+        pack_documents(model, chats[:1], 5000)
     with pytest.raises(ValueError, match="fewer than a batch"):
-        dms.Training(model, ids[:1], LAPTOP, tmp_path)
+        EvictorTraining(model, ids[:1], LAPTOP, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_the_command_says_in_one_sentence_what_is_wrong(
 ):
     monkeypatch.setattr("sys.argv", ["dms", str(tmp_path), *arguments])
     with pytest.raises(SystemExit) as exit:
-        dms.main()
+        main()
     assert exit.value.code == 2 and capsys.readouterr().err.startswith(said)
 
 
@@ -322,8 +322,8 @@ def test_one_step_on_the_real_model(bundled, tmp_path):
     """Gradients reach every layer's evictor, and none of them is cut."""
     recipe = dataclasses.replace(LAPTOP, batch=1, context=40)
     text = "What is 12 + 7? Let me think step by step. 12 + 7 = 19. " * 10
-    ids = dms.pack(bundled, [text], 40)
-    training = dms.Training(bundled, ids, recipe, tmp_path)
+    ids = pack_documents(bundled, [text], 40)
+    training = EvictorTraining(bundled, ids, recipe, tmp_path)
     figures = training.step()
     training.step()
     assert abs(figures["kl"]) < 0.05 and figures["gradient_norm"] > 0

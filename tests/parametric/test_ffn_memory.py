@@ -201,11 +201,11 @@ def test_a_bank_goes_with_every_policy(tmp_path):
 
 
 def test_teacher_forcing_hears_the_same_blocks(tmp_path):
-    """`quality.forced` feeds through the cache what `attached` batches see whole."""
+    """`teacher_forced_kl` feeds through the cache what `attached` batches see whole."""
     model = load("random:llama", dtype="float64")
     wider = drawn(model.weights, "ffn", len(IDS))
     with wider.attached():
-        frame = fidelity.forced(model, IDS, prompt=4)
+        frame = fidelity.teacher_forced_kl(model, IDS, prompt=4)
     logits = model.weights(IDS).logits.log_softmax(-1)
     with wider.attached(), torch.no_grad():
         wide = model.weights(IDS).logits.log_softmax(-1)
