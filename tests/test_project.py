@@ -1,4 +1,4 @@
-"""What the files of the project promise each other: versions, sizes, notebooks, README."""
+"""What the files of the project promise each other: versions, sizes, notebooks, profiles."""
 
 import ast
 import contextlib
@@ -417,7 +417,7 @@ def test_a_notebook_defines_no_function_that_another_defines(books):
     assert len(defined) == len(set(defined))
 
 
-# Profiles and README
+# Profiles
 
 
 def test_a_profile_names_only_notebooks_and_their_parameters(books, subtests):
@@ -435,18 +435,3 @@ def test_a_profile_names_only_notebooks_and_their_parameters(books, subtests):
 def test_there_are_notebooks_and_profiles_to_look_at():
     assert {"00_tour", "01_baseline", "07_verdicts"} <= {path.stem for path in NOTEBOOKS}
     assert {"laptop", "workstation"} <= {path.stem for path in PROFILES}
-
-
-@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="there is no README yet")
-def test_the_tree_of_the_readme_names_every_file_of_the_kit_and_no_other():
-    tree = re.search(r"```\n\.\n.*?```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
-    kit = re.search(r"── kit/.*?\n(?=[├└])", tree, re.DOTALL)[0]
-    named = re.findall(r"^│\s+[├└]── (\S+)\s+\S", kit, re.MULTILINE)
-    rooms = [f"{path.parent.name}/" for path in KIT if path.parent.parent == ROOT / "kit"]
-    files = [path.name for path in KIT if path.parent == ROOT / "kit"]
-    rooms += [file for file in files if not file.startswith("__")]
-    assert sorted(named) == sorted({*rooms})
-    books = re.findall(r"[├└]── (\d\d_\w+\.ipynb)\s+\S", tree)
-    assert books == [path.name for path in NOTEBOOKS]
-    for other in (path.name for path in (ROOT / "kit").glob("*.j2")):
-        assert other in kit

@@ -1,11 +1,10 @@
-"""Published runs, which the README quotes, and in what two runs differ.
+"""Published runs, which README.md and docs/results.md quote, and in what two runs differ.
 
 They lie under outputs/published by profile. Whoever has run some stages publishes these alone,
 since a whole profile takes hours: those that others published stay, and all verdicts are made
 again from the records and measurements of both.
 
-    python -m kit.report.published laptop     publish what has run of a profile, and renew the
-    README
+    python -m kit.report.published laptop     publish what has run of a profile, and renew both
 """
 
 import io
@@ -20,15 +19,16 @@ import pandas as pd
 from kit.analysis.verdicts import UNMEASURED
 from kit.paths import DATA, PUBLISHED, ROOT
 from kit.pipeline.provenance import write_text
-from kit.report import bundle, crate, verify
+from kit.report import bundle, crate, readme, verify
 from kit.report.bundle import RECORDS, VERDICTS, Run
 
 BEGIN, END = (
     "<!-- published runs, made by kit.report.published: begin -->",
     "<!-- published runs: end -->",
 )
+RESULTS = ROOT / "docs" / "results.md"
 KEPT = ("results/", "exhibits/", "notebooks/", "status/")
-MOST = 8  # columns of a table in the README
+MOST = 8  # columns of a table in docs/results.md
 HEADS = ["claim", "published", "measured", "verdict", "command"]
 
 
@@ -130,7 +130,7 @@ def against(there: Run, here: Run) -> list[str]:
 
 
 def text(published: Path = PUBLISHED) -> str:
-    """What the README says of all published runs, in Markdown."""
+    """What docs/results.md says of all published runs, in Markdown."""
     return "\n".join(
         _section(file.parent.parent) for file in sorted(published.glob(f"[!.]*/{VERDICTS}"))
     )
@@ -161,7 +161,7 @@ def _section(place: Path) -> str:
         shown = [each for each in exhibits.load(place / "exhibits" / stage)
                  if isinstance(each, exhibits.Table)][:1]  # fmt: skip
         for table in shown:
-            where = f"outputs/published/{place.name}/exhibits/{stage}"
+            where = f"../outputs/published/{place.name}/exhibits/{stage}"
             more = ", its first columns" if len(table.columns) > MOST else ""
             said += [f"`{stage}`: {table.caption}{more} ([all tables and figures]({where}))", ""]
             rows = [row[:MOST] for row in table.rows]
@@ -174,17 +174,24 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def renewed(readme: str, published: Path = PUBLISHED) -> str:
-    """The README with what `text` says between its two marks; ValueError where they are missing."""
-    head, begin, rest = readme.partition(BEGIN)
+def renewed(page: str, made: str) -> str:
+    """The Markdown `page` with `made` between its two marks; ValueError where they are missing."""
+    head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {BEGIN} and {END}; put them back")
-    return f"{head}{BEGIN}\n\n{text(published)}\n{END}{tail}"
+        raise ValueError(f"README.md or docs/results.md lacks the lines {BEGIN} and {END}; "
+                         f"put them back")  # fmt: skip
+    return f"{head}{BEGIN}\n\n{made}\n{END}{tail}"
+
+
+def pages(published: Path = PUBLISHED) -> dict[Path, str]:
+    """The generated part of each page that quotes published runs, by file."""
+    return {ROOT / "README.md": readme.text(published), RESULTS: text(published)}
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         print(publish(name))
-    file = ROOT / "README.md"
-    write_text(file, renewed(file.read_text(encoding="utf-8")))
+    for file, made in pages().items():
+        write_text(file, renewed(file.read_text(encoding="utf-8"), made))
+    readme.save_figure(ROOT / readme.FIGURE)

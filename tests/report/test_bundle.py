@@ -276,9 +276,11 @@ def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
     assert "18.8" in page or "accuracy" in page  # the key table of the stage
 
 
-def test_the_readme_says_what_was_published():
-    file = paths.ROOT / "README.md"
-    readme = file.read_text(encoding="utf-8")
-    assert reference.renewed(readme) == readme, "stale: run `python -m kit.report.published`"
-    with pytest.raises(ValueError, match="README.md lacks the lines"):
-        reference.renewed(readme.replace(reference.END, ""))
+def test_the_pages_say_what_was_published(subtests):
+    for file, made in reference.pages().items():
+        with subtests.test(file.name):
+            page = file.read_text(encoding="utf-8")
+            stale = "stale: run `python -m kit.report.published`"
+            assert reference.renewed(page, made) == page, stale
+            with pytest.raises(ValueError, match="README.md or docs/results.md lacks the lines"):
+                reference.renewed(page.replace(reference.END, ""), made)

@@ -1,0 +1,137 @@
+"""What the README says of published runs: how many claims were measured on what, and a figure.
+
+Every number is computed from outputs/published and data/claims.toml. `kit.report.published` writes
+the text between two marks of README.md, and the figure to docs/findings.svg.
+"""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+
+from kit.analysis import claims, plot_style
+from kit.paths import PUBLISHED
+from kit.report import bundle
+from kit.report.bundle import VERDICTS, Run
+from kit.report.exhibits import slug
+
+FIGURE = Path("docs", "findings.svg")
+STRATEGIES = ("02_strategies", "Retrieved strategies against each control")
+DMS = ("03_dms", "Quality at equal live tokens")
+FACTS = ("05_parametric", "Fetched against every other arm")
+HOLDERS = ("plain", "wrong", "generic", "shared", "rag", "lora-ffn", "continued")  # of facts
+
+
+def text(published: Path = PUBLISHED) -> str:
+    """The counts of verdicts, in Markdown, and the figure with its alternative text."""
+    folders = sorted(file.parent.parent for file in published.glob(f"[!.]*/{VERDICTS}"))
+    lines = [_measured(bundle.read(place), place.name) for place in folders]
+    shown = f"![{figure(published).alt}]({FIGURE.as_posix()})"
+    return "\n".join([*lines, _audited(), "", shown, ""])
+
+
+def _measured(run: Run, profile: str) -> str:
+    """What became of every claim in one run: measured on a model, recomputed, or neither."""
+    known, rows = {claim.id: claim for claim in claims.load()}, run.verdicts
+    measured = [name for name in rows if rows[name]["measured"]]
+    arithmetic = [name for name in measured if known[name].rule == "arithmetic"]
+    on_models = [name for name in measured if known[name].rule != "arithmetic"]
+    larger = [name for name in rows if name not in measured and known[name].profiles]
+    beyond = len(rows) - len(measured) - len(larger)
+    names = {name.split()[0] for name in run.every["model"] if ":" in name}  # trained ones: paths
+    models = ", ".join(f"`{name}`" for name in sorted(names))
+    stand_in = not any(name.startswith("hub:") for name in names)
+    on = "stand-in for the published models" if stand_in else "published models"
+    return "\n".join([
+        f"- **Measured on {models}, {'a ' * stand_in}{on}** (profile {profile}): "
+        f"{len(on_models)} claims, {_counted(rows[name] for name in on_models)}."
+        + " No claim has been measured on the published models." * stand_in,
+        f"- **Published numbers recomputed by arithmetic:** {len(arithmetic)}, "
+        f"{_counted(rows[name] for name in arithmetic)}.",
+        f"- **Not measured here:** {len(larger)} claims need the published models "
+        f"(`PROFILE=workstation`), {beyond} are beyond every profile, of {len(rows)}.",
+    ])  # fmt: skip
+
+
+def _counted(rows) -> str:
+    counts = Counter(row["verdict"] for row in rows)
+    return ", ".join(f"{n} {word}" for word, n in counts.most_common())
+
+
+def _audited() -> str:
+    """How many published differences their own counts can tell from zero."""
+    audits = [audit for audit in map(claims.audit, claims.load()) if audit.p is not None]
+    zero = sum(audit.interval.low <= 0 <= audit.interval.high for audit in audits)
+    return (
+        f"- **Audit of the published counts, without a model:** of {len(audits)} published "
+        f"differences with known counts, the 95% interval of {zero} includes zero."
+    )
+
+
+def save_figure(file: Path, published: Path = PUBLISHED) -> None:
+    """`figure` as SVG, which carries its alternative text."""
+    picture = figure(published)
+    with matplotlib.rc_context(plot_style.STYLE):
+        picture.savefig(file, metadata={"Date": None, "Description": picture.alt})
+
+
+def figure(published: Path = PUBLISHED) -> plot_style.Picture:
+    """Three findings: KL by policy, fetched blocks and retrieved strategies against controls."""
+    quality, facts, strategies = (table(published, *which) for which in (DMS, FACTS, STRATEGIES))
+    facts = facts.set_index("control").loc[[*HOLDERS]].reset_index()
+    strategies = strategies[strategies["problems"] == strategies["problems"].max()]
+    with matplotlib.rc_context(plot_style.STYLE):
+        picture = plot_style.Picture(figsize=(2 * plot_style.WIDTH, 3.4), layout="constrained")
+        left, middle, right = picture.subplots(1, 3)
+        for number, (name, rows) in enumerate(quality.groupby("policy", sort=False)):
+            if name != "full":
+                plot_style.line(left, rows["kept_fraction"], [*rows["kl"]], number, name)
+        left.set(title="KV-cache eviction", xlabel="kept fraction of the tokens", ylim=(0, None),
+                 ylabel="KL to full attention, nats per token")  # fmt: skip
+        left.legend(frameon=False)
+        _controls(middle, facts, "Parametric memory")
+        _controls(right, strategies, "Retrieved strategies")
+    rivals = quality[~quality["policy"].isin(["full", "dms"])]
+    picture.alt = (
+        f"Left: KL to full attention at equal live tokens, in nats per token: {_lowest(quality)}; "
+        f"of the rivals the lowest are {_lowest(rivals)}. Middle: points of accuracy that fetched "
+        f"blocks gain over {_said(facts)}. Right: points that retrieved strategies gain over "
+        f"{_said(strategies.head(1))}, the declared control, and over {len(strategies) - 1} others."
+    )
+    return picture
+
+
+def table(published: Path, stage: str, caption: str) -> pd.DataFrame:
+    """A published exhibit, with (estimate, low, high) as tuples."""
+    (file, *_) = sorted(published.glob(f"[!.]*/exhibits/{stage}/{slug(caption)}.csv"))
+    frame = pd.read_csv(file)
+    for name in ("kl", "excess_kl", "difference"):
+        if name in frame:
+            frame[name] = frame[name].map(ast.literal_eval, na_action="ignore")
+    return frame
+
+
+def _controls(axes, frame: pd.DataFrame, title: str) -> None:
+    at, numbers = np.arange(len(frame))[::-1], np.array([*frame["difference"]])
+    plot_style.intervals(axes, at, numbers, 0, "")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(at, [*frame["control"]], fontsize=8)
+    axes.grid(axis="y", visible=False)
+    axes.set(title=title, xlabel=f"{frame['arm'].iloc[0]} minus this arm, points")
+
+
+def _lowest(quality: pd.DataFrame) -> str:
+    """The policy of the lowest KL at each compression, with its KL."""
+    rows = quality[quality["policy"] != "full"].assign(mean=lambda frame: frame["kl"].str[0])
+    rows = rows.loc[rows.groupby("compression_x")["mean"].idxmin()]
+    said = [f"{row.policy} {row.mean:.2f} at {row.compression_x:g}x" for row in rows.itertuples()]
+    return ", ".join(said)
+
+
+def _said(frame: pd.DataFrame) -> str:
+    pairs = zip(frame["control"], frame["difference"])
+    return ", ".join(f"{name} {round(value, 1) + 0:.1f} [{low:.1f}, {high:.1f}]"
+                     for name, (value, low, high) in pairs)  # fmt: skip
