@@ -105,9 +105,14 @@ def figure(published: Path = PUBLISHED) -> plot_style.Picture:
 
 
 def table(published: Path, stage: str, caption: str) -> pd.DataFrame:
-    """A published exhibit, with (estimate, low, high) as tuples."""
-    (file, *_) = sorted(published.glob(f"[!.]*/exhibits/{stage}/{slug(caption)}.csv"))
-    frame = pd.read_csv(file)
+    """A published exhibit, with (estimate, low, high) as tuples; ValueError where there is none."""
+    files = sorted(published.glob(f"[!.]*/exhibits/{stage}/{slug(caption)}.csv"))
+    if not files:
+        raise ValueError(
+            f"no published run of {stage} has the table {caption!r}, which the figure of README.md "
+            f"shows; publish one, or change kit/report/readme.py"
+        )
+    frame = pd.read_csv(files[0])
     for name in ("kl", "excess_kl", "difference"):
         if name in frame:
             frame[name] = frame[name].map(ast.literal_eval, na_action="ignore")

@@ -52,6 +52,11 @@ def test_the_audit_counts_differences_that_their_counts_cannot_tell_from_zero():
     assert "the 95% interval of 25 includes zero" in readme._audited()
 
 
+def test_a_table_that_nobody_published_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no published run of 03_dms has the table 'Quality at"):
+        readme.figure(tmp_path)
+
+
 # What README.md says in words under the figure. A run that says otherwise needs other words.
 
 
