@@ -50,8 +50,7 @@ endif
 	$(INSTALL) --no-deps --require-hashes -r requirements.lock
 	$(INSTALL) torch==2.13.0
 	@$(PY) -c 'import os, site; open(site.getsitepackages()[0] + "/kit.pth", "w").write(os.getcwd())'
-	$(PY) -m kit.models.load
-	$(PY) -m kit.models.embedder
+	$(PY) -m kit fetch
 	@touch $@
 
 cluster: $(PREFIX)/cluster ## add Ray, which the sweep of 06 runs on with WORKERS=N or RAY_ADDRESS

@@ -1,20 +1,25 @@
-"""The terminal: `python -m kit reproduce | status | advise | report | bundle | verify | diff`.
+"""The command line: `python -m kit COMMAND`, with one example in the help of each command.
 
-Turns flags into calls and results into plain text. `make reproduce` hands PROFILE, FROM, ONLY
-and FORCE on as flags. Decides nothing about results: verdicts come from
-results/07_verdicts.json as notebook 07 left them.
+Turns options into calls and results into plain text; `make reproduce` hands PROFILE, FROM, ONLY
+and FORCE on as options. Decides nothing about results: verdicts come from
+results/07_verdicts.json as notebook 07 left them. A command imports what it needs when it runs,
+so that `--help` and `status` answer at once.
 """
 
-import argparse
-import functools
 import json
 import os
 import signal
 import sys
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from kit.paths import PUBLISHED, run_dir
+import typer
+from typer import Argument, Option
+
+from kit.paths import run_dir
 from kit.pipeline import refusals, stages
 from kit.pipeline import run as pipeline
 from kit.pipeline.preflight import preflight
@@ -22,25 +27,41 @@ from kit.pipeline.provenance import unusable_gpu
 from kit.pipeline.refusals import Refused
 from kit.report import summary
 
-UNMEASURED = "not measured yet"  # as in kit.analysis.claims, whose import takes a second
-KEEP_GOING = "go on after a failed notebook: none needs another but 07, which judges what there is"
-EXIT_CODES = """exit status:
-  0    everything asked for is up to date
-  1    a stage failed, the disk is full, or preflight found too little disk
-  2    a flag, profile, notebook or folder is wrong; the sentence says what to change
-  3    another run works in the same outputs folder
-  130  interrupted; the same command goes on from there"""
+PROGRAM = "python -m kit"
+BUNDLED = "bundled:smollm2-135m"  # as in kit.models.load, whose import takes seconds
+EXIT_CODES = """Exit status:
+
+    0    everything asked for is up to date
+    1    a stage failed, the disk is full, or too little of it is free
+    2    an option, profile, notebook or folder is wrong, as the sentence says
+    3    another run works in the same outputs folder
+    130  interrupted; the same command goes on from there"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, epilog=f"\n{EXIT_CODES}")
+
+
+@app.callback()
+def _program() -> None:
+    """What does memory buy a small language model, per byte?"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status that --help documents."""
-    args = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit is like Ctrl-C
+    if "RANK" not in os.environ:  # the launcher of several processes ends them by SIGTERM
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit is like Ctrl-C
+    command = typer.main.get_command(app)
     try:
-        profile = args.profile or default_profile()
-        code = args.command(profile, args)
+        try:
+            with command.make_context(PROGRAM, [*(sys.argv[1:] if argv is None else argv)]) as call:
+                code = command.invoke(call) or 0
+        except typer.Exit as done:  # of --help
+            code = done.exit_code
         sys.stdout.flush()
         return code
+    except typer.TyperException as error:  # an option that there is not, or a wrong value
+        command_path = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
+        print(f"{error.format_message().rstrip('.')}; see {command_path} --help", file=sys.stderr)
+        return error.exit_code
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return refusal.code
@@ -58,6 +79,27 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+@contextmanager
+def _in_one_sentence(code: int = 2) -> Iterator[None]:
+    """Bad input, which the kit raises as ValueError, ends a command with its sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error), code) from error
+
+
+def _example(line: str, exit_codes: str = "") -> dict[str, str]:
+    return {"epilog": f"\nExample:\n\n    {PROGRAM} {line}\n\n{exit_codes}".rstrip()}
+
+
+Profile = Annotated[
+    str | None, Option(help="tour, quick, laptop, workstation", show_default="quick")
+]
+Folder = Annotated[Path, Argument(metavar="FOLDER", help="where what is trained is written")]
+Json = Annotated[bool, Option("--json", help="print JSON, for a script")]
+ModelName = Annotated[str, Option(help="hub:ORG/NAME, a folder, or the bundled one")]
+
+
 def default_profile() -> str:
     """quick, whatever the machine; a GPU that torch cannot use is refused, not passed over."""
     if why := unusable_gpu():
@@ -65,32 +107,54 @@ def default_profile() -> str:
     return "quick"
 
 
-def _reproduce(profile: str, args: argparse.Namespace) -> int:
+@app.command(**_example("reproduce --profile laptop --only 05", EXIT_CODES))
+def reproduce(
+    profile: Profile = None,
+    from_: Annotated[
+        str | None, Option("--from", metavar="NN", help="run again from this notebook on")
+    ] = None,
+    only: Annotated[
+        str | None, Option(metavar="NN", help="bring only this notebook up to date")
+    ] = None,
+    force: Annotated[bool, Option("--force", help="run again what is up to date")] = False,
+    keep_going: Annotated[
+        bool,
+        Option(
+            "--keep-going",
+            help="go on after a failed notebook: none needs another but 07, which judges what "
+            "there is",
+        ),
+    ] = False,
+) -> int:
+    """Run every notebook whose result is not up to date, then print the verdicts."""
+    profile = profile or default_profile()
     pipeline.say(f"profile {profile}")
     every = stages.load_stages(profile)
-    chosen = stages.select(every, args.from_, args.only)
-    forced = chosen if args.force else chosen[:1] if args.from_ else []
+    chosen = stages.select(every, from_, only)
+    forced = chosen if force else chosen[:1] if from_ else []
     todo = [stage for stage in chosen if stage in forced
             or stages.freshness(stage, every[: every.index(stage)])[0] != "fresh"]  # fmt: skip
     times = {}
     if todo:
-        preflight(profile, force=args.force)
+        preflight(profile, force=force)
         times = summary.estimated(profile, todo)
-    how = dict(from_=args.from_, only=args.only, force=args.force, keep_going=args.keep_going)
+    how = dict(from_=from_, only=only, force=force, keep_going=keep_going)
     code = pipeline.run(profile, **how, expected=times, after=summary.after(todo, times))
-    if code == 0 or (code == pipeline.FAILED and args.keep_going):
+    if code == 0 or (code == pipeline.FAILED and keep_going):
         if chosen[-1].judges:
-            print_verdicts(saved_verdicts(profile))
-            print_reference(profile)
-        print_paths(profile)
+            summary.print_verdicts(summary.saved_verdicts(profile))
+            summary.print_reference(profile)
+        summary.print_paths(profile)
         summary.larger(profile)
     return code
 
 
-def _status(profile: str, args: argparse.Namespace) -> int:
+@app.command(**_example("status --json"))
+def status(profile: Profile = None, as_json: Json = False) -> None:
+    """Say which notebooks are up to date, and why the others are not."""
     from tabulate import tabulate
 
-    rows, earlier = [], []
+    profile, rows, earlier = profile or default_profile(), [], []
     for stage in stages.load_stages(profile):
         word, why = stages.freshness(stage, earlier)
         if now := pipeline.running(stage):
@@ -100,211 +164,348 @@ def _status(profile: str, args: argparse.Namespace) -> int:
         rows.append([stage.name, word, why, wall, done.get("finished", "")])
         earlier.append(stage)
     heads = ["stage", "state", "why", "wall time", "finished (UTC)"]
-    if args.json:
+    if as_json:
         print(json.dumps([dict(zip(heads, row)) for row in rows], indent=1))
-        return 0
-    print(f"profile {profile}")
-    print(tabulate(rows, heads))
-    return 0
+    else:
+        print(f"profile {profile}")
+        print(tabulate(rows, heads))
 
 
-def _advise(profile: str, args: argparse.Namespace) -> int:
+@app.command(
+    **_example("advise --memory 24GiB --context 32k \\\n        "
+               "--model hub:Qwen/Qwen3-4B-Instruct-2507")
+)  # fmt: skip
+def advise(
+    memory: Annotated[str, Option(help="of the device: 24GiB, or 24GB")],
+    model: ModelName,
+    context: Annotated[str, Option(help="tokens of a question and its answer: 32k")],
+    profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Say which configuration of a model fits into a memory, and why."""
     from tabulate import tabulate
 
     from kit import hub
-    from kit.budget import advisor as advise
-    from kit.budget import ledger
+    from kit.budget import advisor, ledger
 
+    profile = profile or default_profile()
     try:
-        memory, context = advise.size(args.memory), advise.tokens(args.context)
-        sizes = advise.sizes(args.model)
-        rows = advise.load(run_dir(profile), args.model)
-        found = advise.measured(sizes, context, rows) if rows else advise.options(sizes, context)
-        chosen, why = advise.choose(found, memory)
+        limit, tokens = advisor.size(memory), advisor.tokens(context)
+        sizes = advisor.sizes(model)
+        rows = advisor.load(run_dir(profile), model)
+        options = advisor.measured(sizes, tokens, rows) if rows else advisor.options(sizes, tokens)
+        chosen, why = advisor.choose(options, limit)
     except (ValueError, hub.HubError) as error:
         raise Refused(str(error), 2) from error
-    if args.json:
-        totals = {each: each.configuration.total() for each in found}
-        rows = [
-            {"name": each.name, "bytes": total, "fits": total <= memory, "accuracy": each.accuracy}
+    if as_json:
+        totals = {each: each.configuration.total() for each in options}
+        configurations = [
+            {"name": each.name, "bytes": total, "fits": total <= limit, "accuracy": each.accuracy}
             for each, total in totals.items()
         ]
-        print(json.dumps({"run": chosen.name, "why": why, "configurations": rows}, indent=1))
-        return 0
-    print(f"{args.model} at {context:,} tokens in {ledger.text(memory)}\n")
-    shown = advise.table(found if rows else advise.narrow(found, chosen), memory)
-    print(
-        tabulate(
-            shown, ["configuration", "GiB", "fits", "accuracy, percent"], disable_numparse=True
+        print(
+            json.dumps({"run": chosen.name, "why": why, "configurations": configurations}, indent=1)
         )
-    )
+        return
+    print(f"{model} at {tokens:,} tokens in {ledger.text(limit)}\n")
+    shown = advisor.table(options if rows else advisor.narrow(options, chosen), limit)
+    heads = ["configuration", "GiB", "fits", "accuracy, percent"]
+    print(tabulate(shown, heads, disable_numparse=True))
     print(f"\nRun: {chosen.name}\nWhy: {why}\n")
-    print("\n".join(advise.arithmetic(chosen)))
-    return 0
+    print("\n".join(advisor.arithmetic(chosen)))
 
 
-def _report(profile: str, _: argparse.Namespace) -> int:
-    """Bring notebook 07, which writes the page, up to date."""
+@app.command(**_example("estimate quick laptop"))
+def estimate(
+    profiles: Annotated[list[str], Argument(metavar="PROFILE...")],
+) -> None:
+    """Measure how fast this machine is and print, as JSON, how long each notebook takes on it."""
+    from kit import estimate
+
+    print(json.dumps(estimate.estimates(profiles)))
+
+
+@app.command(**_example("report --profile laptop"))
+def report(profile: Profile = None) -> int:
+    """Bring notebook 07, which writes the report, up to date."""
+    profile = profile or default_profile()
     code = pipeline.run(profile, only="07")
     if code == 0:
-        print_paths(profile)
+        summary.print_paths(profile)
     return code
 
 
-def _bundle(profile: str, _: argparse.Namespace) -> int:
+@app.command(**_example("bundle --profile laptop"))
+def bundle(profile: Profile = None) -> None:
+    """Pack a run into one zip, to attach to a paper."""
     from kit.report import bundle
 
-    try:
+    profile = profile or default_profile()
+    with _in_one_sentence():
         made = bundle.write(profile)
-    except ValueError as error:
-        raise Refused(str(error), 2) from error
     print(f"{pipeline.short(made)}, {made.stat().st_size / 1e6:.1f} MB")
     if left := stages.incomplete(stages.load_stages(profile, outputs=made.parent.parent)):
         print(f"INCOMPLETE: {left}")
-    return 0
 
 
-def _verify(_: str, args: argparse.Namespace) -> int:
+VERIFIED = "Exit status: 0 nothing differs, 1 something does, 2 there is no bundle to judge"
+
+
+@app.command(**_example("verify bundle.zip", VERIFIED))
+def verify(
+    runs: Annotated[
+        list[Path] | None,
+        Argument(
+            metavar="[FILE]...",
+            help="bundles, zipped or unpacked, or published folders; all that is published where "
+            "none is given",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Judge runs again, without a model: their hashes, tables, measurements and verdicts."""
     from kit.report import bundle, verify
 
-    differs, tell = False, (lambda _: None) if args.json else functools.partial(print, flush=True)
-    for place in args.file or verify.published():
-        tell(pipeline.short(place.resolve()))
+    differs, tell = False, (lambda _: None) if as_json else partial(print, flush=True)
+    for run in runs or verify.published():
+        tell(pipeline.short(run.resolve()))
         try:
-            checked = verify.check(place, lambda line: tell(f"  {line}"))
+            checked = verify.check(run, lambda line: tell(f"  {line}"))
             tell("\n".join(verify.summary(checked)))
-            if checked.verdicts is not None and not args.json:
-                print_verdicts(checked.verdicts.to_dict("records"))
+            if checked.verdicts is not None and not as_json:
+                summary.print_verdicts(checked.verdicts.to_dict("records"))
             page = verify.write_report(checked)
         except bundle.Damaged as error:
             raise Refused(str(error), 2) from error
         tell(f"\nReport:    {pipeline.short(page) if page else 'none, see what is damaged'}\n")
-        if args.json:
+        if as_json:
             print(json.dumps({"differs": checked.wrong, "not_recomputed": checked.left}))
         differs |= bool(checked.wrong)
     return int(differs)
 
 
-def _diff(_: str, args: argparse.Namespace) -> int:
+Compared = Annotated[
+    Path, Argument(metavar="RUN", help="a bundle, a folder of outputs, or a profile")
+]
+
+
+@app.command(**_example("diff laptop theirs.zip"))
+def diff(one: Compared, other: Compared, as_json: Json = False) -> None:
+    """Say where two runs differ: numbers beyond noise, verdicts, environment."""
     from tabulate import tabulate
 
-    from kit.report import bundle
-    from kit.report import published as reference
+    from kit.report import bundle, published
 
-    try:
-        runs = [bundle.read(place if place.exists() else run_dir(str(place)))
-                for place in (args.one, args.other)]  # fmt: skip
-    except ValueError as error:  # Damaged is one, and so is a profile that there is not
-        raise Refused(str(error), 2) from error
-    found = reference.diff(*runs)
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    names = [str(place) for place in (args.one, args.other)]
+    with _in_one_sentence():  # a damaged bundle, a profile that there is not
+        runs = [bundle.read(run if run.exists() else run_dir(str(run))) for run in (one, other)]
+    parts = published.diff(*runs)
+    if as_json:
+        print(json.dumps(parts, indent=1))
+        return
+    names = [str(one), str(other)]
     heads = {"numbers": ["claim", *names, "moved"], "verdicts": ["claim", *names]}
     heads["environment"] = ["what", *names]
-    for part, rows in found.items():
+    for part, rows in parts.items():
         print(f"{part}: {len(rows)} differ")
         if rows:
             wide = [34] * len(heads[part])
             print(tabulate(rows, heads[part], maxcolwidths=wide, disable_numparse=True))
-    return 0
 
 
-def saved_verdicts(profile: str) -> list[dict]:
-    """What notebook 07 saved, a row per claim; [] where it has not run."""
-    file = run_dir(profile) / "results" / "07_verdicts.json"
-    return refusals.read_json(file)["verdicts"] if file.is_file() else []
+@app.command(**_example("publish laptop"))
+def publish(profiles: Annotated[list[str] | None, Argument(metavar="[PROFILE]...")] = None):
+    """Publish what has run of profiles, and renew README.md and docs/results.md."""
+    from kit.report import published
+
+    with _in_one_sentence():
+        for profile in profiles or []:
+            print(published.publish(profile))
+        published.renew()
 
 
-def print_verdicts(verdicts: list[dict]) -> None:
-    """The measured claims in full, the others counted; nothing where there are none."""
-    if not verdicts:
-        return
-    from tabulate import tabulate
+@app.command(**_example("fetch"))
+def fetch() -> None:
+    """Fetch the bundled model and the bundled embedder; `make env` does so."""
+    from kit.models import embedder, load
 
-    columns = ["claim", "system", "published", "measured", "verdict", "reason"]
-    measured = [row for row in verdicts if row["measured"] not in (None, "")]
-    others = [row for row in verdicts if row["measured"] in (None, "")]
-    counts = Counter(row["verdict"] or UNMEASURED for row in verdicts)
-    print("\nVerdicts: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
-    rows = [[row[column] for column in columns] for row in measured]
-    if rows:
-        print(tabulate(rows, columns, maxcolwidths=[30, 16, 16, 16, 16, 36], disable_numparse=True))
-    for verdict, n in Counter(row["verdict"] or UNMEASURED for row in others).most_common():
-        alike = [row["system"] for row in others if (row["verdict"] or UNMEASURED) == verdict]
-        each = ", ".join(f"{system} {k}" for system, k in sorted(Counter(alike).items()))
-        print(f"{verdict}: {n} ({each})")
+    with _in_one_sentence(1):
+        for name, get in (
+            (load.BUNDLED, partial(load.load, load.BUNDLED)),
+            (embedder.MINILM, embedder.load),
+        ):
+            get()
+            print(f"{name} is ready.", flush=True)
 
 
-def print_reference(profile: str, published: Path = PUBLISHED) -> None:
-    """How this run differs from the published one of its profile, where there is one."""
-    if not (published / profile).is_dir():
-        return
-    from kit.report import bundle
-    from kit.report import published as reference
+@app.command("train-evictor", **_example("train-evictor outputs/evictor --recipe laptop --seed 1"))
+def train_evictor(
+    folder: Folder,
+    model: ModelName = BUNDLED,
+    recipe: Annotated[str, Option(help="laptop, official, paper")] = "laptop",
+    problems: Annotated[
+        str, Option(help="problem set: its train and validation splits")
+    ] = "laptop",
+    count: Annotated[int | None, Option(help="problems of a split", show_default="all")] = None,
+    seed: Annotated[int, Option(help="of the order of the data")] = 0,
+) -> None:
+    """Train DMS evictors on a model's own traces; the same command resumes after a kill."""
+    from tqdm import tqdm
 
-    runs = bundle.read(published / profile), bundle.read(run_dir(profile))
-    print("\n" + "\n".join(reference.against(*runs)))
+    from kit.data.problems import load
+    from kit.dms import train
+    from kit.dms.evictor import RECIPES, read_card
+    from kit.evaluation.store import Store
+    from kit.models.load import load as load_model
 
-
-def print_paths(profile: str) -> None:
-    """Where the report and the executed notebooks lie."""
-    report = run_dir(profile) / "report.html"
-    print()
-    if report.is_file():
-        print(f"Report:    {pipeline.short(report)}")
-    print(f"Notebooks: {pipeline.short(run_dir(profile) / 'notebooks')}")
-
-
-COMMANDS = {  # name: function, what it does, an example, what its exit status means
-    "reproduce": (_reproduce, "run every notebook whose result is not up to date, then print the "
-                  "verdicts", "reproduce --profile laptop --only 05", EXIT_CODES),
-    "status": (_status, "say which notebooks are up to date, and why not", "status --json", ""),
-    "advise": (_advise, "say what of a model fits into a memory, and why", "advise --memory 24GiB "
-               "--model hub:Qwen/Qwen3-4B-Instruct-2507 --context 32k", ""),
-    "report": (_report, "write the page again from what has been measured", "report", ""),
-    "bundle": (_bundle, "pack a run into one zip for a paper", "bundle --profile laptop", ""),
-    "verify": (_verify, "judge runs again without a model: hashes, verdicts, tables; all that is "
-               "published where no file is given", "verify bundle.zip",
-               "exit status: 0 nothing differs, 1 something does, 2 no bundle"),
-    "diff": (_diff, "say where two runs differ: numbers beyond noise, verdicts, environment",
-             "diff laptop theirs.zip", ""),
-}  # fmt: skip
-
-
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m kit",
-        description="What does memory buy a small language model, per byte?",
-        epilog=EXIT_CODES,
-        formatter_class=raw,
-    )
-    commands, made = parser.add_subparsers(required=True, metavar="command"), {}
-    for name, (command, does, example, ends) in COMMANDS.items():
-        epilog = f"example: python -m kit {example}\n\n{ends}"
-        made[name] = commands.add_parser(name, help=does, epilog=epilog, formatter_class=raw)
-        made[name].set_defaults(command=command)
-        if name in ("verify", "diff"):
-            made[name].set_defaults(profile="laptop")
-        else:
-            made[name].add_argument("--profile", help="tour, laptop, ... (default: quick)")
-        if name in ("status", "advise", "verify", "diff"):
-            made[name].add_argument("--json", action="store_true", help="for a script")
-    reproduce, advise = made["reproduce"], made["advise"]
-    reproduce.add_argument("--from", dest="from_", metavar="NN", help="run again from here on")
-    reproduce.add_argument("--only", metavar="NN", help="bring only this notebook up to date")
-    reproduce.add_argument("--force", action="store_true", help="run again what is up to date")
-    reproduce.add_argument("--keep-going", action="store_true", help=KEEP_GOING)
-    advise.add_argument("--memory", required=True, help="of the device: 24GiB, or 24GB")
-    advise.add_argument("--model", required=True, help="hub:ORG/NAME, a folder, or the bundled one")
-    advise.add_argument("--context", required=True, help="tokens of a question and its answer: 32k")
-    made["verify"].add_argument(
-        "file", type=Path, nargs="*", help="a bundle, zipped or unpacked, or a published folder"
-    )
-    for name in ("one", "other"):
-        made["diff"].add_argument(
-            name, type=Path, help="a bundle, a folder of outputs, or a profile"
+    with _in_one_sentence():
+        chosen, loaded = _named(RECIPES, recipe, "recipe"), load_model(model)
+        store = Store(folder / "traces")
+        ids, held_out = (
+            train.pack_documents(
+                loaded,
+                train.own_traces(loaded, load(problems, split, n=count), store),
+                chosen.context,
+            )
+            for split in ("train", "validation")
         )
-    return parser
+        training = train.EvictorTraining(loaded, ids, chosen, folder / f"seed{seed}", seed)
+        full, layers = len(training.evictor.layers), len(training.windows)
+        print(f"{full} of {layers} layers have full attention")
+        bar = tqdm(total=chosen.steps, initial=len(training.history), unit="step")
+
+        def show(metrics: dict) -> None:
+            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("kl", "closed", "target")})
+            bar.update()
+
+        for file in training.run((2, 4, 8), show, held_out[:8]).values():
+            print(file, read_card(file))
+
+
+@app.command(
+    **_example("grpo outputs/grpo --recipe laptop --steps 20\n\nOn several GPUs:\n\n    accelerate "
+               "launch --config_file data/launch/ddp.yaml \\\n        -m kit grpo outputs/grpo")
+)  # fmt: skip
+def grpo(
+    folder: Folder,
+    model: ModelName = BUNDLED,
+    recipe: Annotated[str, Option(help="laptop, open-rs-1, open-rs-2, open-rs-3")] = "laptop",
+    problems: Annotated[str, Option(help="problem set: its train split")] = "laptop",
+    mix: Annotated[
+        tuple[int, int] | None, Option(metavar="EASY HARD", help="problems of each kind")
+    ] = None,
+    steps: Annotated[int | None, Option(show_default="of the recipe")] = None,
+    seed: Annotated[int | None, Option(show_default="of the recipe")] = None,
+    rollouts: Annotated[
+        str | None,
+        Option(help="kit, transformers, vllm, vllm-server", show_default="of the recipe"),
+    ] = None,
+    evictor: Annotated[
+        Path | None, Option(help="a file by train-evictor: rollouts under DMS")
+    ] = None,
+    job: Annotated[Path | None, Option(hidden=True)] = None,
+) -> None:
+    """Train a model by GRPO; the same command resumes at the last checkpoint after a kill."""
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from kit.data import prompts
+    from kit.data.problems import load
+    from kit.dms.evictor import load as load_evictor
+    from kit.inference.policies import DMS, Full
+    from kit.models.load import load as load_model
+    from kit.training import grpo
+    from kit.training.grpo import RECIPES, mixed
+
+    speaks = not int(os.environ.get("RANK", 0))  # of several processes one does
+    with _in_one_sentence():
+        if job:  # a file by kit.training.grpo.launch, instead of all options
+            trained = grpo.run_job(job, folder, speaks)
+        else:
+            changes = {"steps": steps, "seed": seed, "rollouts": rollouts}
+            changes = {name: value for name, value in changes.items() if value is not None}
+            chosen = replace(_named(RECIPES, recipe, "recipe"), **changes)
+            every = load(problems, "train").problems
+            asked = prompts.build(prompts.format_only, mixed(every, *mix) if mix else every)
+            policy = DMS(load_evictor(evictor, load_model(model))) if evictor else Full()
+            bar = tqdm(total=chosen.steps, unit="step", disable=not speaks)
+
+            def show(metrics: dict) -> None:
+                bar.set_postfix(reward=f"{metrics.get('reward', 0):.3f}")
+                bar.update(metrics["step"] - bar.n)
+
+            trained = grpo.grpo(model, asked, chosen, folder, show, policy)
+    if speaks:
+        print(trained)
+
+
+@app.command("train-bank", **_example("train-bank outputs/bank --only 0 --only 1"))
+def train_bank(
+    folder: Folder,
+    model: ModelName = BUNDLED,
+    families: Annotated[str, Option(help="of facts, separated by commas", show_default="all")] = "",
+    cities: Annotated[int | None, Option(help="the largest ones", show_default="all")] = None,
+    told: Annotated[int, Option(help="sentences to train on")] = 20_000,
+    branching: Annotated[int, Option(help="subtrees of a node")] = 8,
+    sizes: Annotated[str, Option(help="units of a block, by level of the tree")] = "32,16",
+    layers: Annotated[int, Option(help="that have memory")] = 10,
+    where: Annotated[str, Option(help="late, all, early, middle, uniform")] = "late",
+    only: Annotated[
+        list[int] | None, Option(help="a subtree to train here", show_default="all")
+    ] = None,
+) -> None:
+    """Train a parametric bank on the frozen facts, or some of its subtrees: other processes, or
+    machines that share FOLDER, train the others."""
+    from tqdm import tqdm
+
+    from kit.models import embedder
+    from kit.models.load import load as load_model
+    from kit.parametric import facts, study
+    from kit.parametric.train import MemoryTrainConfig
+
+    with _in_one_sentence():
+        names = families.split(",") if families else [*facts.TELL]
+        known = facts.load(names, cities or facts.CITIES)
+        sentences = tuple(facts.tell(known, told, seed=0))
+        layout = study.Layout(
+            branching, tuple(int(size) for size in sizes.split(",")), where, layers
+        )
+        if unknown := sorted({*(only or ())} - {*range(branching)}):
+            raise ValueError(f"no subtree {unknown[0]}; there are 0 to {branching - 1}")
+        bar = tqdm(unit="step")
+
+        def show(metrics: dict) -> None:
+            bar.set_postfix(subtree=metrics["nodes"][0], loss=f"{metrics['loss']:.2f}")
+            bar.update()
+
+        trained = study.FactStudy(
+            load_model(model), embedder.load(), tuple(known), sentences, folder, show
+        ).bank(layout, MemoryTrainConfig(), only=only)
+    print(trained or "These subtrees are done, others are not: the last to end makes the bank.")
+
+
+@app.command("freeze-problems", **_example("freeze-problems --families chain_sum,gcd --show"))
+def freeze_problems(
+    families: Annotated[
+        str, Option(help="of problems, separated by commas", show_default="all")
+    ] = "",
+    seed: Annotated[int, Option(help="of the generators")] = 0,
+    show: Annotated[bool, Option("--show", help="print examples, write nothing")] = False,
+) -> None:
+    """Generate the problems of the laptop suite anew and write them to data/problems."""
+    from kit.data import suite
+    from kit.data.generators import FAMILIES
+
+    names = families.split(",") if families else [*FAMILIES]
+    with _in_one_sentence():
+        if show:
+            suite.show(names, suite.PER_LEVEL["test"], seed)
+        else:
+            manifest = suite.freeze(names, suite.PER_LEVEL, seed=seed)
+            print(f"froze {manifest['counts']} problems, sha256 {manifest['sha256'][:12]}")
+
+
+def _named(table: dict, name: str, kind: str):
+    if name not in table:
+        raise ValueError(f"there is no {kind} {name!r}; there are: {', '.join(table)}")
+    return table[name]

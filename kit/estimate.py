@@ -4,7 +4,7 @@ What a stage generates and trains follows from its parameters, as `WORK` counts 
 machine does either is measured on the bundled model in a second or two. What is not counted
 (long prompts, answers that end early, figures) is in one factor per stage, see `FACTORS`.
 
-    python -m kit.estimate quick laptop     what `measured` returns, as JSON
+    python -m kit estimate quick laptop     what `measured` returns, as JSON
 """
 
 import json
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import log2
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def measured(*profiles: str) -> dict:
     """`rates` of this machine, and by profile and stage its `seconds` and the claims that it
     `decides` of `all`; from a process of its own, which leaves neither torch nor a model behind.
     {} where that fails: no run waits for its estimate."""
-    command = [sys.executable, "-m", "kit.estimate", *profiles]
+    command = [sys.executable, "-m", "kit", "estimate", *profiles]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
@@ -160,20 +160,16 @@ WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # tokens 
 }
 
 
-def main() -> None:
-    """Print what `measured` returns."""
+def estimates(profiles: Iterable[str]) -> dict:
+    """What `measured` returns, measured in this process."""
     from kit.analysis import claims
 
     speed, published, found = rates(), claims.load(), {}
-    for profile in sys.argv[1:]:
+    for profile in profiles:
         found[profile] = {}
         for stage in load_stages(profile):
             mine = [claim for claim in published if claim.notebook == stage.name]
             decides = sum(claim.decided_by(profile) for claim in mine)
             row = {"seconds": seconds(stage, speed), "decides": decides, "all": len(mine)}
             found[profile][stage.name] = row
-    print(json.dumps({"rates": speed, "profiles": found}))
-
-
-if __name__ == "__main__":
-    main()
+    return {"rates": speed, "profiles": found}

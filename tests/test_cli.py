@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,9 +14,11 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import typer
 from nbformat.v4 import new_code_cell, new_notebook
 
 from kit import cli
+from kit.models import load as models
 from kit.pipeline import provenance
 from kit.pipeline.refusals import Refused
 
@@ -183,11 +187,45 @@ def test_a_run_goes_on_when_its_reader_has_gone(project):
 
 
 def test_help_documents_the_exit_statuses(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["reproduce", "--help"])
+    assert cli.main(["reproduce", "--help"]) == 0
     said = capsys.readouterr().out
-    assert "exit status" in said
-    assert all(f"\n  {code} " in said for code in (0, 1, 2, 3, 130))
+    assert "Exit status" in said
+    assert all(f"\n     {code} " in said for code in (0, 1, 2, 3, 130))
+
+
+def test_a_wrong_option_is_one_sentence(capsys):
+    for arguments, words in [
+        ([], ["Missing command", "python -m kit --help"]),
+        (["stats"], ["No such command 'stats'", "status"]),
+        (["reproduce", "--nly", "02"], ["No such option: --nly", "reproduce --help"]),
+        (["grpo", "folder", "--steps", "many"], ["--steps", "grpo --help"]),
+        (["advise", "--memory", "2GB", "--context", "32k"], ["Missing option '--model'"]),
+        (["grpo", "folder", "--recipe", "nope"], ["no recipe 'nope'", "open-rs-1"]),
+    ]:
+        assert cli.main(arguments) == 2, arguments
+        said = capsys.readouterr().err
+        assert all(word in said for word in words) and len(said.splitlines()) == 1, said
+
+
+def test_each_command_has_an_example_that_it_understands(subtests):
+    commands = typer.main.get_command(cli.app).commands
+    assert {"reproduce", "verify", "grpo", "train-evictor", "train-bank", "fetch"} <= {*commands}
+    for name, command in commands.items():
+        with subtests.test(name):
+            example = re.search(r"^    python -m kit ((.+\\\n)*.+)$", command.epilog, re.M)
+            first, *arguments = shlex.split(example[1].replace("\\\n", ""))
+            assert first == name and command.make_context(name, arguments)
+
+
+def test_the_page_on_the_command_line_is_what_the_commands_say():
+    renew = ["-m", "typer", "kit.cli", "utils", "docs", "--name", "python -m kit"]
+    page = subprocess.run([sys.executable, *renew], cwd=ROOT, capture_output=True, text=True)
+    stale = f"stale: run `python {shlex.join(renew)} --output docs/cli.md`"
+    assert page.stdout.strip() == (ROOT / "docs" / "cli.md").read_text().strip(), stale
+
+
+def test_the_model_of_the_command_line_is_the_bundled_one():
+    assert cli.BUNDLED == models.BUNDLED
 
 
 def test_the_default_profile_is_quick_with_a_gpu_and_without(monkeypatch):

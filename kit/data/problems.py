@@ -137,12 +137,12 @@ def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
     file, manifest_file = _laptop_files()
     for needed in (file, manifest_file):
         if not needed.exists():
-            raise FileNotFoundError(f"{needed} is missing: run `python -m kit.data.suite freeze`")
+            raise FileNotFoundError(f"{needed} is missing: run `python -m kit freeze-problems`")
     raw = file.read_bytes()
     if hashlib.sha256(raw).hexdigest() != json.loads(manifest_file.read_text())["sha256"]:
         raise ValueError(
             f"{file} is not the file {manifest_file.name} describes: restore both from git, or "
-            "freeze anew with `python -m kit.data.suite freeze`"
+            "freeze anew with `python -m kit freeze-problems`"
         )
     rows = [json.loads(line) for line in raw.decode().splitlines()]
     fields = ("id", "question", "answer", "family", "level")

@@ -1,14 +1,13 @@
 """The generated laptop suite: problems of the task families, made once and frozen to a file.
 
-    python -m kit.data.suite freeze --families chain_sum,gcd      writes data/problems/
-    python -m kit.data.suite show --families chain_sum            prints examples of every level
+    python -m kit freeze-problems                               writes data/problems/
+    python -m kit freeze-problems --families chain_sum --show   prints examples of every level
 
 Generators change between versions, so runs read the frozen file (`problems.load("laptop")`) and
 this module is needed only to make a new one. Each question is asked in one plain sentence,
 without the generator's format instructions: prompts are the business of `prompts`.
 """
 
-import argparse
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -143,33 +142,11 @@ def guess_share(problems: Sequence[Problem]) -> float:
     return Counter(p.answer for p in problems).most_common(1)[0][1] / len(problems)
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("freeze", "show"))
-    parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated names")
-    parser.add_argument("--seed", type=int, default=0)
-    for split, count in PER_LEVEL.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help="problems per level")
-    given = parser.parse_args()
-    sizes = {split: getattr(given, split) for split in PER_LEVEL}
-    try:
-        if given.action == "freeze":
-            manifest = freeze(given.families.split(","), sizes, seed=given.seed)
-            print(f"froze {manifest['counts']} problems, sha256 {manifest['sha256'][:12]}")
-        else:
-            _show(given.families.split(","), sizes["test"], given.seed)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _show(families: Sequence[str], n: int, seed: int) -> None:
+def show(families: Sequence[str], n: int, seed: int) -> None:
+    """Print three of `n` problems of every level, and what guessing scores on all of them."""
     for family in families:
         for level in range(1, len(_maker(family).levels) + 1):
             some = generate(family, level, n, seed)
             print(f"{family} level {level}: one constant answer scores {guess_share(some):.0%}")
             for problem in some[:3]:
                 print(f"    {problem.question}  ->  {problem.answer}")
-
-
-if __name__ == "__main__":
-    _main()

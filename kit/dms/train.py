@@ -9,7 +9,6 @@ Sources: Dynamic Memory Sparsification, https://arxiv.org/abs/2506.05345;
 https://github.com/NVIDIA/Model-Optimizer, experimental/dms at a2fbac7.
 """
 
-import argparse
 import copy
 import dataclasses
 import time
@@ -18,20 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from kit.data import prompts
-from kit.data.problems import ProblemSet, load
+from kit.data.problems import ProblemSet
 from kit.dms import distillation
-from kit.dms.evictor import RECIPES, Evictor, EvictorRecipe, read_card
+from kit.dms.evictor import Evictor, EvictorRecipe
 from kit.dms.gates import Gates, hidden, measure
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.inference.decode import slots_attached
 from kit.inference.kv_cache import layer_windows
 from kit.models.checkpoint import ResumableTraining
-from kit.models.load import BUNDLED, Model, twin
-from kit.models.load import load as load_model
+from kit.models.load import Model, twin
 from kit.schema import Sampling, digest
 
 
@@ -212,43 +209,3 @@ def hash_ids(ids: torch.Tensor) -> str:
 def _generator(device, *seeds: int) -> torch.Generator:
     """A generator that depends on all of `seeds`."""
     return torch.Generator(device).manual_seed(int(digest(seeds, 15), 16))
-
-
-def main() -> None:
-    """Train an evictor on a model's own traces of a training split, from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m kit.dms.train", description=main.__doc__)
-    parser.add_argument("out", type=Path, help="folder for the evictors (2x.safetensors, ...)")
-    parser.add_argument("--model", default=BUNDLED)
-    parser.add_argument("--recipe", default="laptop", choices=sorted(RECIPES))
-    parser.add_argument("--problems", default="laptop", help="problem set; train and validation")
-    parser.add_argument("--count", type=int, help="training problems (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        _train(args)
-    except ValueError as error:  # unknown names, too little text: one sentence says it
-        parser.exit(2, f"{error}\n")
-
-
-def _train(args: argparse.Namespace) -> None:
-    model, recipe = load_model(args.model), RECIPES[args.recipe]
-    store = Store(args.out / "traces")
-    texts = {
-        split: own_traces(model, load(args.problems, split, n=args.count), store)
-        for split in ("train", "validation")
-    }
-    data, held_out = (pack_documents(model, texts[split], recipe.context) for split in texts)
-    training = EvictorTraining(model, data, recipe, args.out / f"seed{args.seed}", args.seed)
-    print(f"{len(training.evictor.layers)} of {len(training.windows)} layers have full attention")
-    steps = tqdm(total=recipe.steps, initial=len(training.history), unit="step")
-
-    def show(figures: dict) -> None:
-        steps.set_postfix({name: f"{figures[name]:.3f}" for name in ("kl", "closed", "target")})
-        steps.update()
-
-    for file in training.run((2, 4, 8), show, held_out[:8]).values():
-        print(file, read_card(file))
-
-
-if __name__ == "__main__":
-    main()

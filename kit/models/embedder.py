@@ -8,7 +8,6 @@ length 1, so that a dot product is the cosine.
 """
 
 import sqlite3
-import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +115,3 @@ def _read(database: sqlite3.Connection, keys: list[str]) -> dict[str, bytes]:
         query = f"SELECT key, vector FROM vectors WHERE key IN ({marks})"
         found |= dict(database.execute(query, part))
     return found
-
-
-if __name__ == "__main__":  # `make env` fetches ahead of time
-    try:
-        load()
-    except ValueError as error:
-        sys.exit(str(error))
-    print(f"{MINILM} is ready.")

@@ -15,7 +15,6 @@ import gc
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,11 +323,3 @@ def save(trained, base: Model, folder: Path, card: dict, weights: dict | None = 
             f"({getattr(error, 'strerror', None) or error}); make room and run again: the last "
             f"checkpoint is kept."
         ) from error
-
-
-if __name__ == "__main__":  # `make env` fetches and dequantizes ahead of time
-    try:
-        load(BUNDLED)
-    except ValueError as error:
-        sys.exit(str(error))
-    print(f"{BUNDLED} is ready.")

@@ -3,14 +3,13 @@
 An arm is a model with a bank or without; all are trained on the same sentences, and what a context
 fetches has as many parameters in each. See `kit.parametric.train` for the training.
 
-    python -m kit.parametric.study FOLDER --only 0 1     trains two subtrees of a bank, other
-    processes
-                                                  or machines that share FOLDER the others
+    python -m kit train-bank FOLDER --only 0 --only 1     trains two subtrees of a bank; other
+                                                          processes, or machines that share
+                                                          FOLDER, the others
 
 Source: arXiv 2510.02375, sections 4 and 5.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from kit.models import embedder as embed
 from kit.models.embedder import Embedder
-from kit.models.load import BUNDLED, Model, load
+from kit.models.load import Model, load
 from kit.parametric import cluster_tree, facts, ffn_memory, shards
 from kit.parametric.activation_cache import Lower
 from kit.parametric.bank import ParametricBank, assemble_bank
@@ -216,48 +213,3 @@ class FactStudy:
         files[node] = job.files[0]
         folder = assemble_bank(job.folder / "bank", self.model, tree, shape, files, name)
         return ParametricBank(folder, self.model, self.embedder)
-
-
-def main() -> None:
-    """Train a bank on the frozen facts, all of it or some subtrees."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kit.parametric.study", description=main.__doc__
-    )
-    parser.add_argument("out", type=Path, help="folder for jobs and bank")
-    parser.add_argument("--model", default=BUNDLED)
-    parser.add_argument(
-        "--families", nargs="+", default=[*facts.TELL], help="of kit.parametric.facts"
-    )
-    parser.add_argument("--cities", type=int, default=facts.CITIES)
-    parser.add_argument("--told", type=int, default=20_000, help="sentences")
-    parser.add_argument("--branching", type=int, default=8)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 16], help="units by level")
-    parser.add_argument("--layers", type=int, default=10)
-    parser.add_argument("--where", default="late", help="all, early, middle, late or uniform")
-    parser.add_argument("--only", type=int, nargs="+", help="subtrees to train here")
-    args = parser.parse_args()
-    try:
-        place = _train(args)
-    except ValueError as error:  # unknown names, bad sizes: one sentence says it
-        parser.exit(2, f"{error}\n")
-    print(place or "These subtrees are done, others are not: the last to end makes the bank.")
-
-
-def _train(args: argparse.Namespace) -> Path | None:
-    known = facts.load(args.families, args.cities)
-    bar = tqdm(unit="step")
-
-    def show(figures: dict) -> None:
-        bar.set_postfix(subtree=figures["nodes"][0], loss=f"{figures['loss']:.2f}")
-        bar.update()
-
-    told = tuple(facts.tell(known, args.told, seed=0))
-    whole = load(args.model), embed.load(), tuple(known), told, args.out, show
-    layout = Layout(args.branching, tuple(args.sizes), args.where, args.layers)
-    if unknown := sorted(set(args.only or ()) - set(range(args.branching))):
-        raise ValueError(f"no subtree {unknown[0]}; there are 0 to {args.branching - 1}")
-    return FactStudy(*whole).bank(layout, MemoryTrainConfig(), only=args.only)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ imports this only when a stage has to run.
 """
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def execute(
     watch.start()
     try:
         with _private_folder() as folder, open(folder / LOG, "w+", errors="replace") as log:
-            manager = _manager(folder, ENVIRONMENT | env, watch, log)
+            manager = _manager(folder, ENVIRONMENT | _path(root) | env, watch, log)
             try:
                 _papermill(notebook, output, parameters, root, watch, manager)
             except PapermillExecutionError as error:
@@ -125,6 +126,12 @@ def execute(
     seconds = time.monotonic() - began
     killed = watch.exit_code == -signal.SIGKILL and "killed" in problem
     return Outcome(problem, killed, detail, watch.cell, watch.source, seconds, watch.peak_bytes)
+
+
+def _path(root: Path) -> dict[str, str]:
+    """The kit of `root` comes first, whatever kit the caller's PYTHONPATH has."""
+    paths = [str(root), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @contextmanager

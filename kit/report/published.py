@@ -4,13 +4,12 @@ They lie under outputs/published by profile. Whoever has run some stages publish
 since a whole profile takes hours: those that others published stay, and all verdicts are made
 again from the records and measurements of both.
 
-    python -m kit.report.published laptop     publish what has run of a profile, and renew both
+    python -m kit publish laptop     publish what has run of a profile, and renew both
 """
 
 import io
 import json
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -189,9 +188,8 @@ def pages(published: Path = PUBLISHED) -> dict[Path, str]:
     return {ROOT / "README.md": readme.text(published), RESULTS: text(published)}
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        print(publish(name))
+def renew() -> None:
+    """Write what the published runs say into README.md and docs/results.md, and the figure."""
     for file, made in pages().items():
         write_text(file, renewed(file.read_text(encoding="utf-8"), made))
     readme.save_figure(ROOT / readme.FIGURE)

@@ -4,18 +4,21 @@ Prints what `kit.estimate` measures and what notebooks saved. Imports nothing he
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from kit import estimate
-from kit.paths import run_dir
+from kit.paths import PUBLISHED, run_dir
 from kit.pipeline.provenance import write_json
 from kit.pipeline.refusals import read_json
-from kit.pipeline.run import clock, say
+from kit.pipeline.run import clock, say, short
 from kit.pipeline.stages import PREFLIGHT, Stage, read_profile
 
 LARGEST = "workstation"  # the published size
 SIZES = ("quick", "laptop", LARGEST)
 UNDECIDED = "out of reach here"  # as in kit.analysis.claims, whose import takes a second
+UNMEASURED = "not measured yet"  # as there
 
 
 def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
@@ -75,6 +78,52 @@ def larger(profile: str) -> None:
             said = _on_a_gpu() if found["rates"]["device"] == "cuda" else f"{said}, {_on_a_gpu()}"
         whole = {key: sum(row[key] for row in rows) for key in ("decides", "all")}
         say(f"PROFILE={other}: {said}; {_decides(whole)}")
+
+
+def saved_verdicts(profile: str) -> list[dict]:
+    """What notebook 07 saved, a row per claim; [] where it has not run."""
+    file = run_dir(profile) / "results" / "07_verdicts.json"
+    return read_json(file)["verdicts"] if file.is_file() else []
+
+
+def print_verdicts(verdicts: list[dict]) -> None:
+    """The measured claims in full, the others counted; nothing where there are none."""
+    if not verdicts:
+        return
+    from tabulate import tabulate
+
+    columns = ["claim", "system", "published", "measured", "verdict", "reason"]
+    measured = [row for row in verdicts if row["measured"] not in (None, "")]
+    others = [row for row in verdicts if row["measured"] in (None, "")]
+    counts = Counter(row["verdict"] or UNMEASURED for row in verdicts)
+    print("\nVerdicts: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+    rows = [[row[column] for column in columns] for row in measured]
+    if rows:
+        print(tabulate(rows, columns, maxcolwidths=[30, 16, 16, 16, 16, 36], disable_numparse=True))
+    for verdict, n in Counter(row["verdict"] or UNMEASURED for row in others).most_common():
+        alike = [row["system"] for row in others if (row["verdict"] or UNMEASURED) == verdict]
+        each = ", ".join(f"{system} {k}" for system, k in sorted(Counter(alike).items()))
+        print(f"{verdict}: {n} ({each})")
+
+
+def print_reference(profile: str, published: Path = PUBLISHED) -> None:
+    """How this run differs from the published one of its profile, where there is one."""
+    if not (published / profile).is_dir():
+        return
+    from kit.report import bundle
+    from kit.report import published as reference
+
+    runs = bundle.read(published / profile), bundle.read(run_dir(profile))
+    print("\n" + "\n".join(reference.against(*runs)))
+
+
+def print_paths(profile: str) -> None:
+    """Where the report and the executed notebooks lie."""
+    report = run_dir(profile) / "report.html"
+    print()
+    if report.is_file():
+        print(f"Report:    {short(report)}")
+    print(f"Notebooks: {short(run_dir(profile) / 'notebooks')}")
 
 
 def longer(seconds: float) -> str:

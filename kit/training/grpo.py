@@ -1,7 +1,7 @@
 r"""Group relative policy optimisation on graded problems, by TRL.
 
-    python -m kit.training.grpo FOLDER --recipe laptop
-    accelerate launch --config_file data/launch/fsdp.yaml -m kit.training.grpo FOLDER \
+    python -m kit grpo FOLDER --recipe laptop
+    accelerate launch --config_file data/launch/fsdp.yaml -m kit grpo FOLDER \
         --recipe open-rs-2 --model hub:ORG/NAME --problems open-rs
 
 Rollouts come from `kit.inference.decode` ("kit"), from transformers, or from vLLM where that is
@@ -16,7 +16,6 @@ https://arxiv.org/abs/2503.16219 and https://github.com/knoveleng/open-rs, recip
 2889c47.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -29,13 +28,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from kit import paths
-from kit.data import problems, prompts
-from kit.dms import evictor
-from kit.inference.policies import DMS, Full
-from kit.models.load import BUNDLED, Model, collect, load
+from kit.inference.policies import Full
+from kit.models.load import Model, collect, load
 from kit.schema import Problem, Prompt, digest
 from kit.training import rewards, rollouts
 from kit.training.callbacks import Watch
@@ -113,7 +109,7 @@ def runnable(recipe: GRPOConfig) -> GRPOConfig:
     return recipe
 
 
-def processes(recipe: GRPOConfig, most: int) -> int:
+def usable_processes(recipe: GRPOConfig, most: int) -> int:
     """As many processes, at most `most`, as can share the completions of a step evenly."""
     return max(n for n in range(1, most + 1) if recipe.groups * recipe.size % n == 0)
 
@@ -248,7 +244,7 @@ def _settings(recipe: GRPOConfig, model: Model, place: Path) -> dict:
     if rest:
         raise ValueError(
             f"A step has {recipe.groups * recipe.size} completions (groups x size), which {count} "
-            f"processes cannot share evenly; start {processes(recipe, count)}, "
+            f"processes cannot share evenly; start {usable_processes(recipe, count)}, "
             f"or change groups."
         )
     at_once = max(n for n in range(1, recipe.micro_batch + 1) if mine % n == 0)
@@ -297,7 +293,7 @@ def launch(
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    count = processes(recipe, processes)
+    count = usable_processes(recipe, processes)
     if count < processes:
         whole = recipe.groups * recipe.size
         print(f"{count} of {processes} processes: {whole} completions of a step divide by {count}")
@@ -311,7 +307,8 @@ def launch(
         "--num_processes",
         str(count),
         "-m",
-        "kit.training.grpo",
+        "kit",
+        "grpo",
         str(folder),
         "--job",
         str(job),
@@ -331,59 +328,14 @@ def launch(
     return Path(said.strip())
 
 
-def main() -> None:
-    """Train a model on the training split of a problem set, from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m kit.training.grpo", description=main.__doc__)
-    parser.add_argument("out", type=Path, help="folder for checkpoints and the trained model")
-    parser.add_argument("--model", default=BUNDLED)
-    parser.add_argument("--recipe", default="laptop", choices=sorted(RECIPES))
-    parser.add_argument("--problems", default="laptop", help="problem set, its train split")
-    parser.add_argument("--mix", type=int, nargs=2, metavar=("EASY", "HARD"), help="problems")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--rollouts", choices=ROLLOUTS)
-    parser.add_argument("--evictor", type=Path, help="DMS rollouts by this file of kit.dms.train")
-    parser.add_argument("--job", type=Path, help="a file by grpo.launch, instead of all others")
-    args = parser.parse_args()
-    try:
-        place = _job(args) if args.job else _asked_for(args)
-    except ValueError as error:  # unknown names, bad sizes: one sentence says it
-        parser.exit(2, f"{error}\n")
-    if not int(os.environ.get("RANK", 0)):  # of several processes one speaks
-        print(place)
-
-
-def _asked_for(args) -> Path:
-    """What the flags say, with a progress bar."""
-    changes = {name: getattr(args, name) for name in ("steps", "seed", "rollouts")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **changes)
-    found = problems.load(args.problems, "train").problems
-    asked = prompts.build(prompts.format_only, mixed(found, *args.mix) if args.mix else found)
-    steps = tqdm(total=recipe.steps, unit="step", disable=bool(int(os.environ.get("RANK", 0))))
-
-    def show(figures: dict) -> None:
-        steps.set_postfix(reward=f"{figures.get('reward', 0):.3f}")
-        steps.update(figures["step"] - steps.n)
-
-    policy = Full()
-    if args.evictor:
-        policy = DMS(evictor.load(args.evictor, load(args.model)))
-    return grpo(args.model, asked, recipe, args.out, show, policy)
-
-
-def _job(args) -> Path:
-    """What a file by `launch` says, the figures of each step printed as JSON."""
-    job = json.loads(args.job.read_text())
+def run_job(file: Path, folder: Path, speaks: bool) -> Path:
+    """One process of `launch`: trains as `file` says and, where it `speaks`, prints the metrics of
+    each step as JSON. The folder of the trained model."""
+    job = json.loads(file.read_text())
     asked = []
     for row in job["asked"]:
         messages = tuple((role, content) for role, content in row["messages"])
         asked.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
-    speaks = not int(os.environ.get("RANK", 0))
     report = partial(print, flush=True) if speaks else lambda line: None
     recipe = GRPOConfig(**job["recipe"])
-    return grpo(job["base"], asked, recipe, args.out, lambda row: report(json.dumps(row)))
-
-
-if __name__ == "__main__":
-    main()
+    return grpo(job["base"], asked, recipe, folder, lambda row: report(json.dumps(row)))

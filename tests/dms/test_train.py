@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from kit import hub, paths
+from kit import cli, hub, paths
 from kit.data import problems
 from kit.dms import distillation, evictor, gates
-from kit.dms.train import EvictorTraining, main, own_traces, pack_documents
+from kit.dms.train import EvictorTraining, own_traces, pack_documents
 from kit.evaluation.store import Store
 from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
@@ -282,13 +282,9 @@ def test_training_text_is_the_models_own_and_never_the_test_split(tiny, tmp_path
     "arguments, said",
     [(["--model", "nowhere"], "No model at 'nowhere'"), (["--problems", "none"], "no problem set")],
 )
-def test_the_command_says_in_one_sentence_what_is_wrong(
-    arguments, said, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("sys.argv", ["dms", str(tmp_path), *arguments])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    assert exit.value.code == 2 and capsys.readouterr().err.startswith(said)
+def test_the_command_says_in_one_sentence_what_is_wrong(arguments, said, tmp_path, capsys):
+    assert cli.main(["train-evictor", str(tmp_path), *arguments]) == 2
+    assert capsys.readouterr().err.startswith(said)
 
 
 SHIPPED = sorted((paths.DATA / "evictors").glob("*.safetensors"))

@@ -13,7 +13,7 @@ from rocrate.rocrate import ROCrate
 from kit import cli, notebook, paths
 from kit.evaluation.store import Store
 from kit.pipeline import provenance, stages
-from kit.report import bundle, verify
+from kit.report import bundle, summary, verify
 from kit.report import published as reference
 from kit.schema import Record
 from tests.runs import TIMES, executed, ran
@@ -209,16 +209,16 @@ def test_two_runs_differ_in_what_moved_and_in_what_made_them():
 
 def test_a_run_is_held_against_the_published_one(tmp_path, capsys):
     ran(seed=0)
-    cli.print_reference("laptop", tmp_path / "published")
+    summary.print_reference("laptop", tmp_path / "published")
     assert capsys.readouterr().out == ""
     with zipfile.ZipFile(bundle.write("laptop")) as archive:
         archive.extractall(tmp_path / "published" / "laptop")
-    cli.print_reference("laptop", tmp_path / "published")
+    summary.print_reference("laptop", tmp_path / "published")
     said = capsys.readouterr().out
     assert "of 2 claims measured in both, 0 moved beyond noise, 0 verdicts differ" in said
     ran("workstation", seed=1, gain=-0.3)
     (tmp_path / "published" / "laptop").rename(tmp_path / "published" / "workstation")
-    cli.print_reference("workstation", tmp_path / "published")
+    summary.print_reference("workstation", tmp_path / "published")
     said = capsys.readouterr().out
     assert "1 moved beyond noise" in said and "  rbslm-format-accuracy: " in said
 
@@ -280,7 +280,7 @@ def test_the_pages_say_what_was_published(subtests):
     for file, made in reference.pages().items():
         with subtests.test(file.name):
             page = file.read_text(encoding="utf-8")
-            stale = "stale: run `python -m kit.report.published`"
+            stale = "stale: run `python -m kit publish`"
             assert reference.renewed(page, made) == page, stale
             with pytest.raises(ValueError, match="README.md or docs/results.md lacks the lines"):
                 reference.renewed(page.replace(reference.END, ""), made)

@@ -17,7 +17,7 @@ def exhibit(which: tuple[str, str]) -> pd.DataFrame:
 def test_the_figure_is_drawn_from_what_is_published(tmp_path):
     picture = readme.figure()
     committed = (paths.ROOT / readme.FIGURE).read_text()
-    assert picture.alt in committed, "stale: run `python -m kit.report.published`"
+    assert picture.alt in committed, "stale: run `python -m kit publish`"
     assert [axes.get_title() for axes in picture.axes] == [
         *("KV-cache eviction", "Parametric memory", "Retrieved strategies")
     ]

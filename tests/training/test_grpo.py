@@ -341,7 +341,7 @@ def test_a_step_is_shared_by_any_number_of_gpus(monkeypatch, tmp_path):
     """72 completions a step, as published, on the 1 to 8 GPUs of a machine."""
     published, model, started = grpo.OPEN_RS_2, toy(), []
     for gpus in range(1, 9):
-        started.append(grpo.processes(published, gpus))
+        started.append(grpo.usable_processes(published, gpus))
         monkeypatch.setenv("WORLD_SIZE", str(started[-1]))
         told = grpo._settings(published, model, tmp_path)
         at_once = told["per_device_train_batch_size"] * told["gradient_accumulation_steps"]
