@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env cluster lock reproduce verify status bundle test lint unit notebooks lab bench clean
+.PHONY: help env cluster lock reproduce verify status bundle test lint unit notebooks rehearse lab bench clean
 
 ENV ?= venv
 PREFIX := $(if $(filter conda,$(ENV)),.conda,.venv)
@@ -81,11 +81,13 @@ lint: env
 	$(PREFIX)/bin/ruff format --check kit tests
 	$(PREFIX)/bin/lint-imports
 unit: env cluster
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --ignore tests/test_workstation.py
-NBVAL = $(PY) -m pytest -p tests.nbval_lost --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
-  -p no:cacheprovider notebooks
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --durations=10 --ignore tests/test_workstation.py
+NBVAL = OMP_NUM_THREADS=1 $(PY) -m pytest -p tests.nbval_lost --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+  -n 2 --dist loadfile --durations=10 -p no:cacheprovider notebooks
 notebooks: env
 	$(NBVAL) || { [ $$? -eq 75 ] && echo "Only a lost kernel failed; once more." && $(NBVAL); }
+
+rehearse: env ## run the workstation profile from end to end, with a toy in place of each of its models
 	$(PY) -m pytest tests/test_workstation.py
 
 bundle: env ## pack a run into outputs/PROFILE/bundle.zip, to attach to a paper

@@ -129,19 +129,20 @@ def reproduce(
     """Run every notebook whose result is not up to date, then print the verdicts."""
     profile = profile or default_profile()
     pipeline.say(f"profile {profile}")
-    every = stages.load_stages(profile)
-    chosen = stages.select(every, from_, only)
-    forced = chosen if force else chosen[:1] if from_ else []
-    todo = [stage for stage in chosen if stage in forced
-            or stages.freshness(stage, every[: every.index(stage)])[0] != "fresh"]  # fmt: skip
-    times = {}
-    if todo:
-        preflight(profile, force=force)
-        times = summary.estimated(profile, todo)
+    judged = False
+
+    def start(chosen: list[stages.Stage], todo: list[stages.Stage]):
+        nonlocal judged
+        judged, times = chosen[-1].judges, {}
+        if todo:
+            preflight(profile, force=force)
+            times = summary.estimated(profile, todo)
+        return times, summary.after(todo, times)
+
     how = dict(from_=from_, only=only, force=force, keep_going=keep_going)
-    code = pipeline.run(profile, **how, expected=times, after=summary.after(todo, times))
+    code = pipeline.run(profile, **how, start=start)
     if code == 0 or (code == pipeline.FAILED and keep_going):
-        if chosen[-1].judges:
+        if judged:
             summary.print_verdicts(summary.saved_verdicts(profile))
             summary.print_reference(profile)
         summary.print_paths(profile)

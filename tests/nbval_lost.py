@@ -63,15 +63,23 @@ def _open(file, *args, **kwargs):
     return builtins.open(LOG, "a") if file == os.devnull else builtins.open(file, *args, **kwargs)
 
 
-def pytest_configure():
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    LOG.unlink(missing_ok=True)
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that starts those of xdist, or is alone
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        LOG.unlink(missing_ok=True)
     os.environ["PYTHONFAULTHANDLER"] = "1"
     nbval.kernel.open, nbval.plugin.RunningKernel = _open, Kernel
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    lost.extend(getattr(node, "workeroutput", {}).get("lost", []))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["lost"] = lost
     yield
     if lost and session.testsfailed == len(lost):
         session.exitstatus = LOST

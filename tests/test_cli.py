@@ -134,11 +134,12 @@ def test_an_interrupted_run_says_so_and_is_not_done(project):
     assert not list((project / "outputs/slow/notebooks").iterdir())
 
 
+@pytest.mark.parametrize("command", ["reproduce", "status"])
 @pytest.mark.parametrize("place", ["outputs", "outputs/deep"])
-def test_a_file_where_the_outputs_should_be_is_named(project, tmp_path, place):
+def test_a_file_where_the_outputs_should_be_is_named(project, tmp_path, place, command):
     (tmp_path / "outputs").write_text("a file")
     env = ENV | {"KIT_OUTPUTS": str(tmp_path / place)}
-    done = kit(project, "reproduce", "--profile", "slow", env=env)
+    done = kit(project, command, "--profile", "slow", env=env)
     assert done.returncode == 2
     assert done.stderr == (f"{tmp_path / 'outputs'} is a file where a folder should be; move it "
                            "away, or set KIT_OUTPUTS to another folder\n")  # fmt: skip

@@ -32,7 +32,8 @@ def test_lost_kernels(tmp_path, sources, status, said):
         cells = [nbformat.v4.new_code_cell(source)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{number}.ipynb")
     options = ["-p", "tests.nbval_lost", "-p", "no:cacheprovider", "--nbval-lax"]
-    options += ["--nbval-current-env", "--nbval-cell-timeout=4", str(tmp_path)]
+    options += ["--nbval-current-env", "--nbval-cell-timeout=4"]
+    options += ["-n", "2", "--dist", "loadfile", str(tmp_path)]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *options],
         cwd=paths.ROOT,

@@ -27,11 +27,19 @@ def of_system(error: OSError) -> Refused | None:
     if error.errno in FULL:
         return Refused(f"the disk is full ({error}); free some space and run again", 1)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        place = next((p for p in [*reversed(place.parents), place] if p.is_file()), place)
-        return Refused(f"{place} is a file where a folder should be; move it away, {ELSEWHERE}")
+        return file_in_the_way(place) or _a_file(place)
     if error.errno in CLOSED:
         return Refused(f"{place} cannot be written ({error.strerror}); change that, {ELSEWHERE}")
     return None
+
+
+def file_in_the_way(folder: Path) -> Refused | None:
+    """Where a file lies in the place of `folder`, or of a folder that it is in."""
+    return next((_a_file(p) for p in [*reversed(folder.parents), folder] if p.is_file()), None)
+
+
+def _a_file(place: Path) -> Refused:
+    return Refused(f"{place} is a file where a folder should be; move it away, {ELSEWHERE}")
 
 
 def read_json(file: Path):

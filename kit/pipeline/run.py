@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.pipeline import provenance
@@ -39,26 +38,36 @@ def run(
     only: str | None = None,
     force: bool = False,
     keep_going: bool = False,
-    expected: Mapping[str, float] = MappingProxyType({}),
-    after: Callable[[Stage], None] = lambda stage: None,
+    start: Callable[[list[Stage], list[Stage]], tuple[Mapping, Callable]] = (
+        lambda chosen, todo: ({}, lambda stage: None)
+    ),
 ) -> int:
     """Bring the stages of a profile up to date and return the exit status.
 
     0 when all asked for is fresh, 1 when a stage failed, 130 after Ctrl-C. With `keep_going` the
     stages after a failed one run too: they stand alone, but for the one that judges what there is
-    (`Stage.judges`). `expected` has seconds by stage, for the progress line; `after` is called
-    when a stage is done, and where `only` one is asked for also if it was. Raises Refused for what
+    (`Stage.judges`). `start` is called once, with the chosen stages and those of them that are to
+    run, and returns what a stage may take, in seconds by name, and a function to call with each
+    stage that is done, and where `only` one is asked for also if it was. Raises Refused for what
     the caller must change (profile, stage, a second run), OSError where the disk is full or a
     folder cannot be written.
     """
     stages = load_stages(profile, notebooks_dir.resolve(), outputs_dir.resolve())
     chosen, failed = select(stages, from_, only), []
+    forced = chosen if force else chosen[:1] if from_ else []
+
+    def is_fresh(stage: Stage) -> bool:
+        return stage not in forced and (
+            freshness(stage, stages[: stages.index(stage)])[0] == "fresh"
+        )
+
     with _alone(outputs_dir.resolve() / profile):
+        todo = [stage for stage in chosen if not is_fresh(stage)]
+        expected, after = start(chosen, todo)
         for stage in chosen:
             earlier = stages[: stages.index(stage)]
             label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
-            forced = force or (bool(from_) and stage is chosen[0])
-            if fresh := not forced and freshness(stage, earlier)[0] == "fresh":
+            if fresh := is_fresh(stage):  # again: one that ran since changes what 07 reads
                 say(f"{label}  up to date")
             elif code := _run_stage(stage, earlier, label, expected.get(stage.name)):
                 failed.append(stage.name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.pipeline import imports, parameters
 from kit.pipeline.provenance import file_hash, files_hash
-from kit.pipeline.refusals import Refused, read_json
+from kit.pipeline.refusals import Refused, file_in_the_way, read_json
 from kit.schema import DTYPES, digest
 
 TOUR = "tour"  # the profile that is the parameters cells themselves
@@ -148,6 +148,8 @@ def read_profile(profile: str, notebooks: Path = NOTEBOOKS) -> dict[str, dict]:
 def load_stages(profile: str, notebooks: Path = NOTEBOOKS, outputs: Path = OUTPUTS) -> list[Stage]:
     """All stages of a profile in running order, every key of the profile checked."""
     tables = read_profile(profile, notebooks)
+    if refusal := file_in_the_way(outputs / profile):
+        raise refusal
     files = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
     names = [file.stem for file in files]
     if not files:
