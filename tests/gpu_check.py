@@ -788,10 +788,11 @@ def cuda_graphs(here: Here, found: dict) -> str:
         if here.dry:
             raise Skipped("no CUDA graphs on a CPU")
         engine.announce()
+        found["forward_ms"] = 1e3 * bench.step_seconds(engine, engine.forward)
         found["graph_ms"] = 1e3 * bench.step_seconds(engine, bench.captured(engine))
     return (
-        f"DMS, {batch} x {length}: a step takes {found['eager_ms']:.1f} ms, with its forward pass "
-        f"as a graph {found['graph_ms']:.1f}"
+        f"DMS, {batch} x {length}: a step takes {found['eager_ms']:.1f} ms, its forward pass "
+        f"{found['forward_ms']:.1f}, and as a graph {found['graph_ms']:.1f}"
     )
 
 
@@ -819,14 +820,14 @@ def vllm(here: Here, found: dict) -> str:
 
 
 def joined(runs: list[dict]) -> dict:
-    """Several runs on one card as one: of a check made twice, the later; each says its commit."""
+    """Several runs on one card as one: of a check made twice, the later; each says the hash of its code."""
     cards = {gpu["name"] for run in runs for gpu in run["provenance"]["hardware"]["gpus"]}
     if len(cards) > 1:
         raise ValueError(f"these runs are of several cards: {' and '.join(sorted(cards))}")
     checks = {}
     for run in runs:
-        commit = run["provenance"]["commit"]
-        checks |= {name: row | dict(commit=commit) for name, row in run["checks"].items()}
+        code = run["provenance"]["kit_sha256"][:12]
+        checks |= {name: row | dict(kit_sha256=code) for name, row in run["checks"].items()}
     return runs[-1] | dict(checks=checks)
 
 

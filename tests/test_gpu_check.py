@@ -133,15 +133,15 @@ def test_only_what_every_check_said_on_a_gpu_is_published_under_its_name(tmp_pat
 
 
 def test_a_check_that_was_made_again_on_the_same_card_replaces_the_first():
-    def run(card, commit, **checks):
-        provenance = {"commit": commit, "hardware": {"gpus": [{"name": card}]}}
+    def run(card, code, **checks):
+        provenance = {"kit_sha256": code, "hardware": {"gpus": [{"name": card}]}}
         return {"dry": False, "provenance": provenance, "checks": checks}
 
     first = run("H200", "a", kernel={"verdict": "wrong"}, energy={"verdict": "ok"})
     again = run("H200", "b", kernel={"verdict": "ok"})
     assert gpu_check.joined([first, again])["checks"] == {
-        "kernel": {"verdict": "ok", "commit": "b"},
-        "energy": {"verdict": "ok", "commit": "a"},
+        "kernel": {"verdict": "ok", "kit_sha256": "b"},
+        "energy": {"verdict": "ok", "kit_sha256": "a"},
     }
     with pytest.raises(ValueError, match="of several cards: H100 and H200"):
         gpu_check.joined([first, run("H100", "b")])
