@@ -820,7 +820,7 @@ def vllm(here: Here, found: dict) -> str:
 
 
 def joined(runs: list[dict]) -> dict:
-    """Several runs on one card as one: of a check made twice, the later; each says the hash of its code."""
+    """Several runs on one card as one, each check with the hash of its code: of two, the later."""
     cards = {gpu["name"] for run in runs for gpu in run["provenance"]["hardware"]["gpus"]}
     if len(cards) > 1:
         raise ValueError(f"these runs are of several cards: {' and '.join(sorted(cards))}")
