@@ -79,6 +79,7 @@ class Generation:
     kv_peak_bytes: int  # the same in bytes, summed over layers and heads
     joules: float = 0.0  # its new tokens' share of what the devices drew; 0 where none counts
     forced: tuple["Generation | None", ...] = ()  # at each cut, None where it had ended before
+    stop_id: int | None = None  # the token that ended it
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow.parquet
@@ -87,12 +88,12 @@ def _gsm8k(row: Row) -> tuple:
 def _integer(value) -> str:
     """ "073", 73 and 73.0 are all 73."""
     try:
-        number = float(value)
-        if isinstance(value, bool) or not number.is_integer():
+        number = Decimal(str(value))  # a float would lose digits of large integers
+        if isinstance(value, bool) or number != number.to_integral_value():
             raise ValueError
-    except (TypeError, ValueError, OverflowError):
+    except (ValueError, ArithmeticError):
         raise BadRow(f"field 'answer' is {value!r}, not an integer") from None
-    return str(int(number))
+    return f"{number:.0f}"
 
 
 def _aime(row: Row, family: str) -> tuple:
@@ -256,7 +257,9 @@ def _rows(path: Path) -> Iterator[tuple[int, Row | Exception]]:
             reader = csv.DictReader(file)
             try:
                 for row in reader:
-                    yield reader.line_num, row
+                    whole = None not in row and None not in row.values()
+                    shifted = BadRow("not as many fields as the header; quote texts with commas")
+                    yield reader.line_num, row if whole else shifted
             except csv.Error as error:
                 raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
     else:

@@ -16,7 +16,7 @@ from kit.dms import distillation
 from kit.inference.decode import DECODE_VERSION, slots_attached
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import Full
-from kit.models.load import Model, twin
+from kit.models.load import Model, check_head, twin
 from kit.paths import atomic
 from kit.schema import digest
 
@@ -112,6 +112,7 @@ def kept_positions(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 
 def _whole(model: Model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     """Final hidden states under full attention of one sequence [T], from token `prompt` to the last
     but one: [T - prompt - 1, hidden size]."""
+    check_head(model.weights)
     out = model.weights.base_model(input_ids=ids[None], use_cache=False)
     return out.last_hidden_state[0, prompt:-1]
 

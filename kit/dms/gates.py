@@ -21,7 +21,7 @@ from kit.inference.block_table import MASKED
 from kit.inference.decode import slots_attached
 from kit.inference.kv_cache import layer_windows
 from kit.inference.prefill_attention import evicting_attention
-from kit.models.load import Model
+from kit.models.load import Model, check_head
 
 
 class Gates:
@@ -88,6 +88,7 @@ class Gates:
 
 def hidden(weights, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
     """Final hidden states of whole sequences [B, T] under `gates`: [B, T, hidden size]."""
+    check_head(weights)
     out = weights.base_model(input_ids=ids, use_cache=False, slots=gates)
     return out.last_hidden_state
 

@@ -98,7 +98,8 @@ class Store:
                 query = query.where(where)
             if columns:
                 query = query.select(columns)
-            return query.limit(None).to_pandas()
+            # Writers at once may have stored the same key, which no commit of theirs could see.
+            return query.limit(None).to_pandas().drop_duplicates("key", ignore_index=True)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:

@@ -30,7 +30,7 @@ from kit.schema import Generation, Prompt, Sampling
 
 # Part of every record's key. Raise it by one when tokens, or their cost, may differ from before for
 # the same weights and request: records that were stored under another version are decoded again.
-DECODE_VERSION = 1
+DECODE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -297,4 +297,5 @@ def _finish(model: Model, cache: SlotCache, sequence: _Running, stopped: bool) -
         kv_reads_tokens=sequence.reads,
         kv_peak_tokens=sequence.peak,
         kv_peak_bytes=round(sequence.peak * cache.token_bytes),
+        stop_id=sequence.new_ids[-1] if stopped else None,
     )

@@ -396,8 +396,11 @@ class SlotCache:
 
 
 def layer_windows(config) -> list[int | None]:
-    """Sliding window of each layer, None for full attention."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    """Sliding window of each layer, None for full attention. Of a config without `layer_types`
+    (Mistral, Mixtral, Phi-3) every layer slides where it names a window."""
+    slides = getattr(config, "sliding_window", None) is not None
+    kind = "sliding_attention" if slides else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ValueError(

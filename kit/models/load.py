@@ -18,6 +18,8 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+from weakref import WeakSet
 
 import torch
 import transformers
@@ -34,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from kit import hub, paths
 from kit.hub import hash_files
@@ -71,6 +74,8 @@ RANDOM = {
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
 }
+
+_PLAIN: WeakSet[PreTrainedModel] = WeakSet()  # models that `check_head` has let pass
 
 
 class ModelError(ValueError):
@@ -122,6 +127,30 @@ def twin(weights: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrain
     for parameter in found.parameters():
         parameter.data = parameter.data.to(dtype)
     return found
+
+
+def check_head(weights: PreTrainedModel) -> None:
+    """ModelError for a model whose logits are more than `lm_head` of its last hidden states: who
+    computes them from those would miss what it scales, caps or adds (Granite, Cohere, Gemma 2)."""
+    if weights in _PLAIN:
+        return
+    matrix = weights.lm_head.weight.detach()
+    states = torch.randn(2, matrix.shape[1], generator=torch.Generator().manual_seed(0))
+    states = states.to(matrix.device, matrix.dtype)
+    # Logits up to 200, which every cap in use would change.
+    states *= 200 / (states @ matrix.T).abs().max()
+    out = BaseModelOutputWithPast(last_hidden_state=states[None])
+    ids = torch.zeros(1, 2, dtype=torch.long, device=matrix.device)
+    with torch.no_grad(), mock.patch.object(weights.base_model, "forward", lambda *_, **__: out):
+        said = weights(input_ids=ids, use_cache=False).logits[0].float()
+    plain = (states @ matrix.T).float()
+    if (said - plain).abs().max() > 0.02 * plain.abs().max():
+        raise ModelError(
+            f"{type(weights).__name__} does more to its logits than its head says (it scales, caps "
+            f"or shifts them); distillation, likelihoods and rollouts would compute others, so "
+            f"take another model."
+        )
+    _PLAIN.add(weights)
 
 
 def collect() -> None:

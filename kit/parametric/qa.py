@@ -18,11 +18,12 @@ from kit.data.prompts import FORM
 from kit.evaluation import grader
 from kit.evaluation.store import Store
 from kit.inference import decode
-from kit.models.load import Model
+from kit.inference.kv_cache import layer_windows
+from kit.models.load import Model, check_head
 from kit.parametric.bank import ParametricBank
 from kit.schema import Problem, Record, Sampling, digest
 
-PROBE_VERSION = 1  # of what a model is asked here; raise it by one when an answer may change
+PROBE_VERSION = 2  # of what a model is asked here; raise it by one when an answer may change
 BATCH = 16  # questions read at once
 COSTS = ("prompt_tokens", "new_tokens", "seconds", "finish")
 COSTS += ("kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes", "joules")
@@ -47,8 +48,9 @@ def choose(
     `seed` is that of the training, and stands in the records as a sampling's would."""
     prompts, made, todo = _begun(model, problems, store, arm, bank, passages, seed, options)
     todo.sort(key=lambda i: max(map(len, options[i])))  # less padding
-    for first in range(0, len(todo), BATCH):
-        part, started = todo[first : first + BATCH], time.perf_counter()
+    batch = 1 if _slides(model) else BATCH
+    for first in range(0, len(todo), batch):
+        part, started = todo[first : first + batch], time.perf_counter()
         with fetched(model, [problems[i].question for i in part], bank):
             scores = likelihoods(model, [prompts[i] for i in part], [options[i] for i in part])
         said = [options[i][int(np.argmax(row))] for i, row in zip(part, scores)]
@@ -94,6 +96,9 @@ def likelihoods(
 ) -> np.ndarray:
     """Log-probability of each option, a space before it, after its prompt: [prompts, options]."""
     each = len(options[0])
+    if len(prompts) > 1 and _slides(model):
+        rows = [likelihoods(model, [p], [o]) for p, o in zip(prompts, options, strict=True)]
+        return np.concatenate(rows)
     ids, mask = _padded([_ids(model, prompt) for prompt in prompts], model)
     out = model.weights.base_model(input_ids=ids, attention_mask=mask, use_cache=True)
     last = mask.sum(1) - 1
@@ -117,6 +122,11 @@ def likelihoods(
     found = logits.new_zeros(answers.shape)
     found[spoken.bool()] = logits.gather(1, answers[spoken.bool()][:, None])[:, 0]
     return found.sum(1).view(len(prompts), each).cpu().numpy()
+
+
+def _slides(model: Model) -> bool:
+    """Whether a layer forgets what left its window: padding would push out tokens of the text."""
+    return any(layer_windows(model.weights.config.get_text_config()))
 
 
 @torch.inference_mode()
@@ -144,6 +154,7 @@ def surprisal(
 def _logits(model: Model, states: torch.Tensor) -> torch.Tensor:
     """[n, V] in at least float32: bfloat16 would round logits by up to a sixteenth, more than sets
     two options apart."""
+    check_head(model.weights)
     precise = torch.promote_types(model.dtype, torch.float32)
     return states.to(precise) @ model.weights.lm_head.weight.to(precise).T
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kit.models.checkpoint import ResumableTraining
-from kit.models.load import Model, save, twin
+from kit.models.load import Model, check_head, save, twin
 from kit.parametric import activation_cache, cluster_tree, ffn_memory, shards
 from kit.parametric.activation_cache import Lower
 from kit.parametric.bank import assemble_bank
@@ -119,6 +119,7 @@ def completion_loss(model: Model, batch: Sequence[Row], below: Lower | None = No
     with activation_cache.only(model.weights, below.first) if below else nullcontext():
         out = model.weights.base_model(**given, position_ids=positions, use_cache=False)
     states = out.last_hidden_state
+    check_head(model.weights)
     spoken = targets != IGNORED  # the head is a third of the model: only where it is asked
     logits = model.weights.lm_head(states[spoken]).float()
     each = torch.nn.functional.cross_entropy(logits, targets[spoken], reduction="none")

@@ -47,8 +47,7 @@ def completions(
     training = model.weights.training
     model.weights.eval()
     done = decode.decode(model, requests, sampling, len(requests), policy=policy)
-    end = [model.tokenizer.eos_token_id]
-    said = [[*g.token_ids, *(end if g.finish == "stop" else [])] for g in done]
+    said = [[*g.token_ids, *([g.stop_id] if g.finish == "stop" else [])] for g in done]
     read = [list(request.prompt_ids) for request in requests]
     differs = differs or isinstance(policy, DMS)
     logps = sampled_logps(model, policy, read, said, sampling.temperature) if differs else None

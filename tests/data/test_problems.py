@@ -240,6 +240,24 @@ def cache(hub_cache):
     return put
 
 
+def test_a_row_with_a_bare_comma_is_rejected_and_not_shifted(tmp_path):
+    file = tmp_path / "own.csv"
+    file.write_text('question,answer\n"What is 1, plus 2?",3\nWhat is 1, plus 2?,3\nWhat?\n')
+    found = load("minerva", path=file)
+    assert [(p.question, p.answer) for p in found.problems] == [("What is 1, plus 2?", "3")]
+    assert [reject.line for reject in found.rejects] == [3, 4]
+    assert all("quote texts with commas" in reject.reason for reject in found.rejects)
+
+
+def test_large_integers_keep_their_digits(tmp_path):
+    large = 2**63 + 1
+    answers = (str(large), large, "073", 27.0)
+    rows = [{"problem": f"Q{i}?", "answer": answer} for i, answer in enumerate(answers)]
+    found = load("aime24", path=write_jsonl(tmp_path / "own.jsonl", rows))
+    said = {p.question: p.answer for p in found.problems}
+    assert list(dict(sorted(said.items())).values()) == [str(large), str(large), "73", "27"]
+
+
 def one_row(name: str) -> tuple[dict, str]:
     """A row in the published columns of a set, and the gold answer it must give."""
     long = "one, two, three " * 5

@@ -3,7 +3,9 @@
 import dataclasses
 import random
 import shutil
+import threading
 import typing
+from concurrent.futures import ThreadPoolExecutor
 
 import lancedb
 import pyarrow
@@ -203,3 +205,17 @@ def test_a_store_that_lost_files_is_named_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=f"The store in {tmp_path} is damaged") as caught:
         store.append([record("c")])
     assert "\n" not in str(caught.value) and "registry" not in str(caught.value)
+
+
+def test_writers_at_once_store_a_record_once(tmp_path):
+    Store(tmp_path)
+    records, together = [record(f"k{i}") for i in range(40)], threading.Barrier(4)
+
+    def write(_) -> None:
+        store = Store(tmp_path)
+        together.wait()
+        store.append(records)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(Store(tmp_path).table()) == 40

@@ -5,13 +5,19 @@ import random
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MistralConfig,
+    Phi3Config,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from kit.data import prompts
 from kit.inference import decode as decode_module
 from kit.inference import policies, prefix_sharing
 from kit.inference.decode import Request, decode, tokenize
-from kit.inference.kv_cache import SlotCache
+from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.sampling import HEAD, sample_tokens, seeded_uniforms
 from kit.models.load import RANDOM, Model, load
 from kit.schema import Generation, Problem, Sampling
@@ -437,3 +443,20 @@ def test_an_autocast_around_it_changes_nothing(dtype):
     out = untimed(decode(model, asked, Sampling(max_new_tokens=6)))
     with torch.autocast("cpu", torch.bfloat16):
         assert untimed(decode(model, asked, Sampling(max_new_tokens=6))) == out
+
+
+@pytest.mark.parametrize("kind", [MistralConfig, Phi3Config])
+def test_every_layer_slides_where_a_config_names_a_window_and_no_kinds(kind, tmp_path):
+    config = kind(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, sliding_window=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    model = load(f"random:{tmp_path}", dtype="float32")
+    assert layer_windows(model.weights.config) == [16, 16]
+    asked = [request(n, 0) for n in (9, 40, 61)]
+    done = decode(model, asked, Sampling(NEW))
+    for generation, one in zip(done, asked, strict=True):
+        said = [*generation.token_ids, *([generation.stop_id] if generation.stop_id else [])]
+        assert said == generate(model, one.prompt_ids, NEW)

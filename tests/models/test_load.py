@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from kit import hub, paths
 from kit.hub import WheelError
@@ -358,3 +365,30 @@ def test_a_copy_in_fewer_bits_keeps_what_is_no_parameter():
     copied = twin(weights, torch.bfloat16)
     assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
     assert torch.equal(copied.model.rotary_emb.inv_freq, weights.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize(
+    "kind, does",
+    [
+        (LlamaConfig, {}),
+        (GraniteConfig, {"logits_scaling": 8.0}),
+        (CohereConfig, {"logit_scale": 0.0625}),
+        (Gemma2Config, {"final_logit_softcapping": 30.0, "head_dim": 16}),
+    ],
+)
+def test_a_head_that_does_more_than_its_matrix_is_refused(kind, does, tmp_path):
+    config = kind(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **does,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    weights = models.load(f"random:{tmp_path}", dtype="float32").weights
+    if does:
+        with pytest.raises(models.ModelError, match=f"{type(weights).__name__} does more to its"):
+            models.check_head(weights)
+    else:
+        models.check_head(weights)
+        before = weights(torch.tensor([[1, 2, 3]])).logits
+        models.check_head(weights)
+        assert torch.equal(before, weights(torch.tensor([[1, 2, 3]])).logits)

@@ -1,7 +1,10 @@
 """What a model knows: likelihoods against one text at a time, records, surprisal, passages."""
 
+import dataclasses
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from kit.evaluation.store import Store
 from kit.parametric import facts, ffn_memory, qa
@@ -66,6 +69,25 @@ def test_options_are_as_likely_as_one_by_one(tiny, memory):
             with qa.fetched(model, [problem.question], bank):
                 pair.append([alone(model, prompt, option) for option in OPTIONS[number]])
         for likelihood, plain, right in zip(found[number], *pair, strict=True):
+            off = len(right) * rounding.tolerance(plain, right)
+            assert likelihood == pytest.approx(float(right.sum()), abs=off)
+
+
+def test_options_are_as_likely_one_by_one_where_layers_slide(tiny, dtype):
+    """The window is shorter than the prompts, which differ in length: padding must not fill it."""
+    config = Gemma3TextConfig(
+        vocab_size=tiny.weights.config.vocab_size, hidden_size=64, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+        initializer_range=0.3,
+    )  # fmt: skip
+    weights = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    model = dataclasses.replace(tiny, weights=weights)
+    prompts = [qa.text(problem) for problem in ASKED]
+    found = qa.likelihoods(model, prompts, OPTIONS)
+    for row, prompt, options in zip(found, prompts, OPTIONS, strict=True):
+        for likelihood, option in zip(row, options, strict=True):
+            plain, right = (alone(m, prompt, option) for m in (model, rounding.exact(model)))
             off = len(right) * rounding.tolerance(plain, right)
             assert likelihood == pytest.approx(float(right.sum()), abs=off)
 

@@ -211,6 +211,20 @@ def test_evicting_samples_know_their_probabilities():
             assert logps[:cut] == pytest.approx(made["logprobs"][i][:cut], abs=1e-3)
 
 
+def test_a_completion_ends_with_the_token_that_was_drawn():
+    """Qwen3 and Llama 3 have several that end an answer; a trainer must not learn another."""
+    model = dataclasses.replace(models.load("random:qwen3"), tokenizer=Plain())
+    chats = [[{"role": "user", "content": row.tolist()}] for row in tokens(4, 12)]
+    endless = rollouts.completions(model, chats, Sampling(30, 1.0), Full())["completion_ids"]
+    ends = set(range(5, 256, 7))
+    model.weights.generation_config.eos_token_id = sorted(ends)
+    done = rollouts.completions(model, chats, Sampling(30, 1.0), Full())["completion_ids"]
+    assert any(row[-1] in ends for row in done)
+    for row, free in zip(done, endless, strict=True):
+        stop = next((i for i, token in enumerate(free) if token in ends), len(free))
+        assert row == free[: stop + 1]
+
+
 def test_probabilities_of_what_a_full_cache_samples(dtype):
     model = load("random:qwen3", dtype=dtype)
     said = [row.tolist() for row in tokens(rollouts.AT_ONCE + 2, 30)]
