@@ -27,6 +27,7 @@ from kit.models.load import (
     RANDOM,
     WHEEL,
     ModelError,
+    check_head,
     default_dtype,
     hash_files,
     load,
@@ -383,12 +384,12 @@ def test_a_head_that_does_more_than_its_matrix_is_refused(kind, does, tmp_path):
         eos_token_id=2, **does,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    weights = models.load(f"random:{tmp_path}", dtype="float32").weights
+    weights = load(f"random:{tmp_path}", dtype="float32").weights
     if does:
-        with pytest.raises(models.ModelError, match=f"{type(weights).__name__} does more to its"):
-            models.check_head(weights)
+        with pytest.raises(ModelError, match=f"{type(weights).__name__} does more to its"):
+            check_head(weights)
     else:
-        models.check_head(weights)
+        check_head(weights)
         before = weights(torch.tensor([[1, 2, 3]])).logits
-        models.check_head(weights)
+        check_head(weights)
         assert torch.equal(before, weights(torch.tensor([[1, 2, 3]])).logits)

@@ -213,7 +213,7 @@ def test_evicting_samples_know_their_probabilities():
 
 def test_a_completion_ends_with_the_token_that_was_drawn():
     """Qwen3 and Llama 3 have several that end an answer; a trainer must not learn another."""
-    model = dataclasses.replace(models.load("random:qwen3"), tokenizer=Plain())
+    model = dataclasses.replace(load("random:qwen3"), tokenizer=Plain())
     chats = [[{"role": "user", "content": row.tolist()}] for row in tokens(4, 12)]
     endless = rollouts.completions(model, chats, Sampling(30, 1.0), Full())["completion_ids"]
     ends = set(range(5, 256, 7))
