@@ -11,19 +11,19 @@ from dataclasses import replace
 import pandas
 
 from kit.reasoning_bank.bank import ReasoningBank
-from kit.reasoning_bank.dspy_adapter import Lines
+from kit.reasoning_bank.build import solve_prompt
+from kit.reasoning_bank.dspy_backend import Lines, chat_messages
 from kit.reasoning_bank.programs import (
     EXPRESSED,
     Choose,
     Express,
     Revise,
-    Solve,
     Solver,
     numbered,
     picked,
     shown,
 )
-from kit.reasoning_bank.strategy import Found, Strategy, refusal
+from kit.reasoning_bank.strategy import RetrievalResult, Strategy, leak_reason
 from kit.schema import Problem, Prompt, digest
 
 BUDGET = 1500  # tokens that memory may take in a prompt
@@ -36,37 +36,7 @@ SPENT += [
 ]  # samples run side by side
 
 
-def prompt(problem: Problem, arm: str, memory: str = "", found: Found | None = None) -> Prompt:
-    """The question under the instructions of `agent.Solve`, with `memory` below them."""
-    given = _messages(Solve, strategies=memory, question=problem.question)
-    found = found or Found((), (), {})
-    ids = tuple(item.id for item in found.strategies)
-    return Prompt(problem, arm, given, retrieved=ids, refused=len(found.refused))
-
-
-def _messages(signature, *demos, **inputs) -> tuple[tuple[str, str], ...]:
-    """What `adapter.Lines` makes of a signature, as a Prompt holds it."""
-    messages = Lines().format(signature, demos, inputs)
-    return tuple((message["role"], message["content"]) for message in messages)
-
-
-def format_only(problems: Sequence[Problem]) -> list[Prompt]:
-    """The same instructions and no memory: what retrieved strategies are compared with."""
-    return [prompt(problem, "format-only") for problem in problems]
-
-
-def retrieved(
-    bank: ReasoningBank, problems, k: int = 2, arm: str = "retrieved", **search
-) -> list[Prompt]:
-    """The `k` strategies that `bank.retrieve(problem, k, **search)` finds."""
-    prompts = []
-    for problem in problems:
-        found = bank.retrieve(problem, k, **search)
-        prompts.append(prompt(problem, arm, shown(found.strategies), found))
-    return prompts
-
-
-def drawn(
+def random_retrieval(
     bank: ReasoningBank, problems, k: int = 2, seed: int = 0, arm: str = "random"
 ) -> list[Prompt]:
     """`k` strategies drawn at random for each problem, the guard passed."""
@@ -74,7 +44,7 @@ def drawn(
     for problem in problems:
         order = random.Random(f"{seed} {problem.id}").sample(items, len(items))
         found = _allowed(order, problem, k)
-        prompts.append(prompt(problem, arm, shown(found.strategies), found))
+        prompts.append(solve_prompt(problem, arm, shown(found.strategies), found))
     return prompts
 
 
@@ -88,7 +58,7 @@ def shuffled(bank: ReasoningBank, problems, k: int = 2, seed: int = 0, **search)
         ]
         other = random.Random(f"{seed} {problem.id}").choice(others or [problem])
         theirs = _allowed(found[other.id].strategies, problem, k)
-        prompts.append(prompt(problem, "shuffled", shown(theirs.strategies), theirs))
+        prompts.append(solve_prompt(problem, "shuffled", shown(theirs.strategies), theirs))
     return prompts
 
 
@@ -96,36 +66,36 @@ def irrelevant(like: Sequence[Prompt], text: str, tokenizer) -> list[Prompt]:
     """Prose that has nothing to do with the problem, as many tokens of it as each of `like` has."""
     ids, prompts = tokenizer(text, add_special_tokens=False)["input_ids"], []
     for each in like:
-        bare = prompt(each.problem, "irrelevant")
+        bare = solve_prompt(each.problem, "irrelevant")
         memory = each.messages[0][1].removeprefix(bare.messages[0][1]).strip()
         count = len(tokenizer(memory, add_special_tokens=False)["input_ids"])
         start = int(digest(each.problem.id, 8), 16) % max(1, len(ids) - count)
         words = tokenizer.decode(ids[start : start + count]).strip()
-        prompts.append(prompt(each.problem, "irrelevant", words))
+        prompts.append(solve_prompt(each.problem, "irrelevant", words))
     return prompts
 
 
-def hint(problems: Sequence[Problem]) -> list[Prompt]:
+def oracle_hint(problems: Sequence[Problem]) -> list[Prompt]:
     """The gold answer stands in the prompt: what the best conceivable memory could give."""
     text = "A note says that the answer is {}."
-    return [prompt(p, "gold-hint", text.format(p.answer)) for p in problems]
+    return [solve_prompt(p, "gold-hint", text.format(p.answer)) for p in problems]
 
 
 def expressions(problems: Sequence[Problem]) -> list[Prompt]:
-    """What `agent.Calculate` asks; `agent.worked_out` makes answers of the replies."""
+    """What the calculator arm asks; `programs.worked_out` turns the replies into answers."""
     return [
-        Prompt(p, "expression", _messages(Express, EXPRESSED, question=p.question))
+        Prompt(p, "expression", chat_messages(Express, EXPRESSED, question=p.question))
         for p in problems
     ]
 
 
-def revised(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt]:
+def revisions(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Sequential MaTTS: the answers in `records` to `prompts`, to be checked and written again."""
     answers = dict(zip(records["problem_id"], records["text"], strict=True))
     made = []
     for each in prompts:
         first = answers[each.problem.id].strip()
-        given = _messages(Revise, question=each.problem.question, solution=first)
+        given = chat_messages(Revise, question=each.problem.question, solution=first)
         made.append(replace(each, arm="matts-sequential", messages=given))
     return made
 
@@ -135,12 +105,12 @@ def choices(samples: pandas.DataFrame, problems: Sequence[Problem]) -> list[Prom
     made = []
     for problem in problems:
         texts = samples[samples["problem_id"] == problem.id].sort_values("sample")["text"]
-        given = _messages(Choose, question=problem.question, solutions=numbered(texts))
+        given = chat_messages(Choose, question=problem.question, solutions=numbered(texts))
         made.append(Prompt(problem, "matts-choice", given))
     return made
 
 
-def chosen(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataFrame:
+def chosen_samples(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataFrame:
     """The rows of `samples` that `replies` to `choices` name, the first where one names none;
     the costs of all samples and of the choice are theirs."""
     said, read, rows = replies.set_index("problem_id"), Lines().parse, []
@@ -152,11 +122,11 @@ def chosen(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataF
     return pandas.DataFrame(rows).astype(samples.dtypes)
 
 
-def programmed(program: Solver, problems: Sequence[Problem], arm: str) -> list[Prompt]:
+def from_program(program: Solver, problems: Sequence[Problem], arm: str) -> list[Prompt]:
     """What a solver asks that `optimize` has given other instructions or worked examples."""
     ask, made = program.solve, []
     for problem in problems:
-        given = _messages(ask.signature, *ask.demos, strategies="", question=problem.question)
+        given = chat_messages(ask.signature, *ask.demos, strategies="", question=problem.question)
         made.append(Prompt(problem, arm, given))
     return made
 
@@ -189,12 +159,12 @@ def harmful(treated: pandas.DataFrame, control: pandas.DataFrame) -> list[str]:
     return found.loc[found["points"] < 0, "id"].tolist()
 
 
-def within(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGET) -> list[Prompt]:
+def check_token_budget(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGET) -> list[Prompt]:
     """The same prompts; ValueError naming the first whose memory is longer than `tokens`."""
     for each in prompts:
         if each.messages[0][0] != "system":
             continue  # the plain arm
-        bare = prompt(each.problem, each.arm).messages[0][1]
+        bare = solve_prompt(each.problem, each.arm).messages[0][1]
         memory = each.messages[0][1].removeprefix(bare)
         count = len(tokenizer(memory, add_special_tokens=False)["input_ids"])
         if count > tokens:
@@ -206,13 +176,13 @@ def within(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGET) -> list[P
     return list(prompts)
 
 
-def _allowed(items: Sequence[Strategy], problem: Problem, k: int) -> Found:
-    kept, refused = [], {}
+def _allowed(items: Sequence[Strategy], problem: Problem, k: int) -> RetrievalResult:
+    kept, filtered = [], {}
     for item in items:
         if len(kept) == k:
             break
-        if reason := refusal(item, problem):
-            refused[item.id] = reason
+        if reason := leak_reason(item, problem):
+            filtered[item.id] = reason
         else:
             kept.append(item)
-    return Found(tuple(kept), (0.0,) * len(kept), refused)
+    return RetrievalResult(tuple(kept), (0.0,) * len(kept), filtered)

@@ -23,7 +23,14 @@ from lancedb.index import FTS, IvfHnswSq
 from lancedb.query import MatchQuery
 
 from kit.models.embedder import Embedder
-from kit.reasoning_bank.strategy import KINDS, Found, Strategy, refusal, row_schema
+from kit.reasoning_bank.strategy import (
+    KINDS,
+    RETIRED,
+    RetrievalResult,
+    Strategy,
+    leak_reason,
+    row_schema,
+)
 from kit.schema import Problem, digest
 
 EXACT_ROWS = 10_000  # below, every vector is compared; from here on an index is
@@ -65,8 +72,9 @@ class ReasoningBank:
                 f"({meta.get('embedder')}), not by {made['embedder_name']} ({made['embedder']}); "
                 f"open it with that embedder or build a new bank."
             )
-        if there.remove_metadata() != schema.remove_metadata():
-            ours, theirs = set(schema.names), set(there.names)
+        columns = pyarrow.schema([field for field in there if field.name not in RETIRED])
+        if columns != schema:
+            ours, theirs = set(schema.names), set(columns.names)
             raise ValueError(
                 f"The bank {self.uri} was written by another version of the kit (columns "
                 f"{sorted(ours ^ theirs) or 'of other types'} differ); build it again elsewhere."
@@ -97,6 +105,7 @@ class ReasoningBank:
     def _rows(self, items: list[Strategy]) -> pyarrow.Table:
         columns = {name: [getattr(item, name) for item in items] for name in _names()}
         columns |= {"id": [i.id for i in items], "text": [i.text for i in items]}
+        columns |= dict.fromkeys(RETIRED, [0] * len(items))  # where this table still has them
         schema = self._table.schema
         columns["vector"] = list(self.embedder.embed(columns["text"]))
         columns["question_vector"] = list(self.embedder.embed(columns["question"], query=True))
@@ -109,7 +118,7 @@ class ReasoningBank:
         key: str = "text",
         method: str = "vector",
         kinds: Sequence[str] = KINDS,
-    ) -> Found:
+    ) -> RetrievalResult:
         """The `k` best strategies for `problem` that the guard lets through.
 
         key: what the question of `problem` is compared with. "text": the text of the strategies;
@@ -126,7 +135,7 @@ class ReasoningBank:
         if method != "vector" and key == "question":
             raise ValueError('key="question" takes method="vector" only.')
         if not k:
-            return Found((), (), {})
+            return RetrievalResult((), (), {})
         vector, limit = self.embedder.embed([problem.question], query=True)[0], k + 8
         every = set(kinds) >= set(KINDS)  # then no filter: it would cost as much as the search
         where = None if every else f"kind IN ({', '.join(map(repr, kinds)) or 'NULL'})"
@@ -186,14 +195,14 @@ class ReasoningBank:
 
     def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, key: str):
         """The first `k` that may be shown, and whether there are as many."""
-        found, scores, refused, past = [], [], {}, []
+        found, scores, filtered, past = [], [], {}, []
         for row in ranked:
             if key == "question" and row["problem_id"] not in past and len(past) == k:
                 break
             item = _strategy(row)
-            reason = refusal(item, problem, float(vector @ row["question_vector"]))
+            reason = leak_reason(item, problem, float(vector @ row["question_vector"]))
             if reason:
-                refused[row["id"]] = reason
+                filtered[row["id"]] = reason
                 continue
             if item.problem_id not in past:
                 past.append(item.problem_id)
@@ -202,7 +211,7 @@ class ReasoningBank:
             if key == "text" and len(found) == k:
                 break
         enough = len(found if key == "text" else past) == k
-        return Found(tuple(found), tuple(scores), refused), enough
+        return RetrievalResult(tuple(found), tuple(scores), filtered), enough
 
     def forget(self, ids: Sequence[str]) -> None:
         """Remove strategies; a tagged state that held them still does."""
@@ -210,18 +219,11 @@ class ReasoningBank:
         if ids:
             self._table.delete(f"id IN ({_quoted(ids)})")
 
-    def credit(self, ids: Sequence[str], won: bool) -> None:
-        """Count one use of each of `ids`, and a win where the answer was correct."""
-        self._check_writable()
-        if ids:
-            values = {"uses": "uses + 1"} | ({"wins": "wins + 1"} if won else {})
-            self._table.update(where=f"id IN ({_quoted(ids)})", values_sql=values)
-
-    def merge(self, cosine: float = SAME) -> list[tuple[str, str]]:
+    def merge(self) -> list[tuple[str, str]]:
         """Merge strategies of one kind that say the same: pairs (kept id, dropped id).
 
-        Texts whose cosine reaches `cosine` count as the same; the one with the smaller step,
-        then id, stays and inherits uses and wins. One commit.
+        Texts whose cosine similarity reaches SAME count as the same; the one with the smaller step,
+        then id, stays. One commit.
         """
         self._check_writable()
         frame = self.table().sort_values(["step", "id"], ignore_index=True)
@@ -230,10 +232,9 @@ class ReasoningBank:
         for i in range(len(frame)):
             same = [j for j in kept if frame["kind"][j] == frame["kind"][i]]
             near = vectors[same] @ vectors[i] if same else numpy.zeros(0)
-            if len(near) and near.max() >= cosine:
+            if len(near) and near.max() >= SAME:
                 j = same[int(near.argmax())]
                 pairs.append((frame["id"][j], frame["id"][i]))
-                frame.loc[j, ["uses", "wins"]] += frame.loc[i, ["uses", "wins"]]
             else:
                 kept.append(i)
         if pairs:

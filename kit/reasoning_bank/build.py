@@ -24,13 +24,11 @@ from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.inference.decode import DECODE_VERSION
 from kit.models.embedder import Embedder
-from kit.reasoning_bank import arms
 from kit.reasoning_bank.bank import ReasoningBank
-from kit.reasoning_bank.dspy_adapter import Lines
-from kit.reasoning_bank.dspy_lm import Engine, language_model
-from kit.reasoning_bank.programs import Extractor, SelfJudge, lessons
-from kit.reasoning_bank.strategy import Strategy
-from kit.schema import Problem, Sampling, digest
+from kit.reasoning_bank.dspy_backend import Engine, Lines, chat_messages, language_model
+from kit.reasoning_bank.programs import Extractor, SelfJudge, Solve, lessons, shown
+from kit.reasoning_bank.strategy import RetrievalResult, Strategy
+from kit.schema import Problem, Prompt, Sampling, digest
 
 JUDGES = ("gold", "self")
 WIDTH = 3  # trajectories, or self-checks, of MaTTS where nothing else is said
@@ -69,7 +67,7 @@ class BankBuildConfig:
             )
 
 
-def build(
+def build_bank(
     folder,
     engine: Engine,
     embedder: Embedder,
@@ -83,10 +81,10 @@ def build(
     parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(recipe), *programs]
     name = digest([*parts, [problem.id for problem in problems]], 12)
     bank = ReasoningBank(f"{folder}/{name}", embedder)
-    return bank, learn(bank, engine, problems, store, recipe)
+    return bank, fill_bank(bank, engine, problems, store, recipe)
 
 
-def learn(
+def fill_bank(
     bank: ReasoningBank,
     engine: Engine,
     problems: Sequence[Problem],
@@ -121,6 +119,38 @@ def learn(
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
 
+def solve_prompt(
+    problem: Problem,
+    arm: str,
+    memory: str = "",
+    retrieval: RetrievalResult = RetrievalResult((), (), {}),  # noqa: B008
+) -> Prompt:
+    """The question under the instructions of `programs.Solve`, with `memory` below them.
+
+    `retrieval` is where `memory` comes from: its ids and the number that the leakage guard filtered
+    stand in the prompt.
+    """
+    messages = chat_messages(Solve, strategies=memory, question=problem.question)
+    ids = tuple(item.id for item in retrieval.strategies)
+    return Prompt(problem, arm, messages, retrieved=ids, refused=len(retrieval.filtered))
+
+
+def format_only(problems: Sequence[Problem]) -> list[Prompt]:
+    """The same instructions without memory: the control of retrieved strategies."""
+    return [solve_prompt(problem, "format-only") for problem in problems]
+
+
+def retrieved(
+    bank: ReasoningBank, problems: Sequence[Problem], k: int = 2, arm: str = "retrieved", **how
+) -> list[Prompt]:
+    """Prompts with the strategies of `bank.retrieve(problem, k, **how)`."""
+    prompts = []
+    for problem in problems:
+        retrieval = bank.retrieve(problem, k, **how)
+        prompts.append(solve_prompt(problem, arm, shown(retrieval.strategies), retrieval))
+    return prompts
+
+
 def steps(bank: ReasoningBank) -> pandas.DataFrame:
     """One row per step of `learn`: lessons, judgements of its attempts, its seconds, and the tokens
     of judging and extracting (those of the attempts stand in their records)."""
@@ -147,9 +177,9 @@ def _solve(
     bank: ReasoningBank, engine: Engine, group, store: Store, recipe: BankBuildConfig
 ) -> pandas.DataFrame:
     if recipe.k:
-        prompts = arms.retrieved(bank, group, recipe.k, arm="streaming", key=recipe.key)
+        prompts = retrieved(bank, group, recipe.k, arm="streaming", key=recipe.key)
     else:
-        prompts = arms.format_only(group)
+        prompts = format_only(group)
     sampling = Sampling(recipe.solve_tokens, recipe.temperature, top_p=0.95)
     return evaluate(
         engine.model, prompts, sampling, store, recipe.width, engine.batch_size,
@@ -162,7 +192,7 @@ def _judge(engine: Engine, frame: pandas.DataFrame, recipe: BankBuildConfig) -> 
         return frame["correct"].tolist()
     judge = SelfJudge()
     asked = [partial(judge, question=r.question, solution=r.text) for r in frame.itertuples()]
-    return [_got(result).correct for result in engine.together(asked)]
+    return [_got(result).correct for result in engine.run_batched(asked)]
 
 
 def _extract(engine: Engine, group, frame, recipe: BankBuildConfig, step: int) -> list[Strategy]:
@@ -180,7 +210,7 @@ def _extract(engine: Engine, group, frame, recipe: BankBuildConfig, step: int) -
             engine, temperature=recipe.extract_temperature, max_tokens=recipe.extract_tokens
         )
     ):
-        results = engine.together(asked)
+        results = engine.run_batched(asked)
     return [
         Strategy(
             **lesson,

@@ -16,7 +16,7 @@ import dspy
 from kit.evaluation import grader
 from kit.schema import Problem
 
-WAYS = ("bootstrap", "mipro", "gepa")
+OPTIMIZERS = ("bootstrap", "mipro", "gepa")
 REFLECTION = "KIT_REFLECTION_MODEL"
 
 
@@ -60,8 +60,8 @@ def optimize(
 
     `demos` is the most worked examples in a prompt, `trials` the candidates that are tried.
     """
-    if how not in WAYS:
-        raise ValueError(f"No optimiser {how!r}; choose one of {', '.join(WAYS)}.")
+    if how not in OPTIMIZERS:
+        raise ValueError(f"No optimiser {how!r}; choose one of {', '.join(OPTIMIZERS)}.")
     overlap = {p.id for p in train} & {p.id for p in validation}
     if overlap:
         raise ValueError(f"Problem {min(overlap)} is in train and validation; keep them apart.")

@@ -1,10 +1,10 @@
-"""DSPy programs that solve, judge and learn, in prompts that a small model can follow.
+"""DSPy programs that solve, judge and extract strategies, with prompts that a small model follows.
 
-A program is a dspy.Module over typed signatures with one output field each, rendered and read by
-`adapter.Lines`.
+A program is a dspy.Module over typed signatures with one output field each, rendered and parsed by
+`dspy_backend.Lines`.
 
-Sources: ReasoningBank (arXiv 2509.25140), Figs. 7-10, for what is asked of judge and extractor;
-the wording is our own. MaTTS: its Section 3.3.
+Sources: ReasoningBank, https://arxiv.org/abs/2509.25140: Figs. 7-10 for the tasks of judge and
+extractor (the wording is our own), Section 3.3 for memory-aware test-time scaling (MaTTS).
 """
 
 import re
@@ -15,15 +15,15 @@ import pandas
 from dspy.utils.exceptions import AdapterParseError
 
 from kit.data.prompts import FORMAT_INSTRUCTION
-from kit.reasoning_bank.calculator import Unreadable, calculate
+from kit.reasoning_bank.calculator import ExpressionError, calculate
 from kit.reasoning_bank.strategy import Strategy
 
-ITEMS = 3  # lessons taken from one trajectory, as published
+ITEMS = 3  # most lessons of one trajectory, as published
 LEAD = "Lessons from problems solved before. Use what fits; their numbers are not yours."
 SPIDERS = "A spider has 8 legs. How many legs do 3 spiders have?"  # asked in worked examples
 FORM = "Title: <a few words>\nWhen: <one sentence>\nLesson: <one to three sentences>"
 
-LABEL = r"^\W*(?:title|when|lesson|question|problem|solution|answer)\W*:"  # a line that starts anew
+LABEL = r"^\W*(?:title|when|lesson|question|problem|solution|answer)\W*:"  # starts a new part
 LESSON = re.compile(
     rf"^\W*title\W*:(.+?)^\W*when\W*:(.+?)^\W*lesson\W*:(.+?)(?={LABEL}|^\s*$|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
@@ -106,20 +106,20 @@ class Express(dspy.Signature):
 
 
 def lessons(text: str | None) -> list[dict]:
-    """Title, description and content of each lesson that `text` writes in the asked form.
+    """Title, description and content of each lesson in `text` that has the requested form.
 
-    What repeats the worked example of the prompt is no lesson and left out.
+    Copies of the worked example of the prompt are left out.
     """
-    found = []
+    parsed = []
     for match in LESSON.finditer(text or ""):
         title, when, content = (" ".join(part.strip(" *\n").split()) for part in match.groups())
         if title and content and content not in COPIED:
-            found.append({"title": title, "description": when, "content": content})
-    return found[:ITEMS]
+            parsed.append({"title": title, "description": when, "content": content})
+    return parsed[:ITEMS]
 
 
 def shown(strategies: Sequence[Strategy]) -> str:
-    """What stands in the prompt of retrieved strategies, "" of none."""
+    """Retrieved strategies as the text of a prompt, "" of none."""
     lines = [
         f"- {'Mistake to avoid' if s.kind == 'failure' else 'Strategy'}: {s.title}. {s.content}"
         for s in strategies
@@ -128,7 +128,7 @@ def shown(strategies: Sequence[Strategy]) -> str:
 
 
 class Solver(dspy.Module):
-    """Question and strategies to an answer."""
+    """Answers a question, given strategies."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ class Solver(dspy.Module):
 
 
 class SelfJudge(dspy.Module):
-    """Whether a solution is correct, by the model's own opinion: True, False, or None unread."""
+    """The model's own judgement of a solution: True, False, or None where it cannot be parsed."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ class SelfJudge(dspy.Module):
 
 
 class Extractor(dspy.Module):
-    """Lessons from one trajectory that succeeded or failed, or from several of one problem."""
+    """Extracts lessons from one trajectory, or by contrast from several of one problem."""
 
     def __init__(self):
         super().__init__()
@@ -165,78 +165,32 @@ class Extractor(dspy.Module):
             ((text, correct),) = solutions
             program = self.succeeded if correct else self.failed
             return _ask(program, seed, question=question, solution=text)
-        told = [f"[{'correct' if correct else 'wrong'}] {text}" for text, correct in solutions]
-        return _ask(self.compare, seed, question=question, solutions="\n\n".join(told))
-
-
-class SelfCheck(dspy.Module):
-    """Sequential MaTTS: solve, then check and revise `checks` times; `steps` holds them all."""
-
-    def __init__(self, checks: int = 2):
-        super().__init__()
-        self.solver, self.revise, self.checks = Solver(), dspy.Predict(Revise), checks
-
-    def forward(self, question: str, strategies: str = "", seed: int = 0):
-        steps = [self.solver(question=question, strategies=strategies, seed=seed).answer]
-        for check in range(self.checks):
-            again = _ask(self.revise, seed + check, question=question, solution=steps[-1] or "")
-            steps.append(again.answer)
-        return dspy.Prediction(answer=steps[-1], steps=steps)
-
-
-class Calculate(dspy.Module):
-    """The model writes an expression, the calculator works it out (the act of ReAct, once)."""
-
-    def __init__(self):
-        super().__init__()
-        self.express = dspy.Predict(Express)
-        self.express.demos = [EXPRESSED]
-
-    def forward(self, question: str, seed: int = 0):
-        expression = _ask(self.express, seed, question=question).expression
-        return dspy.Prediction(expression=expression, answer=worked_out(expression or ""))
+        marked = [f"[{'correct' if correct else 'wrong'}] {text}" for text, correct in solutions]
+        return _ask(self.compare, seed, question=question, solutions="\n\n".join(marked))
 
 
 def worked_out(expression: str) -> str:
-    """What the calculator makes of the first line of `expression`; the text where it cannot."""
+    """The first line of `expression` evaluated by the calculator; the text where that fails."""
     first = expression.strip().splitlines()[0] if expression.strip() else ""
     try:
         value = calculate(first)
-    except Unreadable:
+    except ExpressionError:
         return expression
     return f"{first} = {value}\nAnswer: {value}"
 
 
-class BestOf(dspy.Module):
-    """Parallel MaTTS: `width` solutions, of which the model chooses one; `steps` holds them all."""
-
-    def __init__(self, width: int = 3):
-        super().__init__()
-        self.solver, self.width = Solver(), width
-        self.choose = dspy.Predict(Choose, temperature=0.0, max_tokens=8)
-
-    def forward(self, question: str, strategies: str = "", seed: int = 0):
-        steps = [
-            self.solver(question=question, strategies=strategies, seed=seed + i).answer or ""
-            for i in range(self.width)
-        ]
-        told = numbered(steps)
-        number = _ask(self.choose, seed, question=question, solutions=told).number
-        return dspy.Prediction(answer=steps[picked(number, self.width)], steps=steps)
-
-
 def numbered(texts: Sequence[str]) -> str:
-    """Solutions as `Choose` is shown them."""
+    """Solutions numbered from 1, the form that `Choose` takes."""
     return "\n\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))
 
 
 def picked(number: int | None, count: int) -> int:
-    """Index of the solution that `Choose` named, of the first where it named none of `count`."""
+    """Index of the solution that `Choose` named; 0 where it named none of `count`."""
     return number - 1 if number and number <= count else 0
 
 
 def _ask(predict: dspy.Predict, seed: int, **inputs) -> dspy.Prediction:
-    """One call; an empty completion is a field of None and counted, not an exception."""
+    """One call; an empty completion is counted and gives a field of None, not an exception."""
     try:
         return predict(**inputs, config={"seed": seed})
     except AdapterParseError as error:
@@ -245,8 +199,8 @@ def _ask(predict: dspy.Predict, seed: int, **inputs) -> dspy.Prediction:
 
 
 def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
-    """Worked examples instead of lessons: correct attempts of at most `longest` tokens, as they
-    stand, one per problem."""
+    """Worked examples instead of lessons: correct attempts of at most `longest` tokens, verbatim,
+    one per problem."""
     rows = records[records["correct"] & (records["new_tokens"] <= longest)]
     rows = rows.drop_duplicates("problem_id")
     return [
@@ -267,7 +221,7 @@ def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
 
 
 def _demos() -> list[dspy.Example]:
-    """One worked example per extracting signature, of a family that no problem set has."""
+    """One worked example per extraction signature, of a family that no problem set has."""
     right = "Each spider has 8 legs, so 3 spiders have 3 * 8 = 24 legs.\nAnswer: 24"
     wrong = "There are 3 spiders and 8 legs, so 3 + 8 = 11 legs.\nAnswer: 11"
     multiply = (
@@ -291,4 +245,4 @@ def _demos() -> list[dspy.Example]:
 EXPRESSED = dspy.Example(question=SPIDERS, expression="8 * 3")
 COPIED = {
     " ".join(demo.lessons.partition("Lesson:")[2].split()) for demo in _demos()
-}  # what the worked examples of the prompts say
+}  # lessons of the worked examples in the prompts

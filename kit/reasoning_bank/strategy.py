@@ -1,13 +1,12 @@
 """What a strategy is, and to whom it may be shown: the guard against giving answers away.
 
-A bank can be written to a table of JSON lines and read from one, so that what a larger model or a
-person wrote can be evaluated here; `model` and `extractor` of each row say who.
+Strategies can also be read from a file of JSON lines, so that what a larger model or a person wrote
+can be evaluated here; `model` and `extractor` of each row say who.
 """
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +16,7 @@ from kit.data.dedup import NEAR, signature, similarity
 from kit.schema import Problem, digest
 
 KINDS = ("success", "failure")
+RETIRED = ("uses", "wins")  # columns of banks built before December 2026, never read
 PARAPHRASE = 0.9  # cosine from which two questions with the same numbers count as one
 # Where a result stands: what comes before a short answer that is given away.
 RESULT = r"(?i:answer|result|total|sum|product|value|equals?|is|boxed|[=≈→:])[\s\W]{0,6}"
@@ -37,8 +37,6 @@ class Strategy:
     model: str  # name and weights hash of the extractor
     extractor: str  # fingerprint of the extracting program
     step: int = 0  # of the loop that made it
-    uses: int = 0  # times it stood in a prompt
-    wins: int = 0  # times the answer to that prompt was correct
 
     @property
     def id(self) -> str:
@@ -52,35 +50,29 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class Found:
+class RetrievalResult:
     """What a search gave, best first, and what the guard kept back, with the reason."""
 
     strategies: tuple[Strategy, ...]
     scores: tuple[float, ...]  # cosine, BM25, or fused reciprocal ranks
-    refused: dict[str, str]  # id -> "same problem", "near-duplicate" or "gives the answer away"
+    filtered: dict[str, str]  # id -> "same problem", "near-duplicate" or "gives the answer away"
 
 
 def read(file: Path) -> list[Strategy]:
     """Strategies from a file of JSON lines, fields as in Strategy; ValueError names the row."""
-    found = []
+    strategies = []
     for number, line in enumerate(Path(file).read_text().splitlines(), 1):
         try:
-            found.append(Strategy(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            row = json.loads(line)
+            strategies.append(Strategy(**{k: v for k, v in row.items() if k not in RETIRED}))
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, row {number}: no strategy ({error}); correct it.") from error
-        if found[-1].kind not in KINDS or not found[-1].content:
+        if strategies[-1].kind not in KINDS or not strategies[-1].content:
             raise ValueError(
-                f"{file}, row {number}: kind is {found[-1].kind!r}, content "
-                f"{found[-1].content[:20]!r}; kinds are {KINDS}, content must not be empty."
+                f"{file}, row {number}: kind is {strategies[-1].kind!r}, content "
+                f"{strategies[-1].content[:20]!r}; kinds are {KINDS}, content must not be empty."
             )
-    return found
-
-
-def write(strategies: Sequence[Strategy], file: Path) -> None:
-    """The same rows to `file`, sorted by id."""
-    rows = sorted(strategies, key=lambda item: item.id)
-    lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rows]
-    Path(file).write_text("".join(lines))
+    return strategies
 
 
 def row_model(dimension: int) -> type[LanceModel]:
@@ -99,8 +91,6 @@ def row_model(dimension: int) -> type[LanceModel]:
         model: str
         extractor: str
         step: int
-        uses: int
-        wins: int
         text: str
         vector: Vector(dimension)  # of the text
         question_vector: Vector(dimension)
@@ -116,7 +106,7 @@ def row_schema(dimension: int) -> pyarrow.Schema:
     return schema.set(schema.get_field_index("id"), key)
 
 
-def refusal(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
+def leak_reason(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
     """Why `item` must not be shown to who solves `problem`, "" where it may.
 
     `cosine` is that of their questions. Other numbers make another problem; equal numbers with
@@ -129,10 +119,10 @@ def refusal(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
         return "near-duplicate"
     if mine.numbers and sorted(mine.numbers) == sorted(theirs.numbers) and cosine >= PARAPHRASE:
         return "near-duplicate"
-    return "gives the answer away" if gives_away(item.text, problem.answer) else ""
+    return "gives the answer away" if leaks_answer(item.text, problem.answer) else ""
 
 
-def gives_away(text: str, answer: str) -> bool:
+def leaks_answer(text: str, answer: str) -> bool:
     """Whether `text` says `answer`: anywhere, or, if of one or two signs, where a result stands."""
     signs = "".join(answer.split())
     if not signs:

@@ -76,7 +76,7 @@ def remembered(bank: ReasoningBank, problems: Sequence[Problem], k: int) -> list
         ids = tuple(item.id for item in found.strategies)
         messages = (*turns, ("user", problem.question))
         made.append(
-            Prompt(problem, "remembered", messages, retrieved=ids, refused=len(found.refused))
+            Prompt(problem, "remembered", messages, retrieved=ids, refused=len(found.filtered))
         )
     return made
 

@@ -12,8 +12,7 @@ import dspy
 
 from kit.data import problems
 from kit.models.load import BUNDLED, load
-from kit.reasoning_bank.dspy_adapter import Lines
-from kit.reasoning_bank.dspy_lm import Engine, language_model
+from kit.reasoning_bank.dspy_backend import Engine, Lines, language_model
 from kit.reasoning_bank.programs import Solver
 
 CALLS = int(os.environ.get("KIT_BENCH_CALLS", 100))
@@ -27,7 +26,7 @@ def run() -> dict:
     with dspy.context(lm=language_model(engine, temperature=0.2), adapter=Lines()):
         solver(question=asked[0])
         began = time.perf_counter()
-        engine.together([partial(solver, question=question) for question in asked])
+        engine.run_batched([partial(solver, question=question) for question in asked])
         together = time.perf_counter() - began
         began = time.perf_counter()
         for question in asked:

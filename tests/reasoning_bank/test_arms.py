@@ -6,7 +6,7 @@ import pytest
 
 from kit.data import problems
 from kit.models import embedder
-from kit.reasoning_bank import arms
+from kit.reasoning_bank import arms, build
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.programs import Solver
 from tests.reasoning_bank.test_bank import lesson
@@ -27,7 +27,7 @@ def tests():
 
 
 def memory(prompt) -> str:
-    bare = arms.prompt(prompt.problem, prompt.arm).messages
+    bare = build.solve_prompt(prompt.problem, prompt.arm).messages
     assert prompt.messages[1:] == bare[1:], "the question is the same in every arm"
     assert prompt.messages[0][1].startswith(bare[0][1]), "the instructions are the same"
     return prompt.messages[0][1].removeprefix(bare[0][1]).strip()
@@ -35,14 +35,14 @@ def memory(prompt) -> str:
 
 def test_all_arms_share_instructions_and_question(bank, tests, bundled):
     tokenizer = bundled.tokenizer
-    found = arms.retrieved(bank, tests)
+    found = build.retrieved(bank, tests)
     every = {
-        "format-only": arms.format_only(tests),
+        "format-only": build.format_only(tests),
         "retrieved": found,
-        "random": arms.drawn(bank, tests),
+        "random": arms.random_retrieval(bank, tests),
         "shuffled": arms.shuffled(bank, tests),
         "irrelevant": arms.irrelevant(found, PROSE, tokenizer),
-        "gold-hint": arms.hint(tests),
+        "gold-hint": arms.oracle_hint(tests),
     }
     for arm, prompts in every.items():
         assert [p.problem for p in prompts] == list(tests) and {p.arm for p in prompts} == {arm}
@@ -58,44 +58,44 @@ def test_all_arms_share_instructions_and_question(bank, tests, bundled):
 def test_what_is_shown_is_recorded_and_passed_the_guard(bank, tests):
     items = {item.id: item for item in bank.strategies()}
     for prompts in (
-        arms.retrieved(bank, tests),
-        arms.drawn(bank, tests),
+        build.retrieved(bank, tests),
+        arms.random_retrieval(bank, tests),
         arms.shuffled(bank, tests),
     ):
         for each in prompts:
             assert len(each.retrieved) == 2
             assert all(items[i].content in memory(each) for i in each.retrieved)
-    assert arms.retrieved(bank, tests, k=0, arm="k=0")[0].retrieved == ()
-    assert arms.retrieved(bank, tests, kinds=["failure"])[0].retrieved == ()
+    assert build.retrieved(bank, tests, k=0, arm="k=0")[0].retrieved == ()
+    assert build.retrieved(bank, tests, kinds=["failure"])[0].retrieved == ()
 
 
 def test_controls_are_what_they_say(bank, tests):
     items = {item.id: item for item in bank.strategies()}
-    own = {p.problem.id: p.retrieved for p in arms.retrieved(bank, tests)}
+    own = {p.problem.id: p.retrieved for p in build.retrieved(bank, tests)}
     shuffled = arms.shuffled(bank, tests)
     assert shuffled == arms.shuffled(bank, tests) != arms.shuffled(bank, tests, seed=1)
     other = [p for p in shuffled if p.retrieved != own[p.problem.id]]
     assert len(other) > 0.8 * len(tests), "shuffling changes what is shown"
-    drawn = arms.drawn(bank, tests)
-    assert drawn == arms.drawn(bank, tests) != arms.drawn(bank, tests, seed=1)
+    drawn = arms.random_retrieval(bank, tests)
+    assert drawn == arms.random_retrieval(bank, tests) != arms.random_retrieval(bank, tests, seed=1)
     families = {items[i].family for p in drawn for i in p.retrieved}
     assert len(families) == 7, "random items are of all families"
-    assert all(p.problem.answer in memory(p) for p in arms.hint(tests))
+    assert all(p.problem.answer in memory(p) for p in arms.oracle_hint(tests))
 
 
 def test_memory_over_the_budget_is_one_sentence(bank, tests, bundled):
-    prompts = arms.retrieved(bank, tests)
-    assert arms.within(prompts, bundled.tokenizer) == prompts
+    prompts = build.retrieved(bank, tests)
+    assert arms.check_token_budget(prompts, bundled.tokenizer) == prompts
     with pytest.raises(ValueError, match=r"the budget is 10 \(items [0-9a-f]{16}"):
-        arms.within(prompts, bundled.tokenizer, 10)
+        arms.check_token_budget(prompts, bundled.tokenizer, 10)
 
 
 def test_a_revision_shows_the_first_answer(bank, tests):
-    prompts = arms.retrieved(bank, tests)[:3]
+    prompts = build.retrieved(bank, tests)[:3]
     records = pd.DataFrame(
         {"problem_id": [p.problem.id for p in prompts], "text": [" one", "two", "three"]}
     )
-    again = arms.revised(records, prompts)
+    again = arms.revisions(records, prompts)
     assert [p.messages[1][1].rpartition("\n")[2] for p in again] == ["one", "two", "three"]
     assert {p.arm for p in again} == {"matts-sequential"}
     assert [p.problem for p in again] == [p.problem for p in prompts]
@@ -115,18 +115,18 @@ def test_one_of_several_samples_is_chosen_by_its_number(tests):
     replies = pd.DataFrame(
         [{"problem_id": p.id, "text": t, **dict.fromkeys(arms.SPENT, 1.0)} for p, t in said]
     )
-    found = arms.chosen(samples, replies).set_index("problem_id")
+    found = arms.chosen_samples(samples, replies).set_index("problem_id")
     assert [found["text"][p.id] for p in tests[:3]] == ["try 2", "try 0", "try 0"]
     assert (found[arms.SPENT] == 31).all(axis=None), "three answers and a choice were paid for"
 
 
 def test_an_optimized_solver_asks_what_it_was_given(tests):
     solver = Solver()
-    (bare,) = arms.programmed(solver, tests[:1], "solver")
-    assert bare.messages == arms.format_only(tests[:1])[0].messages and bare.arm == "solver"
+    (bare,) = arms.from_program(solver, tests[:1], "solver")
+    assert bare.messages == build.format_only(tests[:1])[0].messages and bare.arm == "solver"
     solver.solve.demos = [dspy.Example(question="What is 1 + 1?", strategies="", answer="Two.")]
     solver.solve.signature = solver.solve.signature.with_instructions("Be brief.")
-    (made,) = arms.programmed(solver, tests[:1], "solver")
+    (made,) = arms.from_program(solver, tests[:1], "solver")
     said = [*bare.messages]
     said[:1] = [("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "Two.")]
     assert made.messages == tuple(said)

@@ -1,6 +1,7 @@
 """The strategy bank: what a search gives, what it must never give, what a killed writer leaves."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from datetime import timedelta
 
 import lancedb
 import numpy
+import pyarrow
 import pytest
 
 from kit import paths
@@ -17,7 +19,7 @@ from kit.models import embedder
 from kit.reasoning_bank import bank as strategies
 from kit.reasoning_bank import strategy
 from kit.reasoning_bank.bank import ReasoningBank
-from kit.reasoning_bank.strategy import Strategy, gives_away
+from kit.reasoning_bank.strategy import Strategy, leaks_answer
 from kit.schema import Problem
 
 ANSWERS = [  # text, answer, whether it is given away
@@ -35,6 +37,8 @@ ANSWERS = [  # text, answer, whether it is given away
     ("the sum is **42**", "42", True),
     ("page 42 of it", "42", False),
     ("anything", "", False),
+    (r"you get \frac{3}{4}", r"\frac {3} {4}", True),  # spaces in the gold answer
+    ("the set is {1,2}", "{1, 2}", True),
 ]
 
 
@@ -97,7 +101,7 @@ def test_vector_search_ranks_as_plain_cosines_do(bank, minilm, key, method):
         query = minilm.embed([problem.question], query=True)[0]
         column = "vector" if key == "text" else "question_vector"
         rows["cosine"] = numpy.stack(rows[column]) @ query
-        rows = rows[~rows["id"].isin(found.refused)]
+        rows = rows[~rows["id"].isin(found.filtered)]
         best = rows.sort_values(["cosine", "id"], ascending=[False, True])["id"].tolist()[:5]
         assert [s.id for s in found.strategies] == best
         assert found.scores == pytest.approx(sorted(found.scores, reverse=True))
@@ -137,7 +141,8 @@ def test_words_find_what_vectors_may_miss(tmp_path, minilm, train):
     problem = asked(train[300], question="What does zygote say?", answer="none")
     for method in ("text", "hybrid"):
         assert made.retrieve(problem, k=1, method=method).strategies == (rare,)
-    assert made.retrieve(asked(train[300], question='(a AND "b" ^~* '), method="text") is not None
+    operators = asked(train[300], question='zygote) AND -"rule" ^~* (', answer="none")
+    assert made.retrieve(operators, k=1, method="text").strategies == (rare,), "words, not a query"
 
 
 def test_by_question_gives_all_strategies_of_the_nearest_past_problems(tmp_path, minilm, train):
@@ -169,15 +174,15 @@ def test_nothing_from_the_problem_itself_nor_its_double(bank, train):
         found = bank.retrieve(problem, k=3)
         assert problem.id not in {s.problem_id for s in found.strategies}
         by_question = bank.retrieve(problem, k=3, key="question")
-        assert "same problem" in by_question.refused.values()
+        assert "same problem" in by_question.filtered.values()
         double = asked(problem, question=problem.question.upper().replace(" ", "  "))
         by_question = bank.retrieve(double, k=3, key="question")
-        assert "near-duplicate" in by_question.refused.values()
+        assert "near-duplicate" in by_question.filtered.values()
         assert problem.id not in {s.problem_id for s in by_question.strategies}
 
 
 def test_without_the_guard_a_problem_finds_itself(bank, train, monkeypatch):
-    monkeypatch.setattr(strategies, "refusal", lambda *_: "")
+    monkeypatch.setattr(strategies, "leak_reason", lambda *_: "")
     own = [
         problem.id == bank.retrieve(problem, k=1, key="question").strategies[0].problem_id
         for problem in train[::7]
@@ -202,7 +207,7 @@ def test_paraphrases_are_the_same_problem_and_other_numbers_another(
     made = ReasoningBank(tmp_path, minilm)
     made.add([lesson(dataclasses.replace(train[0], question=theirs))])
     problem = asked(train[0], question=ours, answer="none")
-    assert (made.retrieve(problem, key="question").refused != {}) == same
+    assert (made.retrieve(problem, key="question").filtered != {}) == same
 
 
 @pytest.mark.parametrize("key", ["text", "question"])
@@ -218,24 +223,24 @@ def test_a_search_goes_on_behind_what_the_guard_keeps_back(tmp_path, minilm, tra
     made.add([*near, *(lesson(p) for p in train[100:140])])
     made.add([lesson(same, rule, content=rule, description=rule)] * allowed)
     found = made.retrieve(asked(train[0], question=rule, answer="125"), k=2, key=key)
-    assert len(found.strategies) == 2 and len(found.refused) == 12
+    assert len(found.strategies) == 2 and len(found.filtered) == 12
     assert (found.strategies[0].content == rule) == bool(allowed)
 
 
 def test_test_problems_are_not_refused_wholesale(bank):
     """The guard keeps back what repeats a problem, not its family."""
     tests = problems.load("laptop", "test").problems[::10]
-    refused = [len(bank.retrieve(p, k=1, key="question").refused) for p in tests]
+    refused = [len(bank.retrieve(p, k=1, key="question").filtered) for p in tests]
     assert numpy.mean(refused) < 0.5
 
 
 @pytest.mark.parametrize("text, answer, given", ANSWERS)
 def test_answers_are_not_given_away(tmp_path, minilm, train, text, answer, given):
-    assert gives_away(text, answer) == given
+    assert leaks_answer(text, answer) == given
     made = ReasoningBank(tmp_path, minilm)
     made.add([item := lesson(train[0], content=text, title="T", description="D.")])
     found = made.retrieve(Problem("p", "How do I count?", answer, "f", 1, "s"), k=1)
-    assert (found.refused == {item.id: "gives the answer away"}) == given
+    assert (found.filtered == {item.id: "gives the answer away"}) == given
     assert (found.strategies == (item,)) != given
 
 
@@ -249,7 +254,6 @@ def test_tagged_states_can_be_opened_again(bank, train, minilm):
     ids = [item.id for item in bank.strategies()]
     bank.forget(ids[:50])
     bank.add([lesson(train[1])])
-    bank.credit(ids[50:52], won=True)
     bank.merge()
     then = bank.checkout("built")
     assert then.logical_hash() == before != bank.logical_hash() and len(then) == 60 > len(bank)
@@ -263,17 +267,6 @@ def test_tagged_states_can_be_opened_again(bank, train, minilm):
         then.add([lesson(train[2])])
 
 
-def test_uses_and_wins_are_counted(bank):
-    a, b, c = (item.id for item in bank.strategies()[:3])
-    bank.credit([a, b], won=True)
-    bank.credit([b], won=False)
-    bank.credit([], won=True)
-    counts = {item.id: (item.uses, item.wins) for item in bank.strategies()}
-    assert (counts[a], counts[b], counts[c]) == ((1, 1), (2, 1), (0, 0))
-    with pytest.raises(ValueError, match="is no strategy id"):
-        bank.forget(["' OR 1=1"])
-
-
 def test_what_says_the_same_is_merged(tmp_path, minilm, train):
     made = ReasoningBank(tmp_path, minilm)
     first = lesson(train[0], content="Add the tens first, then add the ones.", step=1)
@@ -281,29 +274,50 @@ def test_what_says_the_same_is_merged(tmp_path, minilm, train):
     opposite = lesson(train[2], content="Add the tens first, then add the ones.", kind="failure")
     other = lesson(train[400], "Turn the fraction around", content="Multiply by the inverse.")
     made.add([first, twin, opposite, other])
-    made.credit([first.id], won=False)
-    made.credit([twin.id], won=True)
-    assert made.merge(0.9) == [(first.id, twin.id)]
+    assert made.merge() == [(first.id, twin.id)]
     kept = {item.id: item for item in made.strategies()}
     assert set(kept) == {first.id, opposite.id, other.id}
-    assert (kept[first.id].uses, kept[first.id].wins) == (2, 1)
-    assert made.merge(0.9) == [] and made.nbytes() > 0
+    assert made.merge() == [] and made.nbytes() > 0
 
 
 def test_an_empty_bank_finds_nothing(tmp_path, minilm, train):
     made = ReasoningBank(tmp_path, minilm)
     for method in strategies.METHODS:
-        assert made.retrieve(train[0], method=method) == strategy.Found((), (), {})
+        assert made.retrieve(train[0], method=method) == strategy.RetrievalResult((), (), {})
     assert made.merge() == [] and made.strategies() == [] and len(made) == 0
     made.tag("empty")
     made.add([lesson(train[0])])
     assert made.checkout("empty").retrieve(train[5], method="hybrid").strategies == ()
 
 
+def test_a_bank_with_the_columns_of_earlier_versions_is_read_and_added_to(tmp_path, minilm, train):
+    """Banks built before had the columns uses and wins, between step and text."""
+    schema = strategy.row_schema(minilm.dimension)
+    for name in strategy.RETIRED:
+        schema = schema.insert(schema.get_field_index("text"), pyarrow.field(name, pyarrow.int64()))
+    meta = {"embedder": minilm.fingerprint, "embedder_name": minilm.name}
+    table = lancedb.connect(tmp_path).create_table("strategies", schema=schema.with_metadata(meta))
+    old = lesson(train[0])
+    row = dataclasses.asdict(old) | {"id": old.id, "text": old.text, "uses": 3, "wins": 1}
+    row |= {"vector": minilm.embed([old.text])[0]}
+    table.add([row | {"question_vector": minilm.embed([old.question], query=True)[0]}])
+    bank = ReasoningBank(tmp_path, minilm)
+    assert bank.strategies() == [old] and bank.add([old, lesson(train[1])]) == 1
+    assert bank.table()[["uses", "wins"]].sum().tolist() == [3, 1]
+    bank.tag("two")
+    assert len(bank.retrieve(train[2], k=2).strategies) == 2
+    assert len(bank.merge()) == 1 == len(bank), "both say the same"
+    plain = ReasoningBank(tmp_path / "new", minilm)
+    plain.add(bank.checkout("two").strategies())
+    assert plain.logical_hash() == bank.checkout("two").logical_hash()
+
+
 def test_wrong_questions_are_one_sentence(bank, train):
     for wrong in (dict(key="title"), dict(method="fast"), dict(k=-1)):
         with pytest.raises(ValueError, match="k at least 0"):
             bank.retrieve(train[0], **wrong)
+    with pytest.raises(ValueError, match="is no strategy id"):
+        bank.forget(["' OR 1=1"])
     with pytest.raises(ValueError, match='takes method="vector" only'):
         bank.retrieve(train[0], key="question", method="hybrid")
     assert bank.retrieve(train[0], k=0).strategies == ()
@@ -375,18 +389,26 @@ def test_two_writers_at_once_lose_nothing(tmp_path, minilm):
     assert len(ReasoningBank(tmp_path, minilm)) == 120, "a strategy is lost or there twice"
 
 
+def write(strategies, file, **more) -> None:
+    """JSON lines, as a person or another program would hand them in."""
+    rows = [json.dumps(dataclasses.asdict(item) | more) + "\n" for item in strategies]
+    file.write_text("".join(rows))
+
+
 def test_a_bank_goes_through_a_table(bank, tmp_path, minilm):
-    strategy.write(bank.strategies(), tmp_path / "t.jsonl")
+    write(bank.strategies(), tmp_path / "t.jsonl")
     other = ReasoningBank(tmp_path / "other", minilm)
     other.add(strategy.read(tmp_path / "t.jsonl"))
     assert other.logical_hash() == bank.logical_hash()
+    write(bank.strategies(), tmp_path / "old.jsonl", uses=2, wins=1)
+    assert strategy.read(tmp_path / "old.jsonl") == bank.strategies()
 
 
 def test_a_bad_row_of_a_table_is_named(tmp_path, train):
     file = tmp_path / "t.jsonl"
-    strategy.write([lesson(train[0]), lesson(train[1])], file)
+    write([lesson(train[0]), lesson(train[1])], file)
     good = file.read_text().splitlines()
-    for bad in ("{", '{"title": "x"}', good[1].replace('"success"', '"maybe"')):
+    for bad in ("{", "[1]", '{"title": "x"}', good[1].replace('"success"', '"maybe"')):
         file.write_text(f"{good[0]}\n{bad}\n")
         with pytest.raises(ValueError, match="t.jsonl, row 2"):
             strategy.read(file)

@@ -8,10 +8,10 @@ from dspy.lm15 import Message, Response, TextPart, Usage
 from kit.data import problems
 from kit.evaluation.store import Store
 from kit.models import embedder
-from kit.reasoning_bank import build as learn
+from kit.reasoning_bank import build
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.build import BankBuildConfig
-from kit.reasoning_bank.dspy_lm import Engine
+from kit.reasoning_bank.dspy_backend import Engine
 from kit.schema import digest
 
 QUICK = BankBuildConfig(solve_tokens=8, extract_tokens=8, group=6)
@@ -57,7 +57,9 @@ def group():
 
 def built(folder, minilm, teacher, group, recipe=QUICK):
     bank = ReasoningBank(folder / "bank", minilm)
-    frame = learn.learn(bank, teacher, group, Store(folder / "store"), recipe, lambda line: None)
+    frame = build.fill_bank(
+        bank, teacher, group, Store(folder / "store"), recipe, lambda line: None
+    )
     return bank, frame
 
 
@@ -96,12 +98,12 @@ def test_a_killed_build_ends_with_the_same_bank(tmp_path, minilm, teacher, group
 
         bank = ReasoningBank(tmp_path / "cut" / "bank", minilm)
         with pytest.raises(Killed):
-            learn.learn(bank, teacher, group, Store(tmp_path / "cut" / "store"), recipe, die)
+            build.fill_bank(bank, teacher, group, Store(tmp_path / "cut" / "store"), recipe, die)
     done, again = built(tmp_path / "cut", minilm, teacher, group, recipe)
     assert done.logical_hash() == whole.logical_hash() and len(done) > 0
     columns = ["problem_id", "text", "judged", "retrieved", "prompt_tokens"]
     assert again[columns].equals(records[columns])
-    noted = learn.steps(done)
+    noted = build.steps(done)
     assert noted["step"].tolist() == [0, 1, 2, 3] and noted["lessons"].sum() == len(done)
     assert (noted["seconds"] > 0).all()
     asked = len(teacher.told)
@@ -135,7 +137,7 @@ def test_banks_of_other_recipes_and_problems_stand_apart(tmp_path, minilm, teach
     store = Store(tmp_path / "store")
 
     def uri(problems=group[:6], recipe=QUICK):
-        bank, frame = learn.build(tmp_path, teacher, minilm, problems, store, recipe)
+        bank, frame = build.build_bank(tmp_path, teacher, minilm, problems, store, recipe)
         assert len(bank) == len(frame) == len(problems)
         return bank.uri
 

@@ -5,8 +5,7 @@ import pytest
 
 from kit.data import problems
 from kit.reasoning_bank import optimize
-from kit.reasoning_bank.dspy_adapter import Lines
-from kit.reasoning_bank.dspy_lm import language_model
+from kit.reasoning_bank.dspy_backend import Lines, language_model
 from kit.reasoning_bank.programs import Solver
 from tests.scripted import Scripted
 

@@ -4,20 +4,17 @@ import dspy
 import pytest
 
 from kit.data.prompts import FORMAT_INSTRUCTION
-from kit.reasoning_bank.dspy_adapter import Lines
-from kit.reasoning_bank.dspy_lm import language_model
+from kit.reasoning_bank.dspy_backend import Lines, language_model
 from kit.reasoning_bank.programs import (
-    BestOf,
-    Calculate,
     Compare,
     Extractor,
     Judge,
-    SelfCheck,
     SelfJudge,
     Solve,
     Solver,
     lessons,
     shown,
+    worked_out,
 )
 from kit.reasoning_bank.strategy import Strategy
 from tests.scripted import Scripted
@@ -113,18 +110,6 @@ def test_the_extractor_asks_by_outcome_and_contrasts_several():
         assert lessons(demo.replace("group", "heap")), "it is in the asked form"
 
 
-def test_self_check_revises_and_best_of_chooses():
-    engine, _, context = with_replies("first", "second", "third")
-    with context:
-        found = SelfCheck(checks=2)(question="Q")
-    assert found.steps == ["first", "second", "third"] and found.answer == "third"
-    assert engine.asked[2][-1][1] == "Question:\nQ\n\nSolution:\nsecond"
-    for said, answer in (("2", "b"), ("Solution 3 is best", "c"), ("9", "a"), ("none", "a")):
-        _, _, context = with_replies("a", "b", "c", said)
-        with context:
-            assert BestOf(width=3)(question="Q").answer == answer
-
-
 @pytest.mark.parametrize(
     "said, answer",
     [
@@ -136,9 +121,7 @@ def test_self_check_revises_and_best_of_chooses():
     ],
 )
 def test_the_calculator_works_out_what_the_model_writes(said, answer):
-    _, _, context = with_replies(said)
-    with context:
-        assert Calculate()(question="Q").answer == answer
+    assert worked_out(said) == answer
 
 
 def test_strategies_are_shown_without_their_origin():

@@ -10,9 +10,8 @@ import pytest
 from kit.evaluation.evaluate import Memory
 from kit.inference import decode
 from kit.inference.policies import Window
-from kit.reasoning_bank import arms
-from kit.reasoning_bank.dspy_adapter import Lines
-from kit.reasoning_bank.dspy_lm import Engine, language_model
+from kit.reasoning_bank import build
+from kit.reasoning_bank.dspy_backend import Engine, Lines, language_model
 from kit.reasoning_bank.programs import Solver
 from kit.schema import Problem, Prompt, Sampling
 
@@ -32,7 +31,7 @@ def solver(engine):
 
 def expected(tiny, question: str, sampling: Sampling, seed: int) -> str:
     """The same prompt through `decode`, without DSPy; a request is known by prompt and seed."""
-    messages = arms.prompt(Problem("", question, "", "", 0, ""), "").messages
+    messages = build.solve_prompt(Problem("", question, "", "", 0, ""), "").messages
     asked = Prompt(Problem("", "", "", "", 0, "dspy"), "dspy", messages)
     request = decode.Request(decode.tokenize(tiny, asked), json.dumps([asked.id, seed]))
     return decode.decode(tiny, [request], sampling)[0].text.strip()
@@ -53,10 +52,10 @@ def test_programs_together_take_as_many_decodings_as_one_makes_calls(engine, sol
 
     alone = [twice(q) for q in QUESTIONS]
     assert engine.rounds == 24
-    both = engine.together([partial(twice, q) for q in QUESTIONS])
+    both = engine.run_batched([partial(twice, q) for q in QUESTIONS])
     assert engine.rounds == 26 and engine.calls == 48
     assert both == alone
-    assert engine.together([]) == []
+    assert engine.run_batched([]) == []
     assert engine.prompt_tokens > engine.new_tokens >= 48
 
 
@@ -64,7 +63,7 @@ def test_programs_that_end_early_do_not_hold_up_the_others(engine, solver):
     def some(count):
         return [solver(question=QUESTIONS[i]).answer for i in range(count)]
 
-    found = engine.together([partial(some, i) for i in (0, 1, 5, 2)])
+    found = engine.run_batched([partial(some, i) for i in (0, 1, 5, 2)])
     assert [len(each) for each in found] == [0, 1, 5, 2]
     assert engine.rounds == 5 and engine.calls == 8
 
@@ -76,7 +75,7 @@ def test_what_a_program_raises_is_its_own(engine, solver):
     def much():
         return solver.solve(question="x", strategies="", config={"max_tokens": 10**6})
 
-    first, second, third = engine.together([wrong, much, partial(solver, question="Hello")])
+    first, second, third = engine.run_batched([wrong, much, partial(solver, question="Hello")])
     assert isinstance(first, KeyError) and "lower max_new_tokens" in str(second)
     assert third.answer is not None
     with pytest.raises(Exception, match="stop strings; leave it out"):

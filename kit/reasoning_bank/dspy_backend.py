@@ -1,15 +1,20 @@
-"""A language model for DSPy over `kit.inference.decode`: concurrent calls are decoded as one queue.
+"""DSPy on `kit.inference.decode`: a batching language model, and an adapter for small models.
 
-DSPy calls a model once per prompt. Here a call waits for its fellows: inside `together` until
-every program that still runs has asked, so that a hundred programs take as many decodings as one
-of them makes calls, and which prompts are decoded together does not depend on the clock.
-DSPy's own cache knows the model's name only, hence the name says weights, dtype and memory.
+DSPy calls a model once per prompt. `Engine` collects calls: inside `run_batched` a decoding starts
+once every program that still runs waits for one, so that a hundred programs take as many decodings
+as one of them makes calls, and the batches do not depend on the clock. DSPy's own cache knows only
+the name of the model, so the name contains weights, dtype and memory.
 
-Source of the contract: DSPy 3.4, `dspy.lm15` (Request in, Response out).
+`Lines` renders a signature as plain chat messages: instructions and retrieved strategies in the
+system message, the other inputs in the user message. A reply that cannot be parsed is counted and
+never requested again in another format.
+
+Interface: `dspy.lm15` of DSPy 3.4 (Request in, Response out), https://dspy.ai.
 """
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,16 +28,16 @@ from kit.inference import decode
 from kit.models.load import Model
 from kit.schema import Problem, Prompt, Sampling, digest
 
-GATHER_S = 0.02  # how long a call outside `together` waits for others
-logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)  # `Engine.cut` counts cut answers
+GATHER_S = 0.02  # seconds that a call outside `run_batched` waits for others
+logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)  # `Engine.truncated` counts them
 REFUSED = ("response_format", "reasoning", "frequency_penalty", "presence_penalty")
 
 
 class Engine:
     """Answers DSPy's requests with `model`, `batch_size` sequences at once.
 
-    `calls`, `rounds`, `prompt_tokens` and `new_tokens` count what was asked and decoded; `cut`
-    the answers that reached their limit of tokens.
+    Counters: `calls` answered, `rounds` of decoding, `prompt_tokens`, `new_tokens`, and answers
+    `truncated` at their token limit.
     """
 
     def __init__(
@@ -44,21 +49,21 @@ class Engine:
     ):
         self.model, self.max_new_tokens = model, max_new_tokens
         self.batch_size, self.memory = batch_size, memory
-        self.calls = self.rounds = self.prompt_tokens = self.new_tokens = self.cut = 0
+        self.calls = self.rounds = self.prompt_tokens = self.new_tokens = self.truncated = 0
         self._waiting: list[tuple[Request, Future]] = []
-        self._running: int | None = None  # programs inside `together` that may still ask
+        self._running: int | None = None  # programs inside `run_batched` that may still ask
         self._changed = threading.Condition()
         self._decoding = threading.Lock()
 
     @property
     def name(self) -> str:
-        """The model string for DSPy: all that determines an answer but the request."""
+        """The model string for DSPy: all that determines an answer except the request."""
         memory = digest(self.memory.key, 8)
         dtype = str(self.model.dtype).removeprefix("torch.")
         return f"kit/{self.model.name}@{self.model.weights_hash}/{dtype}/{memory}"
 
     def complete(self, request: Request) -> Response:
-        """Answer one request, together with those that wait at the same time."""
+        """Answer one request in a batch with those that wait at the same time."""
         future: Future = Future()
         with self._changed:
             self._waiting.append((request, future))
@@ -73,16 +78,18 @@ class Engine:
     def close(self) -> None:
         """Nothing to close: the engine borrows the model."""
 
-    def together(self, programs: list[Callable[[], object]]) -> list:
-        """Run every program in a thread of its own; their results, or the exceptions they raised.
+    def run_batched(self, programs: list[Callable[[], object]]) -> list:
+        """Run every program in a thread of its own and return their results or exceptions.
 
-        A decoding starts when all that still run are waiting for one.
+        A decoding starts when all programs that still run wait for one.
         """
         if not programs:
             return []
         with self._changed:
             if self._running is not None:
-                raise RuntimeError("Engine.together is running already; run one after the other.")
+                raise RuntimeError(
+                    "Engine.run_batched is running already; run one after the other."
+                )
             self._running = len(programs)
         try:
             with ThreadPoolExecutor(len(programs)) as pool:
@@ -119,12 +126,12 @@ class Engine:
             self._answer(part)  # nothing where another call has answered them all
 
     def _answer(self, part: list[tuple[Request, Future]]) -> None:
-        """Decode what was asked, requests of equal sampling as one queue."""
+        """Decode the requests; those with equal sampling parameters form one queue."""
         queues: dict[Sampling, list] = {}
         for request, future in part:
             try:
                 sampling, asked = self._read(request)
-            except Exception as error:  # the caller's, not its neighbours'
+            except Exception as error:  # belongs to this caller only
                 future.set_exception(error)
             else:
                 queues.setdefault(sampling, []).append((asked, request, future))
@@ -148,7 +155,7 @@ class Engine:
                 future.set_result(self._response(request, generation))
 
     def _read(self, request: Request) -> tuple[Sampling, decode.Request]:
-        """How to draw, and what to continue. The same request with the same seed draws the same."""
+        """Sampling parameters and prompt; equal requests with equal seeds draw equal tokens."""
         config = request.config
         asked = [name for name in REFUSED if getattr(config, name)]
         if asked or request.tools or config.stop:
@@ -175,7 +182,7 @@ class Engine:
         self.calls += 1
         self.prompt_tokens += generation.prompt_tokens
         self.new_tokens += generation.new_tokens
-        self.cut += generation.finish == "length"
+        self.truncated += generation.finish == "length"
         usage = dict(input_tokens=generation.prompt_tokens, output_tokens=generation.new_tokens)
         return Response(
             id=None,
@@ -189,3 +196,66 @@ class Engine:
 def language_model(engine: Engine, **settings) -> dspy.LM:
     """`dspy.LM` over the engine; `settings` as temperature and max_tokens are its defaults."""
     return dspy.LM(engine.name, engine=engine, **{"cache": False, "num_retries": 0} | settings)
+
+
+class Lines(dspy.Adapter):
+    """Renders a signature with one output field as plain chat messages.
+
+    `failed` holds the completions that could not be parsed as the type of the field; the field is
+    then None, and there is no second request.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.failed: list[str] = []
+
+    def format(self, signature, demos, inputs) -> list[dict]:
+        """System: instructions, then strategies. Demos as earlier turns. User: the other inputs."""
+        if len(signature.output_fields) != 1:
+            raise ValueError(f"{signature.__name__} has several output fields; Lines reads one.")
+        system = signature.instructions.strip()
+        if strategies := inputs.get("strategies"):
+            system += f"\n\n{strategies}"
+        (output,) = signature.output_fields
+        messages = [{"role": "system", "content": system}]
+        for demo in demos:
+            messages.append({"role": "user", "content": _user(signature, demo)})
+            messages.append({"role": "assistant", "content": _text(demo[output])})
+        return [*messages, {"role": "user", "content": _user(signature, inputs)}]
+
+    def parse(self, signature, completion: str) -> dict:
+        """The output field parsed as its type, None where that is impossible."""
+        ((name, field),) = signature.output_fields.items()
+        value = _read(completion, field.annotation)
+        if value is None:
+            self.failed.append(completion)
+        return {name: value}
+
+
+def chat_messages(signature, *demos, **inputs) -> tuple[tuple[str, str], ...]:
+    """The messages that `Lines` renders of a signature, as (role, text) pairs of a `Prompt`."""
+    messages = Lines().format(signature, demos, inputs)
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _user(signature, inputs) -> str:
+    """The inputs of the user message; a single input stands without its name."""
+    given = {k: inputs[k] for k in signature.input_fields if k != "strategies" and k in inputs}
+    if len(given) == 1:
+        return str(*given.values())
+    return "\n\n".join(f"{name.capitalize()}:\n{value}" for name, value in given.items())
+
+
+def _text(value) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _read(completion: str, kind):
+    text = completion.strip()
+    if kind == (bool | None):
+        found = re.search(r"\b(yes|no)\b", text, re.IGNORECASE)
+        return found and found[1].lower() == "yes"
+    if kind == (int | None):
+        found = re.search(r"\d+", text)
+        return found and int(found[0])
+    return text or None
