@@ -416,7 +416,7 @@ def grpo(
     from kit.inference.policies import DMS, Full
     from kit.models.load import load as load_model
     from kit.training import grpo
-    from kit.training.grpo import RECIPES, mixed
+    from kit.training.grpo import RECIPES, mix_difficulties
 
     speaks = not int(os.environ.get("RANK", 0))  # of several processes one does
     with _in_one_sentence():
@@ -427,7 +427,9 @@ def grpo(
             changes = {name: value for name, value in changes.items() if value is not None}
             chosen = replace(_named(RECIPES, recipe, "recipe"), **changes)
             every = load(problems, "train").problems
-            asked = prompts.build(prompts.format_only, mixed(every, *mix) if mix else every)
+            asked = prompts.build(
+                prompts.format_only, mix_difficulties(every, *mix) if mix else every
+            )
             policy = DMS(load_evictor(evictor, load_model(model))) if evictor else Full()
             bar = tqdm(total=chosen.steps, unit="step", disable=not speaks)
 

@@ -73,15 +73,15 @@ def build_bank(
     embedder: Embedder,
     problems: Sequence[Problem],
     store: Store,
-    recipe: BankBuildConfig,
+    config: BankBuildConfig,
 ) -> tuple[ReasoningBank, pandas.DataFrame]:
-    """The bank of `recipe` in a folder of `folder` named by all that determines it, and what
+    """The bank of `config` in a folder of `folder` named by all that determines it, and what
     `learn` gives."""
     programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
-    parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(recipe), *programs]
+    parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(config), *programs]
     name = digest([*parts, [problem.id for problem in problems]], 12)
     bank = ReasoningBank(f"{folder}/{name}", embedder)
-    return bank, fill_bank(bank, engine, problems, store, recipe)
+    return bank, fill_bank(bank, engine, problems, store, config)
 
 
 def fill_bank(
@@ -89,27 +89,27 @@ def fill_bank(
     engine: Engine,
     problems: Sequence[Problem],
     store: Store,
-    recipe: BankBuildConfig = BankBuildConfig(),  # noqa: B008 (frozen)
+    config: BankBuildConfig = BankBuildConfig(),  # noqa: B008 (frozen)
     report: Callable[[str], None] = print,
 ) -> pandas.DataFrame:
     """Fill `bank` from `problems`; records of the attempts with a column `judged` (True, False or
     None where the judgement could not be read) come back."""
     adapter, frames = Lines(), []
-    groups = [problems[i : i + recipe.group] for i in range(0, len(problems), recipe.group)]
-    with dspy.context(lm=language_model(engine, temperature=recipe.temperature), adapter=adapter):
+    groups = [problems[i : i + config.group] for i in range(0, len(problems), config.group)]
+    with dspy.context(lm=language_model(engine, temperature=config.temperature), adapter=adapter):
         if "start" not in bank.tags():
             bank.tag("start")
         done, tags = steps(bank).set_index("step")["judged"].to_dict(), bank.tags()
         for step, group in enumerate(groups):
             began, asked, unread = time.perf_counter(), _tokens(engine), len(adapter.failed)
-            known = bank.checkout(_tag(step - 1)) if recipe.k else bank
-            frame = _solve(known, engine, group, store, recipe)
+            known = bank.checkout(_tag(step - 1)) if config.k else bank
+            frame = _solve(known, engine, group, store, config)
             frames.append(frame)
             if _tag(step) in tags:
                 frame["judged"] = list(done[step])
                 continue
-            frame["judged"] = _judge(engine, frame, recipe)
-            new = bank.add(_extract(engine, group, frame, recipe, step))
+            frame["judged"] = _judge(engine, frame, config)
+            new = bank.add(_extract(engine, group, frame, config, step))
             cost = {"seconds": time.perf_counter() - began, "unread": len(adapter.failed) - unread}
             cost |= {name: now - asked[name] for name, now in _tokens(engine).items()}
             _note(bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost)
@@ -174,28 +174,28 @@ def _tag(step: int) -> str:
 
 
 def _solve(
-    bank: ReasoningBank, engine: Engine, group, store: Store, recipe: BankBuildConfig
+    bank: ReasoningBank, engine: Engine, group, store: Store, config: BankBuildConfig
 ) -> pandas.DataFrame:
-    if recipe.k:
-        prompts = retrieved(bank, group, recipe.k, arm="streaming", key=recipe.key)
+    if config.k:
+        prompts = retrieved(bank, group, config.k, arm="streaming", key=config.key)
     else:
         prompts = format_only(group)
-    sampling = Sampling(recipe.solve_tokens, recipe.temperature, top_p=0.95)
+    sampling = Sampling(config.solve_tokens, config.temperature, top_p=0.95)
     return evaluate(
-        engine.model, prompts, sampling, store, recipe.width, engine.batch_size,
+        engine.model, prompts, sampling, store, config.width, engine.batch_size,
         report=lambda line: None, memory=engine.memory,
     )  # fmt: skip
 
 
-def _judge(engine: Engine, frame: pandas.DataFrame, recipe: BankBuildConfig) -> list[bool | None]:
-    if recipe.judge == "gold":
+def _judge(engine: Engine, frame: pandas.DataFrame, config: BankBuildConfig) -> list[bool | None]:
+    if config.judge == "gold":
         return frame["correct"].tolist()
     judge = SelfJudge()
     asked = [partial(judge, question=r.question, solution=r.text) for r in frame.itertuples()]
     return [_got(result).correct for result in engine.run_batched(asked)]
 
 
-def _extract(engine: Engine, group, frame, recipe: BankBuildConfig, step: int) -> list[Strategy]:
+def _extract(engine: Engine, group, frame, config: BankBuildConfig, step: int) -> list[Strategy]:
     """What each problem of the group taught; nothing where no judgement could be read."""
     extractor, asked, about = Extractor(), [], []
     for problem in group:
@@ -204,10 +204,10 @@ def _extract(engine: Engine, group, frame, recipe: BankBuildConfig, step: int) -
         if tried:
             asked.append(partial(extractor, problem.question, tried, seed=step))
             about.append((problem, any(correct for _, correct in tried)))
-    made_by = digest([extractor.dump_state(), recipe.extract_tokens], 12)
+    made_by = digest([extractor.dump_state(), config.extract_tokens], 12)
     with dspy.context(
         lm=language_model(
-            engine, temperature=recipe.extract_temperature, max_tokens=recipe.extract_tokens
+            engine, temperature=config.extract_temperature, max_tokens=config.extract_tokens
         )
     ):
         results = engine.run_batched(asked)

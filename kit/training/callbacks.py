@@ -1,4 +1,8 @@
-"""What a training tells at each step, and why one stops, in one sentence."""
+"""Trainer callback and error messages.
+
+`MetricsCallback` logs time, energy and peak memory of each step; `explain_error` turns errors of
+memory and disk into one sentence.
+"""
 
 import math
 import resource
@@ -13,16 +17,16 @@ from transformers import TrainerCallback
 
 from kit.inference import energy
 
-IDLE = 10  # steps of GRPO without a gradient that are worth a warning
+IDLE = 10  # consecutive steps of GRPO without a gradient after which it warns
 
 
-class Unstable(RuntimeError):
-    """The loss is no number any more; says at which step, and what was kept."""
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite; the message names the step and the checkpoint that is kept."""
 
 
-class Watch(TrainerCallback):
-    """Adds seconds, energy and peak memory to the figures of each step, and reports them; stops a
-    training whose loss is no number."""
+class MetricsCallback(TrainerCallback):
+    """Adds seconds, energy (joules) and peak memory (bytes) to the metrics of each step and reports
+    them; stops a training whose loss is not finite."""
 
     def __init__(self, report: Callable[[dict], None], place: Path):
         self.report, self.place, self.equal = report, place, 0
@@ -41,41 +45,43 @@ class Watch(TrainerCallback):
         logs["peak_memory_bytes"] = torch.cuda.max_memory_allocated() if on_gpu else resident
         state.log_history[-1].update(logs)
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
-            kept = last_checkpoint(self.place / "checkpoints")
-            raise Unstable(
+            last = last_checkpoint(self.place / "checkpoints")
+            raise NonFiniteLossError(
                 f"The loss is {logs['loss']} at step {state.global_step}; "
-                f"{f'the checkpoint {Path(kept).name} is kept' if kept else 'nothing was saved'}"
+                f"{f'the checkpoint {Path(last).name} is kept' if last else 'nothing was saved'}"
                 f". Lower learning_rate."
             )
         self.equal = self.equal + 1 if logs.get("frac_reward_zero_std") == 1 else 0
         if self.equal == min(IDLE, state.max_steps):
             warnings.warn(
                 f"In {self.equal} steps every group had equal rewards, so nothing is learnt; take "
-                f"problems that are solved at times (traces.learnable), or larger groups.",
+                f"problems that are solved sometimes (rejection_sampling.with_reward_variance), or "
+                f"larger groups.",
                 stacklevel=2,
             )
         self.report({"step": state.global_step, **logs})
 
 
-def told(error: Exception, trainer, place: Path) -> Exception | None:
-    """The error in one sentence, if it is of memory, or of the disk and not told already."""
-    step, said = trainer.state.global_step, str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
+def explain_error(error: Exception, trainer, place: Path) -> Exception | None:
+    """The same error in one sentence if memory or disk ran out, None of any other error or where it
+    is one sentence already."""
+    step, message = trainer.state.global_step, str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:
         return MemoryError(
             f"Out of memory after step {step} with micro_batch "
             f"{trainer.args.per_device_train_batch_size}; lower it (the steps stay the same) and "
             f"run again: the last checkpoint is kept."
         )
-    full = "No space left" in said or "PytorchStreamWriter" in said  # so torch says it
-    if full and "make room" not in said:
+    full = "No space left" in message or "PytorchStreamWriter" in message  # torch's words for it
+    if full and "make room" not in message:
         return OSError(
-            f"Cannot save a checkpoint of step {step} in {place} ({said.splitlines()[0][:80]}); "
+            f"Cannot save a checkpoint of step {step} in {place} ({message.splitlines()[0][:80]}); "
             f"make room and run again: it goes on at the checkpoint before."
         )
     return None
 
 
 def last_checkpoint(checkpoints: Path) -> str | None:
-    """The last checkpoint that was saved whole: its state is written after all else."""
-    whole = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
+    """The last complete checkpoint: `trainer_state.json` is the file that is written last."""
+    complete = [file.parent for file in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda f: int(f.name.split("-")[1]))) if complete else None

@@ -1,4 +1,4 @@
-r"""Group relative policy optimisation on graded problems, by TRL.
+r"""Group relative policy optimization (GRPO) on graded problems, by TRL.
 
     python -m kit grpo FOLDER --recipe laptop
     accelerate launch --config_file data/launch/fsdp.yaml -m kit grpo FOLDER \
@@ -7,9 +7,9 @@ r"""Group relative policy optimisation on graded problems, by TRL.
 Rollouts come from `kit.inference.decode` ("kit"), from transformers, or from vLLM where that is
 installed: in the training processes ("vllm"), or from a server that `trl vllm-serve --model NAME`
 runs on a GPU of its own ("vllm-server").
-Weights are kept in float32, and trained under autocast where the device computes in bfloat16. Where
-the sampler is not the model that is trained, the gap between their log-probabilities is logged, and
-corrected by truncated importance weights as TRL does for vLLM.
+Weights are stored in float32, and trained under autocast where the device computes in bfloat16.
+Where the sampler is not the policy that is trained, the gap between their log-probabilities is
+logged and corrected by truncated importance weights, see `importance_weight`.
 
 Sources: GRPO, Section 4.1 of https://arxiv.org/abs/2402.03300; Open-RS,
 https://arxiv.org/abs/2503.16219 and https://github.com/knoveleng/open-rs, recipes/grpo.yaml at
@@ -34,8 +34,16 @@ from kit.inference.policies import Full
 from kit.models.load import Model, collect, load
 from kit.schema import Problem, Prompt, digest
 from kit.training import rewards, rollouts
-from kit.training.callbacks import Watch
-from kit.training.sft import VERSIONS, alone, common, computed, identity, lora, train
+from kit.training.callbacks import MetricsCallback
+from kit.training.sft import (
+    VERSIONS,
+    compute_dtype,
+    identity,
+    lora_config,
+    releases_memory,
+    train,
+    trainer_settings,
+)
 
 DDP = paths.DATA / "launch" / "ddp.yaml"
 MAX_WEIGHT = 2.0  # truncates an importance weight, as TRL 0.23 did
@@ -45,31 +53,31 @@ ENGLISH = "Reply in English only, do not use other languages"  # the prompt of e
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """One way to train. The defaults are those of the laptop."""
+    """Hyperparameters of GRPO; the defaults suit a laptop."""
 
     steps: int = 40
     groups: int = 4  # problems per step
     size: int = 8  # completions per problem
-    micro_batch: int = 8  # completions read at once in the update
+    micro_batch: int = 8  # completions per forward pass of the update
     max_new_tokens: int = 64
     temperature: float = 1.0
     learning_rate: float = 1e-5
-    warmup: float = 0.1  # share of the steps
+    warmup: float = 0.1  # fraction of the steps
     schedule: str = "constant_with_warmup"
-    beta: float = 0.04  # weight of the KL to the start
+    beta: float = 0.04  # weight of the KL divergence from the initial model
     rewards: tuple[str, ...] = ("accuracy", "compliance")  # functions of kit.training.rewards
     weights: tuple[float, ...] = (1.0, 0.2)
-    longest: int = 64  # of the cosine reward: tokens, or characters as published
+    longest: int = 64  # length limit of the cosine reward: tokens, or characters as published
     suffix: str = ""  # added to the instruction
     lora_rank: int = 0
     rollouts: str = "kit"
     save_every: int = 10
-    keep_every: int = 10  # steps between two models that are kept, see sft.SFTConfig
+    keep_every: int = 10  # steps between two saved models, see sft.SFTConfig
     seed: int = 0
 
     @property
     def completions(self) -> int:
-        """Of the whole training."""
+        """Number of completions of the whole training."""
         return self.steps * self.groups * self.size
 
     def __post_init__(self):
@@ -101,20 +109,22 @@ RECIPES = {"laptop": GRPOConfig(), "open-rs-1": OPEN_RS_1}
 RECIPES |= {"open-rs-2": OPEN_RS_2, "open-rs-3": OPEN_RS_3}
 
 
-def runnable(recipe: GRPOConfig) -> GRPOConfig:
-    """`recipe` with rollouts by `kit.inference.decode` where it asks for a vLLM that is not
+def with_available_rollouts(config: GRPOConfig) -> GRPOConfig:
+    """`config` with rollouts by `kit.inference.decode` where it asks for a vLLM that is not
     installed."""
-    if recipe.rollouts == "vllm" and find_spec("vllm") is None:
-        return dataclasses.replace(recipe, rollouts="kit")
-    return recipe
+    if config.rollouts == "vllm" and find_spec("vllm") is None:
+        return dataclasses.replace(config, rollouts="kit")
+    return config
 
 
-def usable_processes(recipe: GRPOConfig, most: int) -> int:
-    """As many processes, at most `most`, as can share the completions of a step evenly."""
-    return max(n for n in range(1, most + 1) if recipe.groups * recipe.size % n == 0)
+def usable_processes(config: GRPOConfig, most: int) -> int:
+    """The largest number of processes, at most `most`, that share a step's completions evenly."""
+    return max(n for n in range(1, most + 1) if config.groups * config.size % n == 0)
 
 
-def mixed(problems: Sequence[Problem], easy: int, hard: int, seed: int = 0) -> list[Problem]:
+def mix_difficulties(
+    problems: Sequence[Problem], easy: int, hard: int, seed: int = 0
+) -> list[Problem]:
     """`easy` problems of the lowest level and `hard` of the others, drawn by hash of `seed`.
 
     Open-RS has 1,000 easy and 6,000 hard ones.
@@ -175,54 +185,55 @@ def corrected_trainer() -> type:
     return CorrectedTrainer
 
 
-@alone
+@releases_memory
 def grpo(
     base: str,
     asked: Sequence[Prompt],
-    recipe: GRPOConfig,
+    config: GRPOConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
     policy: Full = Full(),  # noqa: B008 (frozen)
     device: str = "auto",
 ) -> Path:
-    """Train `base` on the problems of `asked`; the folder of the trained model, see `tune.sft`.
+    """Train `base` on the problems of `asked`; the folder of the trained model, see `sft.sft`.
 
-    `report` gets the figures of each step, which `history.json` keeps: reward and its components,
-    length, share finished, share of groups whose rewards are all equal, KL, gradient norm,
-    seconds, peak memory. Trained before, it is returned; killed before, it goes on.
+    `report` receives the metrics of each step, which `history.json` stores: reward and its
+    components, length, fraction finished, fraction of groups with equal rewards, KL, gradient norm,
+    seconds, peak memory. A finished training is returned as it is; a killed one continues.
+    ValueError for fewer problems than groups, and for a gold answer that the grader cannot read.
     """
     import datasets  # these take seconds to import
     import trl
 
     rewards.check_golds([prompt.problem for prompt in asked])
-    if len(asked) < recipe.groups:
-        raise ValueError(f"{len(asked)} problems are fewer than the {recipe.groups} of a step.")
+    if len(asked) < config.groups:
+        raise ValueError(f"{len(asked)} problems are fewer than the {config.groups} of a step.")
     model = load(base, dtype="float32", device=device)
     data = digest([[p.id, p.problem.answer, p.problem.asks] for p in asked], 12)
-    parts = ["grpo", model.weights_hash, data, identity(recipe), policy.key]
-    parts += [computed(model), VERSIONS]
+    parts = ["grpo", model.weights_hash, data, identity(config), policy.key]
+    parts += [compute_dtype(model), VERSIONS]
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
     if not model.weights.config.architectures:
         _name_architecture(model, place / f"reference-{os.environ.get('RANK', 0)}")
     rows = [
-        {"prompt": _chat(p, recipe.suffix), "gold": p.problem.answer, "asks": p.problem.asks}
+        {"prompt": _chat(p, config.suffix), "gold": p.problem.answer, "asks": p.problem.asks}
         for p in asked
     ]
-    sampler = rollouts.Sampler(model, recipe, policy)
+    sampler = rollouts.Sampler(model, config, policy)
     trainer = corrected_trainer()(
         model.weights,
-        [_reward(name, recipe.longest) for name in recipe.rewards],
-        trl.GRPOConfig(**_settings(recipe, model, place)),
+        [_reward(name, config.longest) for name in config.rewards],
+        trl.GRPOConfig(**_settings(config, model, place)),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=model.tokenizer,
-        peft_config=lora(recipe.lora_rank) if recipe.lora_rank else None,
-        rollout_func=sampler if recipe.rollouts == "kit" else None,
-        callbacks=[Watch(report, place)],
+        peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
+        rollout_func=sampler if config.rollouts == "kit" else None,
+        callbacks=[MetricsCallback(report, place)],
     )
     card = {"base": base, "data": data, "problems": len(asked)}
-    return train(trainer, model, place, recipe, card)
+    return train(trainer, model, place, config, card)
 
 
 def _name_architecture(model: Model, folder: Path) -> None:
@@ -237,31 +248,31 @@ def _name_architecture(model: Model, folder: Path) -> None:
     config._name_or_path = str(folder)
 
 
-def _settings(recipe: GRPOConfig, model: Model, place: Path) -> dict:
-    """What TRL is told."""
+def _settings(config: GRPOConfig, model: Model, place: Path) -> dict:
+    """TRL's settings for `config`."""
     count = int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by accelerate
-    mine, rest = divmod(recipe.groups * recipe.size, count)
+    mine, rest = divmod(config.groups * config.size, count)
     if rest:
         raise ValueError(
-            f"A step has {recipe.groups * recipe.size} completions (groups x size), which {count} "
-            f"processes cannot share evenly; start {usable_processes(recipe, count)}, "
+            f"A step has {config.groups * config.size} completions (groups x size), which {count} "
+            f"processes cannot share evenly; start {usable_processes(config, count)}, "
             f"or change groups."
         )
-    at_once = max(n for n in range(1, recipe.micro_batch + 1) if mine % n == 0)
-    return common(dataclasses.replace(recipe, micro_batch=at_once), model, place) | dict(
+    at_once = max(n for n in range(1, config.micro_batch + 1) if mine % n == 0)
+    return trainer_settings(dataclasses.replace(config, micro_batch=at_once), model, place) | dict(
         gradient_accumulation_steps=mine // at_once,
-        num_generations=recipe.size,
-        max_completion_length=recipe.max_new_tokens,
-        temperature=recipe.temperature,
-        lr_scheduler_type=recipe.schedule,
-        lr_scheduler_kwargs={"min_lr_rate": 0.1} if "min_lr" in recipe.schedule else {},
-        warmup_steps=round(recipe.warmup * recipe.steps),
-        beta=recipe.beta,
+        num_generations=config.size,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        lr_scheduler_type=config.schedule,
+        lr_scheduler_kwargs={"min_lr_rate": 0.1} if "min_lr" in config.schedule else {},
+        warmup_steps=round(config.warmup * config.steps),
+        beta=config.beta,
         loss_type="grpo",
-        use_bias_correction_kl=False,  # TRL weighs the KL otherwise, the published ones did not
-        reward_weights=list(recipe.weights),
-        use_vllm=recipe.rollouts.startswith("vllm"),
-        vllm_mode="server" if recipe.rollouts == "vllm-server" else "colocate",
+        use_bias_correction_kl=False,  # off as in Open-RS; TRL's default weights the KL term
+        reward_weights=list(config.weights),
+        use_vllm=config.rollouts.startswith("vllm"),
+        vllm_mode="server" if config.rollouts == "vllm-server" else "colocate",
     )
 
 
@@ -281,25 +292,25 @@ def _reward(name: str, longest: int):
 def launch(
     base: str,
     asked: Sequence[Prompt],
-    recipe: GRPOConfig,
+    config: GRPOConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
     processes: int = 2,
 ) -> Path:
-    """What `grpo` does, in several processes of this machine by `accelerate launch`, followed here.
+    """`grpo` in several processes of this machine by `accelerate launch`; `report` as there.
 
-    As many of `processes` as can share the completions of a step evenly. RuntimeError with the file
-    of its log where it fails; run again, it goes on.
+    Starts as many of `processes` as share the completions of a step evenly. RuntimeError naming the
+    log file where it fails; run again, it continues.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    count = usable_processes(recipe, processes)
+    count = usable_processes(config, processes)
     if count < processes:
-        whole = recipe.groups * recipe.size
+        whole = config.groups * config.size
         print(f"{count} of {processes} processes: {whole} completions of a step divide by {count}")
     collect()  # the processes may need what is not in use here
     rows = [asdict(prompt) for prompt in asked]
-    text = json.dumps({"base": base, "recipe": asdict(recipe), "asked": rows})
+    text = json.dumps({"base": base, "recipe": asdict(config), "asked": rows})
     job, log = folder / "job.json", folder / "job.log"
     job.write_text(text)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(DDP)]
@@ -337,5 +348,5 @@ def run_job(file: Path, folder: Path, speaks: bool) -> Path:
         messages = tuple((role, content) for role, content in row["messages"])
         asked.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
     report = partial(print, flush=True) if speaks else lambda line: None
-    recipe = GRPOConfig(**job["recipe"])
-    return grpo(job["base"], asked, recipe, folder, lambda row: report(json.dumps(row)))
+    config = GRPOConfig(**job["recipe"])
+    return grpo(job["base"], asked, config, folder, lambda row: report(json.dumps(row)))

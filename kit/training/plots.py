@@ -41,7 +41,7 @@ def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:
 
 def checkpoints(logs: pd.DataFrame) -> Picture:
     """Accuracy of published checkpoints with 95% intervals; `logs` is
-    `kit.training.checkpoint_selection.published`."""
+    `kit.training.checkpoint_selection.open_rs_logs`."""
     names = list(dict.fromkeys(logs["benchmark"]))
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 1.5 * len(names) + 0.6), layout="constrained")

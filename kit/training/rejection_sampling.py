@@ -1,7 +1,8 @@
-"""What is learnt from: graded records to token sequences, loss on the completion only.
+"""Rejection sampling: from graded records to training sequences with loss on the completion only.
 
-Rejection sampling (STaR, arXiv 2203.14465; RFT, arXiv 2308.01825): correct answers that ended,
-no text twice, and at most a few per problem, so that easy problems do not outweigh the others.
+Accepted are correct, finished and distinct answers, at most a few per problem, so that easy
+problems do not outweigh the others. Sources: STaR, https://arxiv.org/abs/2203.14465, Section 3.1;
+rejection sampling fine-tuning (RFT), https://arxiv.org/abs/2308.01825.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,10 @@ from kit.models.load import Model
 from kit.schema import Problem, Prompt, digest
 
 
-def accepted(records: pandas.DataFrame, cap: int = 2, seed: int = 0) -> pandas.DataFrame:
-    """Correct, ended, different answers, at most `cap` per problem, drawn by hash of `seed`.
+def accept(records: pandas.DataFrame, cap: int = 2, seed: int = 0) -> pandas.DataFrame:
+    """Correct, finished, distinct answers, at most `cap` per problem, drawn by hash of `seed`.
 
-    ValueError where there is none: nothing could be learnt.
+    ValueError where there is none.
     """
     if cap < 1:
         raise ValueError(f"cap is {cap}; take at least one answer per problem.")
@@ -27,47 +28,51 @@ def accepted(records: pandas.DataFrame, cap: int = 2, seed: int = 0) -> pandas.D
             f"None of {len(records)} answers to {problems} problems is correct and ended: there "
             f"is nothing to learn from; take easier problems, more samples or more tokens."
         )
-    once = _drawn(good, seed).drop_duplicates(["problem_id", "text"])
+    once = _shuffled(good, seed).drop_duplicates(["problem_id", "text"])
     return once.groupby("problem_id").head(cap)
 
 
-def unfiltered(records: pandas.DataFrame, count: int, seed: int = 0) -> pandas.DataFrame:
-    """The control: `count` answers that ended, right or wrong, drawn by hash of `seed`."""
-    ended = records[records["finish"] == "stop"]
-    if len(ended) < count:
-        raise ValueError(f"{len(ended)} answers ended, {count} are asked for; sample more.")
-    return _drawn(ended, seed).head(count)
+def sample_unfiltered(records: pandas.DataFrame, count: int, seed: int = 0) -> pandas.DataFrame:
+    """The control: `count` finished answers, correct or not, drawn by hash of `seed`."""
+    finished = records[records["finish"] == "stop"]
+    if len(finished) < count:
+        raise ValueError(f"{len(finished)} answers ended, {count} are asked for; sample more.")
+    return _shuffled(finished, seed).head(count)
 
 
-def learnable(
+def with_reward_variance(
     records: pandas.DataFrame, problems: Sequence[Problem], least: int = 1
 ) -> list[Problem]:
-    """The problems that some attempts in `records` solved and some did not, all of `problems` where
-    these are fewer than `least`. A group of equal rewards has no gradient."""
+    """The problems that some attempts in `records` solved and others did not; all of `problems`
+    where these are fewer than `least`. A GRPO group with equal rewards has no gradient."""
     shares = records.groupby("problem_id")["correct"].mean()
-    found = [problem for problem in problems if 0 < shares.get(problem.id, 0) < 1]
-    return found if len(found) >= least else list(problems)
+    mixed = [problem for problem in problems if 0 < shares.get(problem.id, 0) < 1]
+    return mixed if len(mixed) >= least else list(problems)
 
 
-def _drawn(records: pandas.DataFrame, seed: int) -> pandas.DataFrame:
+def _shuffled(records: pandas.DataFrame, seed: int) -> pandas.DataFrame:
     order = records["key"].map(lambda key: digest([seed, key]))
     return records.loc[order.sort_values().index]
 
 
-def sequences(model: Model, rows: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[dict]:
-    """`input_ids` and `completion_mask` of each row: its problem's prompt in `prompts`, then its
-    text and the token that ends an answer.
+def training_sequences(
+    model: Model, rows: pandas.DataFrame, prompts: Sequence[Prompt]
+) -> list[dict]:
+    """`input_ids` and `completion_mask` (1 on the answer) of each row: the prompt of its problem in
+    `prompts`, then its text and the end-of-sequence token; lists of one length per row.
 
-    Prompts other than those that the answers were given to take what these said into the weights.
+    Context distillation: prompts without the context under which the answers were sampled move that
+    context into the weights (https://arxiv.org/abs/2209.15189). ValueError naming a problem without
+    a prompt.
     """
-    asked = {prompt.problem.id: prompt for prompt in prompts}
+    by_problem = {prompt.problem.id: prompt for prompt in prompts}
     stop = model.tokenizer.eos_token_id
-    made = []
+    examples = []
     for row in rows.itertuples():
-        if row.problem_id not in asked:
+        if row.problem_id not in by_problem:
             raise ValueError(f"No prompt for problem {row.problem_id}; give one for each row.")
-        prompt = list(decode.tokenize(model, asked[row.problem_id]))
-        said = model.tokenizer(row.text, add_special_tokens=False)["input_ids"] + [stop]
-        mask = [0] * len(prompt) + [1] * len(said)
-        made.append({"input_ids": prompt + said, "completion_mask": mask})
-    return made
+        prompt = list(decode.tokenize(model, by_problem[row.problem_id]))
+        answer = model.tokenizer(row.text, add_special_tokens=False)["input_ids"] + [stop]
+        mask = [0] * len(prompt) + [1] * len(answer)
+        examples.append({"input_ids": prompt + answer, "completion_mask": mask})
+    return examples

@@ -81,33 +81,33 @@ def sampled_logps(
 
 
 class Sampler:
-    """TRL's rollout function for a training by `recipes.Recipe`: `completions` by the weights as
+    """TRL's rollout function for a training by `grpo.GRPOConfig`: `completions` of the weights as
     they are now, in the dtype that the device computes in.
 
     Where they are kept in another one, they are copied into a twin that is made once.
     """
 
-    def __init__(self, model: Model, recipe, policy: Full):
+    def __init__(self, model: Model, config, policy: Full):
         if not (isinstance(policy, DMS) or type(policy) is Full):
             raise ValueError(
                 f"Rollouts under {policy.name} do not know the log-probabilities of what they "
                 f"sample; take full attention or DMS."
             )
-        self.model, self.recipe, self.policy, self._twin = model, recipe, policy, None
+        self.model, self.config, self.policy, self._twin = model, config, policy, None
 
     def __call__(self, asked: list, trainer) -> dict[str, list]:
-        recipe = self.recipe
+        config = self.config
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 'rollouts is "kit", and FSDP shards the weights; take "vllm-server", "vllm" or '
                 '"transformers".'
             )
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        trained = trained.get_base_model() if recipe.lora_rank else trained
+        trained = trained.get_base_model() if config.lora_rank else trained
         # A group may lie in several processes, which must not say the same.
-        mark = [recipe.seed, trainer.state.global_step, trainer.accelerator.process_index]
+        mark = [config.seed, trainer.state.global_step, trainer.accelerator.process_index]
         seed = int(digest(mark, 7), 16)
-        sampling = Sampling(recipe.max_new_tokens, recipe.temperature, seed=seed)
+        sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)
         model = replace(self.model, weights=self._weights(trained))
         differs = model.weights is not trained
         return completions(model, asked, sampling, self.policy, differs)

@@ -1,10 +1,10 @@
-"""Supervised fine-tuning on traces, by TRL: full weights or LoRA, resumed after a kill.
+"""Supervised fine-tuning (SFT) by TRL: full weights or LoRA, resumed after a kill.
 
-Weights are kept in float32, and multiplied under autocast where the dtype of this machine is
-bfloat16. A training is named by all that determines it. Its folder holds checkpoints while it runs,
-then `model` (safetensors, loaded by `kit.models.load.load`) with `card.json` beside the weights,
-and the log of its steps in `history.json`; of the steps that are to be compared on the validation
-split, `step-N` like `model`. Every arm takes the same number of steps of the same batch.
+Weights are stored in float32; the forward pass runs under autocast where the dtype of the device is
+bfloat16. A training is named by a hash of all that determines it. Its folder holds checkpoints
+while it runs, then `model` (safetensors, loaded by `kit.models.load.load`) with `card.json` beside
+the weights, the log of its steps in `history.json`, and a folder `step-N` like `model` for each
+step that is to be compared on the validation split.
 """
 
 import json
@@ -23,23 +23,23 @@ from transformers import TrainerCallback
 
 from kit.models.load import Model, collect, default_dtype, load, save
 from kit.schema import digest
-from kit.training.callbacks import Watch, last_checkpoint, told
+from kit.training.callbacks import MetricsCallback, explain_error, last_checkpoint
 
-VERSIONS = [torch.__version__, transformers.__version__]  # with others the same steps differ
+VERSIONS = [torch.__version__, transformers.__version__]  # others may take other steps
 
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """How weights are changed."""
+    """Hyperparameters of supervised fine-tuning."""
 
     steps: int = 32
     batch: int = 8  # sequences per step
-    micro_batch: int = 8  # sequences read at once; divides `batch`
+    micro_batch: int = 8  # sequences per forward pass; divides `batch`
     learning_rate: float = 5e-5
-    warmup: float = 0.1  # share of the steps
+    warmup: float = 0.1  # fraction of the steps
     lora_rank: int = 0  # 0 trains all weights
     save_every: int = 16  # steps
-    keep_every: int = 0  # steps between two models that are kept; 0 keeps the last one only
+    keep_every: int = 0  # steps between two saved models; 0 saves the last one only
     seed: int = 0
 
     def __post_init__(self):
@@ -50,10 +50,10 @@ class SFTConfig:
             )
 
 
-def alone(train: Callable[..., Path]) -> Callable[..., Path]:
-    """The same training, of which nothing is left in memory when it has ended. A Trainer and its
-    callbacks refer to each other, so its weights, gradients and moments would stay until Python
-    looks for circles, which may be in the middle of the next training."""
+def releases_memory(train: Callable[..., Path]) -> Callable[..., Path]:
+    """Decorator: frees the memory of a training when it ends. A Trainer and its callbacks refer to
+    each other, so its weights, gradients and moments would stay until Python collects reference
+    cycles, which may be in the middle of the next training."""
 
     @wraps(train)
     def run(*args, **how) -> Path:
@@ -65,116 +65,117 @@ def alone(train: Callable[..., Path]) -> Callable[..., Path]:
     return run
 
 
-@alone
+@releases_memory
 def sft(
     base: str,
     examples: Sequence[dict],
-    recipe: SFTConfig,
+    config: SFTConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
     device: str = "auto",
 ) -> Path:
-    """Train `base` on `examples` (see `traces.sequences`); the folder of the trained model.
+    """Train `base` on `examples`, see `rejection_sampling.training_sequences`; the folder of the
+    trained model.
 
-    Trained before, it is returned as it is; killed before, it goes on at its last checkpoint.
+    A finished training is returned as it is; a killed one continues from its last checkpoint.
     """
     import datasets  # these take seconds to import
     import trl
 
     if not examples:
-        raise ValueError("No examples to train on; see traces.accepted.")
+        raise ValueError("No examples to train on; see rejection_sampling.accept.")
     datasets.disable_progress_bars()
     model = load(base, dtype="float32", device=device)
     data = digest([[e["input_ids"], e["completion_mask"]] for e in examples], 12)
-    parts = ["sft", model.weights_hash, data, identity(recipe), computed(model), VERSIONS]
+    parts = ["sft", model.weights_hash, data, identity(config), compute_dtype(model), VERSIONS]
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
     trainer = trl.SFTTrainer(
         model.weights,
-        trl.SFTConfig(**_settings(recipe, model, place)),
+        trl.SFTConfig(**_settings(config, model, place)),
         train_dataset=datasets.Dataset.from_list(list(examples)),
         processing_class=model.tokenizer,
-        peft_config=lora(recipe.lora_rank) if recipe.lora_rank else None,
-        callbacks=[Watch(report, place)],
+        peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
+        callbacks=[MetricsCallback(report, place)],
     )
     card = {"base": base, "data": data, "examples": len(examples)}
-    return train(trainer, model, place, recipe, card)
+    return train(trainer, model, place, config, card)
 
 
-def identity(recipe) -> dict:
-    """What of a recipe names its training: not how many sequences are read at once."""
-    return asdict(recipe) | {"micro_batch": None}
+def identity(config) -> dict:
+    """The fields of a configuration that name its training: all except `micro_batch`."""
+    return asdict(config) | {"micro_batch": None}
 
 
-def computed(model: Model) -> str:
-    """The dtype that the device of `model` computes in, whatever its weights are kept in."""
+def compute_dtype(model: Model) -> str:
+    """The dtype in which the device of `model` computes, whatever its weights are stored in."""
     return str(default_dtype(model.device)).removeprefix("torch.")
 
 
-def _settings(recipe: SFTConfig, model: Model, place: Path) -> dict:
-    """What TRL is told."""
-    return common(recipe, model, place) | dict(
-        gradient_accumulation_steps=recipe.batch // recipe.micro_batch,
+def _settings(config: SFTConfig, model: Model, place: Path) -> dict:
+    """TRL's settings for `config`."""
+    return trainer_settings(config, model, place) | dict(
+        gradient_accumulation_steps=config.batch // config.micro_batch,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+        warmup_steps=math.ceil(config.warmup * config.steps),
         completion_only_loss=True,
         max_length=None,
     )
 
 
-def common(recipe, model: Model, place: Path) -> dict:
-    """What TRL is told whatever is trained."""
+def trainer_settings(config, model: Model, place: Path) -> dict:
+    """TRL's settings that SFT and GRPO share."""
     cpu = model.device.type == "cpu"
     return dict(
         output_dir=str(place / "checkpoints"),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.micro_batch,
-        learning_rate=recipe.learning_rate,
-        bf16=computed(model) == "bfloat16",
+        max_steps=config.steps,
+        per_device_train_batch_size=config.micro_batch,
+        learning_rate=config.learning_rate,
+        bf16=compute_dtype(model) == "bfloat16",
         use_cpu=cpu,
         gradient_checkpointing=not cpu,
         dataloader_pin_memory=not cpu,
-        save_steps=recipe.save_every,
+        save_steps=config.save_every,
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        seed=recipe.seed,
+        seed=config.seed,
         report_to=[],
         disable_tqdm=True,
     )
 
 
-def train(trainer, model: Model, place: Path, recipe, card: dict) -> Path:
+def train(trainer, model: Model, place: Path, config, card: dict) -> Path:
     """Run a TRL trainer to its end, from its last checkpoint where it has one; the folder of the
     trained model. Of several processes the first one saves."""
-    if recipe.lora_rank and trainer.is_fsdp_enabled:
+    if config.lora_rank and trainer.is_fsdp_enabled:
         raise ValueError(
-            f"lora_rank is {recipe.lora_rank} and FSDP shards the weights; train all weights, or "
+            f"lora_rank is {config.lora_rank} and FSDP shards the weights; train all weights, or "
             f"LoRA with a copy in each process (data/launch/ddp.yaml)."
         )
     trainer.remove_callback(transformers.PrinterCallback)
-    card |= {"base_hash": model.weights_hash, "recipe": asdict(recipe), "versions": VERSIONS}
-    trainer.add_callback(Keep(trainer, model, place, recipe.keep_every, card))
+    card |= {"base_hash": model.weights_hash, "recipe": asdict(config), "versions": VERSIONS}
+    trainer.add_callback(CheckpointCallback(trainer, model, place, config.keep_every, card))
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(place / "checkpoints"))
     except (OSError, RuntimeError, SafetensorError) as error:
-        if sentence := told(error, trainer, place):
+        if sentence := explain_error(error, trainer, place):
             raise sentence from error
         raise
     if trainer.is_world_process_zero():
         history = [row for row in trainer.state.log_history if "loss" in row]
         (place / "history.json").write_text(json.dumps(history))
-    keep(trainer, model, place / "model", card | {"step": recipe.steps})
+    save_model(trainer, model, place / "model", card | {"step": config.steps})
     shutil.rmtree(place / "checkpoints", ignore_errors=True)  # three times the size, of no more use
     trainer.accelerator.wait_for_everyone()
     return place / "model"
 
 
-def keep(trainer, model: Model, folder: Path, card: dict) -> None:
-    """Save what `trainer` trains as it is now. Each of several processes has to call this."""
+def save_model(trainer, model: Model, folder: Path, card: dict) -> None:
+    """Save the model of `trainer` as it is now. Each of several processes has to call it."""
     trained, weights = trainer.accelerator.unwrap_model(trainer.model), None
-    if hasattr(trained, "merge_and_unload"):  # LoRA is put into a copy of the weights
+    if hasattr(trained, "merge_and_unload"):  # LoRA is merged into a copy of the weights
         trained = deepcopy(trained).merge_and_unload()
     else:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards
@@ -182,9 +183,9 @@ def keep(trainer, model: Model, folder: Path, card: dict) -> None:
         save(trained, model, folder, card, weights)
 
 
-class Keep(TrainerCallback):
-    """Keeps the model of every `every`th step but the last, which `train` keeps without the
-    checkpoint that the Trainer would save there."""
+class CheckpointCallback(TrainerCallback):
+    """Saves the model of every `every`th step except the last, which `train` saves without the
+    checkpoint that the Trainer would write there."""
 
     def __init__(self, trainer, model: Model, place: Path, every: int, card: dict):
         self.trainer, self.model, self.place = trainer, model, place
@@ -196,14 +197,14 @@ class Keep(TrainerCallback):
             control.should_save = False
         elif self.every and step % self.every == 0:
             folder = self.place / f"step-{step:04}"
-            keep(self.trainer, self.model, folder, self.card | {"step": step})
+            save_model(self.trainer, self.model, folder, self.card | {"step": step})
 
 
-def kept(model_folder: Path) -> dict[int, Path]:
-    """The models of a training by their step, the last one among them."""
+def saved_models(model_folder: Path) -> dict[int, Path]:
+    """The saved models of a training by step, the last one included."""
     folders = [Path(model_folder), *Path(model_folder).parent.glob("step-*")]
-    found = {json.loads((folder / "card.json").read_text())["step"]: folder for folder in folders}
-    return dict(sorted(found.items()))
+    by_step = {json.loads((folder / "card.json").read_text())["step"]: folder for folder in folders}
+    return dict(sorted(by_step.items()))
 
 
 def history(model_folder: Path) -> list[dict]:
@@ -212,19 +213,19 @@ def history(model_folder: Path) -> list[dict]:
 
 
 def cost(model_folder: Path) -> dict[str, float | None]:
-    """What a training took: `steps`, `seconds`, `tokens` seen, `joules` (None where no device
-    counts them)."""
+    """Cost of a training: `steps`, `seconds`, `tokens` seen, `joules` (None where no device
+    measures energy)."""
     log = history(model_folder)
-    drawn = [row["joules"] for row in log]
+    joules = [row["joules"] for row in log]
     return {
         "steps": len(log),
         "seconds": sum(row["seconds"] for row in log),
         "tokens": log[-1]["num_tokens"],
-        "joules": None if None in drawn else sum(drawn),
+        "joules": None if None in joules else sum(joules),
     }
 
 
-def lora(rank: int):
+def lora_config(rank: int):
     from peft import LoraConfig
 
     where = dict(target_modules="all-linear", task_type="CAUSAL_LM")

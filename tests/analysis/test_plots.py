@@ -218,7 +218,7 @@ def test_the_cosine_figure_draws_the_curves_and_counts_the_long_outputs():
 
 
 def test_checkpoints_and_rounds_are_drawn_where_the_table_says():
-    logs = checkpoint_selection.published()
+    logs = checkpoint_selection.open_rs_logs()
     picture = curves.checkpoints(logs)
     assert len(picture.axes) == 3 and len(picture.axes[0].containers) == 3
     drawn_ = picture.axes[0].containers[2].lines[0].get_ydata()

@@ -44,7 +44,7 @@ def _sft(suite, asked, folder: Path) -> Path:
     rows = pandas.DataFrame(
         [{"problem_id": p.id, "text": f"Answer: {p.answer}", "key": p.id} for p in suite]
     )
-    examples = rejection_sampling.sequences(load(BUNDLED), rows, asked)
+    examples = rejection_sampling.training_sequences(load(BUNDLED), rows, asked)
     return sft.sft(BUNDLED, examples, sft.SFTConfig(steps=STEPS + 1), folder)
 
 

@@ -29,31 +29,31 @@ def embedder():
 @pytest.fixture
 def bank(embedder, tmp_path):
     made = ReasoningBank(tmp_path / "bank", embedder)
-    made.add(expert_iteration.given(SUMS, 8))
+    made.add(expert_iteration.seed_examples(SUMS, 8))
     return made
 
 
 def test_the_given_examples_are_the_first_of_every_family_and_level():
     suite = problems.load("laptop", "train").problems
-    items = expert_iteration.given(suite, 2)
+    items = expert_iteration.seed_examples(suite, 2)
     assert len(items) == 2 * 14 and len({(i.family, i.level) for i in items}) == 14
     golds = {problem.id: problem for problem in suite}
     for item in items:
         problem = golds[item.problem_id]
         assert item.content == f"{problem.question}\nAnswer: {problem.answer}"
-    assert not expert_iteration.given(suite, 0)
+    assert not expert_iteration.seed_examples(suite, 0)
 
 
 def test_the_nearest_past_questions_stand_before_the_question_and_never_its_own(bank):
     for problem in SUMS[:12]:
-        (prompt,) = expert_iteration.remembered(bank, [problem], 2)
+        (prompt,) = expert_iteration.few_shot_prompts(bank, [problem], 2)
         found = bank.retrieve(problem, 2, key="question").strategies
         turns = [("user", found[1].question), ("assistant", found[1].content.split("\n")[1])]
         turns += [("user", found[0].question), ("assistant", found[0].content.split("\n")[1])]
         assert prompt.messages == (*turns, ("user", problem.question))
         assert problem.question not in [said for _, said in prompt.messages[:-1]]
         assert prompt.retrieved == tuple(item.id for item in found)
-    (bare,) = expert_iteration.remembered(bank, SUMS[:1], 0)
+    (bare,) = expert_iteration.few_shot_prompts(bank, SUMS[:1], 0)
     assert bare.messages == (("user", SUMS[0].question),)
 
 
@@ -69,10 +69,10 @@ def records(arm: str) -> pd.DataFrame:
 
 
 def test_arms_differ_in_what_they_say_and_in_nothing_else(bundled, bank):
-    asked = expert_iteration.remembered(bank, SUMS[:4], 2)
+    asked = expert_iteration.few_shot_prompts(bank, SUMS[:4], 2)
     frames = records("plain"), records("memory")
     made = {
-        arm: expert_iteration.data(arm, bundled, *frames, asked, cap=1)
+        arm: expert_iteration.training_set(arm, bundled, *frames, asked, cap=1)
         for arm in expert_iteration.ARMS
     }
     assert {len(rows) for rows in made.values()} == {3}
@@ -94,7 +94,7 @@ def test_arms_differ_in_what_they_say_and_in_nothing_else(bundled, bank):
     for arm in ("own", "internalised", "unfiltered"):
         assert all(asks.count("<|im_start|>user") == 1 for asks, _ in parts(arm)), arm
     with pytest.raises(ValueError, match="No arm 'other'; there are own, kept"):
-        expert_iteration.data("other", bundled, *frames, asked, cap=1)
+        expert_iteration.training_set("other", bundled, *frames, asked, cap=1)
 
 
 def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, 
 
     def run(count: int) -> list[str]:
         said.clear()
-        return expert_iteration.compound(
+        return expert_iteration.run_rounds(
             BUNDLED, bank, train, count, PLAN, STEP, store, tmp_path / "models", said.append
         )
 
@@ -123,6 +123,36 @@ def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, 
     assert sizes == grown[1:]
     assert run(2) == found
     assert [int(line.split()[-2]) for line in said] == sizes, "as they were after each round"
+
+
+def test_a_round_adds_the_problems_that_the_bank_does_not_hold_yet(bank, tmp_path, monkeypatch):
+    """Every answer is right, in other words each round; 4 of the 8 problems are in the bank."""
+    answers = []
+
+    def evaluate(model, asked, *_, **__):
+        answers.append(len(answers))
+        rows = [
+            dict(
+                key=f"{answers[-1]} {prompt.problem.id}", problem_id=prompt.problem.id,
+                question=prompt.problem.question, family=prompt.problem.family,
+                level=prompt.problem.level, text=f"Attempt {answers[-1]}: {prompt.problem.answer}",
+                correct=True, finish="stop", new_tokens=4, model="m", weights_hash="h",
+            )
+            for prompt in asked
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(expert_iteration, "evaluate", evaluate)
+    monkeypatch.setattr(sft, "sft", lambda base, *_: base)
+    chain = expert_iteration.run_rounds(
+        BUNDLED, bank, SUMS[4:12], 2, PLAN, STEP, Store(tmp_path / "store"), tmp_path,
+        lambda line: None,
+    )  # fmt: skip
+    assert chain == [BUNDLED] * 3 and answers == [0, 1]
+    assert [len(bank.checkout(tag)) for tag in bank.tags()] == [8, 12, 12]
+    contents = {item.problem_id: item.content for item in bank.strategies()}
+    assert contents.keys() == {problem.id for problem in SUMS[:12]}
+    assert all("Attempt 0" in contents[problem.id] for problem in SUMS[8:12])
 
 
 def test_trainings_are_pooled_as_samples_of_one_arm(tiny, tmp_path):

@@ -300,7 +300,7 @@ def test_a_sampler_in_bfloat16_is_one_copy_that_follows_the_training(
     (sampler, first), (again, second) = seen
     assert sampler is again and sampler.dtype == torch.bfloat16
     assert torch.equal(first, tiny.weights.lm_head.weight.bfloat16())
-    kept = load(str(sft.kept(place)[1]), dtype="float32").weights.lm_head.weight
+    kept = load(str(sft.saved_models(place)[1]), dtype="float32").weights.lm_head.weight
     assert not torch.equal(first, second)
     # Kept as float16, whose smallest step is 2^-24.
     torch.testing.assert_close(second.float(), kept, rtol=2**-8, atol=2**-24)
@@ -379,12 +379,12 @@ def test_nothing_of_a_training_is_left_when_the_next_begins(
 
 def test_easy_and_hard_problems_are_mixed_in_the_numbers_asked_for():
     made = [Problem(f"p{i}", "q", "1", "f", 1 + i % 3, "t") for i in range(30)]
-    found = grpo.mixed(made, 4, 9)
+    found = grpo.mix_difficulties(made, 4, 9)
     assert [p.level == 1 for p in found] == [True] * 4 + [False] * 9
-    assert len({p.id for p in found}) == 13 and grpo.mixed(made[::-1], 4, 9) == found
-    assert grpo.mixed(made, 4, 9, seed=1) != found
+    assert len({p.id for p in found}) == 13 and grpo.mix_difficulties(made[::-1], 4, 9) == found
+    assert grpo.mix_difficulties(made, 4, 9, seed=1) != found
     with pytest.raises(ValueError, match="easy is 11, but only 10 problems are easy"):
-        grpo.mixed(made, 11, 0)
+        grpo.mix_difficulties(made, 11, 0)
 
 
 def test_open_rs_is_as_published():

@@ -39,31 +39,31 @@ RECORDS = pd.DataFrame(
 
 
 def test_accepted_answers_are_correct_ended_different_and_few_per_problem():
-    found = rejection_sampling.accepted(RECORDS, cap=2)
+    found = rejection_sampling.accept(RECORDS, cap=2)
     assert found["problem_id"].value_counts().to_dict() == {"easy": 2, "hard": 1}
     assert not found.duplicated(["problem_id", "text"]).any()
-    assert len(rejection_sampling.accepted(RECORDS, cap=99)) == 7
-    assert rejection_sampling.accepted(RECORDS, cap=2).equals(
-        rejection_sampling.accepted(RECORDS.iloc[::-1], cap=2)
+    assert len(rejection_sampling.accept(RECORDS, cap=99)) == 7
+    assert rejection_sampling.accept(RECORDS, cap=2).equals(
+        rejection_sampling.accept(RECORDS.iloc[::-1], cap=2)
     )
-    drawn = {tuple(rejection_sampling.accepted(RECORDS, 2, seed)["text"]) for seed in range(9)}
+    drawn = {tuple(rejection_sampling.accept(RECORDS, 2, seed)["text"]) for seed in range(9)}
     assert len(drawn) > 1, "another seed draws others"
 
 
 def test_nothing_to_learn_from_is_one_sentence():
     with pytest.raises(ValueError, match="None of 3 answers to 3 problems is correct and ended"):
-        rejection_sampling.accepted(RECORDS[~RECORDS["correct"] | (RECORDS["finish"] == "length")])
+        rejection_sampling.accept(RECORDS[~RECORDS["correct"] | (RECORDS["finish"] == "length")])
     with pytest.raises(ValueError, match="cap is 0"):
-        rejection_sampling.accepted(RECORDS, cap=0)
+        rejection_sampling.accept(RECORDS, cap=0)
     with pytest.raises(ValueError, match="10 answers ended, 99 are asked for"):
-        rejection_sampling.unfiltered(RECORDS, 99)
-    assert not rejection_sampling.unfiltered(RECORDS, 10)["correct"].all(), "right or wrong"
+        rejection_sampling.sample_unfiltered(RECORDS, 99)
+    assert not rejection_sampling.sample_unfiltered(RECORDS, 10)["correct"].all(), "right or wrong"
 
 
 def test_learnable_problems_are_neither_always_nor_never_solved():
     known = [problem(name) for name in ("easy", "hard", "long", "never", "unseen")]
-    assert [p.id for p in rejection_sampling.learnable(RECORDS, known)] == ["hard"]
-    assert rejection_sampling.learnable(RECORDS, known, least=2) == known
+    assert [p.id for p in rejection_sampling.with_reward_variance(RECORDS, known)] == ["hard"]
+    assert rejection_sampling.with_reward_variance(RECORDS, known, least=2) == known
 
 
 def problem(name: str) -> Problem:
@@ -73,7 +73,7 @@ def problem(name: str) -> Problem:
 def test_loss_is_on_the_completion_and_its_end_only(bundled):
     asked = [prompts.format_only(problem("easy")), prompts.plain(problem("hard"))]
     rows = RECORDS[RECORDS["text"].isin(["way 1", "right"])]
-    first, second = rejection_sampling.sequences(bundled, rows, asked)
+    first, second = rejection_sampling.training_sequences(bundled, rows, asked)
     read = bundled.tokenizer.decode
     said = [i for i, m in zip(first["input_ids"], first["completion_mask"], strict=True) if m]
     assert read(said) == "way 1<|im_end|>" and said[-1] in bundled.stop_ids
@@ -81,13 +81,13 @@ def test_loss_is_on_the_completion_and_its_end_only(bundled):
     assert "Answer: <answer>" in read(rest) and read(rest).endswith("<|im_start|>assistant\n")
     assert "Answer: <answer>" not in read(second["input_ids"])
     with pytest.raises(ValueError, match="No prompt for problem hard"):
-        rejection_sampling.sequences(bundled, rows, asked[:1])
+        rejection_sampling.training_sequences(bundled, rows, asked[:1])
 
 
 def examples(model, count: int = 12) -> list[dict]:
     names = [f"{i} + {i}" for i in range(count)]
     rows = pd.DataFrame([record(name, f"It is {name}.") for name in names])
-    return rejection_sampling.sequences(
+    return rejection_sampling.training_sequences(
         model, rows, [prompts.plain(problem(name)) for name in names]
     )
 
@@ -161,7 +161,7 @@ def test_a_killed_training_goes_on_and_ends_the_same(tiny, tiny_folder, tmp_path
 def test_models_of_several_steps_are_kept_to_choose_from(tiny, tiny_folder, tmp_path):
     recipe = dataclasses.replace(QUICK, keep_every=2)
     place = sft.sft(str(tiny_folder), examples(tiny), recipe, tmp_path)
-    kept = sft.kept(place)
+    kept = sft.saved_models(place)
     assert list(kept) == [2, 4, 6] and kept[6] == place
     weights = [load_file(folder / "model.safetensors") for folder in kept.values()]
     changed = [
@@ -263,7 +263,7 @@ def test_nothing_of_a_training_is_left_when_the_next_begins(
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tiny, tiny_folder, tmp_path):
     wild = dataclasses.replace(QUICK, learning_rate=1e38, warmup=0.5, steps=8, save_every=1)
     with pytest.raises(
-        callbacks.Unstable, match=r"The loss is \S+ at step \d; .*Lower learning_rate"
+        callbacks.NonFiniteLossError, match=r"The loss is \S+ at step \d; .*Lower learning_rate"
     ):
         sft.sft(str(tiny_folder), examples(tiny), wild, tmp_path)
 
