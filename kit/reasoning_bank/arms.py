@@ -1,7 +1,9 @@
 """The arms of the strategy study: prompts that differ in what memory says, and in nothing else.
 
-Every arm with memory stands under the same instructions as the format-only control and within
-the same budget of tokens; what the guard of the bank kept back is counted in each prompt.
+Every arm with memory has the instructions of the format-only control and the same token budget.
+Each prompt counts the strategies that the leakage guard filtered. The arms "retrieved" and
+"format-only" are made by `build`, which retrieves while it builds a bank. MaTTS is Section 3.3 of
+https://arxiv.org/abs/2509.25140.
 """
 
 import random
@@ -26,44 +28,39 @@ from kit.reasoning_bank.programs import (
 from kit.reasoning_bank.strategy import RetrievalResult, Strategy, leak_reason
 from kit.schema import Problem, Prompt, digest
 
-BUDGET = 1500  # tokens that memory may take in a prompt
-SPENT = ["prompt_tokens", "new_tokens", "seconds"]
-SPENT += [
-    "kv_reads_tokens",
-    "kv_peak_tokens",
-    "kv_peak_bytes",
-    "joules",
-]  # samples run side by side
+BUDGET = 1500  # most tokens of memory in a prompt
+COSTS = ["prompt_tokens", "new_tokens", "seconds", "joules"]  # summed over samples, as the peaks
+COSTS += ["kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes"]  # are, since samples share a batch
 
 
 def random_retrieval(
     bank: ReasoningBank, problems, k: int = 2, seed: int = 0, arm: str = "random"
 ) -> list[Prompt]:
-    """`k` strategies drawn at random for each problem, the guard passed."""
+    """Up to `k` strategies drawn at random for each problem, leaks filtered."""
     items, prompts = bank.strategies(), []
     for problem in problems:
         order = random.Random(f"{seed} {problem.id}").sample(items, len(items))
-        found = _allowed(order, problem, k)
-        prompts.append(solve_prompt(problem, arm, shown(found.strategies), found))
+        result = _filter(order, problem, k)
+        prompts.append(solve_prompt(problem, arm, shown(result.strategies), result))
     return prompts
 
 
-def shuffled(bank: ReasoningBank, problems, k: int = 2, seed: int = 0, **search) -> list[Prompt]:
-    """What another problem, of another family where there is one, retrieved."""
-    found = {problem.id: bank.retrieve(problem, k, **search) for problem in problems}
+def shuffled(bank: ReasoningBank, problems, k: int = 2, seed: int = 0, **how) -> list[Prompt]:
+    """The strategies retrieved for another problem, of another family if there is one."""
+    results = {problem.id: bank.retrieve(problem, k, **how) for problem in problems}
     prompts = []
     for problem in problems:
         others = [p for p in problems if p.family != problem.family] or [
             p for p in problems if p.id != problem.id
         ]
         other = random.Random(f"{seed} {problem.id}").choice(others or [problem])
-        theirs = _allowed(found[other.id].strategies, problem, k)
-        prompts.append(solve_prompt(problem, "shuffled", shown(theirs.strategies), theirs))
+        result = _filter(results[other.id].strategies, problem, k)
+        prompts.append(solve_prompt(problem, "shuffled", shown(result.strategies), result))
     return prompts
 
 
 def irrelevant(like: Sequence[Prompt], text: str, tokenizer) -> list[Prompt]:
-    """Prose that has nothing to do with the problem, as many tokens of it as each of `like` has."""
+    """Unrelated prose from `text`, of as many tokens as the memory of each prompt in `like`."""
     ids, prompts = tokenizer(text, add_special_tokens=False)["input_ids"], []
     for each in like:
         bare = solve_prompt(each.problem, "irrelevant")
@@ -76,13 +73,13 @@ def irrelevant(like: Sequence[Prompt], text: str, tokenizer) -> list[Prompt]:
 
 
 def oracle_hint(problems: Sequence[Problem]) -> list[Prompt]:
-    """The gold answer stands in the prompt: what the best conceivable memory could give."""
+    """The gold answer in the prompt: an upper bound for any memory."""
     text = "A note says that the answer is {}."
     return [solve_prompt(p, "gold-hint", text.format(p.answer)) for p in problems]
 
 
 def expressions(problems: Sequence[Problem]) -> list[Prompt]:
-    """What the calculator arm asks; `programs.worked_out` turns the replies into answers."""
+    """Prompts of the calculator arm; `programs.worked_out` turns the replies into answers."""
     return [
         Prompt(p, "expression", chat_messages(Express, EXPRESSED, question=p.question))
         for p in problems
@@ -90,73 +87,76 @@ def expressions(problems: Sequence[Problem]) -> list[Prompt]:
 
 
 def revisions(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Sequential MaTTS: the answers in `records` to `prompts`, to be checked and written again."""
+    """Sequential MaTTS (self-refinement): prompts to check and rewrite the answers in `records` to
+    `prompts`."""
     answers = dict(zip(records["problem_id"], records["text"], strict=True))
-    made = []
+    revised = []
     for each in prompts:
         first = answers[each.problem.id].strip()
-        given = chat_messages(Revise, question=each.problem.question, solution=first)
-        made.append(replace(each, arm="matts-sequential", messages=given))
-    return made
+        messages = chat_messages(Revise, question=each.problem.question, solution=first)
+        revised.append(replace(each, arm="matts-sequential", messages=messages))
+    return revised
 
 
 def choices(samples: pandas.DataFrame, problems: Sequence[Problem]) -> list[Prompt]:
-    """Parallel MaTTS: all `samples` of a problem, of which one is to be chosen by its number."""
-    made = []
+    """Parallel MaTTS (best of n): prompts to choose one of the `samples` of a problem by number."""
+    prompts = []
     for problem in problems:
         texts = samples[samples["problem_id"] == problem.id].sort_values("sample")["text"]
-        given = chat_messages(Choose, question=problem.question, solutions=numbered(texts))
-        made.append(Prompt(problem, "matts-choice", given))
-    return made
+        messages = chat_messages(Choose, question=problem.question, solutions=numbered(texts))
+        prompts.append(Prompt(problem, "matts-choice", messages))
+    return prompts
 
 
 def chosen_samples(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataFrame:
-    """The rows of `samples` that `replies` to `choices` name, the first where one names none;
-    the costs of all samples and of the choice are theirs."""
-    said, read, rows = replies.set_index("problem_id"), Lines().parse, []
-    for problem, tried in samples.sort_values("sample").groupby("problem_id"):
-        number = read(Choose, said["text"][problem])["number"]
-        best = tried.iloc[picked(number, len(tried))].to_dict()
-        spent = tried[SPENT].sum() + said.loc[problem, SPENT]
-        rows.append(best | spent.to_dict())
+    """The rows of `samples` that `replies` to `choices` name, the first where a reply names none;
+    each carries the costs of all samples and of the choice."""
+    choice, parse, rows = replies.set_index("problem_id"), Lines().parse, []
+    for problem, attempts in samples.sort_values("sample").groupby("problem_id"):
+        number = parse(Choose, choice["text"][problem])["number"]
+        best = attempts.iloc[picked(number, len(attempts))].to_dict()
+        costs = attempts[COSTS].sum() + choice.loc[problem, COSTS]
+        rows.append(best | costs.to_dict())
     return pandas.DataFrame(rows).astype(samples.dtypes)
 
 
 def from_program(program: Solver, problems: Sequence[Problem], arm: str) -> list[Prompt]:
-    """What a solver asks that `optimize` has given other instructions or worked examples."""
-    ask, made = program.solve, []
+    """The prompts of a solver to which `optimize` gave other instructions or worked examples."""
+    solve, prompts = program.solve, []
     for problem in problems:
-        given = chat_messages(ask.signature, *ask.demos, strategies="", question=problem.question)
-        made.append(Prompt(problem, arm, given))
-    return made
+        inputs = dict(strategies="", question=problem.question)
+        prompts.append(Prompt(problem, arm, chat_messages(solve.signature, *solve.demos, **inputs)))
+    return prompts
 
 
 def subset(bank: ReasoningBank, size: int, folder) -> ReasoningBank:
-    """A bank of `size` of the strategies in `bank`, in `folder`; of all where there are fewer."""
-    made = ReasoningBank(folder, bank.embedder)
-    made.add(sorted(bank.strategies(), key=lambda item: item.id)[:size])
-    return made
+    """A bank in `folder` with the first `size` strategies of `bank` by id, or all of fewer."""
+    part = ReasoningBank(folder, bank.embedder)
+    part.add(sorted(bank.strategies(), key=lambda item: item.id)[:size])
+    return part
 
 
 def contribution(treated: pandas.DataFrame, control: pandas.DataFrame) -> pandas.DataFrame:
-    """Per strategy: prompts it stood in, and by how much those were answered better than under
-    `control` (points, mean over problems). Sorted by points, then id."""
-    by = treated.set_index("problem_id")
-    gain = 100.0 * (by["correct"].astype(float) - control.set_index("problem_id")["correct"])
-    rows = by.assign(gain=gain)["retrieved"].str.split().explode().dropna()
+    """Per strategy `id`: `prompts` that contained it, and `points`, the mean gain in accuracy over
+    `control` on their problems. Sorted by points, then id."""
+    by_problem = treated.set_index("problem_id")
+    gain = 100.0 * (
+        by_problem["correct"].astype(float) - control.set_index("problem_id")["correct"]
+    )
+    rows = by_problem.assign(gain=gain)["retrieved"].str.split().explode().dropna()
     table = pandas.DataFrame({"id": rows, "points": gain.reindex(rows.index)})
-    found = table.groupby("id")["points"].agg(prompts="size", points="mean").reset_index()
-    return found.sort_values(["points", "id"], ascending=[False, True], ignore_index=True)
+    mean = table.groupby("id")["points"].agg(prompts="size", points="mean").reset_index()
+    return mean.sort_values(["points", "id"], ascending=[False, True], ignore_index=True)
 
 
 def harmful(treated: pandas.DataFrame, control: pandas.DataFrame) -> list[str]:
-    """The rule of forgetting: strategies whose mean `contribution` is below zero.
+    """Ids of the strategies to forget: those whose mean `contribution` is below zero.
 
-    On training problems this is measured without a strategy's own problem, which the guard of
-    the bank keeps apart from it.
+    On training problems a strategy is measured without its own problem, for which the leakage guard
+    never returns it.
     """
-    found = contribution(treated, control)
-    return found.loc[found["points"] < 0, "id"].tolist()
+    table = contribution(treated, control)
+    return table.loc[table["points"] < 0, "id"].tolist()
 
 
 def check_token_budget(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGET) -> list[Prompt]:
@@ -176,13 +176,13 @@ def check_token_budget(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGE
     return list(prompts)
 
 
-def _allowed(items: Sequence[Strategy], problem: Problem, k: int) -> RetrievalResult:
-    kept, filtered = [], {}
+def _filter(items: Sequence[Strategy], problem: Problem, k: int) -> RetrievalResult:
+    allowed, filtered = [], {}
     for item in items:
-        if len(kept) == k:
+        if len(allowed) == k:
             break
         if reason := leak_reason(item, problem):
             filtered[item.id] = reason
         else:
-            kept.append(item)
-    return RetrievalResult(tuple(kept), (0.0,) * len(kept), filtered)
+            allowed.append(item)
+    return RetrievalResult(tuple(allowed), (0.0,) * len(allowed), filtered)

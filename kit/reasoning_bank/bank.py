@@ -1,12 +1,13 @@
-"""The strategy bank: lessons distilled from problems, on an embedded LanceDB table.
+"""The ReasoningBank: strategies extracted from problems, in an embedded LanceDB table.
 
-A search never returns a lesson that was distilled from the problem being solved, from a
-near-duplicate of it, or whose text gives the answer away; what the guard refuses is returned
-beside what is found. Every write is one commit, so a killed writer leaves whole additions, and
-the bank as it was at a tagged step can be opened again.
+Retrieval never returns a strategy that was extracted from the problem being solved or from a
+near-duplicate of it, or whose text contains the answer; a result lists what this leakage guard
+filtered. Every write is one commit, so a killed writer leaves whole additions, and the state of the
+bank at a tag can be opened again.
 
-Sources: ReasoningBank (arXiv 2509.25140): retrieval by past question; reasoning-bank-slm:
-retrieval by item text. Reciprocal rank fusion: Cormack et al., SIGIR 2009.
+Sources: ReasoningBank, https://arxiv.org/abs/2509.25140, Section 3.2: retrieval by past question;
+reasoning-bank-slm: retrieval by the text of a strategy. Reciprocal rank fusion: Cormack et al.,
+SIGIR 2009, https://doi.org/10.1145/1571941.1572114.
 """
 
 import re
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import lancedb
 import numpy
@@ -22,7 +24,6 @@ import pyarrow
 from lancedb.index import FTS, IvfHnswSq
 from lancedb.query import MatchQuery
 
-from kit.models.embedder import Embedder
 from kit.reasoning_bank.strategy import (
     KINDS,
     RETIRED,
@@ -33,10 +34,13 @@ from kit.reasoning_bank.strategy import (
 )
 from kit.schema import Problem, digest
 
-EXACT_ROWS = 10_000  # below, every vector is compared; from here on an index is
+if TYPE_CHECKING:  # a process that only writes to a bank need not import torch
+    from kit.models.embedder import Embedder
+
+EXACT_ROWS = 10_000  # from this size on an approximate index is used
 FUSION = 60  # the constant of reciprocal rank fusion
-SEEN_AFTER = timedelta(seconds=5)  # what another process writes
-SAME = 0.9  # cosine from which two strategies say the same
+SEEN_AFTER = timedelta(seconds=5)  # until writes of another process are visible
+SAME = 0.9  # cosine similarity from which two strategies count as the same
 METHODS = ("vector", "text", "hybrid")
 
 
@@ -47,7 +51,7 @@ class ReasoningBank:
     there has other columns or was made with another embedder.
     """
 
-    def __init__(self, uri, embedder: Embedder, storage_options: dict | None = None):
+    def __init__(self, uri, embedder: "Embedder", storage_options: dict | None = None):
         self.uri, self.embedder = str(uri), embedder
         self._options, self._read_only, self._indexed = storage_options, False, {}
         self.database = lancedb.connect(
@@ -90,7 +94,7 @@ class ReasoningBank:
         return self._table.count_rows()
 
     def add(self, strategies: Sequence[Strategy]) -> int:
-        """Add what is not there yet, in one commit; returns how many were new."""
+        """Add the strategies that are not in the bank yet, in one commit; returns their number."""
         self._check_writable()
         unknown = {item.kind for item in strategies} - set(KINDS)
         if unknown:
@@ -119,7 +123,7 @@ class ReasoningBank:
         method: str = "vector",
         kinds: Sequence[str] = KINDS,
     ) -> RetrievalResult:
-        """The `k` best strategies for `problem` that the guard lets through.
+        """The `k` best strategies for `problem` that pass the leakage guard.
 
         key: what the question of `problem` is compared with. "text": the text of the strategies;
         "question": the questions they were extracted from, where `k` counts past problems and all
@@ -137,18 +141,18 @@ class ReasoningBank:
         if not k:
             return RetrievalResult((), (), {})
         vector, limit = self.embedder.embed([problem.question], query=True)[0], k + 8
-        every = set(kinds) >= set(KINDS)  # then no filter: it would cost as much as the search
+        every = set(kinds) >= set(KINDS)  # then no filter, which would cost as much as the search
         where = None if every else f"kind IN ({', '.join(map(repr, kinds)) or 'NULL'})"
         while True:
             ranked, complete = self._ranked(problem.question, vector, key, method, where, limit)
-            found, enough = self._guarded(ranked, problem, vector, k, key)
-            # A tie at the last place could hide a better id: look further until it is broken.
-            if complete or (enough and found.scores[-1] > ranked[-1]["score"]):
-                return found
+            result, enough = self._guarded(ranked, problem, vector, k, key)
+            # A tie at the last place could hide a smaller id: fetch more rows until it is broken.
+            if complete or (enough and result.scores[-1] > ranked[-1]["score"]):
+                return result
             limit *= 4
 
     def _ranked(self, question, vector, key, method, where, limit) -> tuple[list[dict], bool]:
-        """The first `limit` rows, best first, with `score`; whether these are all there are."""
+        """The first `limit` rows, best first, with `score`, and whether there are no more."""
         parts = []
         if method in ("vector", "hybrid"):
             column = {"text": "vector", "question": "question_vector"}[key]
@@ -184,17 +188,17 @@ class ReasoningBank:
         return _sorted([row | {"score": row.pop("_score")} for row in rows])
 
     def _index(self, column: str, config) -> None:
-        """Build the index of `column`, or again when rows have come that it does not cover."""
+        """Build the index of `column`, again once there are rows that it does not cover."""
         if self._read_only or self._indexed.get(column) == self._table.version:
             return
         stats = self._table.index_stats(f"{column}_idx")
-        slack = 0 if isinstance(config, FTS) else 0.1 * len(self)  # those are compared one by one
+        slack = 0 if isinstance(config, FTS) else 0.1 * len(self)  # the rest is compared row by row
         if stats is None or stats.num_unindexed_rows > slack:
             self._table.create_index(column, config=config)
         self._indexed[column] = self._table.version
 
     def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, key: str):
-        """The first `k` that may be shown, and whether there are as many."""
+        """The first `k` rows that pass the guard, and whether there are as many."""
         found, scores, filtered, past = [], [], {}, []
         for row in ranked:
             if key == "question" and row["problem_id"] not in past and len(past) == k:
@@ -214,13 +218,13 @@ class ReasoningBank:
         return RetrievalResult(tuple(found), tuple(scores), filtered), enough
 
     def forget(self, ids: Sequence[str]) -> None:
-        """Remove strategies; a tagged state that held them still does."""
+        """Remove strategies; tagged states keep them."""
         self._check_writable()
         if ids:
             self._table.delete(f"id IN ({_quoted(ids)})")
 
     def merge(self) -> list[tuple[str, str]]:
-        """Merge strategies of one kind that say the same: pairs (kept id, dropped id).
+        """Merge near-duplicates of one kind: pairs (kept id, dropped id).
 
         Texts whose cosine similarity reaches SAME count as the same; the one with the smaller step,
         then id, stays. One commit.
@@ -244,7 +248,7 @@ class ReasoningBank:
         return pairs
 
     def tag(self, name: str) -> None:
-        """Name the state as it is now; ValueError where the name is taken."""
+        """Name the present state; ValueError where the name is taken."""
         self._check_writable()
         if name in self.tags():
             raise ValueError(f"The bank {self.uri} has a tag {name!r} already; choose another.")
@@ -256,7 +260,7 @@ class ReasoningBank:
         return sorted(self._table.tags.list())
 
     def checkout(self, name: str) -> "ReasoningBank":
-        """The bank as it was when tagged `name`, to read only."""
+        """The bank as it was when tagged `name`, read-only."""
         if name not in self.tags():
             raise ValueError(f"The bank {self.uri} has no tag {name!r}; it has {self.tags()}.")
         then = ReasoningBank(self.uri, self.embedder, self._options)
@@ -270,15 +274,15 @@ class ReasoningBank:
         return frame.sort_values("id", ignore_index=True)
 
     def strategies(self) -> list[Strategy]:
-        """Everything in the bank, sorted by id."""
+        """All strategies, sorted by id."""
         return [_strategy(row) for row in self.table().to_dict("records")]
 
     def nbytes(self) -> int:
-        """Bytes of the table in storage, indices not counted."""
+        """Bytes of the table in storage, without indices."""
         return self._table.stats()["total_bytes"]
 
     def logical_hash(self) -> str:
-        """SHA-256 of what the bank says, vectors left out: equal however it was built."""
+        """SHA-256 of the strategies without vectors, independent of the order of additions."""
         rows = sorted((item.id, asdict(item)) for item in self.strategies())
         return digest(rows)
 

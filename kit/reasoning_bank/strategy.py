@@ -1,4 +1,4 @@
-"""What a strategy is, and to whom it may be shown: the guard against giving answers away.
+"""A strategy, and the leakage guard: which strategies must not be shown for a problem.
 
 Strategies can also be read from a file of JSON lines, so that what a larger model or a person wrote
 can be evaluated here; `model` and `extractor` of each row say who.
@@ -17,41 +17,41 @@ from kit.schema import Problem, digest
 
 KINDS = ("success", "failure")
 RETIRED = ("uses", "wins")  # columns of banks built before December 2026, never read
-PARAPHRASE = 0.9  # cosine from which two questions with the same numbers count as one
-# Where a result stands: what comes before a short answer that is given away.
+PARAPHRASE = 0.9  # cosine similarity from which two questions with the same numbers count as one
+# What precedes a result in a text; a short answer counts as leaked only after one of these.
 RESULT = r"(?i:answer|result|total|sum|product|value|equals?|is|boxed|[=≈→:])[\s\W]{0,6}"
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One lesson, and where it comes from."""
+    """One lesson and its provenance, see Section 3.2 of https://arxiv.org/abs/2509.25140."""
 
     title: str
     description: str  # one sentence: when to use it
     content: str  # what to do
-    kind: str  # "success" or "failure": how the attempt it was distilled from ended
+    kind: str  # "success" or "failure": outcome of the attempt it was extracted from
     problem_id: str
     family: str
     level: int
-    question: str  # of the problem it was distilled from
+    question: str  # of the problem it was extracted from
     model: str  # name and weights hash of the extractor
     extractor: str  # fingerprint of the extracting program
-    step: int = 0  # of the loop that made it
+    step: int = 0  # of `build.fill_bank`
 
     @property
     def id(self) -> str:
-        """Hash of what it says and of the problem it is from: 16 hex digits."""
+        """Hash of its text and of its problem: 16 hex digits."""
         return digest([self.title, self.description, self.content, self.problem_id], 16)
 
     @property
     def text(self) -> str:
-        """What is embedded and searched."""
+        """The text that is embedded and searched."""
         return f"{self.title}. {self.description} {self.content}".strip()
 
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """What a search gave, best first, and what the guard kept back, with the reason."""
+    """Retrieved strategies, best first, and what the leakage guard filtered, with the reason."""
 
     strategies: tuple[Strategy, ...]
     scores: tuple[float, ...]  # cosine, BM25, or fused reciprocal ranks
@@ -76,7 +76,7 @@ def read(file: Path) -> list[Strategy]:
 
 
 def row_model(dimension: int) -> type[LanceModel]:
-    """The schema of a bank for vectors of `dimension`."""
+    """The row schema of a bank with vectors of `dimension`."""
 
     class Row(LanceModel):
         id: str
@@ -99,35 +99,37 @@ def row_model(dimension: int) -> type[LanceModel]:
 
 
 def row_schema(dimension: int) -> pyarrow.Schema:
-    """The same for Arrow. Lance is told that ids are keys, else two writers at once would both
-    insert what neither has seen."""
+    """The same for Arrow, with `id` as primary key; without it, two concurrent writers could insert
+    the same row."""
     schema = row_model(dimension).to_arrow_schema()
     key = schema.field("id").with_metadata({"lance-schema:unenforced-primary-key": "true"})
     return schema.set(schema.get_field_index("id"), key)
 
 
 def leak_reason(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
-    """Why `item` must not be shown to who solves `problem`, "" where it may.
+    """Why `item` must not be shown for `problem`, "" if it may be.
 
-    `cosine` is that of their questions. Other numbers make another problem; equal numbers with
-    nearly the same words, or with the same meaning, do not.
+    `cosine` is the similarity of their questions. Questions with other numbers are other problems;
+    questions with equal numbers and nearly the same words, or the same meaning, are the same.
     """
     if item.problem_id == problem.id:
         return "same problem"
-    mine, theirs = signature(item.question), signature(problem.question)
-    if mine.numbers == theirs.numbers and similarity(mine, theirs) >= NEAR:
+    source, target = signature(item.question), signature(problem.question)
+    if source.numbers == target.numbers and similarity(source, target) >= NEAR:
         return "near-duplicate"
-    if mine.numbers and sorted(mine.numbers) == sorted(theirs.numbers) and cosine >= PARAPHRASE:
+    same_numbers = source.numbers and sorted(source.numbers) == sorted(target.numbers)
+    if same_numbers and cosine >= PARAPHRASE:
         return "near-duplicate"
     return "gives the answer away" if leaks_answer(item.text, problem.answer) else ""
 
 
 def leaks_answer(text: str, answer: str) -> bool:
-    """Whether `text` says `answer`: anywhere, or, if of one or two signs, where a result stands."""
-    signs = "".join(answer.split())
-    if not signs:
+    """Whether `text` contains `answer`, spaces aside: anywhere, or, for an answer of one or two
+    characters, only where a result is stated."""
+    characters = "".join(answer.split())
+    if not characters:
         return False
-    spaced = r"\s*".join(map(re.escape, signs))  # LaTeX may be spaced otherwise
-    lead = RESULT if len(signs) < 3 else ""
-    flags = re.IGNORECASE if len(signs) > 1 else 0  # "A" is an answer, "a" a word
+    spaced = r"\s*".join(map(re.escape, characters))  # LaTeX may be spaced otherwise
+    lead = RESULT if len(characters) < 3 else ""
+    flags = re.IGNORECASE if len(characters) > 1 else 0  # "A" is an answer, "a" a word
     return re.search(rf"{lead}(?<![\w.]){spaced}(?!\w|\.\d)", text, flags) is not None

@@ -104,7 +104,7 @@ def test_a_revision_shows_the_first_answer(bank, tests):
 def test_one_of_several_samples_is_chosen_by_its_number(tests):
     samples = pd.DataFrame(
         [
-            {"problem_id": p.id, "sample": i, "text": f"try {i}", **dict.fromkeys(arms.SPENT, 10.0)}
+            {"problem_id": p.id, "sample": i, "text": f"try {i}", **dict.fromkeys(arms.COSTS, 10.0)}
             for p in tests[:3]
             for i in (1, 0, 2)
         ]
@@ -113,11 +113,11 @@ def test_one_of_several_samples_is_chosen_by_its_number(tests):
     assert asked[0].messages[1][1].endswith("[1] try 0\n\n[2] try 1\n\n[3] try 2")
     said = zip(tests, ("Number 3.", "The seventh", "4"), strict=False)
     replies = pd.DataFrame(
-        [{"problem_id": p.id, "text": t, **dict.fromkeys(arms.SPENT, 1.0)} for p, t in said]
+        [{"problem_id": p.id, "text": t, **dict.fromkeys(arms.COSTS, 1.0)} for p, t in said]
     )
     found = arms.chosen_samples(samples, replies).set_index("problem_id")
     assert [found["text"][p.id] for p in tests[:3]] == ["try 2", "try 0", "try 0"]
-    assert (found[arms.SPENT] == 31).all(axis=None), "three answers and a choice were paid for"
+    assert (found[arms.COSTS] == 31).all(axis=None), "three answers and a choice were paid for"
 
 
 def test_an_optimized_solver_asks_what_it_was_given(tests):

@@ -16,11 +16,11 @@ import pytest
 from kit import paths
 from kit.data import problems
 from kit.models import embedder
-from kit.reasoning_bank import bank as strategies
 from kit.reasoning_bank import strategy
-from kit.reasoning_bank.bank import ReasoningBank
+from kit.reasoning_bank.bank import METHODS, ReasoningBank
 from kit.reasoning_bank.strategy import Strategy, leaks_answer
 from kit.schema import Problem
+from tests.reasoning_bank.hash_embedder import HashEmbedder
 
 ANSWERS = [  # text, answer, whether it is given away
     ("The answer is 7.", "7", True),
@@ -107,7 +107,7 @@ def test_vector_search_ranks_as_plain_cosines_do(bank, minilm, key, method):
         assert found.scores == pytest.approx(sorted(found.scores, reverse=True))
 
 
-@pytest.mark.parametrize("method", strategies.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_query_has_the_same_result(bank, tmp_path, minilm, train, method):
     """Whatever order things were added in, and opened again."""
     other = ReasoningBank(tmp_path / "other", minilm)
@@ -182,7 +182,7 @@ def test_nothing_from_the_problem_itself_nor_its_double(bank, train):
 
 
 def test_without_the_guard_a_problem_finds_itself(bank, train, monkeypatch):
-    monkeypatch.setattr(strategies, "leak_reason", lambda *_: "")
+    monkeypatch.setattr("kit.reasoning_bank.bank.leak_reason", lambda *_: "")
     own = [
         problem.id == bank.retrieve(problem, k=1, key="question").strategies[0].problem_id
         for problem in train[::7]
@@ -250,14 +250,14 @@ def test_answers_are_not_given_away(tmp_path, minilm, train, text, answer, given
 def test_tagged_states_can_be_opened_again(bank, train, minilm):
     bank.tag("built")
     before, problem = bank.logical_hash(), asked(train[3])
-    results = [bank.retrieve(problem, k=3, method=method) for method in strategies.METHODS]
+    results = [bank.retrieve(problem, k=3, method=method) for method in METHODS]
     ids = [item.id for item in bank.strategies()]
     bank.forget(ids[:50])
     bank.add([lesson(train[1])])
     bank.merge()
     then = bank.checkout("built")
     assert then.logical_hash() == before != bank.logical_hash() and len(then) == 60 > len(bank)
-    assert [then.retrieve(problem, k=3, method=method) for method in strategies.METHODS] == results
+    assert [then.retrieve(problem, k=3, method=method) for method in METHODS] == results
     assert bank.tags() == ["built"]
     with pytest.raises(ValueError, match="has a tag 'built' already"):
         bank.tag("built")
@@ -282,7 +282,7 @@ def test_what_says_the_same_is_merged(tmp_path, minilm, train):
 
 def test_an_empty_bank_finds_nothing(tmp_path, minilm, train):
     made = ReasoningBank(tmp_path, minilm)
-    for method in strategies.METHODS:
+    for method in METHODS:
         assert made.retrieve(train[0], method=method) == strategy.RetrievalResult((), (), {})
     assert made.merge() == [] and made.strategies() == [] and len(made) == 0
     made.tag("empty")
@@ -324,7 +324,7 @@ def test_wrong_questions_are_one_sentence(bank, train):
 
 
 def test_a_reader_sees_what_another_writes_but_not_at_a_tag(tmp_path, minilm, train, monkeypatch):
-    monkeypatch.setattr(strategies, "SEEN_AFTER", timedelta(0))
+    monkeypatch.setattr("kit.reasoning_bank.bank.SEEN_AFTER", timedelta(0))
     writer = ReasoningBank(tmp_path, minilm)
     writer.add([lesson(train[0])])
     writer.tag("one")
@@ -347,46 +347,46 @@ def test_another_embedder_or_schema_is_refused(bank, minilm, tmp_path):
 
 WRITER = """
 import sys
-sys.path.insert(0, {root!r})
-from kit.data import problems
-from kit.models import embedder
-from kit.reasoning_bank.bank import Bank
-from tests.reasoning_bank.test_bank import lesson
+from kit.reasoning_bank.bank import ReasoningBank
+from kit.reasoning_bank.strategy import Strategy
+from tests.reasoning_bank.hash_embedder import HashEmbedder
 
-bank = Bank(sys.argv[1], embedder.load())
+bank = ReasoningBank(sys.argv[1], HashEmbedder())
 print("ready", flush=True)
-for i, problem in enumerate(problems.load("laptop", "train").problems[:40]):
-    bank.add([lesson(problem, title) for title in ("One", "Two", "Three")])
+for i in range(40):
+    fields = dict(description="", content="Count.", kind="success", family="f", level=1)
+    fields |= dict(problem_id=f"p{i}", question=f"What is {i}?", model="m", extractor="x")
+    bank.add([Strategy(title=title, **fields) for title in ("One", "Two", "Three")])
     print(i, flush=True)
 """
 
 
 def writer(folder) -> subprocess.Popen:
-    command = [sys.executable, "-c", WRITER.format(root=str(paths.ROOT)), str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=paths.ROOT)
 
 
-def test_a_killed_writer_leaves_whole_additions_and_ends_the_same(tmp_path, minilm):
+def test_a_killed_writer_leaves_whole_additions_and_ends_the_same(tmp_path):
     for at in (3, 11, 20):
         process = writer(tmp_path / "killed")
         while process.stdout.readline().strip() != str(at):
             pass
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        bank = ReasoningBank(tmp_path / "killed", minilm)
+        bank = ReasoningBank(tmp_path / "killed", HashEmbedder())
         assert len(bank) % 3 == 0 and 3 * (at + 1) <= len(bank) < 120
     assert writer(tmp_path / "killed").communicate()[0].endswith("39\n")
     assert writer(tmp_path / "whole").communicate()[0].endswith("39\n")
-    whole = ReasoningBank(tmp_path / "whole", minilm)
-    assert ReasoningBank(tmp_path / "killed", minilm).logical_hash() == whole.logical_hash()
+    whole = ReasoningBank(tmp_path / "whole", HashEmbedder())
+    assert ReasoningBank(tmp_path / "killed", HashEmbedder()).logical_hash() == whole.logical_hash()
     assert len(whole) == 120
 
 
-def test_two_writers_at_once_lose_nothing(tmp_path, minilm):
+def test_two_writers_at_once_lose_nothing(tmp_path):
     both = [writer(tmp_path), writer(tmp_path)]
     for process in both:
         assert process.communicate()[0].endswith("39\n")
-    assert len(ReasoningBank(tmp_path, minilm)) == 120, "a strategy is lost or there twice"
+    assert len(ReasoningBank(tmp_path, HashEmbedder())) == 120, "a strategy is lost or there twice"
 
 
 def write(strategies, file, **more) -> None:
