@@ -1,14 +1,13 @@
-"""The loop that fills a bank: retrieve, solve, judge, extract, append.
+"""Builds a bank: retrieve, solve, judge, extract, append.
 
-Problems go through it in groups of fixed size. What a group learnt is added in one commit and
-tagged `step-N`; a killed build goes on at the first group without a tag and ends with the same
-bank, because which prompts are decoded together depends on the group only.
+Problems are processed in groups of fixed size. The strategies of a group are added in one commit
+and tagged `step-N`; a killed build continues at the first group without a tag and ends with the
+same bank, since the decoding batches depend on the group only. The table "steps" beside that of the
+bank holds the cost and the judgements of each step.
 
-What each step cost and judged stands in the table "steps" beside the bank's.
-
-Offline, as reasoning-bank-slm did it: nothing retrieved, judged by the gold answers, one pass over
-training problems, then frozen. Streaming, as ReasoningBank did it: judged by the model itself,
-each group solved with what the groups before it learnt.
+Offline, as in reasoning-bank-slm: no retrieval, judged by the gold answers, one pass over training
+problems, then frozen. Streaming, as in ReasoningBank (https://arxiv.org/abs/2509.25140, Section
+3.2): judged by the model itself, each group solved with the strategies of the groups before it.
 """
 
 import time
@@ -31,12 +30,12 @@ from kit.reasoning_bank.strategy import RetrievalResult, Strategy
 from kit.schema import Problem, Prompt, Sampling, digest
 
 JUDGES = ("gold", "self")
-WIDTH = 3  # trajectories, or self-checks, of MaTTS where nothing else is said
+WIDTH = 3  # default number of trajectories, or of revisions, of MaTTS
 STEP = pyarrow.schema(
     [
         ("step", pyarrow.int64()),
         ("lessons", pyarrow.int64()),
-        ("unread", pyarrow.int64()),  # replies without what was asked for
+        ("unread", pyarrow.int64()),  # replies that could not be parsed
         ("prompt_tokens", pyarrow.int64()),
         ("new_tokens", pyarrow.int64()),
         ("seconds", pyarrow.float64()),
@@ -47,12 +46,12 @@ STEP = pyarrow.schema(
 
 @dataclass(frozen=True)
 class BankBuildConfig:
-    """How a bank is built."""
+    """Settings of a bank build."""
 
     judge: str = "gold"  # "gold": the grader; "self": the model's own opinion, without labels
-    k: int = 0  # retrieved while building; 0 is offline
+    k: int = 0  # strategies retrieved while building; 0 is offline
     key: str = "question"  # what retrieval compares, see ReasoningBank.retrieve
-    width: int = 1  # trajectories per problem; from 2 on they are contrasted (parallel MaTTS)
+    width: int = 1  # trajectories per problem; 2 or more are contrasted (parallel MaTTS)
     temperature: float = 0.7  # of solving
     solve_tokens: int = 128
     extract_temperature: float = 0.7
@@ -75,8 +74,8 @@ def build_bank(
     store: Store,
     config: BankBuildConfig,
 ) -> tuple[ReasoningBank, pandas.DataFrame]:
-    """The bank of `config` in a folder of `folder` named by all that determines it, and what
-    `learn` gives."""
+    """The bank of `config`, in a subfolder of `folder` named by a hash of all that determines it,
+    and the records that `fill_bank` returns."""
     programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
     parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(config), *programs]
     name = digest([*parts, [problem.id for problem in problems]], 12)
@@ -92,30 +91,33 @@ def fill_bank(
     config: BankBuildConfig = BankBuildConfig(),  # noqa: B008 (frozen)
     report: Callable[[str], None] = print,
 ) -> pandas.DataFrame:
-    """Fill `bank` from `problems`; records of the attempts with a column `judged` (True, False or
-    None where the judgement could not be read) come back."""
+    """Fill `bank` from `problems`; returns the graded records of the attempts.
+
+    Their column `judged` is True, False, or None where the judgement could not be parsed.
+    """
     adapter, frames = Lines(), []
     groups = [problems[i : i + config.group] for i in range(0, len(problems), config.group)]
     with dspy.context(lm=language_model(engine, temperature=config.temperature), adapter=adapter):
         if "start" not in bank.tags():
             bank.tag("start")
-        done, tags = steps(bank).set_index("step")["judged"].to_dict(), bank.tags()
+        judgements, tags = steps(bank).set_index("step")["judged"].to_dict(), bank.tags()
         for step, group in enumerate(groups):
-            began, asked, unread = time.perf_counter(), _tokens(engine), len(adapter.failed)
-            known = bank.checkout(_tag(step - 1)) if config.k else bank
-            frame = _solve(known, engine, group, store, config)
+            start, tokens, unparsed = time.perf_counter(), _tokens(engine), len(adapter.failed)
+            past = bank.checkout(_tag(step - 1)) if config.k else bank
+            frame = _solve(past, engine, group, store, config)
             frames.append(frame)
             if _tag(step) in tags:
-                frame["judged"] = list(done[step])
+                frame["judged"] = list(judgements[step])
                 continue
             frame["judged"] = _judge(engine, frame, config)
             new = bank.add(_extract(engine, group, frame, config, step))
-            cost = {"seconds": time.perf_counter() - began, "unread": len(adapter.failed) - unread}
-            cost |= {name: now - asked[name] for name, now in _tokens(engine).items()}
+            cost = {"seconds": time.perf_counter() - start}
+            cost |= {"unread": len(adapter.failed) - unparsed}
+            cost |= {name: now - tokens[name] for name, now in _tokens(engine).items()}
             _note(bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost)
             bank.tag(_tag(step))
-            said = f", {cost['unread']} replies unread" if cost["unread"] else ""
-            report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{said}")
+            rest = f", {cost['unread']} replies unread" if cost["unread"] else ""
+            report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{rest}")
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 
 
@@ -152,12 +154,12 @@ def retrieved(
 
 
 def steps(bank: ReasoningBank) -> pandas.DataFrame:
-    """One row per step of `learn`: lessons, judgements of its attempts, its seconds, and the tokens
-    of judging and extracting (those of the attempts stand in their records)."""
+    """One row per step of `fill_bank`: lessons, judgements of its attempts, seconds, and tokens of
+    judging and extracting (those of the attempts are in their records)."""
     if "steps" not in bank.database.list_tables().tables:
         return pandas.DataFrame({name: [] for name in STEP.names})
-    found = bank.database.open_table("steps").to_pandas()
-    return found.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
+    table = bank.database.open_table("steps").to_pandas()
+    return table.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
 
 
 def _note(bank: ReasoningBank, row: dict) -> None:
@@ -191,26 +193,26 @@ def _judge(engine: Engine, frame: pandas.DataFrame, config: BankBuildConfig) -> 
     if config.judge == "gold":
         return frame["correct"].tolist()
     judge = SelfJudge()
-    asked = [partial(judge, question=r.question, solution=r.text) for r in frame.itertuples()]
-    return [_got(result).correct for result in engine.run_batched(asked)]
+    calls = [partial(judge, question=r.question, solution=r.text) for r in frame.itertuples()]
+    return [_result(outcome).correct for outcome in engine.run_batched(calls)]
 
 
 def _extract(engine: Engine, group, frame, config: BankBuildConfig, step: int) -> list[Strategy]:
-    """What each problem of the group taught; nothing where no judgement could be read."""
-    extractor, asked, about = Extractor(), [], []
+    """The strategies extracted from each problem of the group whose judgement could be parsed."""
+    extractor, calls, sources = Extractor(), [], []
     for problem in group:
-        mine = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
-        tried = [(row.text, bool(row.judged)) for row in mine.itertuples()]
-        if tried:
-            asked.append(partial(extractor, problem.question, tried, seed=step))
-            about.append((problem, any(correct for _, correct in tried)))
-    made_by = digest([extractor.dump_state(), config.extract_tokens], 12)
+        rows = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
+        attempts = [(row.text, bool(row.judged)) for row in rows.itertuples()]
+        if attempts:
+            calls.append(partial(extractor, problem.question, attempts, seed=step))
+            sources.append((problem, any(correct for _, correct in attempts)))
+    fingerprint = digest([extractor.dump_state(), config.extract_tokens], 12)
     with dspy.context(
         lm=language_model(
             engine, temperature=config.extract_temperature, max_tokens=config.extract_tokens
         )
     ):
-        results = engine.run_batched(asked)
+        outcomes = engine.run_batched(calls)
     return [
         Strategy(
             **lesson,
@@ -220,16 +222,16 @@ def _extract(engine: Engine, group, frame, config: BankBuildConfig, step: int) -
             level=problem.level,
             question=problem.question,
             model=f"{engine.model.name}@{engine.model.weights_hash}",
-            extractor=made_by,
+            extractor=fingerprint,
             step=step,
         )
-        for (problem, correct), result in zip(about, results, strict=True)
-        for lesson in lessons(_got(result).lessons)
+        for (problem, correct), outcome in zip(sources, outcomes, strict=True)
+        for lesson in lessons(_result(outcome).lessons)
     ]
 
 
-def _got(result):
-    """A program's result; what it raised is raised."""
-    if isinstance(result, BaseException):
-        raise result
-    return result
+def _result(outcome):
+    """A program's result; its exception is raised."""
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome

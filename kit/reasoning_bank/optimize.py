@@ -1,11 +1,12 @@
-"""Programs made better by DSPy's optimisers, on training problems, with the kit's grader as metric.
+"""DSPy's prompt optimizers on training problems, with the kit's grader as metric.
 
-BootstrapFewShot puts attempts that the grader found correct into the prompt; MIPROv2 searches
-instructions and such examples together; GEPA rewrites instructions and needs a stronger model to
-reflect, named by the environment variable KIT_REFLECTION_MODEL as DSPy names models
-("openai/gpt-5-mini"); its key stays in the variable that its provider reads.
+BootstrapFewShot adds correct attempts to the prompt as demonstrations; MIPROv2 searches over
+instructions and demonstrations; GEPA rewrites instructions with a stronger reflection model, named
+by the environment variable KIT_REFLECTION_MODEL in DSPy's notation ("openai/gpt-5-mini"), whose key
+stays in the variable that its provider reads.
 
-Sources: DSPy, arXiv 2310.03714; MIPRO, arXiv 2406.11695; GEPA, arXiv 2507.19457.
+Sources: DSPy, https://arxiv.org/abs/2310.03714; MIPRO, https://arxiv.org/abs/2406.11695; GEPA,
+https://arxiv.org/abs/2507.19457.
 """
 
 import os
@@ -21,7 +22,7 @@ REFLECTION = "KIT_REFLECTION_MODEL"
 
 
 def examples(problems: Sequence[Problem]) -> list[dspy.Example]:
-    """Problems as DSPy takes them; `gold` is for the metric and never in a prompt."""
+    """Problems as DSPy examples; `gold` is for the metric and never in a prompt."""
     return [
         dspy.Example(question=p.question, strategies="", gold=p.answer, asks=p.asks).with_inputs(
             "question", "strategies"
@@ -36,11 +37,11 @@ def metric(example, prediction, trace=None) -> bool:
 
 
 def feedback(example, prediction, trace=None, pred_name=None, pred_trace=None):
-    """The same for GEPA, which also wants to be told why."""
+    """The metric of GEPA: score and textual feedback."""
     verdict = _graded(example, prediction)
-    said = verdict.extracted or "nothing that could be read"
-    told = "Correct." if verdict.correct else f"Wrong: answered {said}, it is {example.gold}."
-    return dspy.Prediction(score=float(verdict.correct), feedback=told)
+    answer = verdict.extracted or "nothing that could be read"
+    text = "Correct." if verdict.correct else f"Wrong: answered {answer}, it is {example.gold}."
+    return dspy.Prediction(score=float(verdict.correct), feedback=text)
 
 
 def _graded(example, prediction):
@@ -56,29 +57,31 @@ def optimize(
     trials: int = 6,
     seed: int = 0,
 ) -> dspy.Module:
-    """A better copy of `program`, whose model and adapter are those of the DSPy context.
+    """An optimized copy of `program`; model and adapter are those of the DSPy context.
 
-    `demos` is the most worked examples in a prompt, `trials` the candidates that are tried.
+    `how` is one of OPTIMIZERS, `demos` the most demonstrations in a prompt, `trials` the number of
+    candidates. ValueError for another optimizer, for a problem in both splits, or without a
+    reflection model for GEPA.
     """
     if how not in OPTIMIZERS:
-        raise ValueError(f"No optimiser {how!r}; choose one of {', '.join(OPTIMIZERS)}.")
+        raise ValueError(f"No optimizer {how!r}; choose one of {', '.join(OPTIMIZERS)}.")
     overlap = {p.id for p in train} & {p.id for p in validation}
     if overlap:
         raise ValueError(f"Problem {min(overlap)} is in train and validation; keep them apart.")
-    given = dict(trainset=examples(train))
+    data = dict(trainset=examples(train))
     if how == "bootstrap":
         few = dspy.BootstrapFewShot(metric, max_bootstrapped_demos=demos, max_labeled_demos=0)
-        return few.compile(program, **given)
-    given["valset"] = examples(validation)
+        return few.compile(program, **data)
+    data["valset"] = examples(validation)
     if how == "gepa":
         calls = dict(max_metric_calls=trials * len(validation), reflection_lm=_stronger())
-        return dspy.GEPA(feedback, **calls, seed=seed).compile(program, **given)
+        return dspy.GEPA(feedback, **calls, seed=seed).compile(program, **data)
     few = dict(max_bootstrapped_demos=demos, max_labeled_demos=0)
     search = dspy.MIPROv2(metric, auto=None, num_candidates=max(2, trials // 2), seed=seed, **few)
-    # A small model cannot read programs or data sets: it is asked for another wording only.
+    # A small model cannot make use of programs or data sets: it proposes another wording only.
     aware = ("data", "program", "tip", "fewshot")
     plain = {f"{what}_aware_proposer": False for what in aware}
-    return search.compile(program, num_trials=trials, minibatch=False, **plain, **given)
+    return search.compile(program, num_trials=trials, minibatch=False, **plain, **data)
 
 
 def _stronger() -> dspy.LM:

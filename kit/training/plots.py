@@ -1,4 +1,4 @@
-"""Figures of what changes with steps, rounds or lengths. Tables in, a Picture out."""
+"""Figures of training: rewards by length, checkpoints, rounds, metrics by step."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture, line
 
 
 def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:
-    """The cosine reward over length as published and as described, and where real outputs lie.
+    """The cosine reward over length, as published and as described, above a histogram of outputs.
 
     `table` has columns `ratio` (length over the limit) and one per curve; `lengths` holds ratios
     of real outputs, counted as the curve of that name counts them.
@@ -74,16 +74,16 @@ def rounds(table: pd.DataFrame) -> Picture:
         axes.set_xlabel("rounds of training")
         axes.set_ylabel("accuracy, percent, 95% interval")
         picture.legend(loc="outside upper center", ncols=2, frameon=False)
-    said = []
+    series = []
     for way, rows in table.groupby("way", sort=False):
         values = [f"{accuracy[0]:.0f}%" for accuracy in rows["accuracy"]]
-        said.append(f"{way} {', '.join(values)}")
-    picture.alt = f"Accuracy by round of training: {'; '.join(said)}."
+        series.append(f"{way} {', '.join(values)}")
+    picture.alt = f"Accuracy by round of training: {'; '.join(series)}."
     return picture
 
 
 def training(runs: Sequence[Sequence[Mapping]], shown: Mapping[str, str]) -> Picture:
-    """What each step logged, mean over `runs` (training seeds) with a band from least to most.
+    """Logged metrics by step: mean over `runs` (training seeds) and band from min to max.
 
     `shown` maps a key of the log to the label of its panel; keys that no step has are left out.
     """

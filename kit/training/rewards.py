@@ -1,16 +1,17 @@
-r"""What GRPO rewards: pure functions of texts, one number per completion.
+r"""Rewards of GRPO: pure functions of texts, one number per completion.
 
-    accuracy           1 where the one grader finds the answer correct
-    compliance, think  1 where the form is kept that the kit asks for, or that Open-RS asked for
-    cosine_published   Open-RS's cosine of the length, in characters and unclipped: periodic
-    cosine             the same as its docstring means it: in tokens, clipped
-    drift              minus the share of letters in another script than the prompt's
-    repetition         TRL's penalty: minus the share of 3-token sequences said before
-    overlong           TRL's penalty: from 0 to -1 over the last fifth of the length allowed
+    accuracy           1 where the grader finds the answer correct
+    compliance, think  1 where the answer has the format of the kit, or of Open-RS
+    cosine_published   cosine of the length as coded in Open-RS: characters, unclipped, so periodic
+    cosine             the same as its docstring describes it: tokens, clipped
+    drift              minus the fraction of letters in another script than the prompt's
+    repetition         TRL's penalty: minus the fraction of repeated 3-token sequences
+    overlong           TRL's penalty: from 0 to -1 over the last fifth of the length limit
 
-Each takes what TRL gives a reward function (`completions`, `completion_ids`, and the columns of the
-data set, of which `gold` is the answer) and ignores what it does not need. Sources: Open-RS
-(arXiv 2503.16219) and its src/open_r1/rewards.py at 2889c47.
+Each takes the arguments that TRL passes to a reward function (`completions`, `completion_ids`, and
+the columns of the data set, of which `gold` is the answer) and ignores those that it does not need.
+Sources: Open-RS, https://arxiv.org/abs/2503.16219, and https://github.com/knoveleng/open-rs,
+src/open_r1/rewards.py at 2889c47.
 """
 
 import math
@@ -22,7 +23,7 @@ from kit.data.prompts import FORM
 from kit.evaluation import grader
 from kit.schema import Problem
 
-CORRECT, WRONG = (0.5, 1.0), (-0.5, 0.0)  # least and most of the cosine, as published
+CORRECT, WRONG = (0.5, 1.0), (-0.5, 0.0)  # range of the cosine reward, as published
 SYMBOLS = {"GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "PLANCK", "OHM", "MICRO"}
 
 
@@ -32,7 +33,7 @@ def accuracy(completions: Sequence, gold: Sequence[str], asks=None, **_) -> list
 
 
 def compliance(completions: Sequence, **_) -> list[float]:
-    """1.0 where the form that the kit's prompts ask for is kept, right or wrong."""
+    """1.0 where the answer has the format that the kit's prompts request, correct or not."""
     texts = _texts(completions)
     return [float(g.compliant) for g in grader.grade_many(texts, [""] * len(texts), FORM)]
 
@@ -47,7 +48,7 @@ def cosine_published(
 ) -> list[float]:
     """The cosine reward as coded: L / `longest` counts characters and is not clipped.
 
-    So it repeats every 2 x `longest` characters, and a longer wrong answer is punished more.
+    It has period 2 x `longest` characters, and up to `longest` a longer wrong answer costs more.
     """
     graded, texts = _graded(completions, gold, asks), _texts(completions)
     return [
@@ -74,9 +75,9 @@ def cosine(
 
 
 def drift(prompts: Sequence, completions: Sequence, **_) -> list[float]:
-    """Minus the share of letters whose script the prompt does not use; Greek letters are symbols.
+    """Minus the fraction of letters in scripts that the prompt does not use; Greek is exempt.
 
-    0.0 of a completion without letters. Open-RS asks for English instead.
+    0.0 for a completion without letters. Open-RS requests English in the prompt instead.
     """
     return [
         -_foreign(text, _scripts(asked))
@@ -85,8 +86,8 @@ def drift(prompts: Sequence, completions: Sequence, **_) -> list[float]:
 
 
 def repetition(completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
-    """Minus the share of 3-token sequences that the completion has said before (arXiv 2502.03373,
-    appendix C.2)."""
+    """Minus the fraction of 3-token sequences that occurred before in the completion
+    (https://arxiv.org/abs/2502.03373, Appendix C.2)."""
     from trl.rewards import get_repetition_penalty_reward  # importing TRL takes seconds
 
     return get_repetition_penalty_reward()(completion_ids)
@@ -94,7 +95,7 @@ def repetition(completion_ids: Sequence[Sequence[int]], **_) -> list[float]:
 
 def overlong(completion_ids: Sequence[Sequence[int]], longest: int = 1000, **_) -> list[float]:
     """0.0 up to four fifths of `longest` tokens, falling to -1.0 at `longest` and beyond (DAPO,
-    arXiv 2503.14476, section 3.4)."""
+    https://arxiv.org/abs/2503.14476, Section 3.4)."""
     from trl.rewards import get_soft_overlong_punishment
 
     return get_soft_overlong_punishment(longest, longest // 5)(completion_ids)
@@ -103,7 +104,7 @@ def overlong(completion_ids: Sequence[Sequence[int]], longest: int = 1000, **_) 
 def check_golds(problems: Sequence[Problem]) -> None:
     """ValueError naming the first problem whose gold answer the grader cannot read.
 
-    As published, an answer to such a problem earned 1.0 whatever it said.
+    In Open-RS as published, any answer to such a problem earned 1.0.
     """
     golds, asks = [p.answer for p in problems], [p.asks for p in problems]
     boxed = [f"\\boxed{{{gold}}}" for gold in golds]
@@ -117,7 +118,7 @@ def check_golds(problems: Sequence[Problem]) -> None:
 
 
 def _between(ends: tuple[float, float], part: float) -> float:
-    """From the most at 0 to the least at 1, along half a cosine."""
+    """The upper end at 0, the lower end at 1, along half a cosine."""
     least, most = ends
     return least + 0.5 * (most - least) * (1 + math.cos(math.pi * part))
 
@@ -131,7 +132,7 @@ def _texts(completions) -> list[str]:
 
 
 def _text(messages) -> str:
-    """A string, or what chat messages say one after the other."""
+    """A string as it is, chat messages joined by line breaks."""
     return (
         messages if isinstance(messages, str) else "\n".join(m["content"] or "" for m in messages)
     )
@@ -142,7 +143,7 @@ def _scripts(text: str) -> set[str]:
 
 
 def _script(letter: str) -> str:
-    """LATIN, CYRILLIC, CJK and so on: how Unicode begins the letter's name."""
+    """LATIN, CYRILLIC, CJK and so on: the first word of the letter's Unicode name."""
     return re.split(r"[ -]", unicodedata.name(letter, "UNKNOWN"), maxsplit=1)[0]
 
 

@@ -1,11 +1,10 @@
-"""Completions to learn from, by `kit.inference.decode`: TRL's rollout function over the kit's
-cache.
+"""Rollouts for GRPO by `kit.inference.decode`: TRL's rollout function on the kit's KV cache.
 
-Where the sampler is not the model that is trained, each token comes with its log-probability under
-the sampler: under DMS, which evicts, and where training computes in fewer bits than the weights are
-kept in. There a copy of the weights in that dtype samples, as vLLM does beside a trainer. Rounding
-alone sets the two far enough apart to bias the gradient (arXiv 2510.26788), so that both gaps get
-the same truncated importance weights.
+Where the sampler differs from the policy that is trained, each token comes with its log-probability
+under the sampler. That is so under DMS, which evicts, and where the device computes in a smaller
+dtype than that of the weights: there a copy of the weights in that dtype samples, as vLLM does
+beside a trainer. Rounding alone biases the gradient (https://arxiv.org/abs/2510.26788); both gaps
+are corrected by `grpo.importance_weight`.
 """
 
 from collections import Counter
@@ -21,7 +20,7 @@ from kit.inference.policies import DMS, Full
 from kit.models.load import Model, default_dtype, twin
 from kit.schema import Problem, Prompt, Sampling, digest
 
-AT_ONCE = 8  # sequences whose log-probabilities are computed together
+AT_ONCE = 8  # sequences per forward pass of `sampled_logps`
 NOTHING = Problem("", "", "", "", 0, "")  # a chat alone, whose problem TRL keeps
 
 
@@ -34,8 +33,9 @@ def completions(
 ) -> dict[str, list]:
     """One completion of each chat in `asked`, in order; equal chats get samples 0, 1, ...
 
-    Keys as TRL wants them: `prompt_ids`, `completion_ids` (with the token that ends an answer) and
-    `logprobs`, None unless the policy is DMS or the model otherwise `differs` from the trained one.
+    Keys are those of TRL: `prompt_ids`, `completion_ids` (with the end-of-sequence token) and
+    `logprobs` in nats, None unless the policy is DMS or the model otherwise `differs` from the one
+    that is trained.
     """
     seen, requests = Counter(), []
     for messages in asked:
@@ -47,44 +47,51 @@ def completions(
     training = model.weights.training
     model.weights.eval()
     done = decode.decode(model, requests, sampling, len(requests), policy=policy)
-    said = [[*g.token_ids, *([g.stop_id] if g.finish == "stop" else [])] for g in done]
-    read = [list(request.prompt_ids) for request in requests]
+    answers = [[*g.token_ids, *([g.stop_id] if g.finish == "stop" else [])] for g in done]
+    prompts = [list(request.prompt_ids) for request in requests]
     differs = differs or isinstance(policy, DMS)
-    logps = sampled_logps(model, policy, read, said, sampling.temperature) if differs else None
+    logps = (
+        sampled_logps(model, policy, prompts, answers, sampling.temperature) if differs else None
+    )
     model.weights.train(training)
-    return {"prompt_ids": read, "completion_ids": said, "logprobs": logps}
+    return {"prompt_ids": prompts, "completion_ids": answers, "logprobs": logps}
 
 
 @torch.no_grad()
 def sampled_logps(
-    model: Model, policy: Full, read: list[list[int]], said: list[list[int]], temperature: float
+    model: Model,
+    policy: Full,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    temperature: float,
 ) -> list[list[float]]:
-    """Log-probabilities of the tokens `said` after `read` under the sampling model, in nats.
+    """Log-probabilities of the tokens of `completions` after `prompts` under the sampler, in nats.
 
-    Whole sequences, AT_ONCE at a time, with hard gates where the policy is DMS, which equals the
-    evicting cache.
+    By teacher forcing, AT_ONCE sequences per forward pass; with hard gates where the policy is DMS,
+    which is equivalent to the evicting cache.
     """
-    windows, found = layer_windows(model.weights.config), []
-    whole = [torch.tensor(before + after) for before, after in zip(read, said, strict=True)]
-    for first in range(0, len(whole), AT_ONCE):
+    windows, logps = layer_windows(model.weights.config), []
+    sequences = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
+    for first in range(0, len(sequences), AT_ONCE):
         part = slice(first, first + AT_ONCE)
-        ids = torch.nn.utils.rnn.pad_sequence(whole[part], batch_first=True).to(model.device)
+        ids = torch.nn.utils.rnn.pad_sequence(sequences[part], batch_first=True).to(model.device)
         gates = Gates(windows, policy.evictor.window if isinstance(policy, DMS) else 1)
         with decode.slots_attached(model), policy.attached(model.weights):
             states = hidden(model.weights, ids, gates)
-        for row, before, after in zip(states, read[part], said[part]):
-            at = slice(len(before) - 1, len(before) + len(after) - 1)
+        for row, prompt, completion in zip(states, prompts[part], completions[part]):
+            at = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
             logp = (model.weights.lm_head(row[at]).float() / temperature).log_softmax(-1)
-            targets = torch.tensor(after, device=logp.device)
-            found.append(logp.gather(-1, targets[:, None])[:, 0].tolist())
-    return found
+            targets = torch.tensor(completion, device=logp.device)
+            logps.append(logp.gather(-1, targets[:, None])[:, 0].tolist())
+    return logps
 
 
 class Sampler:
     """TRL's rollout function for a training by `grpo.GRPOConfig`: `completions` of the weights as
     they are now, in the dtype that the device computes in.
 
-    Where they are kept in another one, they are copied into a twin that is made once.
+    Weights stored in another dtype are copied into a twin, which is allocated once. ValueError for
+    a policy whose log-probabilities are not defined.
     """
 
     def __init__(self, model: Model, config, policy: Full):
@@ -104,7 +111,7 @@ class Sampler:
             )
         trained = trainer.accelerator.unwrap_model(trainer.model)
         trained = trained.get_base_model() if config.lora_rank else trained
-        # A group may lie in several processes, which must not say the same.
+        # Processes that share a group must not draw the same tokens.
         mark = [config.seed, trainer.state.global_step, trainer.accelerator.process_index]
         seed = int(digest(mark, 7), 16)
         sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)

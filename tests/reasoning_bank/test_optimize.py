@@ -78,7 +78,7 @@ def test_gepa_takes_the_instruction_of_a_stronger_model(model, sums, monkeypatch
 
 
 def test_wrong_questions_are_one_sentence(model, sums):
-    with pytest.raises(ValueError, match="No optimiser 'best'; choose one of bootstrap"):
+    with pytest.raises(ValueError, match="No optimizer 'best'; choose one of bootstrap"):
         optimize.optimize(Solver(), sums[:2], [], "best")
     with pytest.raises(ValueError, match="is in train and validation"):
         optimize.optimize(Solver(), sums[:2], sums[1:3], "mipro")

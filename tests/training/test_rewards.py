@@ -55,7 +55,7 @@ def padded(length: int, right: bool = True) -> str:
 
 @pytest.mark.parametrize("ratio, right, wrong", [(1, 0.5, -0.5), (2, 1.0, 0.0), (3, 0.5, -0.5)])
 def test_the_published_cosine_is_periodic(ratio, right, wrong):
-    """systems.md, chapter 3c: at 0, 1, 2, 3 of L / Lmax a correct answer earns 1, .5, 1, .5."""
+    """At 0, 1, 2, 3 times the limit a correct answer earns 1, .5, 1, .5: nothing is clipped."""
     texts = [padded(1000 * ratio), padded(1000 * ratio, right=False)]
     assert rewards.cosine_published(texts, ["4", "4"]) == pytest.approx([right, wrong])
 
