@@ -1,7 +1,7 @@
 """`dspy_batching`: 100 DSPy calls decoded as one queue against 100 calls one after the other.
 
-The same program (`agent.Solver`), problems, sampling and engine; the bundled model, at most 24 new
-tokens. KIT_BENCH_CALLS makes it fewer.
+The same program (`programs.Solver`), problems, sampling and engine; the bundled model, at most 24
+new tokens. KIT_BENCH_CALLS makes it fewer.
 """
 
 import os
