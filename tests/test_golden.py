@@ -185,7 +185,7 @@ def likelihoods() -> dict[str, list[str]]:
     texts = ["Question: Where is Lagos?\nAnswer:", "Question: Who?\nAnswer:"]
     worth = qa.likelihoods(toy, texts, [["Nigeria", "Peru"], ["I", "they"]])
     found = {text: [f"{x:.3f}" for x in row] for text, row in zip(texts, worth)}
-    return found | {"surprisal": [f"{x:.3f}" for x in qa.surprisal(toy, texts)]}
+    return found | {"surprisal": [f"{x:.3f}" for x in qa.nll_per_token(toy, texts)]}
 
 
 FROZEN = {

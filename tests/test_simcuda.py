@@ -21,7 +21,7 @@ from kit.models import quantization
 from kit.models.load import RANDOM as SHAPES
 from kit.models.load import Model, load
 from kit.parametric import ffn_memory, qa
-from kit.parametric.activation_cache import Lower
+from kit.parametric.activation_cache import ActivationCache
 from kit.parametric.train import IGNORED, BankTraining, MemoryTrainConfig, Row
 from kit.schema import Sampling
 from kit.training import rollouts
@@ -172,9 +172,9 @@ def test_a_step_of_each_training_of_banks(seen, kind, tmp_path):
         shape = ffn_memory.shape(
             model.weights, kind if kind in ffn_memory.KINDS else "ffn", layers, (2,), 2
         )
-        below = Lower(model, 2, said) if kind == "upper layers" else None
+        prefix = ActivationCache(model, 2, said) if kind == "upper layers" else None
         nodes = [] if kind == "continued" else [0, 1]
-        job = BankTraining(model, shape, nodes, data, recipe, tmp_path / str(number), below)
+        job = BankTraining(model, shape, nodes, data, recipe, tmp_path / str(number), prefix)
         found.append([job.step() for _ in range(2)])
         job.save()
         assert all(value.device == model.device for value in job.named.values())
@@ -202,7 +202,7 @@ class Bank:
         pass
 
     def widened(self, weights, sequences):
-        return ffn_memory.Wider.empty(weights, self.shape, sequences)
+        return ffn_memory.MemoryLayers.empty(weights, self.shape, sequences)
 
 
 def test_fetched_blocks_in_probes_and_in_decoding(tiny, seen):

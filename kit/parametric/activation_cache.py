@@ -1,8 +1,8 @@
-"""The part of a frozen model below its memory: computed once per sentence, for every training.
+"""Caches the activations of the frozen layers below the memory layers, once for all trainings.
 
-Blocks in the last third of the layers leave two thirds of each forward pass as it always was. What
-comes out of them is kept per sentence, since sentences of a row do not see each other; all are
-computed beforehand in one order, so that it does not matter which training was killed when.
+With memory in the last third of the layers, two thirds of each forward pass never change. Their
+output is cached per sentence, since the sentences of a packed row do not attend to each other. All
+sentences are computed beforehand in one order, so that killed trainings resume on equal numbers.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from kit.inference.kv_cache import layer_windows
 from kit.models.load import Model
 
-MOST_BYTES = 2**30  # of hidden states that are kept
-BATCH = 32  # sentences read at once
+MOST_BYTES = 2**30  # of cached hidden states
+BATCH = 32  # sentences in a forward pass
 
 
-class Lower:
-    """Hidden states that go into layer `first` of a frozen model, for `sentences` of token ids."""
+class ActivationCache:
+    """Inputs of layer `first` of a frozen model, for `sentences` of token ids."""
 
     def __init__(self, model: Model, first: int, sentences: Iterable[tuple[int, ...]]):
         self.first, self._states = first, {}
@@ -31,26 +31,27 @@ class Lower:
             part = ordered[start : start + BATCH]
             rows = [torch.tensor(ids, device=model.device) for ids in part]
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            with torch.no_grad(), only(model.weights, 0, first):
+            with torch.no_grad(), restrict_layers(model.weights, 0, first):
                 out = model.weights.base_model(input_ids=padded, use_cache=False)
             for ids, state in zip(part, out.last_hidden_state):
                 self._states[ids] = state[: len(ids)].clone()
 
     @staticmethod
     def fits(model: Model, first: int, tokens: int) -> bool:
-        """Whether there is anything below, its states for so many tokens are not too large, and all
-        layers are of one kind: models of two count their layers from the bottom."""
+        """Whether there are layers below `first`, the states of so many tokens take at most
+        MOST_BYTES, and all layers have one kind of attention: where there are two, transformers
+        picks a layer's mask by its number."""
         config = model.weights.config.get_text_config()
         small = tokens * config.hidden_size * model.dtype.itemsize <= MOST_BYTES
         return first > 0 and small and len(set(layer_windows(config))) == 1
 
     def states(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[rows, T, width] for packed rows [rows, T]. A sentence begins where its position is 0;
-        what fills a row, one token over and over, has zeros. KeyError for an unknown sentence."""
+        """[rows, T, hidden size] for packed rows [rows, T]. A sentence begins where its position is
+        0; padding, one repeated token, has zeros. KeyError for an unknown sentence."""
         rows = []
-        for said, places in zip(ids.tolist(), positions):
-            starts = [*(places == 0).nonzero()[:, 0].tolist(), len(said)]
-            keys = [tuple(said[a:b]) for a, b in zip(starts, starts[1:])]
+        for tokens, places in zip(ids.tolist(), positions):
+            starts = [*(places == 0).nonzero()[:, 0].tolist(), len(tokens)]
+            keys = [tuple(tokens[a:b]) for a, b in zip(starts, starts[1:])]
             if keys[-1] not in self._states and len(set(keys[-1])) == 1:
                 rest = self._none.expand(len(keys.pop()), -1)
             else:
@@ -60,9 +61,11 @@ class Lower:
 
 
 @contextmanager
-def only(weights: PreTrainedModel, first: int, last: int | None = None) -> Iterator[None]:
-    """Inside this block the model has layers `first` to `last` - 1 alone, and its final norm only
-    with the last of them."""
+def restrict_layers(
+    weights: PreTrainedModel, first: int, last: int | None = None
+) -> Iterator[None]:
+    """Within this context the model consists of layers `first` to `last` - 1, with its final norm
+    only if its last layer is among them."""
     base = weights.base_model
     layers, norm = base.layers, base.norm
     base.layers = layers[first:last]

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from kit.models.embedder import Embedder
 from kit.models.load import Model
 from kit.parametric import cluster_tree, shards
-from kit.parametric.ffn_memory import Shape, Wider
+from kit.parametric.ffn_memory import MemoryLayers, Shape
 from kit.paths import atomic
 from kit.schema import digest
 
@@ -194,9 +194,9 @@ class ParametricBank:
             self._checked.add((level, node))
         return block.to(self.device, self.dtype)
 
-    def widened(self, weights: PreTrainedModel, sequences: int) -> Wider:
+    def widened(self, weights: PreTrainedModel, sequences: int) -> MemoryLayers:
         """The model with room for what so many sequences fetch."""
-        return Wider.empty(weights, self.shape, sequences)
+        return MemoryLayers.empty(weights, self.shape, sequences)
 
     def nbytes(self) -> dict[str, int]:
         """`bank`: all shards on disk; `fetched`: what one context reads of them; `resident`: held

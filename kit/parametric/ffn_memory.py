@@ -1,13 +1,13 @@
-"""A model made wider by fetched blocks: each sequence of a batch by its own.
+"""Feed-forward memory: the layers of a model, extended by the blocks that each sequence fetched.
 
-The units of a feed-forward block ("ffn") stand beside those of the layer's SwiGLU; what they say
-is added to what it says: down(act(gate x) * up x). The other kinds, for comparison at equal sizes,
-add low-rank changes to linear layers (LoRA, scale 2), or learned pairs of key and value ("kv") that
-every token may read: without positions, with a softmax of their own, so that values of zero have no
-effect. `Wider` holds the blocks of a batch, a matrix product for all its sequences together, and is
-told which token belongs to which of them.
+The units of a feed-forward block ("ffn") extend the layer's SwiGLU: their output
+down(act(gate x) * up x) is added to the layer's own. The other kinds, for comparison at equal
+sizes, add low-rank updates to linear layers (LoRA, scale 2) or learned key-value pairs ("kv") to
+which every token attends without positions, by a softmax of their own, so that values of zero have
+no effect. `MemoryLayers` holds the blocks of a batch, in one batched matrix product for all its
+sequences, and maps packed tokens to them.
 
-Source: arXiv 2510.02375, sections 3.1 and 4.
+Source: https://arxiv.org/abs/2510.02375, sections 3.1 and 4.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,11 +31,11 @@ LORA_SCALE = 2.0
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a bank is. A unit is a row of `row` numbers in each layer: for feed-forward units
-    those of gate, up and down, 3 times the model's width."""
+    """The size of a bank. A unit has `row` parameters per layer: those of gate, up and down for a
+    feed-forward unit, 3 times the hidden size."""
 
     row: int
-    layers: tuple[int, ...]  # that have memory
+    layers: tuple[int, ...]  # with memory
     sizes: tuple[int, ...]  # units per layer of a node, by level; 0 for none
     branching: int
     kind: str = "ffn"
@@ -74,7 +74,7 @@ def shape(weights: PreTrainedModel, kind: str, layers, sizes, branching: int) ->
     return Shape(row, tuple(layers), tuple(sizes), branching, kind)
 
 
-def spread(count: int, of: int, where: str) -> tuple[int, ...]:
+def choose_layers(count: int, of: int, where: str) -> tuple[int, ...]:
     """`count` of `of` layers: "all", "early", "middle", "late", or "uniform" over the depth."""
     first = {"all": 0, "early": 0, "middle": (of - count) // 2, "late": of - count}
     if where == "all":
@@ -87,44 +87,44 @@ def spread(count: int, of: int, where: str) -> tuple[int, ...]:
 
 
 def initial(weights: PreTrainedModel, shape: Shape, seed: int) -> list[torch.Tensor]:
-    """Blocks of one subtree without effect, by level [nodes, layers, units, row], float32: what
-    reads is drawn, what writes is zero."""
-    rng, made = torch.Generator().manual_seed(seed), []
+    """Initial blocks of one subtree by level, [nodes, layers, units, row] float32: random input
+    weights and zero output weights, so that they have no effect."""
+    rng, initialized = torch.Generator().manual_seed(seed), []
     for level in range(len(shape.sizes)):
         blocks = torch.zeros(shape.branching**level, *shape.block(level))
         for part in _parts(blocks, _widths(weights, shape.layers[0], shape.kind)):
             for reads in part[:-1]:
                 reads.normal_(0, reads.shape[-1] ** -0.5, generator=rng)
-        made.append(blocks)
-    return made
+        initialized.append(blocks)
+    return initialized
 
 
-class Wider:
-    """Blocks for the sequences of a batch: `blocks` is [sequences, layers, units, row].
+class MemoryLayers:
+    """Memory for the sequences of a batch: `blocks` is [sequences, layers, units, row].
 
-    While attached it expects a batch with one row of each sequence, or several after each other,
-    or packed tokens that a slot cache, passed to the model as `slots`, has announced.
+    While attached, a forward pass has one row per sequence, or several consecutive ones, or packed
+    tokens whose sequences a slot cache, passed to the model as `slots`, has announced.
     """
 
     def __init__(self, weights: PreTrainedModel, shape: Shape, blocks: torch.Tensor):
         self.shape, self.blocks, self._weights = shape, blocks, weights
         self._widths = _widths(weights, shape.layers[0], shape.kind)
-        self._rows = None  # [n, m] of packed tokens, padded with one behind the last
-        self._places = None  # whose they are: [n]
-        self._single = False  # one token of each of several
+        self._rows = None  # [n, m]: packed tokens of each sequence, padded with one past the end
+        self._places = None  # [n]: places of these sequences in `blocks`
+        self._single = False  # each sequence has one token
 
     @classmethod
-    def empty(cls, weights: PreTrainedModel, shape: Shape, sequences: int) -> "Wider":
-        """Room for so many sequences, without effect until `put`."""
+    def empty(cls, weights: PreTrainedModel, shape: Shape, sequences: int) -> "MemoryLayers":
+        """Memory for so many sequences, without effect until `put`."""
         sizes = sequences, len(shape.layers), sum(shape.sizes), shape.row
         return cls(weights, shape, torch.zeros(sizes, dtype=weights.dtype, device=weights.device))
 
     def put(self, place: int, fetched: Sequence[torch.Tensor]) -> None:
-        """What one path fetches, by level [layers, units, row], for the sequence at `place`."""
+        """Set the blocks that one path fetched, by level [layers, units, row], at `place`."""
         torch.cat(list(fetched), dim=1, out=self.blocks[place])
 
-    def _hear(self, module, args, kwargs) -> None:
-        """Whose the tokens of this forward pass are."""
+    def _set_token_map(self, module, args, kwargs) -> None:
+        """Map the tokens of this forward pass to sequences."""
         announced = getattr(kwargs.get("slots"), "announced", None)
         if announced is None:
             self._rows = None
@@ -138,8 +138,12 @@ class Wider:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """The model is wider inside this block."""
-        hooks = [self._weights.base_model.register_forward_pre_hook(self._hear, with_kwargs=True)]
+        """Within this context the model has this memory."""
+        hooks = [
+            self._weights.base_model.register_forward_pre_hook(
+                self._set_token_map, with_kwargs=True
+            )
+        ]
         for number, layer in enumerate(self.shape.layers):
             parts = _parts(self.blocks[:, number], self._widths)
             for name, part in zip(KINDS[self.shape.kind], parts, strict=True):
@@ -155,41 +159,43 @@ class Wider:
                 hook.remove()
 
     def _add(self, module, args, out: torch.Tensor, part) -> torch.Tensor:
-        say = partial(_low_rank if len(part) == 2 else _units, module)
-        return out + self._said(say, args[0], part)
+        memory = partial(_low_rank if len(part) == 2 else _units, module)
+        return out + self._apply(memory, args[0], part)
 
     def _pairs(self, attention, part) -> list:
-        """Hooks that add what learned pairs say to what the heads of `attention` have read."""
-        heard: list[torch.Tensor] = []
+        """Hooks that add attention over learned pairs to the output of the heads of `attention`."""
+        queries: list[torch.Tensor] = []
 
-        def hear(module, args, query: torch.Tensor) -> None:
-            heard[:] = [query]
+        def remember(module, args, query: torch.Tensor) -> None:
+            queries[:] = [query]
 
         def add(module, args) -> torch.Tensor:
-            return args[0] + self._said(partial(_attend, attention), heard[0], part)
+            return args[0] + self._apply(partial(_attend, attention), queries[0], part)
 
-        asks, writes = attention.q_proj, attention.o_proj
-        return [asks.register_forward_hook(hear), writes.register_forward_pre_hook(add)]
+        return [
+            attention.q_proj.register_forward_hook(remember),
+            attention.o_proj.register_forward_pre_hook(add),
+        ]
 
-    def _said(self, say, x: torch.Tensor, part) -> torch.Tensor:
-        """What each sequence's matrices in `part` say of its own tokens x [batch, T, width]."""
+    def _apply(self, memory, x: torch.Tensor, part) -> torch.Tensor:
+        """`memory` of x [batch, T, width] and the matrices in `part`, each sequence by its own."""
         if self._rows is None:
             rows = x.reshape(len(self.blocks), -1, x.shape[-1])
-            return say(rows, *part).view(*x.shape[:2], -1)
+            return memory(rows, *part).view(*x.shape[:2], -1)
         x = x[0]
         if self._single:  # all places, the idle ones on zeros: no weights are copied
             wide = x.new_zeros(len(self.blocks), 1, x.shape[-1])
             wide[self._places, 0] = x
-            return say(wide, *part)[self._places, 0]
+            return memory(wide, *part)[self._places, 0]
         padded = torch.cat([x, x.new_zeros(1, x.shape[-1])])[self._rows]  # [n, m, width]
-        said = say(padded, *(matrix[self._places] for matrix in part))
-        flat = said.new_zeros(len(x) + 1, said.shape[-1])
-        flat[self._rows.flatten()] = said.flatten(0, 1)
+        out = memory(padded, *(matrix[self._places] for matrix in part))
+        flat = out.new_zeros(len(x) + 1, out.shape[-1])
+        flat[self._rows.flatten()] = out.flatten(0, 1)
         return flat[:-1]
 
 
 def _widths(weights: PreTrainedModel, layer: int, kind: str) -> list[tuple[int, ...]]:
-    """Of the parts of a row: for each module what reads, then what writes."""
+    """Widths of the parts of a row: for each module those of its inputs, then of its output."""
     found = []
     for name in KINDS[kind]:
         module = weights.base_model.layers[layer].get_submodule(name)
@@ -209,7 +215,7 @@ def _parts(blocks: torch.Tensor, widths: list[tuple[int, ...]]) -> list[tuple[to
 
 
 def _units(module, x, gate, up, down) -> torch.Tensor:
-    """What SwiGLU units [n, units, width] say of x [n, m, width]: [n, m, width]."""
+    """SwiGLU of units [n, units, width] on x [n, m, width]: [n, m, width]."""
     inner = module.act_fn(torch.bmm(x, gate.transpose(1, 2))) * torch.bmm(x, up.transpose(1, 2))
     return torch.bmm(inner, down)
 
@@ -220,8 +226,8 @@ def _low_rank(module, x, reads, writes) -> torch.Tensor:
 
 
 def _attend(module, query, keys, values) -> torch.Tensor:
-    """What queries [n, m, heads * head_dim], positions left out, read of learned keys and values
-    [n, pairs, kv_heads * head_dim]; heads share them in groups, as those of the text."""
+    """Grouped-query attention of queries [n, m, heads * head_dim], without positions, over learned
+    keys and values [n, pairs, kv_heads * head_dim]."""
     heads = (-1, module.head_dim)
     query, keys, values = (x.unflatten(-1, heads).transpose(1, 2) for x in (query, keys, values))
     query = getattr(module, "q_norm", nn.Identity())(query)

@@ -1,8 +1,8 @@
-"""What a model knows: questions with options by likelihood, free answers, and surprisal of text.
+"""Question answering: multiple choice by likelihood, short free answers, and perplexity of text.
 
-A question stands as plain text after what was retrieved for it, "Question: ...", "Answer:". The
-option with the largest log-probability is the choice; a free answer is what follows on the line.
-Both become records like all others, graded by the one grader.
+A prompt is plain text: retrieved passages, then "Question: ...", "Answer:". In multiple choice the
+option with the largest log-probability is chosen; a short answer is the rest of the line. Both
+become records like all others, graded by the one grader.
 """
 
 import time
@@ -23,18 +23,18 @@ from kit.models.load import Model, check_head
 from kit.parametric.bank import ParametricBank
 from kit.schema import Problem, Record, Sampling, digest
 
-PROBE_VERSION = 2  # of what a model is asked here; raise it by one when an answer may change
-BATCH = 16  # questions read at once
+PROBE_VERSION = 2  # of prompts and scores; raise it by one when an answer may change
+BATCH = 16  # questions in a forward pass
 COSTS = ("prompt_tokens", "new_tokens", "seconds", "finish")
 COSTS += ("kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes", "joules")
 
 
 def text(problem: Problem, passages: Sequence[str] = ()) -> str:
-    """What the model continues."""
+    """The prompt of a question."""
     return "\n".join([*passages, f"Question: {problem.question}", "Answer:"])
 
 
-def choose(
+def multiple_choice(
     model: Model,
     problems: Sequence[Problem],
     options: Sequence[Sequence[str]],
@@ -44,8 +44,8 @@ def choose(
     passages: Sequence[Sequence[str]] | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Records of `arm`: the most likely of each problem's options, stored ones not asked again;
-    `seed` is that of the training, and stands in the records as a sampling's would."""
+    """Records of `arm`: the most likely of each problem's options; stored ones are not computed
+    again. `seed` is that of the training, recorded in place of a sampling seed."""
     prompts, made, todo = _begun(model, problems, store, arm, bank, passages, seed, options)
     todo.sort(key=lambda i: max(map(len, options[i])))  # less padding
     batch = 1 if _slides(model) else BATCH
@@ -63,7 +63,7 @@ def choose(
     return store.table({key for key, *_ in made})
 
 
-def complete(
+def short_answer(
     model: Model,
     problems: Sequence[Problem],
     store: Store,
@@ -73,7 +73,7 @@ def complete(
     seed: int = 0,
     max_new_tokens: int = 12,
 ) -> pd.DataFrame:
-    """Records of `arm`: the first line of a free, greedy answer; all else as in `choose`."""
+    """Records of `arm`: the first line of a greedy answer; all else as in `multiple_choice`."""
     free = [["free", max_new_tokens]] * len(problems)
     prompts, made, todo = _begun(model, problems, store, arm, bank, passages, seed, free)
     if todo:
@@ -130,19 +130,18 @@ def _slides(model: Model) -> bool:
 
 
 @torch.inference_mode()
-def surprisal(
+def nll_per_token(
     model: Model,
     texts: Sequence[str],
     bank: ParametricBank | None = None,
-    contexts: Sequence[str] = (),
 ) -> np.ndarray:
-    """Nats per token of each text, its first token given; a path is chosen by the text, or by its
-    entry in `contexts`."""
+    """Mean negative log-likelihood of each text in nats per token, its first token given. With
+    `bank` each text fetches the blocks of its own path."""
     found = []
     for first in range(0, len(texts), BATCH):
         part = list(texts[first : first + BATCH])
         ids, mask = _padded([_ids(model, one) for one in part], model)
-        with fetched(model, list(contexts[first : first + BATCH]) or part, bank):
+        with fetched(model, part, bank):
             states = model.weights.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         for row, spoken, state in zip(ids, mask.bool(), states):
             row, state = row[spoken], state[spoken]
@@ -152,8 +151,8 @@ def surprisal(
 
 
 def _logits(model: Model, states: torch.Tensor) -> torch.Tensor:
-    """[n, V] in at least float32: bfloat16 would round logits by up to a sixteenth, more than sets
-    two options apart."""
+    """[n, V] in at least float32: bfloat16 would round logits by up to a sixteenth, more than two
+    options may differ by."""
     check_head(model.weights)
     precise = torch.promote_types(model.dtype, torch.float32)
     return states.to(precise) @ model.weights.lm_head.weight.to(precise).T
@@ -161,7 +160,7 @@ def _logits(model: Model, states: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def fetched(model: Model, questions: Sequence[str], bank: ParametricBank | None) -> Iterator[None]:
-    """Inside this block a batch of these questions, in order, has what they fetch."""
+    """Within this context the model has the memory that a batch of these questions fetches."""
     if bank is None:
         yield
         return
@@ -177,7 +176,7 @@ def _ids(model: Model, said: str) -> list[int]:
 
 
 def _padded(rows: Sequence[list[int]], model: Model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, padded behind: [n, T] each."""
+    """Token ids and mask, padded on the right: [n, T] each."""
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([torch.tensor(row) for row in rows], batch_first=True)
     mask = pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)

@@ -21,7 +21,7 @@ import numpy as np
 from kit.models.embedder import Embedder
 from kit.models.load import Model, load
 from kit.parametric import cluster_tree, facts, ffn_memory, shards
-from kit.parametric.activation_cache import Lower
+from kit.parametric.activation_cache import ActivationCache
 from kit.parametric.bank import ParametricBank, assemble_bank
 from kit.parametric.facts import Fact, Sentence
 from kit.parametric.ffn_memory import Shape
@@ -44,14 +44,14 @@ class Layout:
 
     branching: int = 4
     sizes: tuple[int, ...] = (32, 16)  # feed-forward units per layer, by level
-    where: str = "late"  # see ffn_memory.spread
+    where: str = "late"  # see ffn_memory.choose_layers
     layers: int = 10
     kind: str = "ffn"  # see ffn_memory.KINDS
 
     def shape(self, model: Model) -> Shape:
         """The Shape on `model`; of other kinds as many units as have the parameters."""
         depth = model.weights.config.get_text_config().num_hidden_layers
-        layers = ffn_memory.spread(min(self.layers, depth), depth, self.where)
+        layers = ffn_memory.choose_layers(min(self.layers, depth), depth, self.where)
         made = ffn_memory.shape(model.weights, self.kind, layers, self.sizes, self.branching)
         plain = ffn_memory.shape(model.weights, "ffn", layers, self.sizes, self.branching)
         sizes = tuple(max(1, round(size * plain.row / made.row)) for size in self.sizes)
@@ -90,18 +90,18 @@ class FactStudy:
     report: Callable[[dict], None] = lambda figures: None
 
     @cached_property
-    def _lower(self) -> dict[int, Lower | None]:
+    def _prefixes(self) -> dict[int, ActivationCache | None]:
         return {}
 
-    def below(self, shape: Shape) -> Lower | None:
+    def prefix_activations(self, shape: Shape) -> ActivationCache | None:
         """What the layers below the first with memory say, shared by all trainings."""
         first = min(shape.layers)
-        if first not in self._lower:
+        if first not in self._prefixes:
             said = {(s.context, s.completion) for s in self.sentences}
             ids = [tuple(encode_sentence(self.model, *pair)[0]) for pair in said]
-            fits = Lower.fits(self.model, first, sum(map(len, ids)))
-            self._lower[first] = Lower(self.model, first, ids) if fits else None
-        return self._lower[first]
+            fits = ActivationCache.fits(self.model, first, sum(map(len, ids)))
+            self._prefixes[first] = ActivationCache(self.model, first, ids) if fits else None
+        return self._prefixes[first]
 
     @cached_property
     def _made(self) -> dict[tuple, cluster_tree.Tree | list[Row]]:
@@ -147,7 +147,7 @@ class FactStudy:
         rows = self.rows(tree, recipe.context)[:: round(1 / share)]
         shape, name = layout.shape(self.model), self.embedder.fingerprint
         how = self.model, tree, shape, rows, recipe, self.folder, name, self.report, only
-        return train_bank(*how, self.below(shape))
+        return train_bank(*how, self.prefix_activations(shape))
 
     def arm(
         self, name: str, layout: Layout, recipe: MemoryTrainConfig

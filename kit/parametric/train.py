@@ -25,7 +25,7 @@ import torch
 from kit.models.checkpoint import ResumableTraining
 from kit.models.load import Model, check_head, save, twin
 from kit.parametric import activation_cache, cluster_tree, ffn_memory, shards
-from kit.parametric.activation_cache import Lower
+from kit.parametric.activation_cache import ActivationCache
 from kit.parametric.bank import assemble_bank
 from kit.parametric.ffn_memory import Shape
 from kit.schema import digest
@@ -106,17 +106,19 @@ class MemoryTrainConfig:
     seed: int = 0
 
 
-def completion_loss(model: Model, batch: Sequence[Row], below: Lower | None = None) -> torch.Tensor:
-    """Mean over rows of the mean cross-entropy of their completions, nats per token; `below` knows
+def completion_loss(
+    model: Model, batch: Sequence[Row], prefix: ActivationCache | None = None
+) -> torch.Tensor:
+    """Mean over rows of the mean cross-entropy of their completions, nats per token; `prefix` knows
     the states of the lower layers."""
     ids, targets, positions = (
         torch.stack([getattr(row, name) for row in batch]).to(model.device)
         for name in ("ids", "targets", "positions")
     )
     given = {"input_ids": ids}
-    if below:
-        given = {"inputs_embeds": below.states(ids, positions).to(model.dtype)}
-    with activation_cache.only(model.weights, below.first) if below else nullcontext():
+    if prefix:
+        given = {"inputs_embeds": prefix.states(ids, positions).to(model.dtype)}
+    with activation_cache.restrict_layers(model.weights, prefix.first) if prefix else nullcontext():
         out = model.weights.base_model(**given, position_ids=positions, use_cache=False)
     states = out.last_hidden_state
     check_head(model.weights)
@@ -137,7 +139,7 @@ class BankTraining(ResumableTraining):
 
     def __init__(
         self, model: Model, shape: Shape, nodes: Sequence[int], data: Sequence[Row],
-        recipe: MemoryTrainConfig, folder: Path, below: Lower | None = None,
+        recipe: MemoryTrainConfig, folder: Path, prefix: ActivationCache | None = None,
     ):  # fmt: skip
         self.shape, self.nodes, self.recipe = shape, tuple(nodes), recipe
         self.data = [row for row in data if row.path[0] in nodes or not nodes]
@@ -149,7 +151,7 @@ class BankTraining(ResumableTraining):
         steps = recipe.epochs * math.ceil(len(self.data) / recipe.batch)
         super().__init__(folder, [*identity, asdict(recipe), seen.hexdigest()], steps)
         self.files = [self.folder / shards.name(node) for node in self.nodes]
-        self.base, self.model, self.below = model, model, below
+        self.base, self.model, self.prefix = model, model, prefix
         if recipe.anchor_rate or model.dtype == torch.float16:  # too small for gradients
             weights = twin(model.weights, torch.float32).train(bool(recipe.anchor_rate))
             self.model = replace(model, weights=weights)
@@ -196,9 +198,9 @@ class BankTraining(ResumableTraining):
                 generic = (chance < recipe.generic).tolist()
                 fetched = torch.stack([self._fetched(r.path, g) for r, g in zip(batch, generic)])
                 fetched = fetched.to(self.model.dtype)
-                wider = ffn_memory.Wider(self.model.weights, self.shape, fetched)
+                wider = ffn_memory.MemoryLayers(self.model.weights, self.shape, fetched)
                 stack.enter_context(wider.attached())
-            found = completion_loss(self.model, batch, self.below)
+            found = completion_loss(self.model, batch, self.prefix)
         if not math.isfinite(found.item()):
             raise ValueError(
                 f"The loss is {found.item()} at step {number + 1} of subtrees {self.nodes}; lower "
@@ -256,7 +258,7 @@ def train_bank(
     embedder: str = "",
     report: Callable[[dict], None] = lambda figures: None,
     only: Iterable[int] | None = None,
-    below: Lower | None = None,
+    prefix: ActivationCache | None = None,
 ) -> Path | None:
     """A bank trained on `data` for the frozen model: its folder, for `bank.ParametricBank`.
 
@@ -265,7 +267,7 @@ def train_bank(
     """
     mine, places = range(shape.branching) if only is None else set(only), []
     for node in range(shape.branching):
-        job = BankTraining(model, shape, [node], data, recipe, folder, below)
+        job = BankTraining(model, shape, [node], data, recipe, folder, prefix)
         if node in mine:
             job.run(report)
         places.append(job.folder)

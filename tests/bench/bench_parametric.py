@@ -66,7 +66,7 @@ def run() -> dict:
 
 
 def _bank(model, folder: Path) -> Path:
-    layers = ffn_memory.spread(LAYERS, model.weights.config.num_hidden_layers, "late")
+    layers = ffn_memory.choose_layers(LAYERS, model.weights.config.num_hidden_layers, "late")
     shape = ffn_memory.shape(model.weights, "ffn", layers, SIZES, BRANCHING)
     if (folder / "bank.json").is_file():
         return folder

@@ -19,15 +19,15 @@ FAMILIES = ("llama", "qwen3", "gemma3")
 IDS = torch.randint(0, 256, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-def drawn(weights, kind: str, sequences: int, layers=(1, 3)) -> ffn_memory.Wider:
+def drawn(weights, kind: str, sequences: int, layers=(1, 3)) -> ffn_memory.MemoryLayers:
     """Random blocks, small enough to change the text and not to break it."""
     shape = ffn_memory.shape(weights, kind, layers, (3, 2), 2)
-    wider = ffn_memory.Wider.empty(weights, shape, sequences)
+    wider = ffn_memory.MemoryLayers.empty(weights, shape, sequences)
     wider.blocks.normal_(0, 0.2, generator=torch.Generator().manual_seed(2))
     return wider
 
 
-def built(weights, wider: ffn_memory.Wider, sequence: int):
+def built(weights, wider: ffn_memory.MemoryLayers, sequence: int):
     """The same model with the units of one sequence in its layers."""
     whole = copy.deepcopy(weights)
     for number, layer in enumerate(wider.shape.layers):
@@ -113,7 +113,7 @@ def test_other_kinds_decode_in_a_batch_as_alone(kind, tmp_path):
     together = decode.decode(model, asked(), sampling, 16, bank=memory)
     for request, generation in zip(asked(), together, strict=True):
         with torch.no_grad():
-            wider = ffn_memory.Wider.empty(model.weights, memory.shape, 1)
+            wider = ffn_memory.MemoryLayers.empty(model.weights, memory.shape, 1)
             wider.put(0, memory.fetch(request.path))
             ids = [*request.prompt_ids]
             for _ in range(10):
@@ -130,7 +130,7 @@ def test_new_blocks_and_detached_ones_change_no_bit(family, kind):
     before = model.weights(IDS).logits
     fetched = [blocks[-1] for blocks in ffn_memory.initial(model.weights, shape, seed=1)]
     assert any(block.any() for block in fetched)
-    wider = ffn_memory.Wider.empty(model.weights, shape, len(IDS))
+    wider = ffn_memory.MemoryLayers.empty(model.weights, shape, len(IDS))
     for place in range(len(IDS)):
         wider.put(place, fetched)
     with wider.attached():
@@ -175,7 +175,7 @@ def test_decoding_with_a_bank_is_that_of_the_wider_models(family, batch_size, tm
     plain = decode.decode(model, asked(), sampling, batch_size)
     assert [g.token_ids for g in found] != [g.token_ids for g in plain]
     for request, generation in zip(asked(), found, strict=True):
-        wider = ffn_memory.Wider.empty(model.weights, memory.shape, 1)
+        wider = ffn_memory.MemoryLayers.empty(model.weights, memory.shape, 1)
         wider.put(0, memory.fetch(request.path))
         whole, ids = built(model.weights, wider, 0), [*request.prompt_ids]
         for _ in range(10):
@@ -225,10 +225,10 @@ def test_one_prompt_under_two_paths_is_refused(tmp_path):
 
 
 def test_which_layers():
-    assert ffn_memory.spread(10, 30, "late") == tuple(range(20, 30))
-    assert ffn_memory.spread(10, 30, "early") == tuple(range(10))
-    assert ffn_memory.spread(10, 30, "middle") == tuple(range(10, 20))
-    assert ffn_memory.spread(10, 30, "uniform") == tuple(range(1, 30, 3))
-    assert ffn_memory.spread(1, 3, "all") == (0, 1, 2)
+    assert ffn_memory.choose_layers(10, 30, "late") == tuple(range(20, 30))
+    assert ffn_memory.choose_layers(10, 30, "early") == tuple(range(10))
+    assert ffn_memory.choose_layers(10, 30, "middle") == tuple(range(10, 20))
+    assert ffn_memory.choose_layers(10, 30, "uniform") == tuple(range(1, 30, 3))
+    assert ffn_memory.choose_layers(1, 3, "all") == (0, 1, 2)
     with pytest.raises(ValueError, match="layers are 'top'; use uniform, all"):
-        ffn_memory.spread(1, 3, "top")
+        ffn_memory.choose_layers(1, 3, "top")

@@ -29,23 +29,24 @@ def tiny(tiny_folder, dtype):
 
 
 class Each:
-    """A bank that gives each question the blocks of its number."""
+    """A bank that gives each text the blocks of its number."""
 
     key = "each"
 
-    def __init__(self, model):
+    def __init__(self, model, texts=tuple(problem.question for problem in ASKED)):
+        self.texts = texts
         self.shape = ffn_memory.shape(model.weights, "ffn", (0, 1), (4,), 3)
         rng = torch.Generator().manual_seed(0)
         self.blocks = torch.randn(3, *self.shape.block(0), generator=rng)
 
     def paths(self, questions):
-        return [([p.question for p in ASKED].index(question),) for question in questions]
+        return [(self.texts.index(question),) for question in questions]
 
     def fetch(self, path):
         return [self.blocks[path[0]]]
 
     def widened(self, weights, sequences):
-        return ffn_memory.Wider.empty(weights, self.shape, sequences)
+        return ffn_memory.MemoryLayers.empty(weights, self.shape, sequences)
 
 
 def alone(model, prompt: str, option: str) -> torch.Tensor:
@@ -95,25 +96,25 @@ def test_options_are_as_likely_one_by_one_where_layers_slide(tiny, dtype):
 def test_the_choice_is_a_graded_record_and_is_made_once(tiny, tmp_path, monkeypatch):
     store = Store(tmp_path)
     how = (tiny, ASKED, OPTIONS, store)
-    found = qa.choose(*how, "plain").set_index("problem_id")
+    found = qa.multiple_choice(*how, "plain").set_index("problem_id")
     for problem, options in zip(ASKED, OPTIONS, strict=True):
         prompt = qa.text(problem)
         likely = max(options, key=lambda option: alone(tiny, prompt, option).float().sum())
         row = found.loc[problem.id]
         assert row["extracted"] == likely and row["correct"] == (likely == problem.answer)
         assert row["prompt_tokens"] > 5 and row["level"] == problem.level
-    wide = qa.choose(*how, "fetched", Each(tiny))
+    wide = qa.multiple_choice(*how, "fetched", Each(tiny))
     assert set(wide["key"]).isdisjoint(found["key"])
-    read = qa.choose(*how, "rag", passages=[["Lagos is in Nigeria."], [], []])
+    read = qa.multiple_choice(*how, "rag", passages=[["Lagos is in Nigeria."], [], []])
     assert read.set_index("problem_id")["prompt_tokens"]["a"] > found["prompt_tokens"]["a"]
     monkeypatch.setattr(qa, "likelihoods", lambda *args: 1 / 0)
-    assert (qa.choose(*how, "plain")["key"] == found["key"].sort_values().to_numpy()).all()
+    assert (qa.multiple_choice(*how, "plain")["key"] == found["key"].sort_values().to_numpy()).all()
 
 
 def test_a_free_answer_is_one_line_and_graded(bundled, tmp_path):
     asked = [Problem("f", "What is the capital of France?", "Paris", "capitals", 1, "facts")]
     told = [["The capital of Spain is Madrid.", "The capital of France is Paris."]]
-    found = qa.complete(bundled, asked, Store(tmp_path), "rag", passages=told).iloc[0]
+    found = qa.short_answer(bundled, asked, Store(tmp_path), "rag", passages=told).iloc[0]
     ids = bundled.tokenizer(qa.text(asked[0], told[0]), return_tensors="pt")["input_ids"]
     out = bundled.weights.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     said = bundled.tokenizer.decode(out, skip_special_tokens=True).strip()
@@ -123,7 +124,7 @@ def test_a_free_answer_is_one_line_and_graded(bundled, tmp_path):
 
 def test_surprisal_is_the_loss_of_each_text_alone(tiny):
     texts = ["The cat sat on the mat.", "Short text", "A much longer text, with more words in it."]
-    found = qa.surprisal(tiny, texts)
+    found = qa.nll_per_token(tiny, texts)
     for text, nats in zip(texts, found, strict=True):
         ids = torch.tensor([tiny.tokenizer(text)["input_ids"]])
         with torch.no_grad():
@@ -133,7 +134,7 @@ def test_surprisal_is_the_loss_of_each_text_alone(tiny):
             )
         off = rounding.tolerance(plain, right)
         assert nats == pytest.approx(-float(right.mean()), abs=off)
-    wide = qa.surprisal(tiny, texts, Each(tiny), [p.question for p in ASKED])
+    wide = qa.nll_per_token(tiny, texts, Each(tiny, texts))
     assert abs(wide - found).max() > off
 
 

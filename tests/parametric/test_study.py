@@ -79,7 +79,9 @@ def test_arms_of_other_layers_lie_in_other_layers(study):
     places = ("early", "middle", "late", "uniform")
     for profile, depth in (("laptop", 30), ("workstation", 24)):  # SmolLM2-135M, Qwen2.5-0.5B
         count = stages.read_profile(profile)["05_parametric"]["LAYOUT"].get("layers", 10)
-        assert len({ffn_memory.spread(count, depth, where) for where in places}) == 4, profile
+        assert len({ffn_memory.choose_layers(count, depth, where) for where in places}) == 4, (
+            profile
+        )
     all_of_them = dataclasses.replace(LAYOUT, where="late")
     with pytest.raises(ValueError, match=r"fetched-early has the layers of fetched, \(0, 1\)"):
         study.arm("fetched-early", all_of_them, RECIPE)

@@ -8,7 +8,7 @@ import torch
 
 from kit.models.load import load, twin
 from kit.parametric import cluster_tree, facts, ffn_memory, qa, shards
-from kit.parametric.activation_cache import Lower
+from kit.parametric.activation_cache import ActivationCache
 from kit.parametric.bank import ParametricBank
 from kit.parametric.train import (
     IGNORED,
@@ -95,24 +95,24 @@ def test_lower_layers_computed_once_give_the_same_loss_and_gradient(data):
     for row in cut:
         starts = [*(row.positions == 0).nonzero()[:, 0].tolist(), len(row.ids)]
         sentences += [tuple(row.ids[a:b].tolist()) for a, b in zip(starts, starts[1:])]
-    below = Lower(model, 2, sentences)
+    prefix = ActivationCache(model, 2, sentences)
     shape = ffn_memory.shape(model.weights, "ffn", (2, 3), (3, 2), 2)
     for batch in (cut[:2], cut[1:3]):
         found = []
-        for knows in (None, below):
+        for knows in (None, prefix):
             rng = torch.Generator().manual_seed(0)
-            sizes = ffn_memory.Wider.empty(model.weights, shape, 2).blocks.shape
+            sizes = ffn_memory.MemoryLayers.empty(model.weights, shape, 2).blocks.shape
             blocks = (0.1 * torch.randn(sizes, generator=rng)).double().requires_grad_()
-            with ffn_memory.Wider(model.weights, shape, blocks).attached():
+            with ffn_memory.MemoryLayers(model.weights, shape, blocks).attached():
                 value = completion_loss(model, batch, knows)
             value.backward()
             found.append((value.item(), blocks.grad))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
         torch.testing.assert_close(found[0][1], found[1][1])
     with pytest.raises(KeyError):
-        below.states(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]]))
-    assert Lower.fits(model, 2, 1000) and not Lower.fits(model, 2, 10**9)
-    assert not Lower.fits(load("random:gemma3"), 2, 1000), "layers of two kinds"
+        prefix.states(torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]]))
+    assert ActivationCache.fits(model, 2, 1000) and not ActivationCache.fits(model, 2, 10**9)
+    assert not ActivationCache.fits(load("random:gemma3"), 2, 1000), "layers of two kinds"
 
 
 def test_jobs_are_independent_and_make_one_bank(tiny, shape, data, tmp_path):
@@ -133,7 +133,7 @@ def test_jobs_are_independent_and_make_one_bank(tiny, shape, data, tmp_path):
     assert {figures["nodes"] for figures in seen} == {(0,), (1,)}
     bank = ParametricBank(whole, tiny)
     for row in data:
-        wider = ffn_memory.Wider.empty(tiny.weights, shape, 1)
+        wider = ffn_memory.MemoryLayers.empty(tiny.weights, shape, 1)
         wider.put(0, bank.fetch(row.path))
         with torch.no_grad(), wider.attached():
             fetched = completion_loss(tiny, [row])
@@ -210,7 +210,9 @@ def test_the_bundled_model_learns_cities_by_heart_from_its_cluster(bundled, tmp_
     minilm = embedder.load()
     vectors = minilm.embed([sentence.context for sentence in told])
     tree = cluster_tree.fit(vectors, 2, 1)
-    shape = ffn_memory.shape(bundled.weights, "ffn", ffn_memory.spread(4, 30, "late"), (32,), 2)
+    shape = ffn_memory.shape(
+        bundled.weights, "ffn", ffn_memory.choose_layers(4, 30, "late"), (32,), 2
+    )
     data = pack_rows(
         bundled, [(s.context, s.completion) for s in told],
         [tuple(path) for path in tree.assign(vectors).tolist()], 64,
@@ -223,6 +225,8 @@ def test_the_bundled_model_learns_cities_by_heart_from_its_cluster(bundled, tmp_
     correct = {}
     for arm, turn in (("fetched", 0), ("wrong", 1)):
         bank = ParametricBank(folder, bundled, minilm, turn=turn)
-        correct[arm] = qa.choose(bundled, asked, offered, store, arm, bank)["correct"].mean()
+        correct[arm] = qa.multiple_choice(bundled, asked, offered, store, arm, bank)[
+            "correct"
+        ].mean()
     assert correct["fetched"] >= 0.75
     assert correct["fetched"] > correct["wrong"]
