@@ -117,9 +117,9 @@ def gap_rows(
     )  # fmt: skip
 
 
-def alone(row: Mapping) -> str:
-    """The one place of memory in which a scenario departs from PLAIN, tokens and votes aside;
-    "as it is" where it does nowhere, "" where it does in several."""
+def single_factor(row: Mapping) -> str:
+    """The single factor in which a scenario differs from PLAIN, tokens and votes aside; "as it is"
+    where there is none, "" where there are several."""
     names = {"bits": "weights", "policy": "cache", "kv_bits": "cache", "memory": "strategies"}
     found = {name for place, name in names.items() if row[place] != PLAIN[place]}
     return "" if len(found) > 1 else found.pop() if found else "as it is"
@@ -137,8 +137,10 @@ def places(
     return front, best[shown]
 
 
-def marginal(table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator) -> pd.DataFrame:
-    """What a step in each place buys: points, MiB, and points per MiB, the cheaper value first.
+def marginal_effects(
+    table: pd.DataFrame, outcomes: np.ndarray, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Marginal effect of a step in each place: points, MiB, points per MiB; cheaper values first.
 
     A step that saves bytes and gains points has no price; `points per MiB` is then missing. All is
     where no pair is left.

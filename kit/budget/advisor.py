@@ -1,8 +1,8 @@
-"""The advisor: which configurations of a model fit into a memory, and which one to run.
+"""The advisor: which configurations of a model fit into a given memory, and which one to run.
 
-Bytes come from the ledger (`kit.budget.ledger`). Accuracies are those that notebook 06 measured
-for the model on this machine; where it has not, the choice follows the findings of arXiv
-2510.10964, and says so.
+Bytes come from the ledger (`kit.budget.ledger`), accuracies from notebook 06 on this machine. Where
+it has not measured the model, the choice follows findings 1, 3 and 5 of
+https://arxiv.org/abs/2510.10964, and says so.
 """
 
 import dataclasses
@@ -31,14 +31,13 @@ ABOVE = "as large as an 8-bit Qwen3-4B: 8 bit are enough, then come votes, up to
 CACHE = "a cache is evicted before it is quantised (arXiv 2510.10964, findings 1, 3 and 5)"
 
 
-class Misfit(ValueError):
-    """Nothing fits; the sentence has the shortfall."""
+class DoesNotFitError(ValueError):
+    """No configuration fits; the message states the shortfall."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One configuration, what is known of its accuracy (percent: estimate, low, high), and where
-    that is from."""
+    """One configuration and, where it was measured, its accuracy (percent: estimate, low, high)."""
 
     configuration: Configuration
     accuracy: tuple[float, float, float] | None = None
@@ -47,7 +46,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Human-readable."""
         c = self.configuration
         kept = self.policy or ("whole" if c.kept == 1 else f"evicted to {100 * c.kept:.0f}%")
         votes = f", {c.width} votes" if c.width > 1 else ""
@@ -74,8 +73,8 @@ def tokens(text: str) -> int:
 
 
 def sizes(name: str) -> Architecture:
-    """The architecture under a model's name, from its config.json, weights untouched; of Qwen3 also
-    without a network."""
+    """The architecture of a model by name, from its config.json without its weights; that of Qwen3
+    models is known without a network."""
     folder = bundled() if name == BUNDLED else Path(name)
     if name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
@@ -94,7 +93,7 @@ def sizes(name: str) -> Architecture:
 
 
 def options(a: Architecture, context: int) -> list[Option]:
-    """What could be run at `context` tokens, accuracies unknown."""
+    """All configurations at `context` tokens, without accuracies."""
     return [
         Option(
             Configuration(a, ledger.packing(bits), context, width, kept, ledger.cache(a, kv_bits))
@@ -107,9 +106,9 @@ def options(a: Architecture, context: int) -> list[Option]:
 
 
 def measured(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option]:
-    """The scenarios that a sweep measured, their bytes at `context` tokens instead of their own, of
-    which a budget keeps as many as ever; of those that differ in the length of answers only, the
-    most accurate."""
+    """The scenarios that a sweep measured, with their bytes at `context` tokens; a policy with a
+    budget keeps as many tokens as it did. Of those that differ in answer length only, the most
+    accurate."""
     best: dict[tuple, dict] = {}
     for row in rows:
         if row["memory"]:
@@ -137,7 +136,7 @@ def _kept(row: dict, context: int) -> float:
 
 
 def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
-    """The option to run within `memory` bytes, and why; Misfit where none fits.
+    """The option to run within `memory` bytes, and why; DoesNotFitError where none fits.
 
     Where accuracy was measured, the smallest within one standard error of the most accurate: the
     best of many is so in part by luck (the one-standard-error rule, Breiman et al. 1984, section
@@ -147,7 +146,7 @@ def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
     if not fits:
         least = min(found, key=lambda option: option.configuration.total())
         need = least.configuration.total()
-        raise Misfit(
+        raise DoesNotFitError(
             f"nothing fits into {ledger.text(memory)}: the smallest, {least.name}, needs "
             f"{ledger.text(need)}, {ledger.text(need - memory)} more; take a smaller model or a "
             f"shorter context"
@@ -186,7 +185,7 @@ def load(folder: Path, model: str) -> list[dict]:
 
 
 def arithmetic(option: Option) -> list[str]:
-    """How the bytes of an option come about, a line per part that has any."""
+    """The computation of an option's bytes, one line per nonempty part."""
     c, a = option.configuration, option.configuration.architecture
     cache = c.quantized.bits_per_value if c.quantized else 16
     said = {
@@ -203,7 +202,7 @@ def arithmetic(option: Option) -> list[str]:
 
 
 def table(found: Sequence[Option], memory: int) -> list[list]:
-    """Rows for people: configuration, GiB, whether it fits, accuracy; smallest first."""
+    """Rows for display: configuration, GiB, whether it fits, accuracy; smallest first."""
     rows = []
     for option in sorted(found, key=lambda option: option.configuration.total()):
         total = option.configuration.total()
@@ -214,7 +213,7 @@ def table(found: Sequence[Option], memory: int) -> list[list]:
 
 
 def narrow(found: Sequence[Option], chosen: Option) -> list[Option]:
-    """Those that differ from the chosen one in one choice at most: what a table can show."""
+    """Options that differ from the chosen one in at most one respect, to keep a table short."""
     names = [field.name for field in dataclasses.fields(Configuration)]
 
     def differ(option: Option) -> int:

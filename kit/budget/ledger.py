@@ -2,8 +2,8 @@
 
 Bytes are bytes. GiB is 2**30 of them, GB is 10**9; `text` says both.
 
-Source: arXiv 2510.10964, memory model and table 1: linear layers quantised in groups with a 16-bit
-scale and a packed zero each, embeddings, head and norms at 16 bit.
+Source: https://arxiv.org/abs/2510.10964, memory model and table 1: linear layers quantized in
+groups with a 16-bit scale and a packed zero each, embeddings, head and norms at 16 bit.
 """
 
 import math
@@ -27,7 +27,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What determines the bytes of a decoder of the Llama, Qwen or Gemma kind."""
+    """The sizes that determine the bytes of a Llama, Qwen or Gemma decoder."""
 
     layers: int
     hidden: int
@@ -50,17 +50,17 @@ class Architecture:
 
     @property
     def linear_parameters(self) -> int:
-        """Of all layers: what is quantised."""
+        """Parameters of the linear layers, which are quantized."""
         return self.layers * sum(inside * outside for inside, outside in self.linear)
 
     @property
     def embedding_parameters(self) -> int:
-        """Stored once where the head is tied to them."""
+        """Parameters of the embeddings and of the head, unless it is tied to them."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Parameters of the whole model."""
         return self.linear_parameters + self.embedding_parameters + self.norms
 
     def kv_numbers(self, tokens: float) -> float:
@@ -171,7 +171,7 @@ def keys_and_values(
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to spend memory."""
+    """One allocation of memory: weights, cache, strategies, bank and evictor."""
 
     architecture: Architecture
     packing: Packing = field(default_factory=Packing)
@@ -187,7 +187,7 @@ class Configuration:
 
     @property
     def kv_bits(self) -> int:
-        """Of the codes of keys and values."""
+        """Bits of the codes of keys and values."""
         return self.quantized.bits if self.quantized else self.packing.native_bits
 
     def parts(self, batch: int = 1) -> dict[str, float]:
@@ -213,8 +213,8 @@ class Configuration:
 
 
 def crossover(a: Architecture, packing: Packing = Packing()) -> float:  # noqa: B008 (frozen)
-    """Tokens at which keys and values weigh as much as the weights, all layers reading all of
-    them."""
+    """Tokens at which keys and values take as many bytes as the weights, with full attention in all
+    layers."""
     per_token = 2 * a.kv_heads * a.head_dim * a.layers * packing.native_bits / 8
     return sum(weights(a, packing).values()) / per_token
 
@@ -250,7 +250,7 @@ def stored(tensor: torch.Tensor) -> dict[tuple, int]:
 
 
 def measured_weights(model: PreTrainedModel) -> dict[str, int]:
-    """Allocated bytes of a model's weights; scales and zeros are not told from what they scale."""
+    """Allocated bytes of a model's weights; scales and zeros count with the weights they scale."""
     found = dict.fromkeys(("linear weights", "embeddings", "norms"), 0)
     seen: set[tuple] = set()
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -284,5 +284,5 @@ def measured_cache(
 
 
 def text(count: float) -> str:
-    """Bytes as people say them, in both units."""
+    """Bytes in both units, for display."""
     return f"{count / GIB:.3g} GiB ({count / GB:.3g} GB)"

@@ -1,4 +1,4 @@
-"""Figures of what memory costs: the ledger as stacked bars, and accuracy against a budget."""
+"""Figures of memory budgets: the ledger as stacked bars, and accuracy against a budget."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture
 
 MIB = 2**20
-FAINT = 0.12  # opacity of a point that no draw of problems puts on the frontier
+FAINT = 0.12  # opacity of a point that is on the frontier in no bootstrap draw
 
 
-def ledger(bars: Mapping[str, Mapping[str, float]]) -> Picture:
+def ledger_bars(bars: Mapping[str, Mapping[str, float]]) -> Picture:
     """Bytes by part as one stacked bar each; `bars` is name to part to bytes, for example of
     `kit.budget.ledger.Configuration.parts` and of what was allocated."""
     parts = list(dict.fromkeys(part for bar in bars.values() for part in bar))
@@ -44,11 +44,13 @@ def ledger(bars: Mapping[str, Mapping[str, float]]) -> Picture:
     return picture
 
 
-def frontier(table: pd.DataFrame, budget: str, label: str, by: str, scale: float = 1.0) -> Picture:
+def budget_frontier(
+    table: pd.DataFrame, budget: str, label: str, by: str, scale: float = 1.0
+) -> Picture:
     """Accuracy against `budget` / `scale`, a colour per value of `by`, the frontier as steps.
 
-    `table` is `kit.analysis.pareto.table`; the fainter a point, the fewer draws of problems put it
-    on the frontier. Points on it carry the interval of their accuracy from the column `interval`.
+    `table` is that of `kit.analysis.pareto.table`; opacity is the share of bootstrap draws in which
+    a point is on the frontier. Frontier points have error bars from the column `interval`.
     """
     best = table[table["on_frontier"]].sort_values(budget)
     with matplotlib.rc_context(STYLE):

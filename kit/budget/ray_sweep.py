@@ -39,11 +39,11 @@ class Worker:
         self.base, self.store = load(name, dtype), Store(store)
 
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return os.getpid()
 
     def generate(self, run: Run, grid: Grid, prompts: Sequence[Prompt], samples: int, how: dict):
-        """Store the records of a run; "" or why there was no room for it."""
+        """Store the records of a run; returns "", or why it did not fit into memory."""
         try:
             sweep.generate(
                 self.base, run, grid, prompts, self.store, samples, report=lambda line: None, **how
@@ -54,8 +54,7 @@ class Worker:
 
 
 def capped(workers: int, gpus: float, report: Callable[[str], None] = print) -> int:
-    """`workers`, or as many as there are `gpus` where each works on one: more would wait for ever
-    for theirs."""
+    """`workers`, but at most `gpus` where each needs one: further ones would wait forever."""
     if not torch.cuda.is_available() or workers <= gpus:
         return workers
     if gpus < 1:

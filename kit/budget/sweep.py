@@ -1,12 +1,11 @@
-"""The sweep: many ways to spend one memory budget, from few generations.
+"""The sweep: many allocations of one memory budget, from few generations.
 
-A scenario is one way: weights of so many bits, a policy and precision for the cache, retrieved
-examples or none, so many tokens, so many votes. What it says is derived, not generated anew: one
-long generation per Run and sample serves every shorter budget of tokens
-(`kit.inference.budget_forcing`) and every smaller width (votes over subsets of the samples,
-`kit.analysis.pareto`).
+A scenario combines the bits of the weights, policy and precision of the cache, retrieved examples
+or none, a budget of tokens and a number of votes. One long generation per Run and sample serves
+every smaller budget of tokens (`kit.inference.budget_forcing`) and every smaller width (votes over
+subsets of the samples, `kit.analysis.pareto`).
 
-Source: arXiv 2510.10964, whose grid the workstation profile has.
+Source: https://arxiv.org/abs/2510.10964, whose grid the workstation profile has.
 """
 
 import math
@@ -49,7 +48,7 @@ BUDGETED = {"window": policies.Window, "tova": policies.TOVA, "h2o": policies.H2
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """What needs generations of its own."""
+    """A combination of settings that needs generations of its own."""
 
     bits: int = 16  # of linear weights
     policy: str = "full"  # "window 64", "tova 64", "h2o 64", or "dms 4x"
@@ -101,7 +100,7 @@ class Grid:
 
 
 class Swept(NamedTuple):
-    """What a sweep found."""
+    """The result of a sweep."""
 
     table: pd.DataFrame  # a row per scenario, see `scenarios`
     outcomes: np.ndarray  # what each solves: [C, P]

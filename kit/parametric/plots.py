@@ -1,4 +1,4 @@
-"""Figures of parametric memory: the tree, knowledge of head and tail, accuracy against bytes."""
+"""Figures of parametric memory: the cluster tree, accuracy by training frequency and by bytes."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ from matplotlib.ticker import FuncFormatter
 from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture, line
 
 
-def tree(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:
-    """The clusters as boxes as wide as they are large, one row per level, first members in the
-    leaves; `paths` maps the name of a member to its path."""
+def cluster_map(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:
+    """The clusters of each level as boxes, as wide as they have members, each leaf labelled by its
+    first member; `paths` maps the name of a member to its path."""
     levels, total = len(next(iter(paths.values()))), len(paths)
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 0.9 + 0.5 * levels), layout="constrained")
@@ -49,9 +49,9 @@ def tree(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:
     return picture
 
 
-def buckets(table: pd.DataFrame) -> Picture:
-    """Accuracy by frequency, one line per arm; `table` has an `arm` and (estimate, low, high) for
-    head, middle and tail."""
+def accuracy_by_frequency(table: pd.DataFrame) -> Picture:
+    """Accuracy by training frequency, one line per arm; `table` has `arm` and (estimate, low, high)
+    for head, middle and tail."""
     parts = [name for name in ("head", "middle", "tail") if name in table]
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.2), layout="constrained")
@@ -60,7 +60,7 @@ def buckets(table: pd.DataFrame) -> Picture:
             at = np.arange(len(parts)) + 0.06 * (number - (count - 1) / 2)
             line(axes, at, [row[part] for part in parts], number, row["arm"])
         axes.set_xticks(range(len(parts)), parts)
-        axes.set_xlabel("how often a fact was told, thirds by rank")
+        axes.set_xlabel("training frequency of a fact, thirds by rank")
         axes.set_ylabel("accuracy, percent, 95% interval")
         picture.legend(loc="outside upper center", ncols=3, frameon=False)
     said = [
@@ -71,7 +71,7 @@ def buckets(table: pd.DataFrame) -> Picture:
     return picture
 
 
-def read(table: pd.DataFrame) -> Picture:
+def accuracy_by_bytes(table: pd.DataFrame) -> Picture:
     """Accuracy against the bytes that a query reads beside the model; `table` has `arm`,
     `accuracy` as (estimate, low, high) and `read_bytes`."""
     with matplotlib.rc_context(STYLE):

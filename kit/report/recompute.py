@@ -105,7 +105,7 @@ def _against(records: pd.DataFrame, arm: str, arms: Iterable[str], primary: str)
 def _swept(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
     rows = pd.DataFrame(found["scenarios"])
     if caption == STEPS.format(len(rows), found["generations"]):
-        return effects.marginal(rows, _outcomes(rows, frames["scenarios"]), _rng())
+        return effects.marginal_effects(rows, _outcomes(rows, frames["scenarios"]), _rng())
     if caption == GAPS:
         outcomes = _outcomes(rows, frames["scenarios"])
         return effects.gap_rows(effects.gaps(rows, outcomes, _rng()))

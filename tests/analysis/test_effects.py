@@ -32,7 +32,7 @@ def test_a_step_is_worth_what_it_adds():
         return 0.2 + 0.1 * (row["tokens"] == 16) + 0.02 * row["bits"] / 4
 
     table, outcomes = grid(rate, 4000)
-    found = effects.marginal(table, outcomes, RNG(1)).set_index(["place", "from", "to"])
+    found = effects.marginal_effects(table, outcomes, RNG(1)).set_index(["place", "from", "to"])
     points, low, high = found.loc[("tokens", "8", "16"), "points"]
     assert low < points < high and points == pytest.approx(10, abs=1.5)
     row = found.loc[("policy", "window", "full")]
@@ -89,7 +89,7 @@ def test_scenarios_of_two_models_pair_within_each():
     solved = np.concatenate([outcomes, np.ones_like(outcomes)])
     before, after = effects.pairs(both, "tokens", 8, 16)
     assert len(before) == 24 and (both["model"][before].to_numpy() == both["model"][after]).all()
-    steps = effects.marginal(both, solved, RNG(0)).set_index("place")
+    steps = effects.marginal_effects(both, solved, RNG(0)).set_index("place")
     assert steps.loc["model", "points"][0] == pytest.approx(100 * (1 - outcomes.mean()))
     assert steps.loc["model", "MiB"] == pytest.approx(1)
 
@@ -138,7 +138,7 @@ def test_runs_without_room_leave_effects_unmeasured_and_no_others():
     policy, cache = ("policy", "full", "window"), ("kv_bits", 16, 4)
     assert effects.interaction(table, outcomes, RNG(0), policy, cache) is None
     assert effects.interaction(table, outcomes, RNG(0), policy, ("bits", 16, 4)).estimate == 0
-    steps = effects.marginal(table, outcomes, RNG(0)).set_index("place")
+    steps = effects.marginal_effects(table, outcomes, RNG(0)).set_index("place")
     assert (steps["pairs"] > 0).all(), "the window is there in both precisions, 4 bits of both"
     window, whole = ("window", 16), ("full", 4)
     gaps = effects.gaps(table, outcomes, RNG(0))
@@ -162,7 +162,9 @@ def test_a_step_without_pairs_is_shown_as_not_measured():
     """16-bit weights had room for short answers only, 4-bit ones for long ones only."""
     table, outcomes = without(lambda t: (t["bits"] == 16) == (t["tokens"] == 16))
     table, outcomes = (x[(table["bits"] != 8).to_numpy()] for x in (table, outcomes))
-    steps = effects.marginal(table.reset_index(drop=True), outcomes, RNG(0)).set_index("place")
+    steps = effects.marginal_effects(table.reset_index(drop=True), outcomes, RNG(0)).set_index(
+        "place"
+    )
     assert steps.loc["bits", "pairs"] == 0 and pd.isna(steps.loc["bits", "points"])
     assert tables.text(steps)["points"]["bits"] == "–" and steps.loc["policy", "pairs"] > 0
     assert not len(effects.threshold(table.reset_index(drop=True), outcomes, RNG(0)))

@@ -74,7 +74,7 @@ def test_what_was_measured_decides_and_of_equals_the_smallest():
 def test_a_misfit_says_how_much_is_missing():
     found = advisor.options(QWEN3["Qwen3-8B"], 32_000)
     with pytest.raises(
-        advisor.Misfit, match=r"needs .* GiB .*, 4\.\d+ GiB .* more; take a smaller"
+        advisor.DoesNotFitError, match=r"needs .* GiB .*, 4\.\d+ GiB .* more; take a smaller"
     ):
         advisor.choose(found, advisor.size("2GB"))
 

@@ -12,7 +12,7 @@ from kit.budget import plots
 def test_the_ledger_stacks_what_it_is_given():
     bars = {"formula": {"weights": 3 * 2**20, "norms": 0, "cache": 2**20}}
     bars["allocated"] = {"weights": 4 * 2**20, "cache": 2**20}
-    picture = plots.ledger(bars)
+    picture = plots.ledger_bars(bars)
     (axes,) = picture.axes
     ends = [(box.get_x(), box.get_x() + box.get_width()) for box in axes.patches]
     assert ends == [(0, 3), (0, 4), (3, 4), (4, 5)]  # weights of both, then caches of both
@@ -29,7 +29,7 @@ def test_a_frontier_shows_how_sure_each_point_is(most):
     ).assign(interval=[(10.0, 5.0, 20.0), (5.0, 1.0, 9.0), (30.0, 20.0, 40.0), (30.0, 20.0, 40.0)])
     outcomes = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0]], dtype=float)
     found = pareto.table(table, "bytes", outcomes, np.random.default_rng(0))
-    picture = plots.frontier(found, "bytes", "bytes in all", "place")
+    picture = plots.budget_frontier(found, "bytes", "bytes in all", "place")
     (axes,) = picture.axes
     alphas = np.concatenate([group.get_alpha() for group in axes.collections[:2]])
     assert alphas.min() == plots.FAINT and alphas.max() <= 1

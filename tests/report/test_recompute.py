@@ -180,7 +180,7 @@ def test_memory_budget():
     table, frames = swept()
     outcomes = np.array([pareto.votes(frames[i // 2], width)
                          for i, width in enumerate(table["width"])])  # fmt: skip
-    places = table.assign(place=[effects.alone(row) for row in table.to_dict("records")])
+    places = table.assign(place=[effects.single_factor(row) for row in table.to_dict("records")])
     keep = (places["place"] != "").to_numpy()
     records, keys = stored(*frames)
     runs = dict(enumerate(frames))
@@ -196,7 +196,7 @@ def test_memory_budget():
                    "places": contrasts.places(kept, keys)},
     })  # fmt: skip
     shown = {
-        recompute.STEPS.format(len(table), 99): effects.marginal(table, outcomes, RNG(0)),
+        recompute.STEPS.format(len(table), 99): effects.marginal_effects(table, outcomes, RNG(0)),
         recompute.GAPS: effects.gap_rows(effects.gaps(table, outcomes, RNG(0))),
         recompute.PLACES: effects.places(places[keep], outcomes[keep], RNG(0))[1],
     }
