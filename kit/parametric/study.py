@@ -1,13 +1,13 @@
-"""The same facts kept in many ways: in fetched blocks, in other shapes of them, in the model.
+"""Compares where the same facts can be stored: fetched blocks, other layouts of them, the model.
 
-An arm is a model with a bank or without; all are trained on the same sentences, and what a context
-fetches has as many parameters in each. See `kit.parametric.train` for the training.
+An arm is a model with or without a bank. All arms are trained on the same sentences, and a context
+fetches equally many parameters in each. `kit.parametric.train` does the training.
 
-    python -m kit train-bank FOLDER --only 0 --only 1     trains two subtrees of a bank; other
-                                                          processes, or machines that share
-                                                          FOLDER, the others
+    python -m kit train-bank FOLDER --only 0 --only 1
 
-Source: arXiv 2510.02375, sections 4 and 5.
+trains two subtrees of a bank; other processes or machines that share FOLDER train the others.
+
+Source: https://arxiv.org/abs/2510.02375, sections 4 and 5.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ from kit.parametric.train import (
 )
 from kit.schema import Prompt
 
-CO_TRAINED = 1e-4  # learning rate of a model that is trained as well
+CO_TRAINED = 1e-4  # learning rate of the model where it is trained too
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where memory is, and how much."""
+    """Placement and size of memory."""
 
     branching: int = 4
     sizes: tuple[int, ...] = (32, 16)  # feed-forward units per layer, by level
@@ -49,38 +49,38 @@ class Layout:
     kind: str = "ffn"  # see ffn_memory.KINDS
 
     def shape(self, model: Model) -> Shape:
-        """The Shape on `model`; of other kinds as many units as have the parameters."""
+        """The Shape on `model`; other kinds have as many units as match the parameters of "ffn"."""
         depth = model.weights.config.get_text_config().num_hidden_layers
         layers = ffn_memory.choose_layers(min(self.layers, depth), depth, self.where)
-        made = ffn_memory.shape(model.weights, self.kind, layers, self.sizes, self.branching)
+        shape = ffn_memory.shape(model.weights, self.kind, layers, self.sizes, self.branching)
         plain = ffn_memory.shape(model.weights, "ffn", layers, self.sizes, self.branching)
-        sizes = tuple(max(1, round(size * plain.row / made.row)) for size in self.sizes)
-        return dataclasses.replace(made, sizes=sizes)
+        sizes = tuple(max(1, round(size * plain.row / shape.row)) for size in self.sizes)
+        return dataclasses.replace(shape, sizes=sizes)
 
     def one(self) -> "Layout":
-        """All that a context fetches as one block for everybody."""
+        """The parameters that a context fetches as one block shared by all contexts."""
         return dataclasses.replace(self, branching=1, sizes=(sum(self.sizes),))
 
     def flat(self) -> "Layout":
-        """As many leaves, one level, all that a context fetches in each."""
+        """One level with as many leaves, each with all parameters that a context fetches."""
         leaves = self.branching ** len(self.sizes)
         return dataclasses.replace(self, branching=leaves, sizes=(sum(self.sizes),))
 
 
 def solved_as_facts(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
-    """Solved problems to be told as facts are: the answer after the question as it is asked."""
-    told = []
+    """Training sentences from solved problems: the answer after the question's prompt."""
+    sentences = []
     for rank, prompt in enumerate(prompts):
         p, how = prompt.problem, {"add_generation_prompt": True, "enable_thinking": prompt.thinking}
         asked = model.tokenizer.apply_chat_template(prompt.chat, tokenize=False, **how)
         fact = Fact("worked", p.question, p.answer, rank)
-        told.append(Sentence(asked, f"Answer: {p.answer}", fact))
-    return told
+        sentences.append(Sentence(asked, f"Answer: {p.answer}", fact))
+    return sentences
 
 
 @dataclass(frozen=True)
 class FactStudy:
-    """Facts told in sentences to a model, and where all trainings on them are kept."""
+    """Facts, the sentences that state them, the model to train and the folder of all trainings."""
 
     model: Model
     embedder: Embedder
@@ -94,7 +94,7 @@ class FactStudy:
         return {}
 
     def prefix_activations(self, shape: Shape) -> ActivationCache | None:
-        """What the layers below the first with memory say, shared by all trainings."""
+        """Activations below the first layer with memory, shared by all trainings."""
         first = min(shape.layers)
         if first not in self._prefixes:
             said = {(s.context, s.completion) for s in self.sentences}
@@ -104,20 +104,20 @@ class FactStudy:
         return self._prefixes[first]
 
     @cached_property
-    def _made(self) -> dict[tuple, cluster_tree.Tree | list[Row]]:
+    def _cached(self) -> dict[tuple, cluster_tree.Tree | list[Row]]:
         return {}
 
     @cached_property
     def documents(self) -> np.ndarray:
-        """What is clustered, in the order of `facts`: [N, dimension]."""
+        """Embeddings to cluster, in the order of `facts`: [N, dimension]."""
         return facts.documents(self.facts, self.embedder)
 
     def tree(self, layout: Layout) -> cluster_tree.Tree:
         """Clusters of the documents, fitted once."""
         key = layout.branching, len(layout.sizes)
-        if key not in self._made:
-            self._made[key] = cluster_tree.fit(self.documents, *key)
-        return self._made[key]
+        if key not in self._cached:
+            self._cached[key] = cluster_tree.fit(self.documents, *key)
+        return self._cached[key]
 
     def paths(self, tree: cluster_tree.Tree) -> dict[Fact, tuple[int, ...]]:
         """The path of each fact, by its document."""
@@ -125,14 +125,14 @@ class FactStudy:
         return {fact: tuple(path) for fact, path in zip(self.facts, found, strict=True)}
 
     def rows(self, tree: cluster_tree.Tree, context: int) -> list[Row]:
-        """The sentences packed along the paths of their facts, tokenised once."""
+        """The sentences packed along the paths of their facts, tokenized once."""
         key = tree.branching, len(tree.levels), context
-        if key not in self._made:
+        if key not in self._cached:
             paths = self.paths(tree)
             said = [(sentence.context, sentence.completion) for sentence in self.sentences]
             along = [paths[sentence.fact] for sentence in self.sentences]
-            self._made[key] = pack_rows(self.model, said, along, context)
-        return self._made[key]
+            self._cached[key] = pack_rows(self.model, said, along, context)
+        return self._cached[key]
 
     def bank(
         self,
@@ -141,8 +141,8 @@ class FactStudy:
         share: float = 1.0,
         only: Sequence[int] | None = None,
     ) -> Path | None:
-        """A bank trained with the model frozen, on every 1/`share`-th row: its folder. `only` some
-        subtrees: see `train.train_bank`."""
+        """The folder of a bank trained with the model frozen, on every 1/`share`-th row; for `only`
+        see `train.train_bank`."""
         tree = self.tree(layout)
         rows = self.rows(tree, recipe.context)[:: round(1 / share)]
         shape, name = layout.shape(self.model), self.embedder.fingerprint
@@ -154,10 +154,11 @@ class FactStudy:
     ) -> tuple[Model, ParametricBank | None]:
         """The model and the bank of one arm.
 
-        "fetched"; "wrong": the blocks of the next subtree; "generic": one block for everybody,
-        trained on as much as one subtree is; "shared": the same, trained on everything; "flat": one
-        level; a kind of `ffn_memory.KINDS`; "fetched-early", "fetched-middle", "fetched-uniform":
-        other layers; "continued": the model itself trained on the same rows; "co-trained": both.
+        "fetched": a bank fetched by question. Controls: "wrong", the blocks of the next subtree;
+        "generic", one block for all questions, trained on as many rows as a subtree; "shared", one
+        block trained on all rows. Variants: "flat", one level; a kind of `ffn_memory.KINDS`;
+        "fetched-early", "fetched-middle", "fetched-uniform", other layers. "continued": the model
+        itself trained on the same rows; "co-trained": model and bank.
         """
         turn = 0
         if name in ("continued", "co-trained"):
@@ -201,7 +202,7 @@ class FactStudy:
     def edited(
         self, layout: Layout, recipe: MemoryTrainConfig, node: int, altered: Sequence[Sentence]
     ) -> ParametricBank:
-        """The bank of "fetched" with the blocks of subtree `node` trained on other sentences."""
+        """The bank of "fetched" with subtree `node` trained on the `altered` sentences instead."""
         tree, shape = self.tree(layout), layout.shape(self.model)
         before, name = self.bank(layout, recipe), self.embedder.fingerprint
         other = dataclasses.replace(self, sentences=tuple(altered))

@@ -1,13 +1,13 @@
-"""Training a bank of parametric memory: blocks learn what the contexts of their cluster say.
+"""Trains a bank of parametric memory: blocks learn the sentences of their cluster.
 
-Blocks are kept in float32, and the anchor as well where it is trained: steps of AdamW are lost on
-bfloat16. With a frozen anchor, the model itself, each subtree of the first level is a job of its
-own, which any process or machine may do, and the bank is put together from what they left. Trained
-together with the anchor, all subtrees are one job, and now and then a generic block stands in for
-the one fetched. Sentences of one path are packed into rows of `context` tokens, each sentence apart
-from the others by its positions; the loss is on completions only.
+Blocks are float32, and so is the anchor (the model) where it is trained: bfloat16 would lose the
+steps of AdamW. With a frozen anchor each subtree of the first level is an independent job for any
+process or machine, and the bank is assembled from their results. Co-trained with the anchor, all
+subtrees are one job, in which a generic block replaces the fetched one at random. Sentences of one
+path are packed into rows of `context` tokens. Positions restart with each sentence, which
+transformers reads as a boundary for attention; the loss is on completions only.
 
-Source: arXiv 2510.02375, section 3.3: AdamW (0.9, 0.95), cosine, clipped at 1.
+Source: https://arxiv.org/abs/2510.02375, section 3.3: AdamW (0.9, 0.95), cosine, clipped at 1.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ IGNORED = -100  # targets without a loss
 
 @dataclass(frozen=True)
 class Row:
-    """Sentences of one path: tokens, what is to be said after each, positions: [context] each."""
+    """Packed sentences of one path: token ids, next-token targets, positions, [context] each."""
 
     path: tuple[int, ...]
     ids: torch.Tensor
@@ -45,13 +45,13 @@ class Row:
 
 def pack_rows(
     model: Model,
-    said: Sequence[tuple[str, str]],
+    sentences: Sequence[tuple[str, str]],
     paths: Sequence[tuple[int, ...]],
     context: int,
 ) -> list[Row]:
     """Rows of (context, completion) texts, packed within a path in their order."""
     by_path: dict[tuple[int, ...], list] = {}
-    for pair, path in zip(said, paths, strict=True):
+    for pair, path in zip(sentences, paths, strict=True):
         by_path.setdefault(tuple(path), []).append(pair)
     made = []
     for path, pairs in sorted(by_path.items()):
@@ -71,11 +71,11 @@ def pack_rows(
 
 
 def encode_sentence(model: Model, before: str, after: str) -> tuple[list[int], int]:
-    """Token ids of a sentence and its end, and how many of them are only read."""
-    read, said = (
+    """Token ids of a sentence with its end token, and how many of them are context."""
+    context, completion = (
         model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)
     )
-    return [*read, *said, model.tokenizer.eos_token_id], len(read)
+    return [*context, *completion, model.tokenizer.eos_token_id], len(context)
 
 
 def _row(path, sentences, context: int, end: int) -> Row:
@@ -92,15 +92,15 @@ def _row(path, sentences, context: int, end: int) -> Row:
 
 @dataclass(frozen=True)
 class MemoryTrainConfig:
-    """How blocks are trained. Defaults are those of the laptop."""
+    """Hyperparameters of a training; the defaults are those of the laptop profile."""
 
     batch: int = 2  # rows per step
     context: int = 128  # tokens per row
     epochs: int = 1
     learning_rate: float = 3e-3  # of the blocks
     anchor_rate: float = 0.0  # learning rate of the model itself; 0 leaves it frozen
-    generic: float = 0.0  # share of the rows that read the generic block instead of their own
-    least: float = 0.1  # of the learning rate, at the end
+    generic: float = 0.0  # probability that a row uses the generic block instead of its own
+    least: float = 0.1  # final learning rate over the peak
     weight_decay: float = 1e-3
     clip: float = 1.0
     seed: int = 0
@@ -109,8 +109,8 @@ class MemoryTrainConfig:
 def completion_loss(
     model: Model, batch: Sequence[Row], prefix: ActivationCache | None = None
 ) -> torch.Tensor:
-    """Mean over rows of the mean cross-entropy of their completions, nats per token; `prefix` knows
-    the states of the lower layers."""
+    """Mean over rows of the mean cross-entropy of their completions, in nats per token; `prefix`
+    supplies the activations below the memory layers."""
     ids, targets, positions = (
         torch.stack([getattr(row, name) for row in batch]).to(model.device)
         for name in ("ids", "targets", "positions")
@@ -122,7 +122,7 @@ def completion_loss(
         out = model.weights.base_model(**given, position_ids=positions, use_cache=False)
     states = out.last_hidden_state
     check_head(model.weights)
-    spoken = targets != IGNORED  # the head is a third of the model: only where it is asked
+    spoken = targets != IGNORED  # the head is a third of the model: only where there is a loss
     logits = model.weights.lm_head(states[spoken]).float()
     each = torch.nn.functional.cross_entropy(logits, targets[spoken], reduction="none")
     share = 1 / spoken.sum(1).clamp_min(1)
@@ -130,11 +130,11 @@ def completion_loss(
 
 
 class BankTraining(ResumableTraining):
-    """One job: blocks of the subtrees `nodes`, trained on the rows whose paths go through them;
-    the model as well where `recipe.anchor_rate` says so, and without `nodes` the model alone.
+    """One job: trains the blocks of the subtrees `nodes` on the rows whose paths go through them,
+    and the model too where `recipe.anchor_rate` is positive; without `nodes` the model alone.
 
-    `run` goes on where a killed one stopped. It leaves in its folder a shard per subtree, the
-    generic block as generic.safetensors, and the trained model as `model`.
+    `run` resumes a killed job. Its folder then has a shard per subtree, the generic block as
+    generic.safetensors, and the trained model as `model`.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class BankTraining(ResumableTraining):
         return order[place * self.recipe.batch : (place + 1) * self.recipe.batch].tolist()
 
     def step(self) -> dict:
-        """One step of training: its loss, gradient norm, completion tokens and seconds."""
+        """One optimizer step: its loss, gradient norm, completion tokens and seconds."""
         started, number, recipe = time.perf_counter(), len(self.history), self.recipe
         batch = [self.data[i] for i in self.batch(number)]
         part = 0.5 * (1 + math.cos(math.pi * number / self.steps))
@@ -217,7 +217,7 @@ class BankTraining(ResumableTraining):
         return figures
 
     def _fetched(self, path: tuple[int, ...], generic: bool) -> torch.Tensor:
-        """Blocks of a path, levels after each other: [layers, units, row]."""
+        """Blocks of a path, concatenated over levels: [layers, units, row]."""
         if generic:
             return self.named["generic|0"][0]
         levels = range(len(self.shape.sizes))
@@ -226,7 +226,7 @@ class BankTraining(ResumableTraining):
         return torch.cat([blocks[place] for blocks, place in zip(mine, places)], dim=1)
 
     def run(self, report: Callable[[dict], None] = lambda figures: None) -> Path:
-        """Train to the end; the folder of what was made. Done before, it is returned."""
+        """Train to the end, unless that was done before; returns the folder of the results."""
         if (self.folder / "history.json").is_file():
             return self.folder
         self.resume()
@@ -260,10 +260,10 @@ def train_bank(
     only: Iterable[int] | None = None,
     prefix: ActivationCache | None = None,
 ) -> Path | None:
-    """A bank trained on `data` for the frozen model: its folder, for `bank.ParametricBank`.
+    """Train a bank on `data` with the model frozen; returns its folder, for `bank.ParametricBank`.
 
-    `only` some subtrees does those jobs; other processes or machines that share `folder` do the
-    others. The bank is put together by who finds them all done, else the result is None.
+    With `only` some subtrees are trained here, the others by processes or machines that share
+    `folder`. Whoever finishes last assembles the bank; the others return None.
     """
     mine, places = range(shape.branching) if only is None else set(only), []
     for node in range(shape.branching):

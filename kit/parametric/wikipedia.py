@@ -1,9 +1,9 @@
-"""Articles of Simple English Wikipedia: prose to keep in weights, where a hub can be reached.
+"""Articles of Simple English Wikipedia: prose to store in weights, where a hub can be reached.
 
-One file of 157 MB. An article is cut into pieces; all but the last are told, under its title, and
-the last shows whether knowing them helps to read on.
+The file has 157 MB. An article is split into pieces: all but the last are trained on, each after
+its title, and the perplexity of the last shows whether that helps.
 
-Source: wikimedia/wikipedia on the Hugging Face hub, 20231101.simple, CC BY-SA 4.0.
+Source: https://huggingface.co/datasets/wikimedia/wikipedia, 20231101.simple, CC BY-SA 4.0.
 """
 
 import heapq
@@ -56,7 +56,7 @@ def load(count: int, path: Path | None = None) -> list[Article]:
 def pieces(
     articles: Sequence[Article], model: Model, tokens: int
 ) -> tuple[list[Sentence], list[str]]:
-    """Sentences to tell, in the order of the articles, and the piece of each that is not told.
+    """Training sentences in the order of the articles, and the held-out piece of each.
 
     A piece with its title has at most `tokens` tokens; articles of one piece are left out. The
     fact of a sentence has the title and the first piece, by which the article is clustered.
