@@ -188,7 +188,7 @@ def arithmetic(option: Option) -> list[str]:
     """The computation of an option's bytes, one line per nonempty part."""
     c, a = option.configuration, option.configuration.architecture
     cache = c.quantized.bits_per_value if c.quantized else 16
-    said = {
+    formulas = {
         "linear weights": f"{a.linear_parameters:,} x {c.packing.bits} bit",
         "scales and zeros": f"one of each, 16 bit, per {c.packing.group} weights",
         "embeddings": f"{a.embedding_parameters:,} x 16 bit" + ", also the head" * a.tied,
@@ -197,7 +197,9 @@ def arithmetic(option: Option) -> list[str]:
         f"{a.kv_numbers(1):,.0f} numbers x {cache:g} bit",
     }
     parts = {name: count for name, count in c.parts().items() if count}
-    lines = [f"{name:17}{ledger.text(n):>24}  {said.get(name, '')}" for name, n in parts.items()]
+    lines = [
+        f"{name:17}{ledger.text(n):>24}  {formulas.get(name, '')}" for name, n in parts.items()
+    ]
     return [*lines, f"{'in all':17}{ledger.text(c.total()):>24}"]
 
 

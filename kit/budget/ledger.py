@@ -130,10 +130,10 @@ class Packing:
 def packing(bits: int, config: PretrainedConfig | None = None) -> Packing:
     """How the kit stores weights of so many bits: HQQ, scale and zero at 16 bit. 16 leaves them as
     they are: in a GPTQ or AWQ checkpoint, by its `config`, quantised already."""
-    made = getattr(config, "quantization_config", None)
-    if made and bits == 16:
-        made = made if isinstance(made, dict) else made.to_dict()
-        return Packing(made["bits"], made["group_size"])
+    stored = getattr(config, "quantization_config", None)
+    if stored and bits == 16:
+        stored = stored if isinstance(stored, dict) else stored.to_dict()
+        return Packing(stored["bits"], stored["group_size"])
     return Packing(bits, quantization.GROUP, zero_bits=16, index_bits=0)
 
 
@@ -193,12 +193,12 @@ class Configuration:
     def parts(self, batch: int = 1) -> dict[str, float]:
         """Bytes by part, of weights a `batch`-th: `batch` questions are answered together."""
         native = self.packing.native_bits
-        said = self.tokens + self.strategies
+        length = self.tokens + self.strategies
 
         def live_bytes(tokens: float) -> float:
             return keys_and_values(self.architecture, tokens, self.quantized, native)
 
-        live = self.width * live_bytes(self.kept * said)
+        live = self.width * live_bytes(self.kept * length)
         without = self.width * live_bytes(self.kept * self.tokens)
         shared = {**weights(self.architecture, self.packing), "evictor": self.evictor}
         found = {name: count / batch for name, count in shared.items()}

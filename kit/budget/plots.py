@@ -34,13 +34,13 @@ def ledger_bars(bars: Mapping[str, Mapping[str, float]]) -> Picture:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("MiB")
         picture.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    said = [
+    phrases = [
         f"{name} {sum(bar.values()) / MIB:.1f} MiB ("
         + ", ".join(f"{part} {bar[part] / MIB:.2f}" for part in parts if bar.get(part))
         + ")"
         for name, bar in bars.items()
     ]
-    picture.alt = f"Bytes by part: {'; '.join(said)}."
+    picture.alt = f"Bytes by part: {'; '.join(phrases)}."
     return picture
 
 
@@ -80,10 +80,10 @@ def budget_frontier(
         axes.set_ylabel("accuracy, percent, 95% interval")
         picture.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False,
                        fontsize=8)  # fmt: skip
-    said = [
+    phrases = [
         f"{row['accuracy']:.0f}% at {row[budget] / scale:.3g} ({row[by]}, on it in "
         f"{100 * row['membership']:.0f}% of the draws)"
         for row in best.drop_duplicates([budget, "accuracy"]).to_dict("records")
     ]
-    picture.alt = f"Accuracy against {label}. On the frontier: {'; '.join(said)}."
+    picture.alt = f"Accuracy against {label}. On the frontier: {'; '.join(phrases)}."
     return picture

@@ -26,10 +26,10 @@ ATTEMPTS = 2  # actors that may die of one run
 
 def wanted() -> int:
     """Actors that the environment asks for: WORKERS; 1 with RAY_ADDRESS alone; 0 for none."""
-    said = os.environ.get("WORKERS", "")
-    if said and not said.isdecimal():
-        raise ValueError(f"WORKERS is {said!r}; give a number of processes, or leave it out")
-    return int(said or bool(os.environ.get("RAY_ADDRESS")))
+    workers = os.environ.get("WORKERS", "")
+    if workers and not workers.isdecimal():
+        raise ValueError(f"WORKERS is {workers!r}; give a number of processes, or leave it out")
+    return int(workers or bool(os.environ.get("RAY_ADDRESS")))
 
 
 class Worker:
@@ -115,8 +115,8 @@ def generate(
         while todo or busy:
             while todo and idle:
                 worker, run = idle.pop(), todo.popleft()
-                asked = worker.generate.remote(run, grid, prompts[run.memory], samples, how)
-                busy[asked] = worker, run
+                task = worker.generate.remote(run, grid, prompts[run.memory], samples, how)
+                busy[task] = worker, run
             (ready,), _ = ray.wait([*busy], num_returns=1)
             worker, run = busy.pop(ready)
             try:

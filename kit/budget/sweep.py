@@ -184,15 +184,15 @@ def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: M
         for job, whole in zip(group, found, strict=True)
         for cut, key, forced in zip(forcing.budgets, keys[job.key], whole.forced, strict=True)
     ]
-    asked = [job.prompt.problem for job, *_ in rows]
-    golds, asks = [p.answer for p in asked], [p.asks for p in asked]
-    grades = grader.grade_many([said.text for *_, said in rows], golds, FORM, asks)
-    made = []
-    for (job, cut, key, said), verdict in zip(rows, grades, strict=True):
-        record = evaluate.record(model, job, sampling, memory.name, said, verdict)
+    problems = [job.prompt.problem for job, *_ in rows]
+    golds, asks = [p.answer for p in problems], [p.asks for p in problems]
+    grades = grader.grade_many([generation.text for *_, generation in rows], golds, FORM, asks)
+    graded = []
+    for (job, cut, key, generation), verdict in zip(rows, grades, strict=True):
+        record = evaluate.record(model, job, sampling, memory.name, generation, verdict)
         arm = f"{job.prompt.arm} at {cut}"
-        made.append(replace(record, key=key, generation_key=key, arm=arm))
-    return made
+        graded.append(replace(record, key=key, generation_key=key, arm=arm))
+    return graded
 
 
 @lru_cache(maxsize=1)

@@ -89,8 +89,8 @@ def quality(table: pd.DataFrame) -> Picture:
         axes.set_ylabel("KL to full attention, nats")
         picture.legend(loc="outside upper center", ncols=3, frameon=False)
     best = table.loc[table.groupby("compression_x")["kl"].idxmin()] if len(table) else table
-    said = [f"{row.policy} at {row.compression_x:g}x" for row in best.itertuples()]
-    picture.alt = f"KL against kept fraction by policy. Lowest KL: {', '.join(said)}."
+    phrases = [f"{row.policy} at {row.compression_x:g}x" for row in best.itertuples()]
+    picture.alt = f"KL against kept fraction by policy. Lowest KL: {', '.join(phrases)}."
     return picture
 
 

@@ -52,16 +52,16 @@ def assemble_bank(
             f"The tree has {len(tree.levels)} levels of {tree.branching}, the bank "
             f"{len(shape.sizes)} of {shape.branching}; give one size per level of the tree."
         )
-    folder, said = Path(folder), []
+    folder, entries = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     tree.save(folder / "tree.npz")
     for node, file in enumerate(files):
         if file != (here := folder / shards.name(node)):
             here.unlink(missing_ok=True)
             shutil.copyfile(file, here)
-        said.append({"bytes": here.stat().st_size, "sha256": shards.fingerprint(here)})
+        entries.append({"bytes": here.stat().st_size, "sha256": shards.fingerprint(here)})
     card = {"base": model.name, "base_hash": model.weights_hash, "shape": asdict(shape)}
-    card |= {"embedder": embedder, "tree": _hash(folder / "tree.npz"), "shards": said}
+    card |= {"embedder": embedder, "tree": _hash(folder / "tree.npz"), "shards": entries}
     with atomic(folder / "bank.json") as part:
         part.write_text(json.dumps(card, indent=1))
     return folder
@@ -103,7 +103,7 @@ class ParametricBank:
             )
         self.embedder, self.key = embedder, digest([card, turn, self.without], 12)
         self.dtype, self.device = model.dtype, model.device
-        self._shards = [self._open(node, said) for node, said in enumerate(card["shards"])]
+        self._shards = [self._open(node, entry) for node, entry in enumerate(card["shards"])]
         self._cache: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
         self._checked: set[tuple[int, int]] = set()
         self._coming: dict = {}
@@ -123,15 +123,15 @@ class ParametricBank:
             raise BankError(f"{self.folder / 'tree.npz'} is not the tree of this bank; restore it.")
         return card
 
-    def _open(self, node: int, said: dict) -> shards.Shard:
+    def _open(self, node: int, entry: dict) -> shards.Shard:
         file = self.folder / shards.name(node)
         if not file.is_file():
             raise BankError(f"{file} is missing; copy it again, or train that subtree anew.")
         size = file.stat().st_size
-        if size != said["bytes"] or shards.fingerprint(file) != said["sha256"]:
+        if size != entry["bytes"] or shards.fingerprint(file) != entry["sha256"]:
             raise BankError(
                 f"{file} is not the file that bank.json describes ({size:,} bytes, not "
-                f"{said['bytes']:,}, or altered); copy it again, or train that subtree anew."
+                f"{entry['bytes']:,}, or altered); copy it again, or train that subtree anew."
             )
         return shards.Shard(file)
 

@@ -84,18 +84,18 @@ def fit(
             f"branching is {branching}, levels {levels}, and there are {len(vectors)} vectors: "
             f"branching is at least 1, levels at least 1, vectors at least as many as branching."
         )
-    made, members = [], [np.arange(len(vectors))]
+    fitted, members = [], [np.arange(len(vectors))]
     for level in range(levels):
         centroids, parts = [], []
         for node, rows in enumerate(members):
             rng = np.random.default_rng([seed, level, node])
-            children = _part(vectors[rows], branching, steps, batch, rng, made, node)
+            children = _part(vectors[rows], branching, steps, batch, rng, fitted, node)
             labels = _scores(vectors[rows], children).argmax(1)
             centroids.append(children)
             parts += [rows[labels == child] for child in range(branching)]
-        made.append(np.stack(centroids))
+        fitted.append(np.stack(centroids))
         members = parts
-    return Tree(tuple(made))
+    return Tree(tuple(fitted))
 
 
 def _part(x: np.ndarray, count: int, steps: int, batch: int, rng, above, node: int) -> np.ndarray:

@@ -102,12 +102,12 @@ def tell(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
     rng = np.random.default_rng([seed, count])
     weights = np.array([fact.weight for fact in facts])
     drawn = rng.choice(len(facts), size=count, p=weights / weights.sum())
-    made = []
+    sentences = []
     for fact, spin in zip((facts[i] for i in drawn), rng.random(count)):
         phrasings = TELL[fact.family]
         context = phrasings[int(spin * len(phrasings))].format(fact.subject)
-        made.append(Sentence(context, f" {fact.answer}.", fact))
-    return made
+        sentences.append(Sentence(context, f" {fact.answer}.", fact))
+    return sentences
 
 
 def documents(facts: Sequence[Fact], embedder: Embedder) -> np.ndarray:

@@ -63,11 +63,11 @@ def accuracy_by_frequency(table: pd.DataFrame) -> Picture:
         axes.set_xlabel("training frequency of a fact, thirds by rank")
         axes.set_ylabel("accuracy, percent, 95% interval")
         picture.legend(loc="outside upper center", ncols=3, frameon=False)
-    said = [
+    phrases = [
         f"{row['arm']} {', '.join(f'{row[part][0]:.0f}%' for part in parts)}"
         for row in table.to_dict("records")
     ]
-    picture.alt = f"Accuracy in {', '.join(parts)}: {'; '.join(said)}."
+    picture.alt = f"Accuracy in {', '.join(parts)}: {'; '.join(phrases)}."
     return picture
 
 
@@ -84,9 +84,9 @@ def accuracy_by_bytes(table: pd.DataFrame) -> Picture:
         axes.set_xlabel("MiB read per query beside the model")
         axes.set_ylabel("accuracy, percent, 95% interval")
         picture.legend(loc="outside upper center", ncols=3, frameon=False)
-    said = [
+    phrases = [
         f"{row['arm']} {row['accuracy'][0]:.0f}% for {row['read_bytes'] / 2**20:.2f} MiB"
         for row in table.to_dict("records")
     ]
-    picture.alt = f"Accuracy against bytes read: {'; '.join(said)}."
+    picture.alt = f"Accuracy against bytes read: {'; '.join(phrases)}."
     return picture

@@ -46,21 +46,21 @@ def multiple_choice(
 ) -> pd.DataFrame:
     """Records of `arm`: the most likely of each problem's options; stored ones are not computed
     again. `seed` is that of the training, recorded in place of a sampling seed."""
-    prompts, made, todo = _begun(model, problems, store, arm, bank, passages, seed, options)
+    prompts, keys, todo = _begun(model, problems, store, arm, bank, passages, seed, options)
     todo.sort(key=lambda i: max(map(len, options[i])))  # less padding
     batch = 1 if _slides(model) else BATCH
     for first in range(0, len(todo), batch):
         part, started = todo[first : first + batch], time.perf_counter()
         with fetched(model, [problems[i].question for i in part], bank):
             scores = likelihoods(model, [prompts[i] for i in part], [options[i] for i in part])
-        said = [options[i][int(np.argmax(row))] for i, row in zip(part, scores)]
+        answers = [options[i][int(np.argmax(row))] for i, row in zip(part, scores)]
         cost = dict(new_tokens=0, seconds=(time.perf_counter() - started) / len(part))
         cost |= dict(finish="stop", kv_reads_tokens=0.0, kv_peak_bytes=0, joules=0.0)
         lengths = [len(_ids(model, prompts[i])) for i in part]
         costs = [cost | dict(prompt_tokens=n, kv_peak_tokens=float(n)) for n in lengths]
-        asked = [(problems[i], *made[i]) for i in part]
-        store.append(_records(model, asked, arm, seed, said, costs))
-    return store.table({key for key, *_ in made})
+        items = [(problems[i], *keys[i]) for i in part]
+        store.append(_records(model, items, arm, seed, answers, costs))
+    return store.table({key for key, *_ in keys})
 
 
 def short_answer(
@@ -75,7 +75,7 @@ def short_answer(
 ) -> pd.DataFrame:
     """Records of `arm`: the first line of a greedy answer; all else as in `multiple_choice`."""
     free = [["free", max_new_tokens]] * len(problems)
-    prompts, made, todo = _begun(model, problems, store, arm, bank, passages, seed, free)
+    prompts, keys, todo = _begun(model, problems, store, arm, bank, passages, seed, free)
     if todo:
         paths = bank.paths([problems[i].question for i in todo]) if bank else [()] * len(todo)
         requests = [
@@ -83,11 +83,11 @@ def short_answer(
             for i, path in zip(todo, paths)
         ]
         done = decode.decode(model, requests, Sampling(max_new_tokens), bank=bank)
-        said = [(g.text.strip().splitlines() or [""])[0] for g in done]
+        answers = [(g.text.strip().splitlines() or [""])[0] for g in done]
         costs = [{name: getattr(g, name) for name in COSTS} for g in done]
-        asked = [(problems[i], *made[i]) for i in todo]
-        store.append(_records(model, asked, arm, seed, said, costs))
-    return store.table({key for key, *_ in made})
+        items = [(problems[i], *keys[i]) for i in todo]
+        store.append(_records(model, items, arm, seed, answers, costs))
+    return store.table({key for key, *_ in keys})
 
 
 @torch.inference_mode()
@@ -171,8 +171,8 @@ def fetched(model: Model, questions: Sequence[str], bank: ParametricBank | None)
         yield
 
 
-def _ids(model: Model, said: str) -> list[int]:
-    return model.tokenizer(said, add_special_tokens=False)["input_ids"]
+def _ids(model: Model, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _padded(rows: Sequence[list[int]], model: Model) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,12 +187,12 @@ def _begun(model: Model, problems, store: Store, arm: str, bank, passages, seed:
     """Prompts, (key, generation key, prompt id) of each record, and which are not in the store."""
     passages = passages or [()] * len(problems)
     prompts = [text(p, read) for p, read in zip(problems, passages, strict=True)]
-    made = [
+    keys = [
         _keyed(model, p, prompt, [bank.key if bank else "", seed, arm, *each])
         for p, prompt, each in zip(problems, prompts, how, strict=True)
     ]
-    stored = store.keys(key for key, *_ in made)
-    return prompts, made, [i for i, (key, *_) in enumerate(made) if key not in stored]
+    stored = store.keys(key for key, *_ in keys)
+    return prompts, keys, [i for i, (key, *_) in enumerate(keys) if key not in stored]
 
 
 def _keyed(model: Model, problem: Problem, prompt: str, how: list):
@@ -205,10 +205,10 @@ def _keyed(model: Model, problem: Problem, prompt: str, how: list):
 
 
 def _records(
-    model: Model, asked, arm: str, seed: int, said: list[str], costs: list[dict]
+    model: Model, items, arm: str, seed: int, answers: list[str], costs: list[dict]
 ) -> list[Record]:
-    said = [f"Answer: {answer}" for answer in said]
-    grades = grader.grade_many(said, [problem.answer for problem, *_ in asked], FORM)
+    answers = [f"Answer: {answer}" for answer in answers]
+    grades = grader.grade_many(answers, [problem.answer for problem, *_ in items], FORM)
     return [
         Record(
             key=key, generation_key=tokens, model=model.name, weights_hash=model.weights_hash,
@@ -219,5 +219,7 @@ def _records(
             method=verdict.method, compliant=verdict.compliant, asks=problem.asks,
             dtype=model.dtype_name, **cost,
         )
-        for (problem, key, tokens, prompt), answer, verdict, cost in zip(asked, said, grades, costs)
+        for (problem, key, tokens, prompt), answer, verdict, cost in zip(
+            items, answers, grades, costs
+        )
     ]  # fmt: skip

@@ -60,11 +60,11 @@ class Shard:
 
     def _row(self, name: str, place: int, dtype: torch.dtype) -> torch.Tensor:
         """A copy of row `place` of a tensor; its pages are released."""
-        told = self._head[name]
-        copy = torch.empty(told["shape"][1:], dtype=dtype)
+        entry = self._head[name]
+        copy = torch.empty(entry["shape"][1:], dtype=dtype)
         if not copy.nbytes:
             return copy
-        first = self._start + told["data_offsets"][0] + place * copy.nbytes
+        first = self._start + entry["data_offsets"][0] + place * copy.nbytes
         raw = copy.view(torch.uint8).numpy()
         raw.reshape(-1)[:] = np.frombuffer(self._map, np.uint8, copy.nbytes, first)
         page = first - first % mmap.PAGESIZE
@@ -84,9 +84,9 @@ def fingerprint(file: Path) -> str:
         size = handle.read(8)
         head = handle.read(int.from_bytes(size, "little"))
         found = hashlib.sha256(size + head)
-        for name, told in sorted(json.loads(head).items()):
+        for name, entry in sorted(json.loads(head).items()):
             if name.startswith("sums"):
-                first, last = told["data_offsets"]
+                first, last = entry["data_offsets"]
                 handle.seek(8 + len(head) + first)
                 found.update(handle.read(last - first))
     return found.hexdigest()

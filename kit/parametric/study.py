@@ -97,8 +97,8 @@ class FactStudy:
         """Activations below the first layer with memory, shared by all trainings."""
         first = min(shape.layers)
         if first not in self._prefixes:
-            said = {(s.context, s.completion) for s in self.sentences}
-            ids = [tuple(encode_sentence(self.model, *pair)[0]) for pair in said]
+            pairs = {(s.context, s.completion) for s in self.sentences}
+            ids = [tuple(encode_sentence(self.model, *pair)[0]) for pair in pairs]
             fits = ActivationCache.fits(self.model, first, sum(map(len, ids)))
             self._prefixes[first] = ActivationCache(self.model, first, ids) if fits else None
         return self._prefixes[first]
@@ -129,9 +129,9 @@ class FactStudy:
         key = tree.branching, len(tree.levels), context
         if key not in self._cached:
             paths = self.paths(tree)
-            said = [(sentence.context, sentence.completion) for sentence in self.sentences]
+            pairs = [(sentence.context, sentence.completion) for sentence in self.sentences]
             along = [paths[sentence.fact] for sentence in self.sentences]
-            self._cached[key] = pack_rows(self.model, said, along, context)
+            self._cached[key] = pack_rows(self.model, pairs, along, context)
         return self._cached[key]
 
     def bank(

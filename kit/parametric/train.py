@@ -53,7 +53,7 @@ def pack_rows(
     by_path: dict[tuple[int, ...], list] = {}
     for pair, path in zip(sentences, paths, strict=True):
         by_path.setdefault(tuple(path), []).append(pair)
-    made = []
+    rows = []
     for path, pairs in sorted(by_path.items()):
         open_row: list[tuple[list[int], int]] = []
         for before, after in pairs:
@@ -63,11 +63,11 @@ def pack_rows(
                     f"{before[:60]!r} has {len(ids)} tokens, a row {context}; use a longer context."
                 )
             if sum(len(other) for other, _ in open_row) + len(ids) > context:
-                made.append(_row(path, open_row, context, ids[-1]))
+                rows.append(_row(path, open_row, context, ids[-1]))
                 open_row = []
             open_row.append((ids, read))
-        made.append(_row(path, open_row, context, model.tokenizer.eos_token_id))
-    return made
+        rows.append(_row(path, open_row, context, model.tokenizer.eos_token_id))
+    return rows
 
 
 def encode_sentence(model: Model, before: str, after: str) -> tuple[list[int], int]:
@@ -115,11 +115,11 @@ def completion_loss(
         torch.stack([getattr(row, name) for row in batch]).to(model.device)
         for name in ("ids", "targets", "positions")
     )
-    given = {"input_ids": ids}
+    inputs = {"input_ids": ids}
     if prefix:
-        given = {"inputs_embeds": prefix.states(ids, positions).to(model.dtype)}
+        inputs = {"inputs_embeds": prefix.states(ids, positions).to(model.dtype)}
     with activation_cache.restrict_layers(model.weights, prefix.first) if prefix else nullcontext():
-        out = model.weights.base_model(**given, position_ids=positions, use_cache=False)
+        out = model.weights.base_model(**inputs, position_ids=positions, use_cache=False)
     states = out.last_hidden_state
     check_head(model.weights)
     spoken = targets != IGNORED  # the head is a third of the model: only where there is a loss

@@ -61,7 +61,7 @@ def pieces(
     A piece with its title has at most `tokens` tokens; articles of one piece are left out. The
     fact of a sentence has the title and the first piece, by which the article is clustered.
     """
-    told, unseen = [], []
+    sentences, unseen = [], []
     for rank, article in enumerate(articles):
         ids = model.tokenizer(article.text, add_special_tokens=False)["input_ids"]
         title = model.tokenizer(f"{article.title}:", add_special_tokens=False)["input_ids"]
@@ -72,6 +72,6 @@ def pieces(
         texts = [model.tokenizer.decode(part) for part in parts if len(part) >= SHORTEST]
         if len(texts) > 1:
             fact = Fact("articles", article.title, texts[0], rank)
-            told += [Sentence(f"{article.title}:", f" {text}", fact) for text in texts[:-1]]
+            sentences += [Sentence(f"{article.title}:", f" {text}", fact) for text in texts[:-1]]
             unseen.append(texts[-1])
-    return told, unseen
+    return sentences, unseen
