@@ -1,14 +1,14 @@
-"""The nouns: what flows from a question to a graded record.
+"""The data types of the pipeline, from a question to a graded record.
 
-Problem -> Prompt -> Generation -> Grade -> Record. All frozen; a step returns a new
-object. Units stand in the field names: tokens, bytes, seconds.
+Problem -> Prompt -> Generation -> Grade -> Record. All are frozen; each step returns a new object.
+Field names carry the units: tokens, bytes, seconds.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
 
-ASKS = ("any", "evaluated", "simplified", "factored")  # a value, or a value in a form
+ASKS = ("any", "evaluated", "simplified", "factored")  # any form, or a required one
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights are loaded as
 
 
@@ -28,7 +28,7 @@ class Problem:
     family: str  # task family or subject
     level: int  # difficulty, 1 is easiest; 0 where the source gives none
     source: str  # name of the problem set, for example "math" or "laptop"
-    asks: str = "any"  # form that its answer must have, one of ASKS
+    asks: str = "any"  # required form of the answer, one of ASKS
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,24 @@ class Prompt:
     problem: Problem
     arm: str  # "plain", "format", ...
     messages: tuple[tuple[str, str], ...]  # (role, content) in order
-    thinking: bool = False  # passed to chat templates that know enable_thinking
+    thinking: bool = False  # passed as enable_thinking to chat templates that support it
     retrieved: tuple[str, ...] = ()  # ids of the strategies shown
-    refused: int = 0  # strategies that the guard of the bank kept back
+    refused: int = 0  # strategies filtered by the leakage guard
 
     @property
     def chat(self) -> list[dict[str, str]]:
-        """The messages as chat templates take them."""
+        """The messages in the form that chat templates take."""
         return [{"role": role, "content": content} for role, content in self.messages]
 
     @property
     def id(self) -> str:
-        """Hash of all that the model will see of this prompt."""
+        """Hash of everything in this prompt that the model sees."""
         return digest([self.problem.source, self.problem.id, self.messages, self.thinking])
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy."""
+    """How tokens are sampled. Temperature 0 is greedy."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -66,36 +66,36 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one sequence cost and said."""
+    """Text and cost of one generated sequence."""
 
     text: str
     token_ids: tuple[int, ...]  # new tokens, without the stop token
     prompt_tokens: int
     new_tokens: int  # tokens generated, the stop token included
     finish: str  # "stop" or "length"
-    seconds: float  # from its prefill to its last token, shared with its batch
+    seconds: float  # from prefill to the last token; the batch shares this time
     kv_reads_tokens: float  # sum over steps of live KV entries attended, mean over layers and heads
     kv_peak_tokens: float  # largest number of live KV entries, mean over layers and heads
     kv_peak_bytes: int  # the same in bytes, summed over layers and heads
-    joules: float = 0.0  # its new tokens' share of what the devices drew; 0 where none counts
-    forced: tuple["Generation | None", ...] = ()  # at each cut, None where it had ended before
+    joules: float = 0.0  # energy of its new tokens, a share of the batch's; 0 without counters
+    forced: tuple["Generation | None", ...] = ()  # per forced budget, None if it ended before
     stop_id: int | None = None  # the token that ended it
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Verdict of the one grader on one text."""
+    """Verdict of the grader on one text."""
 
     correct: bool
-    extracted: str  # the answer that was found, "" when none
+    extracted: str  # the extracted answer, "" if there is none
     reason: str  # "equal", "different", "no answer", "timeout", "memory", ...
-    method: str  # where the answer was found: "boxed", "answer line", "last number", "none"
+    method: str  # where it was extracted from: "boxed", "answer line", "last number", "none"
     compliant: bool  # the text follows the requested format, right or wrong
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the run store: everything known about one sample."""
+    """One row of the run store: everything recorded about one sample."""
 
     key: str  # hash of all that determines the tokens and the grade
     generation_key: str  # hash of all that determines the tokens
@@ -127,7 +127,7 @@ class Record:
     method: str
     compliant: bool
     retrieved: str = ""  # ids of the strategies in the prompt, joined by spaces
-    refused: int = 0  # strategies kept back because they would have given something away
-    joules: float = 0.0  # its new tokens' share of what the devices drew; 0 where none counts
-    dtype: str = ""  # of the weights that decoded it, one of DTYPES; "" in records of before
-    asks: str = "any"  # form that the answer must have, as in Problem
+    refused: int = 0  # strategies filtered by the leakage guard
+    joules: float = 0.0  # energy of its new tokens; 0 without counters
+    dtype: str = ""  # of the weights, one of DTYPES; "" in records of older kits
+    asks: str = "any"  # required form of the answer, as in Problem

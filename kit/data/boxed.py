@@ -1,7 +1,7 @@
-r"""The boxes of a LaTeX text, `\boxed{...}` and `\fbox{...}`, found in one linear pass.
+r"""Boxed answers in LaTeX, `\boxed{...}` and `\fbox{...}`, found in one linear pass.
 
-Braces are matched as TeX does: `\{` and `\}` are not groups, a box that is never closed is no box,
-and a blank box holds no answer. Problem sets read gold answers by it, the grader a model's.
+Braces match as in TeX: `\{` and `\}` do not open groups, an unclosed box is ignored, and so is an
+empty one. Problem sets read their gold answers this way, and the grader those of models.
 """
 
 import re
@@ -19,16 +19,16 @@ class Box:
 
     start: int  # of its content
     content: str
-    command: str  # as it was written: with a brace, or bare before a number
+    command: str  # as written: with a brace, or bare before a number
 
 
 def boxes(text: str) -> list[Box]:
-    r"""The boxes of a text that hold something, by where they start; of two nested the inner one.
+    r"""The boxes of a text that are not empty, by their start; of two nested boxes the inner one.
 
     Unbraced boxes (`\boxed 2`) count when a number follows.
     """
     stack: list[tuple[int, str]] = []  # per open brace: where its content starts, box command
-    found: list[Box] = []
+    closed: list[Box] = []
     for token in _TOKEN.finditer(text):
         slashes, word, brace = token.groups()
         brace = brace or (token[0] if not slashes else None)
@@ -38,16 +38,16 @@ def boxes(text: str) -> list[Box]:
             stack.append((token.end(), word or ""))
         elif brace == "}" and stack:
             opened, command = stack.pop()
-            later = not found or opened > found[-1].start  # else it holds a box that stands here
+            later = not closed or opened > closed[-1].start  # else it contains the previous box
             if command and later and (content := text[opened : token.end() - 1].strip()):
-                found.append(Box(opened, content, rf"\{command}{{"))
+                closed.append(Box(opened, content, rf"\{command}{{"))
         elif word and not brace and (bare := _UNBRACED.match(text, token.end())):
             content = re.split(r"\\[)\]]", bare[0])[0].rstrip(".,;:")
-            found.append(Box(token.end(), content, rf"\{word}"))
-    return found
+            closed.append(Box(token.end(), content, rf"\{word}"))
+    return closed
 
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last `\boxed{...}`, `\fbox{...}` or `\boxed 2`; None without a box."""
-    found = boxes(text)
-    return found[-1].content if found else None
+    every = boxes(text)
+    return every[-1].content if every else None

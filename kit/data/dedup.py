@@ -1,9 +1,9 @@
-"""Is this the same problem? The guard between training and test questions.
+"""Decontamination: near-duplicates between training and test questions.
 
-Two questions are the same where, after LaTeX spacing, punctuation and case are stripped, they
-hold the same numbers in the same order and nearly the same words: the Jaccard index of their
-three-word shingles is at least 0.8. Other numbers make another problem. It compares words, not
-meaning: a paraphrase passes.
+Two questions are duplicates if, after LaTeX spacing, punctuation and case are stripped, they have
+the same numbers in the same order and nearly the same words: the Jaccard index of their three-word
+shingles is at least 0.8. Different numbers make a different problem. Only words are compared, so a
+paraphrase is not detected.
 """
 
 import re
@@ -30,15 +30,15 @@ class OverlapError(ValueError):
 
 
 @dataclass(frozen=True)
-class Signature:
-    """What is compared of a question."""
+class ShingleSignature:
+    """The features of a question that are compared."""
 
     tokens: tuple[str, ...]
     numbers: tuple[str, ...]
     shingles: frozenset[tuple[str, ...]]
 
 
-def signature(question: str) -> Signature:
+def signature(question: str) -> ShingleSignature:
     """Normalized words, numbers in order, and word shingles of one question."""
     text = unicodedata.normalize("NFKC", question).casefold()
     text = _BARE_FRACTION.sub(r" frac \1 \2 ", _THOUSANDS.sub("", text))
@@ -46,10 +46,10 @@ def signature(question: str) -> Signature:
     tokens = tuple(_TOKEN.findall(text))
     width = min(SHINGLE_WORDS, len(tokens))
     shingles = frozenset(tokens[i : i + width] for i in range(len(tokens) - width + 1))
-    return Signature(tokens, tuple(t for t in tokens if t[0].isdigit()), shingles)
+    return ShingleSignature(tokens, tuple(t for t in tokens if t[0].isdigit()), shingles)
 
 
-def similarity(a: Signature, b: Signature) -> float:
+def similarity(a: ShingleSignature, b: ShingleSignature) -> float:
     """Jaccard index of the shingles of two questions with the same numbers."""
     common = len(a.shingles & b.shingles)
     return common / (len(a.shingles) + len(b.shingles) - common)
@@ -58,12 +58,12 @@ def similarity(a: Signature, b: Signature) -> float:
 def near_duplicates(
     a: Sequence[Problem], b: Sequence[Problem]
 ) -> Iterator[tuple[Problem, Problem, float]]:
-    """Pairs of problems of `a` and `b` that are the same, with their similarity.
+    """Pairs of near-duplicate problems of `a` and `b`, with their similarity.
 
-    Only pairs with equal numbers and shingle counts within the threshold are compared, which
-    leaves well under a million of the 37 million pairs of MATH train and test.
+    Only pairs with equal numbers and similar shingle counts are compared: well under a million of
+    the 37 million pairs of MATH train and test.
     """
-    blocks: dict[tuple[str, ...], list[tuple[Signature, Problem]]] = defaultdict(list)
+    blocks: dict[tuple[str, ...], list[tuple[ShingleSignature, Problem]]] = defaultdict(list)
     for problem in b:
         mark = signature(problem.question)
         blocks[mark.numbers].append((mark, problem))
@@ -78,7 +78,7 @@ def near_duplicates(
 
 
 def check_disjoint(a, b) -> None:
-    """OverlapError, listing pairs, where problem sets `a` and `b` share a problem or nearly."""
+    """Raise OverlapError, listing pairs, if problem sets `a` and `b` share near-duplicates."""
     pairs = list(near_duplicates(a.problems, b.problems))
     if not pairs:
         return

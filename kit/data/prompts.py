@@ -1,14 +1,14 @@
-"""The only place that builds chat messages: one function per arm.
+"""Chat messages of the plain arms; an arm is one way of prompting, and one function.
 
-An arm is a way of asking. Arms differ only in what is compared; the question itself is
-always the same text. Later arms add retrieved memory; their control is `format_only`.
+Arms differ only in the factor that is compared: the text of the question is always the same. The
+arms of other systems add retrieved memory; their control is `format_only`.
 """
 
 from collections.abc import Callable, Iterable
 
 from kit.schema import Problem, Prompt
 
-# What the format arm asks for and what `Grade.compliant` checks, in both arms.
+# The format that the format arm requests, and that `Grade.compliant` checks in every arm.
 FORM = "answer line"
 FORMAT_INSTRUCTION = (
     "Think step by step, then write the final answer alone on the last line as\nAnswer: <answer>"
@@ -16,12 +16,12 @@ FORMAT_INSTRUCTION = (
 
 
 def plain(problem: Problem, thinking: bool = False) -> Prompt:
-    """The question and nothing else: the baseline."""
+    """The question alone: the baseline."""
     return Prompt(problem, "plain", (("user", problem.question),), thinking)
 
 
 def format_only(problem: Problem, thinking: bool = False) -> Prompt:
-    """The question and a format instruction: the control that every memory arm must beat."""
+    """The question and a format instruction: the control of every memory arm."""
     text = f"{problem.question}\n\n{FORMAT_INSTRUCTION}"
     return Prompt(problem, "format", (("user", text),), thinking)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import reasoning_gym
 
 from kit import paths
-from kit.data.dedup import NEAR, Signature, check_disjoint, signature, similarity
+from kit.data.dedup import NEAR, ShingleSignature, check_disjoint, signature, similarity
 from kit.data.generators import FAMILIES, Family
 from kit.data.problems import SPLITS, ProblemSet
 from kit.schema import Problem, digest
@@ -33,7 +33,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.bags: set[tuple[str, ...]] = set()
-        self.blocks: dict[tuple[str, ...], list[Signature]] = defaultdict(list)
+        self.blocks: dict[tuple[str, ...], list[ShingleSignature]] = defaultdict(list)
 
     def admit(self, question: str) -> bool:
         """Take the question unless it is like one already taken.

@@ -1,9 +1,9 @@
-r"""When two answers are the same answer: the rules, and math-verify where rules end.
+r"""Equivalence of two answers: by rules, and by math-verify where no rule applies.
 
-`equal` takes two answers tidied by `latex.tidy` and settles identical, numeric, listed, worded
-and assigned ones by itself; what is left goes to the `leaf` it was given. In a worker that is
-`symbolic`, on math-verify and sympy, whose time and memory only `workers` bounds. The rules,
-case by case, are the table in tests/evaluation/test_grader.py.
+`equal` takes two answers tidied by `latex.tidy`. It decides identical, numeric, listed, worded and
+assigned answers itself and passes all others to `leaf`. In a worker this is `symbolic`, which uses
+math-verify and sympy; `sandbox` bounds its time and memory. The rules, case by case, are the table
+in tests/evaluation/test_grader.py.
 """
 
 import functools
@@ -30,14 +30,14 @@ _EQUALS = re.compile(r"(?<![\\<>!:])=")
 
 
 def equal(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> bool | None:
-    """Whether two tidied answers are equal; `leaf` decides what strings and numbers cannot.
+    """Whether two tidied answers are equal; `leaf` decides where strings and numbers cannot.
 
-    None when `leaf` says None and nothing else settles it.
+    None if `leaf` returns None and nothing else decides.
     """
     if latex.squeeze(gold) == latex.squeeze(answer):
         return True
     if depth > 8:
-        return False  # nobody nests an answer so deep
+        return False  # no real answer is nested so deep
     numbers = latex.number(gold), latex.number(answer)
     if all(numbers):
         return _equal_numbers(*numbers)
@@ -78,13 +78,13 @@ def _equal_numbers(gold: latex.Number, answer: latex.Number) -> bool:
 
 
 def _decimal_point(text: str) -> str:
-    """`3,14` and `1.234,5` with a point: what a number is in many languages."""
+    """`3,14` and `1.234,5` with a decimal point: the notation of many languages."""
     match = _COMMA.fullmatch(text)
     return f"{match[1].replace('.', '')}.{match[2]}" if match else ""
 
 
 def _equal_ratios(gold: list[str], answer: list[str]) -> bool:
-    """a:b:c is what its multiples are."""
+    """a:b:c equals its multiples."""
     if len(gold) != len(answer):
         return False
     golds, answers = [Fraction(x) for x in gold], [Fraction(x) for x in answer]
@@ -207,7 +207,7 @@ def _equal_relations(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | N
 
 
 def _value(sides: list[str], name: re.Pattern) -> str | None:
-    """What an assignment to a name or a chain of numbers comes to; None for an equation."""
+    """Value of an assignment to a name, or of a chain of equal numbers; None for an equation."""
     first, last = sides[0], sides[-1]
     if len(sides) == 1 or _NAME.fullmatch(first):
         return last
@@ -221,7 +221,7 @@ def _value(sides: list[str], name: re.Pattern) -> str | None:
 
 
 def symbolic(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two expressions equal; what it cannot read is different."""
+    """Whether math-verify finds two expressions equal; unreadable ones are different."""
     from math_verify import verify
     from sympy import Expr, Symbol, simplify
 
@@ -230,14 +230,14 @@ def symbolic(gold: str, answer: str) -> bool:
         return False
     if verify(first, second, allow_set_relation_comp=True, timeout_seconds=None):
         return True
-    # It compares a lone symbol by its name: x is not (2x)/2 to it.
+    # math-verify compares a lone symbol by name: x differs from (2x)/2.
     lone = isinstance(first, Symbol) or isinstance(second, Symbol)
     return lone and isinstance(second, Expr) and simplify(first - second) == 0
 
 
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str):
-    """A sympy object, with i as the imaginary unit; None for what cannot be read as a whole."""
+    """A sympy object, with i as the imaginary unit; None if the text is not parsed as a whole."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
     from sympy import I, Rational
@@ -249,15 +249,15 @@ def _parse(text: str):
     # No units (they take the `m` off `5m`) and no fallback to "some number in the text".
     reading = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=reading)
-    found = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
-    if not found:
+    expressions = parse(f"${text}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+    if not expressions:
         return None
-    units = [symbol for symbol in found[0].free_symbols if symbol.name == "i"]
-    return found[0].xreplace(dict.fromkeys(units, I)) if units else found[0]
+    units = [symbol for symbol in expressions[0].free_symbols if symbol.name == "i"]
+    return expressions[0].xreplace(dict.fromkeys(units, I)) if units else expressions[0]
 
 
 def _far(gold, answer) -> bool:
-    """Whether two expressions differ at a point: spares the rest a slow `simplify`.
+    """Whether two expressions differ at a point, which avoids a slow `simplify`.
 
     It is also stricter than math-verify, which compares to 6 (decimals) or 15 absolute
     decimals, so that 2^-98 would equal 2^-99: here the difference is relative.

@@ -1,9 +1,9 @@
-"""From prompts to graded records: decode what the store does not hold, grade, append.
+"""Evaluation: decodes the prompts that the store lacks, grades the answers, appends the records.
 
-The job is cut beforehand into groups of sorted keys, on a CPU of half a minute of decoding. A
-group is decoded together, graded and stored in one commit, and is what a killed run loses at
-most. Since the cut depends on the whole job only, an interrupted run ends with the same tokens
-as an undisturbed one.
+A job is split beforehand into groups of sorted keys, on a CPU of about half a minute of decoding. A
+group is decoded together, graded, and stored in one commit; a killed run loses at most one group.
+Since the split depends on the whole job only, a resumed run produces the same tokens as an
+uninterrupted one.
 """
 
 import json
@@ -26,15 +26,15 @@ from kit.inference.policies import DMS, Full
 from kit.models.load import Model
 from kit.schema import Generation, Prompt, Record, Sampling, digest
 
-# Half a minute of two older cores, as parameters x new tokens allowed, of which about 0.6 come;
-# what a token of a prompt counts. Measured, see LOG.md.
+# Half a minute on two older cores, as parameters x allowed new tokens (about 0.6 of them are
+# generated); and the cost of a prompt token relative to a new one. Measured, see LOG.md.
 WORK, READ = 6e11, 0.7
-FEWEST = 16  # samples of a group, though they take longer: fewer share each reading of the weights
+FEWEST = 16  # samples of a group at least, even if slower: a batch shares each read of the weights
 
 
 @dataclass(frozen=True)
 class Job:
-    """One sample to be: what it continues and the keys it is stored under."""
+    """One sample to generate: its prompt and the keys that it is stored under."""
 
     key: str
     generation_key: str  # the part of the key that determines the tokens
@@ -44,13 +44,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """What the KV cache keeps, and how: an eviction policy and a quantization; and the bank that
-    each question fetches from. Besides what `decode` calls, the bank has `paths(questions)`, one
-    node per level for each question, and `key`, a text that identifies it in record keys."""
+    """Memory configuration: KV-cache eviction policy and quantization, and a parametric bank.
+
+    Besides the methods that `decode` calls, the bank has `paths(questions)`, one node per level for
+    each question, and `key`, a text that identifies it in record keys.
+    """
 
     policy: Full = Full()
     quantized: Quantized | None = None
-    bank: object | None = None  # feed-forward blocks fetched by the question
+    bank: object | None = None  # of feed-forward blocks, fetched by question
 
     @property
     def name(self) -> str:
@@ -73,10 +75,10 @@ def plan(
     batch_size: int,
     memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> list[Job]:
-    """Every sample of every prompt with its key, sorted by what determines the tokens, the samples
-    of a prompt together: they share what they read.
+    """Every sample of every prompt with its key, sorted by the part that determines the tokens.
 
-    So a change of the grader leaves the groups, and with them the tokens, as they were.
+    The samples of a prompt are adjacent, since they share its prefill. A new version of the grader
+    leaves the groups, and so the tokens, unchanged.
     """
     if isinstance(memory.policy, DMS) and memory.policy.evictor.base_hash not in model.hashes:
         raise ValueError(
@@ -102,28 +104,28 @@ def plan(
             ]
             jobs.append(Job(digest(graded), tokens, prompt, sample))
     if len({job.generation_key for job in jobs}) < len(jobs):
-        raise ValueError("The same prompt stands twice in one job; give each problem once per arm.")
+        raise ValueError("The same prompt occurs twice in one job; give each problem once per arm.")
     return jobs
 
 
 def groups(model: Model, jobs: list[Job], tokens: int, most: int) -> list[list[Job]]:
-    """The jobs cut into what is decoded together and stored at once: `most` of them, or on a CPU as
-    many, of at most `tokens` new tokens each, as take half a minute, if those are not too few.
+    """Split jobs into the groups that are decoded and stored together.
 
-    Depends on the whole job alone, never on what is stored.
+    A group has `most` jobs, or on a CPU as many, with `tokens` new tokens each, as take about half
+    a minute, but at least FEWEST. The split never depends on the content of the store.
     """
     room = WORK / model.weights.num_parameters() if model.device.type == "cpu" else math.inf
-    found, spent = [], 0.0
+    split, cost = [], 0.0
     for i, job in enumerate(jobs):
-        again = i and job.prompt is jobs[i - 1].prompt  # read once for all of its samples
-        cost = tokens if again else tokens + READ * len(decode.tokenize(model, job.prompt))
-        size = len(found[-1]) if found else most
-        if size == most or (size >= FEWEST and spent + cost > room):
-            found.append([])
-            spent = 0.0
-        found[-1].append(job)
-        spent += cost
-    return found
+        again = i and job.prompt is jobs[i - 1].prompt  # one prefill for all of its samples
+        added = tokens if again else tokens + READ * len(decode.tokenize(model, job.prompt))
+        size = len(split[-1]) if split else most
+        if size == most or (size >= FEWEST and cost + added > room):
+            split.append([])
+            cost = 0.0
+        split[-1].append(job)
+        cost += added
+    return split
 
 
 def evaluate(
@@ -137,8 +139,8 @@ def evaluate(
     report: Callable[[str], None] = print,
     memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> pandas.DataFrame:
-    """Records of all samples of all prompts; only what is missing is computed, in groups of at most
-    `group_size`."""
+    """Records of all samples of all prompts; computes only those that `store` lacks, in groups of
+    at most `group_size`."""
     jobs = plan(model, prompts, sampling, samples, batch_size, memory)
     stored = store.keys(job.key for job in jobs)
     todo = sum(job.key not in stored for job in jobs)
@@ -157,35 +159,34 @@ def evaluate(
 
 
 def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) -> pandas.DataFrame:
-    """Records of `arm` made of others without decoding: their costs, other texts, graded anew.
+    """Records of `arm` derived from others without decoding: same costs, new texts, graded again.
 
-    What a tool, or a choice between samples, made of each answer. `texts` is in the order of
-    `records`, whose other columns are kept.
+    `texts`, in the order of `records`, are what a tool or a choice between samples made of each
+    answer; the other columns are copied.
     """
     grades = grader.grade_many(texts, [*records["answer"]], FORM, [*records["asks"]])
-    made = []
+    derived = []
     for row, text, verdict in zip(records.to_dict("records"), texts, grades, strict=True):
         tokens = digest([row["generation_key"], arm, text])
         graded = digest([tokens, grader.GRADE_VERSION, row["answer"], row["asks"], FORM])
         row |= {"key": graded, "generation_key": tokens, "arm": arm, "text": text}
-        made.append(Record(**row | asdict(verdict)))
-    store.append(made)
-    return store.table({record.key for record in made})
+        derived.append(Record(**row | asdict(verdict)))
+    store.append(derived)
+    return store.table({record.key for record in derived})
 
 
 def _complete(
     model: Model, group: list[Job], sampling, batch_size, store: Store, memory: Memory
 ) -> list[Record]:
-    """Decode and grade one group. Text stored under another grader is graded, not decoded."""
+    """Decode and grade one group; text stored under another grader version is only graded."""
     old = store.generated({job.generation_key for job in group})
-    known = {row.generation_key: row for row in old.itertuples()}
-    fresh = [job for job in group if job.generation_key not in known]
-    generations = dict(known)
-    done = generate(model, fresh, sampling, batch_size, memory) if fresh else []
-    generations.update((job.generation_key, g) for job, g in zip(fresh, done))
+    generations = {row.generation_key: row for row in old.itertuples()}
+    fresh = [job for job in group if job.generation_key not in generations]
+    new = generate(model, fresh, sampling, batch_size, memory) if fresh else []
+    generations.update((job.generation_key, g) for job, g in zip(fresh, new))
     ordered = [generations[job.generation_key] for job in group]
-    asked = [job.prompt.problem for job in group]
-    golds, asks = [p.answer for p in asked], [p.asks for p in asked]
+    problems = [job.prompt.problem for job in group]
+    golds, asks = [p.answer for p in problems], [p.asks for p in problems]
     grades = grader.grade_many([g.text for g in ordered], golds, FORM, asks)
     rows = zip(group, ordered, grades)
     return [record(model, job, sampling, memory.name, g, v) for job, g, v in rows]
@@ -194,7 +195,7 @@ def _complete(
 def generate(
     model: Model, jobs: list[Job], sampling, batch_size: int, memory: Memory, forcing=NO_FORCING
 ) -> list[Generation]:
-    """What `model` with `memory` says to each of `jobs`."""
+    """Generations of `model` with `memory`, one for each of `jobs`."""
     questions = [job.prompt.problem.question for job in jobs]
     paths = memory.bank.paths(questions) if memory.bank else [()] * len(jobs)
     requests = [
@@ -206,7 +207,7 @@ def generate(
 
 
 def record(model: Model, job: Job, sampling, policy: str, generation: Generation, verdict):
-    """What was said and how it was graded, as it is stored."""
+    """The record of one graded generation, as it is stored."""
     problem = job.prompt.problem
     return Record(
         key=job.key,

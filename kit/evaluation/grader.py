@@ -1,11 +1,11 @@
-r"""The one grader: where a text says its answer, and whether that answer equals the gold.
+r"""The grader: extracts the answer of a text and decides whether it equals the gold answer.
 
-`kit.evaluation.extract` reads the text (the later of box and answer line, else last number).
-Equality is settled in this process for identical, numeric, listed and worded answers, and by
-math-verify in worker processes for the rest. Model text is hostile: a worker has bounded CPU time
-and memory, is killed when it passes them, and is replaced; nothing is evaluated as code.
-Compliance with the requested form is reported apart from correctness. The rules of equality
-are the table in tests/evaluation/test_grader.py.
+`kit.evaluation.extract` finds the answer (the later of box and answer line, else the last number).
+Identical, numeric, listed and worded answers are compared in this process, all others by
+math-verify in worker processes. Model text is untrusted: a worker that exceeds its CPU time or
+memory is killed and replaced, and nothing is evaluated as code. Compliance with the requested
+format is reported apart from correctness. The rules of equality are the table in
+tests/evaluation/test_grader.py.
 """
 
 import math
@@ -18,8 +18,8 @@ from kit.evaluation.equivalence import equal
 from kit.evaluation.latex import LONGEST
 from kit.schema import ASKS, Grade
 
-# Part of every record's key. Raise it by one when a verdict may differ from that of before on the
-# same text: records stored under another one are graded anew, not decoded.
+# Part of every record's key. Raise it by one when a verdict on the same text may differ: records
+# that were stored under another version are graded again, not decoded.
 GRADE_VERSION = 1
 FORMS = ("boxed", "answer line", "any")
 
@@ -42,14 +42,14 @@ def gold_of_solution(solution: str) -> str | None:
 
 
 def grade(text: str, gold: str, form: str = "boxed", asks: str = "any") -> Grade:
-    """Grade one text against its gold answer; never raises on what the text says.
+    """Grade one text against its gold answer; never raises because of the text.
 
-    `asks` is the form that the answer must have, one of schema.ASKS: where the task is the form,
-    an equal value in another one (the question said again) is wrong, with the reason "form".
+    `asks` is the required form of the answer, one of schema.ASKS: if the task is to find a form, an
+    equal value in another one (such as the question itself) is wrong, with the reason "form".
 
-    `form` is the form that was asked for: "boxed" (complies with a balanced, braced \\boxed),
-    "answer line" (a line that begins with "Answer:"), or "any" of them. Reasons: "equal",
-    "different", "form", "no answer", "no gold", "too long", and those of `workers.compare`.
+    `form` is the requested format: "boxed" (a balanced, braced \\boxed complies), "answer line" (a
+    line that begins with "Answer:"), or "any" of the two. Reasons: "equal", "different", "form",
+    "no answer", "no gold", "too long", and those of `sandbox.compare`.
     """
     return grade_many([text], [gold], form, [asks])[0]
 
@@ -60,7 +60,7 @@ def grade_many(
     form: str = "boxed",
     asks: Sequence[str] | None = None,
 ) -> list[Grade]:
-    """Grade texts against golds, in order; equal pairs are worked out once; see `grade`."""
+    """Grade texts against golds, in order; equal pairs are compared once. See `grade`."""
     if form not in FORMS:
         raise ValueError(f"form is {form!r}; choose one of {', '.join(map(repr, FORMS))}")
     if len(texts) != len(golds):
@@ -78,7 +78,7 @@ def grade_many(
 
 
 def in_form(answer: str, asks: str, gold: str) -> bool:
-    """Whether an answer that equals `gold` has the form that was asked for, see schema.ASKS.
+    """Whether an answer that equals `gold` has the required form, see schema.ASKS.
 
     evaluated: a number, as written as the gold; simplified: lowest terms; factored: a product.
     """
@@ -101,7 +101,7 @@ def option(gold: str) -> bool:
 
 
 def settle(gold: str, found: extract.Found) -> tuple[str, ...]:
-    """(reason,) when this process can tell, else the tidied (gold, answer) for a worker."""
+    """(reason,) if this process can decide, else the tidied (gold, answer) for a worker."""
     answer = found.answer
     if not gold.strip():
         return ("no gold",)

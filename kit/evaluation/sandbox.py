@@ -1,9 +1,9 @@
-"""Worker processes that compare two answers in bounded CPU time and memory.
+"""Worker processes that compare two answers within bounds of CPU time and memory.
 
-Built on pebble: a worker that passes a bound is killed and replaced, and the caller gets a
-reason instead of an exception. Workers are spawned, at most `WORKERS` of them, at the first
-pair that needs one, and end with the interpreter. They never import the caller's `__main__`,
-so scripts need no `if __name__ == "__main__"`.
+Built on pebble: a worker that exceeds a bound is killed and replaced, and the caller gets a reason
+instead of an exception. At most `WORKERS` are spawned, when the first pair needs one, and end with
+the interpreter. They never import the caller's `__main__`, so scripts need no
+`if __name__ == "__main__"`.
 """
 
 import atexit
@@ -30,16 +30,16 @@ _NAME = "kit_grade_worker"
 
 
 def _start_worker() -> None:
-    """Bound the memory of this worker and load what every task needs."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # die at once, even inside one long C call
+    """Bound the memory of this worker and import what every task needs."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # end at once, even inside a long C call
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     symbolic("x", "x+1")
-    if sys.platform == "linux":  # macOS maps more than this before a program starts, and refuses
+    if sys.platform == "linux":  # macOS maps more than this at the start, and raises
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 
 def _judge(gold: str, answer: str, seconds: float) -> str:
-    """The reason for one pair; the kernel ends this process when it takes too much CPU time."""
+    """The reason for one pair; the kernel kills this process if it takes too much CPU time."""
     signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF's default action is to terminate
     try:
         return "equal" if equal(gold, answer, symbolic) else "different"
@@ -64,14 +64,14 @@ class _Context(SpawnContext):
 
 
 def _preparation(name: str, original=multiprocessing.spawn.get_preparation_data) -> dict:
-    """What a spawned child is told; ours is not told to run the caller's script again.
+    """Data for a spawned process; for our workers without the caller's script to run again.
 
     A worker needs nothing of `__main__`, and an unguarded script would start a pool in it.
     """
-    told = original(name)
+    data = original(name)
     if name == _NAME:
-        told = {key: value for key, value in told.items() if not key.startswith("init_main")}
-    return told
+        data = {key: value for key, value in data.items() if not key.startswith("init_main")}
+    return data
 
 
 multiprocessing.spawn.get_preparation_data = _preparation
@@ -121,13 +121,13 @@ def compare(pairs: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
         return {pair: _verdict(pair, future) for pair, future in futures.items()}
     finally:
         for future in futures.values():
-            future.cancel()  # after an interrupt: nothing goes on behind the caller's back
+            future.cancel()  # after an interrupt no worker goes on
 
 
 def _verdict(pair: tuple[str, str], future, retry: bool = True) -> str:
     try:
         while not wait([future], timeout=1).done:
-            if not future.pool.active:  # it broke as the pair was scheduled, and forgot it
+            if not future.pool.active:  # it broke while scheduling the pair, which is lost
                 raise BrokenProcessPool
         return future.result()
     except TimeoutError:

@@ -1,10 +1,10 @@
 """Quantized keys and values: 8, 4 or 2 bits per number, one scale and one zero per group.
 
-Pure functions over tensors; which tokens stay exact and where the codes live is the cache's
-affair. Groups lie along the head dimension of one token, so that a slot is written, read, freed
-and reused alone. KIVI (arXiv 2402.02750) groups keys along tokens instead, channel by channel,
-which suits their outlier channels but ties 32 tokens to one scale: such a group cannot lose a
-token to eviction. A small group is the answer here; the measured price stands in LOG.md.
+Pure functions on tensors; the cache decides which tokens stay exact and where codes are stored.
+Groups run along the head dimension of one token, so that a slot can be written, read and reused on
+its own. KIVI (https://arxiv.org/abs/2402.02750) groups keys along tokens instead, per channel,
+which suits their outlier channels but ties 32 tokens to one scale, so that none of them could be
+evicted. Small groups are used here instead; LOG.md has the measured cost.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 LARGEST = 65504.0  # of float16, in which scale and zero are stored
-CHUNK = 1 << 17  # numbers handled at once on a CPU: what stays in its cache costs an eighth
-LP = 0.7  # HQQ's norm p, which forgives the large errors of outliers
-ITERATIONS = {8: 0, 4: 5, 2: 5}  # of HQQ; at 8 bits the error is too small to be worth the time
+CHUNK = (
+    1 << 17
+)  # numbers processed at once on a CPU: an eighth of the time while they stay in its cache
+LP = 0.7  # HQQ's norm p, which tolerates the large errors of outliers
+ITERATIONS = {8: 0, 4: 5, 2: 5}  # of HQQ; at 8 bits the error is too small to reduce
 BETA = 3.0  # HQQ's penalty, for errors in steps: see _refined
 
 
@@ -24,7 +26,7 @@ class Quantized:
 
     bits: int
     group: int = 32  # numbers that share a scale and a zero; divides the head size
-    residual: int = 32  # newest tokens kept exact; quality only, 0 works
+    residual: int = 32  # newest tokens stored exactly; 0 is allowed
 
     def __post_init__(self):
         _check(self.group, self.bits, self.group)
@@ -37,7 +39,7 @@ class Quantized:
 
     @property
     def bits_per_value(self) -> float:
-        """Bits of one stored number with its share of the 16-bit scale and zero."""
+        """Bits per stored number, with its share of the 16-bit scale and zero."""
         return self.bits + 32 / self.group
 
     def bytes_per_token(self, head_dim: int, heads: int, layers: int) -> int:
@@ -64,9 +66,9 @@ def pack(
 
     A number is about zero + scale * code; the earliest number lies in a byte's lowest bits.
     Asymmetric between minimum and maximum of the group: no error exceeds half a scale. Then
-    `iterations` of HQQ move the zero, which lowers the sum of |error|^0.7 of a group or leaves
-    it, and may exceed that bound (by default 5 at 4 and 2 bits, none at 8). Numbers beyond
-    +-65504 saturate; a NaN spoils its group.
+    `iterations` of HQQ (by default 5 at 4 and 2 bits, none at 8) move the zero where this lowers
+    the sum of |error|^0.7 of a group, and may exceed that bound. Numbers beyond +-65504 saturate;
+    a NaN invalidates its group.
     """
     size = x.shape[-1]
     _check(size, bits, group)
@@ -89,12 +91,12 @@ def unpack(
     """Numbers [..., D] of what `pack` returned, computed in at least float32."""
     precise = torch.promote_types(dtype, torch.float32)
     values = torch.empty(*codes.shape, 8 // bits, dtype=precise, device=codes.device)
-    for place in range(8 // bits):  # whole arrays at a time, a third faster than shifts that vary
+    for place in range(8 // bits):  # a third faster than one shift by a vector of places
         values[..., place] = (codes >> (place * bits)) & (2**bits - 1)
     group = codes.shape[-1] * (8 // bits) // scale.shape[-1]
     values = values.view(*scale.shape, group)
     values.mul_(scale.to(precise).unsqueeze(-1)).add_(zero.to(precise).unsqueeze(-1))
-    if dtype == torch.float16:  # the top code may lie a rounding above what float16 holds
+    if dtype == torch.float16:  # rounding may push the largest code beyond float16
         values.clamp_(-LARGEST, LARGEST)
     return values.flatten(-2).to(dtype)
 

@@ -245,7 +245,7 @@ def test_an_evictor_of_other_weights_is_refused(tiny, tmp_path):
 def test_the_same_prompt_twice_is_refused(tiny, tmp_path):
     other_gold = prompts.plain(dataclasses.replace(SUMS[0], answer="7"))
     for twice in ([PLAIN[0], PLAIN[0]], [PLAIN[0], other_gold]):
-        with pytest.raises(ValueError, match="same prompt stands twice.*once per arm"):
+        with pytest.raises(ValueError, match="same prompt occurs twice.*once per arm"):
             run(tiny, Store(tmp_path), twice)
     assert Store(tmp_path).keys() == set()
 
