@@ -59,7 +59,7 @@ class WheelError(ValueError):
 
 
 @dataclass(frozen=True)
-class Planned:
+class FetchPlan:
     """Result of `plan_fetch`: the commit and size of a file, and whether it is cached."""
 
     commit: str
@@ -68,7 +68,7 @@ class Planned:
 
 
 def cache_dir() -> str:
-    """The hub cache, looked up at each call because huggingface_hub reads it only at import."""
+    """The folder of the hub cache; read at each call, since huggingface_hub reads it at import."""
     return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
 
 
@@ -78,12 +78,12 @@ def offline() -> bool:
 
 
 def pinned_revision(repo_type: str, repo: str) -> str | None:
-    """The commit recorded for this repository on first use, None before that."""
+    """The commit that was recorded on first use of this repository, None before that."""
     return _read_revisions().get(f"{repo_type}:{repo}")
 
 
 def record_revision(repo_type: str, repo: str, commit: str) -> None:
-    """Record `commit` for a repository; HubError where another one is recorded."""
+    """Record `commit` for a repository; HubError if another one is recorded."""
     path, key = paths.REVISIONS, f"{repo_type}:{repo}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -97,19 +97,19 @@ def record_revision(repo_type: str, repo: str, commit: str) -> None:
             part.write_text(text)
 
 
-def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = None) -> Planned:
-    """Commit, size and presence in the cache of one file; downloads and records nothing."""
+def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = None) -> FetchPlan:
+    """Commit, size and cache state of one file, without downloading or recording anything."""
     wanted = _wanted(repo, repo_type, revision)
     place = {"repo_type": repo_type, "revision": wanted}
     with _explained(repo, filename, repo_type, wanted):
         cached = try_to_load_from_cache(repo, filename, cache_dir(), **place)
         if isinstance(cached, str):
-            return Planned(_commit(cached), Path(cached).stat().st_size, cached=True)
+            return FetchPlan(_commit(cached), Path(cached).stat().st_size, cached=True)
         if offline():
             raise hf.OfflineModeIsEnabled
-        # One HEAD request of our own: hf_hub_download would retry for 20 s without a network.
-        found = get_hf_file_metadata(hf_hub_url(repo, filename, **place, endpoint=_endpoint()))
-    return Planned(found.commit_hash or wanted, found.size, cached=False)
+        # One HEAD request; hf_hub_download would retry for 20 s without a network.
+        metadata = get_hf_file_metadata(hf_hub_url(repo, filename, **place, endpoint=_endpoint()))
+    return FetchPlan(metadata.commit_hash or wanted, metadata.size, cached=False)
 
 
 def fetch(
@@ -145,8 +145,8 @@ def fetch(
 def snapshot(repo: str, revision: str | None = None) -> tuple[Path, str]:
     """Folder and commit of a model: configuration, tokenizer and safetensors weights.
 
-    Weights come last, so a snapshot that has them all is complete and needs no network.
-    HubError where the repository has no safetensors: pickled weights are never read.
+    Weights are fetched last, so a snapshot with all weights is complete and needs no network.
+    HubError if the repository has no safetensors: pickled weights are never read.
     """
     config, commit = fetch(repo, "config.json", "model", revision)
     folder = config.parent
@@ -198,7 +198,7 @@ def _endpoint() -> str:
 
 
 def _wanted(repo: str, repo_type: str, revision: str | None) -> str:
-    """The revision to ask for: the one named, else the recorded one, else main."""
+    """The revision to request: the given one, else the recorded one, else main."""
     key, pinned = f"{repo_type}:{repo}", pinned_revision(repo_type, repo)
     if revision and pinned and len(revision) == COMMIT_LENGTH and revision != pinned:
         raise HubError(_moved(key, pinned, revision))
@@ -217,7 +217,7 @@ def _read_revisions() -> dict[str, str]:
 
 @contextmanager
 def _explained(repo: str, filename: str, repo_type: str, wanted: str) -> Iterator[None]:
-    """Turn the many errors of huggingface_hub into one sentence."""
+    """Turn the errors of huggingface_hub into one sentence."""
     try:
         yield
     except (hf.EntryNotFoundError, hf.HFValidationError, httpx.HTTPError, OSError) as error:
@@ -243,7 +243,7 @@ def _explain(error: Exception, repo: str, filename: str, repo_type: str, wanted:
 
 
 def _not_cached(what: str, repo: str, repo_type: str, wanted: str) -> HubError:
-    """No network (or offline) and the file is not there: say which of three cases it is."""
+    """The error for a file that is not cached and cannot be downloaded, in three cases."""
     folder = Path(cache_dir()) / f"{repo_type}s--{repo.replace('/', '--')}"
     main = folder / "refs" / "main"
     cached = main.read_text().strip() if main.exists() else None

@@ -107,7 +107,7 @@ def test_a_cache_at_another_commit_than_the_recorded_one_is_refused(empty_cache)
 def test_plan_tells_size_and_records_nothing(monkeypatch):
     with serve({f"{REPO}/weights": b"12345"}, {"main": OLD}) as log:
         monkeypatch.setenv("HF_ENDPOINT", log[0])
-        assert hub.plan_fetch(REPO, "weights", "model") == hub.Planned(OLD, 5, cached=False)
+        assert hub.plan_fetch(REPO, "weights", "model") == hub.FetchPlan(OLD, 5, cached=False)
         assert not any(line.startswith("GET") for line in log)
     assert not paths.REVISIONS.exists()
 

@@ -1,7 +1,7 @@
-r"""Where a text says its answer: a box, an answer line, a heading or tag, else its last number.
+r"""Answer extraction: a box, an answer line, a heading or a tag, else the last number of a text.
 
-The gold answer is never looked at, only what kind of answer is asked for (an option letter).
-Every pattern is bounded or possessive, because the text comes from a model.
+The gold answer is not used, only the kind of answer that is required (an option letter). Every
+pattern is bounded or possessive, because model text is untrusted.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kit.data import boxed
 from kit.evaluation import latex
 
-BELOW = 20  # lines below an open answer line that may still belong to it
+BELOW = 20  # lines after an unfinished answer line that may belong to it
 
 _HEAD = r"(?:answer|antwort|réponse|respuesta|resposta|risposta|ответ|答案|答え|回答|정답)"
 _COLON = re.compile(
@@ -58,50 +58,50 @@ _NEGATION = re.compile(
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a text gives as its answer."""
+class Extraction:
+    """The answer extracted from a text."""
 
-    answer: str  # "" where it gives none
+    answer: str  # "" if there is none
     method: str  # "boxed", "answer line", "last number", "letter", "none"
-    sentence: str = ""  # that the answer was taken from, where it is a sentence
+    sentence: str = ""  # the sentence that the answer was taken from, if any
 
 
-def extract(text: str, letters: bool = False) -> Found:
-    """The later of the last box and the last line that gives the answer, else the last number.
+def extract(text: str, letters: bool = False) -> Extraction:
+    """The later of the last box and the last answer line, else the last number.
 
-    After a closed `<think>` block only what follows it counts, unless that is blank; what follows
-    the answer as a new question does not. A line "Answer: ..." ranks with a box by place; "the
-    answer is ..." only where there is no box. With `letters` an option (A to J) is looked for.
-    Linear in the length of the text.
+    Only text after a closed `<think>` block counts, unless it is blank; a new question after the
+    answer does not. Of a box and a line "Answer: ..." the later one counts; "the answer is ..."
+    counts only without a box. With `letters` an option (A to J) is extracted. Linear in the length
+    of the text.
     """
-    text = first_turn(said(text))
+    text = first_turn(after_thinking(text))
     boxes = boxed.boxes(text)
     line = _answer_line(text)
     if boxes and (line is None or not line[2] or boxes[-1].start > line[1]):
-        found = Found(boxes[-1].content, "boxed")
+        result = Extraction(boxes[-1].content, "boxed")
     elif line:
         answer = value(line[0])
-        found = Found(answer, "answer line", "" if answer == line[0] else line[0])
+        result = Extraction(answer, "answer line", "" if answer == line[0] else line[0])
     else:
-        found = Found("", "none")
-    if letters and (option := _option(text, found.answer)):
-        return Found(option, found.method if found.answer else "letter", found.sentence)
-    if found.answer:
-        return found
+        result = Extraction("", "none")
+    if letters and (option := _option(text, result.answer)):
+        return Extraction(option, result.method if result.answer else "letter", result.sentence)
+    if result.answer:
+        return result
     last = ""
     for match in _LAST_NUMBER.finditer(latex.ascii_digits(text).replace("\u2212", "-")):
         last = match[0]
-    return Found(last, "last number") if last else found
+    return Extraction(last, "last number") if last else result
 
 
-def said(text: str) -> str:
-    """What follows the last closed `<think>` block, the whole where nothing does."""
+def after_thinking(text: str) -> str:
+    """The text after the last closed `<think>` block, or all of it if nothing follows."""
     _, closed, rest = text.rpartition("</think>")
     return rest if closed and rest.strip() else text
 
 
 def first_turn(text: str) -> str:
-    """The text without the questions that a model goes on to ask itself after its answer."""
+    """The text without further questions that a model asks itself after its answer."""
     for turn in _NEXT_TURN.finditer(text):
         head = text[: turn.start()]
         if boxed.last_boxed(head) or _answer_line(head):
@@ -111,9 +111,9 @@ def first_turn(text: str) -> str:
 
 
 def _answer_line(text: str) -> tuple[str, int, bool] | None:
-    """(what the last answer line says, where it starts, whether it is one by its form).
+    """The last answer line: (its text, where it starts, whether it has the form of one).
 
-    A line left open, or a heading, goes on below.
+    An unfinished line, or a heading, continues on the next lines.
     """
     lines = text.splitlines(keepends=True)
     tagged = [m for pattern in (_TAG, _JSON) for m in pattern.finditer(text)]
@@ -131,58 +131,60 @@ def _answer_line(text: str) -> tuple[str, int, bool] | None:
             heads, form = ([*_IS.finditer(line)] if "answer" in line.lower() else []), False
         if not heads:
             continue
-        told, below = line[heads[-1].end() :], at + 1
-        while below < min(len(lines), at + BELOW) and (not strip(told) or _open(told)):
-            told, below = told + lines[below], below + 1
-        if told := strip(_SENTENCE_END.split(told, maxsplit=1)[0]):
-            return told, start, form
+        content, below = line[heads[-1].end() :], at + 1
+        while below < min(len(lines), at + BELOW) and (not strip(content) or _open(content)):
+            content, below = content + lines[below], below + 1
+        if content := strip(_SENTENCE_END.split(content, maxsplit=1)[0]):
+            return content, start, form
     return None
 
 
-def _open(told: str) -> bool:
-    return told.count("{") > told.count("}") or told.count(r"\begin") > told.count(r"\end")
+def _open(content: str) -> bool:
+    return content.count("{") > content.count("}") or content.count(r"\begin") > content.count(
+        r"\end"
+    )
 
 
-def strip(told: str) -> str:
-    """Without markdown emphasis, quotation marks, one pair of math delimiters, the full stop."""
-    told = told.strip(" \t\r\n*_`").removesuffix(".").strip(" \t\r\n*_`")
+def strip(content: str) -> str:
+    """The text without markdown emphasis, quotation marks, math delimiters and full stop."""
+    content = content.strip(" \t\r\n*_`").removesuffix(".").strip(" \t\r\n*_`")
     for left, right in (('"', '"'), ("“", "”"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"),
                         (r"\[", r"\]")):  # fmt: skip
-        inner = told[len(left) : -len(right)]
-        if told.startswith(left) and told.endswith(right) and inner and left not in inner:
+        inner = content[len(left) : -len(right)]
+        if content.startswith(left) and content.endswith(right) and inner and left not in inner:
             return inner.strip().removesuffix(".") if left in '"“' else inner.strip()
-    return told
+    return content
 
 
-def value(told: str) -> str:
-    """What an answer line comes to: its value, without the explanation or the sentence around it.
+def value(content: str) -> str:
+    """The value in an answer line, without the explanation or the sentence around it.
 
-    A line that is no sentence stays as it is.
+    A line that is not a sentence is returned unchanged.
     """
-    told = told.replace("**", "").replace("`", "").strip()
-    heads = [*_IS.finditer(told)]
-    if heads and (rest := strip(told[heads[-1].end() :])):
-        told = rest
-    if len(told) > latex.LONGEST:
-        return told
-    if (math := _MATH_FIRST.match(told)) and _explains(told[math.end() :]):
+    content = content.replace("**", "").replace("`", "").strip()
+    heads = [*_IS.finditer(content)]
+    if heads and (rest := strip(content[heads[-1].end() :])):
+        content = rest
+    if len(content) > latex.LONGEST:
+        return content
+    if (math := _MATH_FIRST.match(content)) and _explains(content[math.end() :]):
         return (math[1] or math[2]).strip()
-    if (cut := _EXPLAINED.search(told)) and (head := strip(told[: cut.start()])):
+    if (cut := _EXPLAINED.search(content)) and (head := strip(content[: cut.start()])):
         if re.search(r"[0-9\\]", head) or len(head.split()) <= 3:
-            told = head
-    if ordinal := _ORDINAL.fullmatch(_ARTICLE.sub("", told, count=1)):
+            content = head
+    if ordinal := _ORDINAL.fullmatch(_ARTICLE.sub("", content, count=1)):
         return ordinal[1]
-    return _predicate(told) if len(_WORD.findall(told)) >= 3 else told
+    return _predicate(content) if len(_WORD.findall(content)) >= 3 else content
 
 
 def _explains(rest: str) -> bool:
-    """Whether what follows a value only talks about it."""
+    """Whether the text after a value only explains it."""
     rest = rest.strip()
     return bool(_EXPLAINED.match(" " + rest)) or not re.search(r"[0-9$\\=]|\b(?:or|and)\b", rest)
 
 
 def _predicate(sentence: str) -> str:
-    """What a sentence says of its subject, its one number, or the sentence itself."""
+    """The predicate of a sentence, or its only number, or the sentence itself."""
     if _NEGATION.search(sentence):
         return sentence
     if heads := [*_COPULA.finditer(sentence)]:
@@ -194,7 +196,7 @@ def _predicate(sentence: str) -> str:
 
 
 def _option(text: str, answer: str) -> str:
-    """The option letter that an answer starts with, or else the last that the text names."""
+    """The option letter that an answer starts with, else the last one in the text."""
     if match := _OPTION.match(answer):
         return match[1]
     named = [*_LETTER.finditer(text)] if not answer.strip() else []
@@ -202,8 +204,8 @@ def _option(text: str, answer: str) -> str:
 
 
 def names(gold: str, sentence: str) -> bool:
-    """Whether a sentence gives the worded `gold` as its answer: as a word of it that is neither
-    denied nor one of several. Of three letters or fewer (a symbol), as its last word, case and all.
+    """Whether a sentence gives the worded `gold` as its answer: it contains the words and neither a
+    negation nor alternatives. Up to three letters (a symbol) must be its last word, case included.
     """
     if _NEGATION.search(sentence) or re.search(r"\bor\b|\beither\b", sentence, re.IGNORECASE):
         return False

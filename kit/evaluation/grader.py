@@ -30,7 +30,7 @@ _UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*(?!percent|points)[A-Za-z]")
 
 
 def _complies(text: str, form: str) -> bool:
-    text = extract.said(text)
+    text = extract.after_thinking(text)
     boxes = boxed.boxes(text) if form != "answer line" else []
     complies = bool(boxes) and boxes[-1].command == r"\boxed{"
     return complies or (form != "boxed" and bool(_COMPLIANT_LINE.search(text)))
@@ -65,11 +65,11 @@ def grade_many(
         raise ValueError(f"form is {form!r}; choose one of {', '.join(map(repr, FORMS))}")
     if len(texts) != len(golds):
         raise ValueError(f"{len(texts)} texts but {len(golds)} golds; give one gold for each text")
-    found = [extract.extract(text, option(gold)) for text, gold in zip(texts, golds, strict=True)]
-    quick = [settle(gold, each) for gold, each in zip(golds, found)]
-    reasons = sandbox.compare([pair for pair in quick if len(pair) == 2])
+    answers = [extract.extract(text, option(gold)) for text, gold in zip(texts, golds, strict=True)]
+    verdicts = [settle(gold, answer) for gold, answer in zip(golds, answers)]
+    reasons = sandbox.compare([pair for pair in verdicts if len(pair) == 2])
     grades, any_form = [], ["any"] * len(texts)
-    for text, gold, wanted, each, verdict in zip(texts, golds, asks or any_form, found, quick):
+    for text, gold, wanted, each, verdict in zip(texts, golds, asks or any_form, answers, verdicts):
         reason, answer = reasons.get(verdict) or verdict[0], each.answer[:LONGEST]
         if reason == "equal" and not in_form(answer, wanted, gold):
             reason = "form"
@@ -100,14 +100,14 @@ def option(gold: str) -> bool:
     return bool(_OPTION.fullmatch(latex.tidy(gold[:LONGEST])))
 
 
-def settle(gold: str, found: extract.Found) -> tuple[str, ...]:
+def settle(gold: str, extracted: extract.Extraction) -> tuple[str, ...]:
     """(reason,) if this process can decide, else the tidied (gold, answer) for a worker."""
-    answer = found.answer
+    answer = extracted.answer
     if not gold.strip():
         return ("no gold",)
     if not answer:
         return ("no answer",)
-    if gold.strip() in (answer, found.sentence):
+    if gold.strip() in (answer, extracted.sentence):
         return ("equal",)
     if max(len(answer), len(gold)) > LONGEST:
         return ("too long",)
@@ -115,7 +115,7 @@ def settle(gold: str, found: extract.Found) -> tuple[str, ...]:
     if percents == [True, False] and _UNIT.search(answer):
         return ("different",)  # 25 ft is not 25%
     gold, answer = latex.tidy(gold), latex.tidy(answer)
-    if _WORDS.fullmatch(gold) and extract.names(gold, found.sentence or answer):
+    if _WORDS.fullmatch(gold) and extract.names(gold, extracted.sentence or answer):
         return ("equal",)
     verdict = equal(gold, answer, lambda *_: None)
     return (gold, answer) if verdict is None else ("equal" if verdict else "different",)

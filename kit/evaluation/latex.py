@@ -1,7 +1,7 @@
-r"""Reading LaTeX answers as strings: a light tidy-up, plain numbers, lists.
+r"""LaTeX answers as strings: typographic normalization, plain numbers, lists.
 
-Linear passes and bounded patterns only, because the text comes from a model. It does not do
-algebra, math-verify does.
+Only linear passes and bounded patterns, because model text is untrusted. Algebra is left to
+math-verify.
 """
 
 import re
@@ -9,7 +9,7 @@ import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
-LONGEST = 2000  # characters of an answer that are looked at
+LONGEST = 2000  # characters of an answer that are compared at most
 
 _SYMBOLS = {
     **dict.fromkeys("−–", "-"),
@@ -60,12 +60,12 @@ _TRIG = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
 def tidy(latex: str) -> str:
-    r"""The same answer with its typography taken off; idempotent on what it returns.
+    r"""The answer without its typography; idempotent.
 
-    Goes: dollar signs and math delimiters, `\left` `\right`, `\dfrac`, spacing commands, `\!`
+    Removed: dollar signs and math delimiters, `\left` `\right`, `\dfrac`, spacing commands, `\!`
     and `{,}` between thousands, degree signs (radians inside trigonometry), units after a number,
     `\text` wrappers, a final full stop. Decimal digits of any script become ASCII digits;
-    superscripts and circled digits do not. Stays: percent signs, bases, brackets, a.m. and p.m.
+    superscripts and circled digits do not. Kept: percent signs, bases, brackets, a.m. and p.m.
     """
     text = ascii_signs(latex)
     text = re.sub(r"(?<=[0-9])(?:, ?\\!|\{, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", "", text)
@@ -103,8 +103,8 @@ def tidy(latex: str) -> str:
 
 
 def _structures(text: str) -> str:
-    """Environments and infix commands in the form that is compared: alignments and cases as lists,
-    a bracketed array as a matrix, `n \\choose k` as a binomial."""
+    """Environments and infix commands in a canonical form: alignments and cases as lists, a
+    bracketed array as a matrix, `n \\choose k` as a binomial."""
     text = re.sub(r"\{? ?([0-9a-z]{1,9}) ?\\choose ?([0-9a-z]{1,9}) ?\}?", r"\\binom{\1}{\2}", text)
     text = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     text = _CASES.sub(lambda m: m[1].replace(r"\\", ", "), text)
@@ -133,13 +133,13 @@ def ascii_digits(text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    """Text without spaces, except between two digits: what two equal strings share."""
+    """The text without spaces, except between two digits, to compare strings."""
     return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text)
 
 
 @dataclass(frozen=True)
 class Number:
-    """A plain rational: exact value, how it was written."""
+    """A rational number: its exact value and how it was written."""
 
     value: Fraction
     percent: bool
@@ -196,7 +196,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 def split_top(text: str) -> list[str]:
-    """Split at commas, semicolons, "and", "or" that stand outside every bracket."""
+    """Split at commas, semicolons, "and" and "or" outside all brackets."""
     parts, depth, start = [], 0, 0
     for token in re.finditer(r"[()\[\]{}]|[,;]|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])", text):
         if token[0] in _OPEN:
@@ -211,7 +211,7 @@ def split_top(text: str) -> list[str]:
 
 
 def terms(text: str) -> list[str]:
-    """Split at plus and minus signs that stand outside every bracket, but for a leading one."""
+    """Split at plus and minus signs outside all brackets, except a leading one."""
     parts, depth, start = [], 0, 0
     for place, char in enumerate(text):
         depth += (char in _OPEN) - (char in _CLOSE)
@@ -222,7 +222,7 @@ def terms(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str] | None:
-    r"""("(]", inside) when one pair of brackets spans the whole text; `\{` counts as `{`."""
+    r"""("(]", inside) if one pair of brackets spans the whole text; `\{` counts as `{`."""
     if text.startswith((r"\{", "{")):
         text = text.replace(r"\{", "{").replace(r"\}", "}")
     if len(text) < 2 or text[0] not in _OPEN or text[-1] not in _CLOSE:

