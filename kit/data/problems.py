@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import hub, paths
-from kit.data.dedup import OverlapError, check_disjoint, near_duplicates
+from kit.data.dedup import near_duplicates
 from kit.data.generators import FAMILIES
 from kit.data.sources import SOURCES, Reject, read_rows
 from kit.schema import Problem, digest
-
-__all__ = ["OverlapError", "ProblemSet", "Reject", "check_disjoint", "hub_files", "load"]
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_SHARE = 0.1  # of a published training file, cut by hash of the id
@@ -95,16 +93,6 @@ def load(
     found = _only(found, "family", families, name)
     problems = tuple(sorted(_sample(found, n, seed), key=lambda p: p.id))
     return ProblemSet(name, split, problems, tuple(rejects), dropped, revision)
-
-
-def hub_files(name: str, split: str = "test") -> list[tuple[str, str]]:
-    """(repository, file) that `load` reads from the hub for this split; none for laptop."""
-    _check_names(name, split, path=None)
-    if name == "laptop":
-        return []
-    source = SOURCES[name]
-    halves = ("test",) if split == "test" else ("train", "test")
-    return [(source.repo, file) for half in halves for file in source.files.get(half, ())]
 
 
 def _check_names(name: str, split: str, path) -> None:

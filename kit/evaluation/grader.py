@@ -36,11 +36,6 @@ def _complies(text: str, form: str) -> bool:
     return complies or (form != "boxed" and bool(_COMPLIANT_LINE.search(text)))
 
 
-def gold_of_solution(solution: str) -> str | None:
-    r"""The gold answer of a MATH solution: its last box. None where there is none, or a blank."""
-    return boxed.last_boxed(solution)
-
-
 def grade(text: str, gold: str, form: str = "boxed", asks: str = "any") -> Grade:
     """Grade one text against its gold answer; never raises because of the text.
 

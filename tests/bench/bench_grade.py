@@ -15,8 +15,9 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from kit.data.boxed import last_boxed
 from kit.evaluation import sandbox
-from kit.evaluation.grader import gold_of_solution, grade_many, settle
+from kit.evaluation.grader import grade_many, settle
 from kit.paths import ROOT
 
 DATA = Path(os.environ.get("KIT_DATA", ROOT.parent / "shared" / "data"))
@@ -29,7 +30,7 @@ def golds() -> list[str]:
     found = []
     for name in ("math_train.jsonl", "math_test.jsonl"):
         for line in (DATA / name).read_text().splitlines():
-            found.append(gold_of_solution(json.loads(line)["solution"]))
+            found.append(last_boxed(json.loads(line)["solution"]))
     found = [gold for gold in found if gold]
     random.Random(0).shuffle(found)
     return found

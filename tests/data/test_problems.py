@@ -21,9 +21,9 @@ import pytest
 
 from kit import hub, paths
 from kit.data import suite
-from kit.data.dedup import near_duplicates
+from kit.data.dedup import OverlapError, check_disjoint, near_duplicates
 from kit.data.generators import FAMILIES
-from kit.data.problems import OverlapError, ProblemSet, check_disjoint, hub_files, load
+from kit.data.problems import ProblemSet, load
 from kit.data.sources import SOURCES
 from kit.schema import Problem
 from tests.fake_hub import build_cache
@@ -278,8 +278,7 @@ def one_row(name: str) -> tuple[dict, str]:
 @pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "minerva", "olympiad"])
 def test_test_sets_load_from_the_hub_cache(cache, name):
     row, gold = one_row(name)
-    (repo, file), *others = hub_files(name)
-    assert not others and repo == SOURCES[name].repo
+    repo, (file,) = SOURCES[name].repo, SOURCES[name].files["test"]
     cache(name, {file: (parquet if file.endswith("parquet") else jsonl)([row])})
     found = load(name)
     assert [p.answer for p in found.problems] == [gold]
@@ -294,7 +293,7 @@ def test_training_sets_load_from_the_hub_cache(cache):
         {"problem": "Q1?", "answer": "$7$", "solution": "", "level": "Easy"},
         {"problem": "Q2?", "answer": "", "solution": r"\boxed{\frac{1}{2}}", "level": "Hard"},
     ]
-    ((repo, file),) = hub_files("open-rs", "train")
+    (file,) = SOURCES["open-rs"].files["train"]
     cache("open-rs", {file: parquet(rows)})
     found = [*load("open-rs", "train").problems, *load_if_any("open-rs", "validation")]
     assert {(p.question, p.answer, p.level) for p in found} == {
@@ -324,7 +323,6 @@ def test_math_from_the_hub_cache_equals_the_local_file(cache, tmp_path):
     }
     rows["train", "algebra"].append(rows["test", "algebra"][0] | {"level": "Level 5"})
     cache("math", {f"{s}/{h}-00000-of-00001.parquet": parquet(r) for (h, s), r in rows.items()})
-    assert len(hub_files("math")) == 7 and len(hub_files("math", "train")) == 14
     local = {
         half: write_jsonl(
             tmp_path / f"{half}.jsonl",

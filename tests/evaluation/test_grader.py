@@ -20,7 +20,7 @@ from kit.data.boxed import last_boxed
 from kit.evaluation import grader as grading
 from kit.evaluation import sandbox
 from kit.evaluation.extract import extract
-from kit.evaluation.grader import gold_of_solution, grade, grade_many
+from kit.evaluation.grader import grade, grade_many
 from kit.evaluation.latex import tidy
 from kit.paths import ROOT
 
@@ -37,9 +37,7 @@ def rows(name):
 
 
 def math_golds():
-    return [
-        gold_of_solution(r["solution"]) for f in ("train", "test") for r in rows(f"math_{f}.jsonl")
-    ]
+    return [last_boxed(r["solution"]) for f in ("train", "test") for r in rows(f"math_{f}.jsonl")]
 
 
 # ---------------------------------------------------------------- extraction and compliance
@@ -402,7 +400,7 @@ def test_every_gold_is_correct_when_boxed_and_on_an_answer_line():
 
 @needs_data
 def test_two_published_golds_are_blank_and_never_credited():
-    blank = [r for r in rows("math_train.jsonl") if gold_of_solution(r["solution"]) is None]
+    blank = [r for r in rows("math_train.jsonl") if last_boxed(r["solution"]) is None]
     assert [r["unique_id"] for r in blank] == [
         f"train/number_theory/{n}.json" for n in (7115, 7117)
     ]
