@@ -496,15 +496,15 @@ def freeze_problems(
     show: Annotated[bool, Option("--show", help="print examples, write nothing")] = False,
 ) -> None:
     """Generate the problems of the laptop suite anew and write them to data/problems."""
-    from kit.data import suite
+    from kit.data import generated
     from kit.data.generators import FAMILIES
 
     names = families.split(",") if families else [*FAMILIES]
     with _in_one_sentence():
         if show:
-            suite.show(names, suite.PER_LEVEL["test"], seed)
+            generated.show(names, generated.PER_LEVEL["test"], seed)
         else:
-            manifest = suite.freeze(names, suite.PER_LEVEL, seed=seed)
+            manifest = generated.freeze(names, generated.PER_LEVEL, seed=seed)
             print(f"froze {manifest['counts']} problems, sha256 {manifest['sha256'][:12]}")
 
 

@@ -3,7 +3,7 @@
 `load(name, split)` reads the frozen suite in data/problems, or a published set from the hub at
 an enforced commit, or a local file in the published layout. Training rows that nearly duplicate
 a held-out row are dropped and counted; malformed rows are listed with file, line and reason.
-It grades nothing and builds no prompts; `suite` generates and freezes the laptop file.
+`generated` makes the file of the laptop suite.
 """
 
 import hashlib
@@ -15,28 +15,33 @@ from pathlib import Path
 
 from kit import hub, paths
 from kit.data.dedup import near_duplicates
-from kit.data.generators import FAMILIES
 from kit.data.sources import SOURCES, Reject, read_rows
 from kit.schema import Problem, digest
 
 SPLITS = ("train", "validation", "test")
-VALIDATION_SHARE = 0.1  # of a published training file, cut by hash of the id
+VALIDATION_SHARE = 0.1  # of a published training file, split off by hash of the id
+# Required form of the answer by family of the laptop suite, one of schema.ASKS; else "any".
+LAPTOP_ASKS = {
+    "chain_sum": "evaluated",
+    "products": "evaluated",
+    "fraction_simplification": "simplified",
+}
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """Problems of one split, sorted by id, with what was left out and where they came from."""
+    """Problems of one split, sorted by id, with their source and the rows that were left out."""
 
     name: str
     split: str
     problems: tuple[Problem, ...]
     rejects: tuple[Reject, ...]  # malformed rows of the files of this split
-    dropped: int  # training rows left out because they nearly duplicate held-out ones
+    dropped: int  # training rows that nearly duplicate held-out ones
     revision: str  # repository and commit, or file and hash
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all ids, questions, answers, families and levels, whatever their order."""
+        """Hash of all ids, questions, answers, families and levels, in any order."""
         return digest(
             sorted([p.id, p.question, p.answer, p.family, p.level] for p in self.problems)
         )
@@ -77,9 +82,9 @@ def load(
 
     `path` is a local file (JSONL, parquet or CSV) in the published layout, read instead of the
     hub; for train and validation it is the training file, and `test_path` the file whose rows
-    it must not repeat. The `n` are spread over families and levels in proportion, depend on
-    `seed` and not on file order, and a smaller `n` is a subset of a larger one.
-    ValueError for an unknown name, split, level or family, or where no row could be used.
+    it must not repeat. The `n` problems are a sample stratified by family and level; it depends on
+    `seed`, not on file order, and a smaller `n` gives a subset of a larger one.
+    ValueError for an unknown name, split, level or family, or if no row is usable.
     """
     _check_names(name, split, path)
     if name == "laptop":
@@ -121,7 +126,7 @@ def _laptop_revision() -> str:
 
 
 def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
-    """The frozen suite, after its hash was checked against the manifest."""
+    """The frozen suite, whose hash must match the manifest."""
     file, manifest_file = _laptop_files()
     for needed in (file, manifest_file):
         if not needed.exists():
@@ -135,7 +140,11 @@ def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
     rows = [json.loads(line) for line in raw.decode().splitlines()]
     fields = ("id", "question", "answer", "family", "level")
     found = [
-        Problem(**{f: row[f] for f in fields}, source="laptop", asks=FAMILIES[row["family"]].asks)
+        Problem(
+            **{field: row[field] for field in fields},
+            source="laptop",
+            asks=LAPTOP_ASKS.get(row["family"], "any"),
+        )
         for row in rows
         if row["split"] == split
     ]

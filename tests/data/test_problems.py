@@ -20,9 +20,9 @@ import pyarrow.parquet
 import pytest
 
 from kit import hub, paths
-from kit.data import suite
+from kit.data import generated
 from kit.data.dedup import OverlapError, check_disjoint, near_duplicates
-from kit.data.generators import FAMILIES
+from kit.data.generated import FAMILIES
 from kit.data.problems import ProblemSet, load
 from kit.data.sources import SOURCES
 from kit.schema import Problem
@@ -447,7 +447,7 @@ ORACLES = {
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_generated_golds_are_right_and_questions_plain(family):
     for level in range(1, len(FAMILIES[family].levels) + 1):
-        for p in suite.generate(family, level, 25, seed=5):
+        for p in generated.generate(family, level, 25, seed=5):
             assert (p.family, p.level, p.source) == (family, level, "laptop")
             assert p.question == p.question.strip() and 0 < len(p.answer) <= 20
             assert not re.search(
@@ -476,7 +476,7 @@ def test_the_frozen_suite_can_be_made_again_from_its_manifest():
     if manifest["generator"] != f"reasoning-gym {version('reasoning_gym')}":
         pytest.skip("frozen with another version of the generator")
     sizes = manifest["per_level"]
-    made = suite.make(list(manifest["families"]), sizes, manifest["seed"])
+    made = generated.make(list(manifest["families"]), sizes, manifest["seed"])
     for one in made:
         assert one.fingerprint == load("laptop", one.split).fingerprint
 
@@ -486,7 +486,7 @@ def test_freezing_writes_what_load_reads_and_a_changed_file_is_refused(tmp_path,
     with pytest.raises(FileNotFoundError, match="laptop.jsonl is missing: run .*freeze"):
         load("laptop")
     sizes = {"train": 4, "validation": 2, "test": 3}
-    manifest = suite.freeze(["chain_sum", "gcd"], sizes, tmp_path / "problems", seed=9)
+    manifest = generated.freeze(["chain_sum", "gcd"], sizes, tmp_path / "problems", seed=9)
     assert manifest["counts"] == {"train": 16, "validation": 8, "test": 12}
     assert load("laptop", "train").fingerprint == manifest["fingerprints"]["train"]
     assert load("laptop").revision.startswith("reasoning-gym 0.1.25, seed 9")
@@ -498,11 +498,11 @@ def test_freezing_writes_what_load_reads_and_a_changed_file_is_refused(tmp_path,
 
 def test_neighbouring_seeds_share_no_problems_and_small_families_say_so():
     """reasoning-gym itself repeats 99 of 100 items between seeds 0 and 1."""
-    one, other = (suite.generate("chain_sum", 2, 60, seed) for seed in (0, 1))
+    one, other = (generated.generate("chain_sum", 2, 60, seed) for seed in (0, 1))
     assert not {p.question for p in one} & {p.question for p in other}
-    assert suite.generate("chain_sum", 2, 60, 0) == one
+    assert generated.generate("chain_sum", 2, 60, 0) == one
     with pytest.raises(ValueError, match="chain_sum level 1 has [0-9]+ distinct problems"):
-        suite.generate("chain_sum", 1, 120, seed=0)
+        generated.generate("chain_sum", 1, 120, seed=0)
     for family, level in (("sudoku", 1), ("gcd", 9)):
         with pytest.raises(ValueError, match="no family 'sudoku'|gcd has levels 1 to 2, not 9"):
-            suite.generate(family, level, 1, seed=0)
+            generated.generate(family, level, 1, seed=0)

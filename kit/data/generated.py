@@ -1,17 +1,22 @@
-"""The generated laptop suite: problems of the task families, made once and frozen to a file.
+"""Generates the laptop suite, problems of seven reasoning-gym families, and freezes it to a file.
 
     python -m kit freeze-problems                               writes data/problems/
     python -m kit freeze-problems --families chain_sum --show   prints examples of every level
 
-Generators change between versions, so runs read the frozen file (`problems.load("laptop")`) and
-this module is needed only to make a new one. Each question is asked in one plain sentence,
-without the generator's format instructions: prompts are the business of `prompts`.
+Generators change between versions, so runs read the frozen file (`problems.load("laptop")`), and
+this module is only needed to make a new one. A family is a reasoning-gym dataset: its settings from
+easy to hard, how an entry becomes one plain question without format instructions, and which entries
+are kept. Levels are easy on purpose: the bundled 135M model must solve between 15% and 50% of the
+suite, or it could not show any difference (LOG.md has the table of what was tried). Families whose
+gold answers an independent oracle does not confirm are left out.
 """
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -20,26 +25,107 @@ import reasoning_gym
 
 from kit import paths
 from kit.data.dedup import NEAR, ShingleSignature, check_disjoint, signature, similarity
-from kit.data.generators import FAMILIES, Family
-from kit.data.problems import SPLITS, ProblemSet
+from kit.data.problems import LAPTOP_ASKS, SPLITS, ProblemSet
 from kit.schema import Problem, digest
 
 PER_LEVEL = {"train": 30, "validation": 10, "test": 25}  # problems per family and level
-DRAWS_PER_PROBLEM = 200  # drawn before a family counts as exhausted
+DRAWS_PER_PROBLEM = 200  # entries per problem before a family counts as exhausted
+
+Entry = dict  # of a reasoning-gym dataset: question, answer, metadata
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings of one reasoning-gym dataset by level, and how its entries become questions."""
+
+    levels: tuple[dict, ...]  # generator settings, easiest first
+    ask: Callable[[Entry], str]
+    keep: Callable[[Entry, int], bool] = lambda entry, level: True
+
+
+def _range(name: str, low: int, high: int) -> dict:
+    return {f"min_{name}": low, f"max_{name}": high}
+
+
+def _calculate(entry: Entry) -> str:
+    return f"Calculate {entry['metadata']['expression']}."
+
+
+def _of_numbers(what: str) -> Callable[[Entry], str]:
+    def ask(entry: Entry) -> str:
+        numbers = ", ".join(map(str, entry["metadata"]["numbers"]))
+        return f"Find the {what} of these numbers: {numbers}."
+
+    return ask
+
+
+def _factors(entry: Entry, level: int) -> bool:
+    """No trivial factor; level 2 has two factors from 10 to 29."""
+    factors = list(map(int, entry["metadata"]["expression"].split(" * ")))
+    return min(factors) >= 2 if level == 1 else max(factors) < 30
+
+
+def _equation(entry: Entry) -> str:
+    """The unknown is always x: a renamed equation would be the same problem."""
+    variable, equation = entry["metadata"]["variable"], entry["metadata"]["equation"]
+    return f"Solve for x: {equation.replace('*', '').replace(variable, 'x')}"
+
+
+def _small(entry: Entry, level: int) -> bool:
+    """A coefficient times the unknown; level 1: from 2 to 9, level 2: larger."""
+    match = re.match(r"(\d+)\*[a-z] = ", entry["metadata"]["equation"])
+    return bool(match) and (2 <= int(match[1]) <= 9) == (level == 1) and int(match[1]) > 1
+
+
+_TWO_TERMS = _range("terms", 2, 2)
+_EQUATIONS = _TWO_TERMS | {
+    **_range("value", 1, 9),
+    "operators": ("*",),
+    "operators_weights": [1.0],
+}
+
+FAMILIES = {
+    "chain_sum": Family(tuple(_TWO_TERMS | _range("digits", k, k) for k in (1, 2)), _calculate),
+    "products": Family(
+        (_range("terms", 2, 3) | _range("digits", 1, 1), _TWO_TERMS | _range("digits", 2, 2)),
+        _calculate,
+        _factors,
+    ),
+    "gcd": Family(
+        tuple({"max_value": top} for top in (15, 50)),
+        _of_numbers("Greatest Common Divisor (GCD)"),
+    ),
+    "lcm": Family(
+        tuple({"max_value": top} for top in (15, 30)),
+        _of_numbers("Least Common Multiple (LCM)"),
+    ),
+    "simple_equations": Family((_EQUATIONS, _EQUATIONS), _equation, _small),
+    "fraction_simplification": Family(
+        tuple(
+            {"max_value": top, "styles": ("plain",)} | _range("factor", 2, factor)
+            for top, factor in ((10, 5), (30, 10))
+        ),
+        lambda entry: entry["question"].split(" Give only")[0],
+        keep=lambda entry, level: entry["metadata"]["simplified_denominator"] > 1,
+    ),
+    "letter_counting": Family(
+        (_range("words", 5, 6), _range("words", 10, 12)), lambda entry: entry["question"]
+    ),
+}
 
 
 class Seen:
-    """Questions taken so far, over all splits, families and levels."""
+    """Questions accepted so far, over all splits, families and levels."""
 
     def __init__(self) -> None:
         self.bags: set[tuple[str, ...]] = set()
         self.blocks: dict[tuple[str, ...], list[ShingleSignature]] = defaultdict(list)
 
     def admit(self, question: str) -> bool:
-        """Take the question unless it is like one already taken.
+        """Accept the question unless it duplicates an accepted one.
 
-        Alike is: the same words in any order, so that 3 + 5 and 5 + 3 count once, or nearly the
-        same words around the same numbers.
+        Duplicates have the same words in any order, so that 3 + 5 and 5 + 3 count once, or nearly
+        the same words around the same numbers.
         """
         mark = signature(question)
         bag, block = tuple(sorted(mark.tokens)), self.blocks[mark.numbers]
@@ -51,9 +137,9 @@ class Seen:
 
 
 def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = None) -> list[Problem]:
-    """`n` problems of one family and level, no two alike nor like one in `seen`.
+    """`n` problems of one family and level without duplicates, also of those in `seen`.
 
-    ValueError where the family has too few.
+    ValueError if the family has too few.
     """
     maker, seen = _maker(family), seen or Seen()
     if not 1 <= level <= len(maker.levels):
@@ -61,22 +147,30 @@ def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = Non
     # Item i of a dataset is drawn with seed + i: neighbouring seeds share nearly all items.
     start, size = int(digest([family, level, seed], 7), 16), DRAWS_PER_PROBLEM * n
     settings = maker.levels[level - 1]
-    made = []
+    problems = []
     for entry in reasoning_gym.create_dataset(family, size=size, seed=start, **settings):
-        if len(made) == n:
+        if len(problems) == n:
             break
         question = maker.ask(entry)
         if maker.keep(entry, level) and seen.admit(question):
             own = f"{family}-{level}-{digest(question, 8)}"
-            made.append(
-                Problem(own, question, entry["answer"], family, level, "laptop", maker.asks)
+            problems.append(
+                Problem(
+                    own,
+                    question,
+                    entry["answer"],
+                    family,
+                    level,
+                    "laptop",
+                    LAPTOP_ASKS.get(family, "any"),
+                )
             )
-    if len(made) < n:
+    if len(problems) < n:
         raise ValueError(
-            f"{family} level {level} has {len(made)} distinct problems in {size} draws, not {n}: "
-            "ask for fewer, or widen its level"
+            f"{family} level {level} has {len(problems)} distinct problems in {size} draws, not {n}:"
+            " ask for fewer, or widen its level"
         )
-    return made
+    return problems
 
 
 def _maker(family: str) -> Family:
