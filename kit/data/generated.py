@@ -167,8 +167,8 @@ def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = Non
             )
     if len(problems) < n:
         raise ValueError(
-            f"{family} level {level} has {len(problems)} distinct problems in {size} draws, not {n}:"
-            " ask for fewer, or widen its level"
+            f"{family} level {level} has {len(problems)} distinct problems in {size} draws, "
+            f"not {n}: ask for fewer, or widen its level"
         )
     return problems
 

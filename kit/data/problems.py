@@ -88,16 +88,16 @@ def load(
     """
     _check_names(name, split, path)
     if name == "laptop":
-        found, rejects, dropped, revision = *_read_laptop(split), 0, _laptop_revision()
+        problems, rejects, dropped, revision = *_read_laptop(split), 0, _laptop_revision()
     else:
-        found, rejects, dropped, revision = _read_published(name, split, path, test_path)
-    if not found:
+        problems, rejects, dropped, revision = _read_published(name, split, path, test_path)
+    if not problems:
         first = f"; line {rejects[0].line}: {rejects[0].reason}" if rejects else ""
         raise ValueError(f"{name} {split}: not one usable row in {revision}{first}")
-    found = _only(found, "level", levels, name)
-    found = _only(found, "family", families, name)
-    problems = tuple(sorted(_sample(found, n, seed), key=lambda p: p.id))
-    return ProblemSet(name, split, problems, tuple(rejects), dropped, revision)
+    problems = _only(problems, "level", levels, name)
+    problems = _only(problems, "family", families, name)
+    sample = tuple(sorted(_sample(problems, n, seed), key=lambda p: p.id))
+    return ProblemSet(name, split, sample, tuple(rejects), dropped, revision)
 
 
 def _check_names(name: str, split: str, path) -> None:
@@ -139,7 +139,7 @@ def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
         )
     rows = [json.loads(line) for line in raw.decode().splitlines()]
     fields = ("id", "question", "answer", "family", "level")
-    found = [
+    problems = [
         Problem(
             **{field: row[field] for field in fields},
             source="laptop",
@@ -148,7 +148,7 @@ def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
         for row in rows
         if row["split"] == split
     ]
-    return found, []
+    return problems, []
 
 
 def _read_published(
@@ -156,18 +156,18 @@ def _read_published(
 ) -> tuple[list[Problem], list[Reject], int, str]:
     """Problems, rejects, number of near-duplicates dropped, revision of one split."""
     half = "test" if split == "test" else "train"
-    found, rejects, revision = _read_half(name, half, path)
+    problems, rejects, revision = _read_half(name, half, path)
     if split == "test":
-        return found, rejects, 0, revision
-    held_out = [p for p in found if _is_validation(p)]
-    found = held_out if split == "validation" else [p for p in found if not _is_validation(p)]
+        return problems, rejects, 0, revision
+    held_out = [p for p in problems if _is_validation(p)]
+    problems = held_out if split == "validation" else [p for p in problems if not _is_validation(p)]
     against = held_out if split == "train" else []
     if test_path is None and (path is not None or "test" not in SOURCES[name].files):
         revision += ", not checked against a test split (no test_path)"
     else:
         against = against + _read_half(name, "test", test_path)[0]
-    repeated = {mine.id for mine, _, _ in near_duplicates(found, against)}
-    return [p for p in found if p.id not in repeated], rejects, len(repeated), revision
+    repeated = {mine.id for mine, _, _ in near_duplicates(problems, against)}
+    return [p for p in problems if p.id not in repeated], rejects, len(repeated), revision
 
 
 def _is_validation(problem: Problem) -> bool:
@@ -184,7 +184,7 @@ def _read_half(
             raise FileNotFoundError(f"{path} is not a file: path= takes one file of {name} {half}")
         checksum = hashlib.sha256(path.read_bytes()).hexdigest()
         return *read_rows(path, name), f"{path.name} sha256 {checksum[:12]}"
-    source, found, rejects, commit = SOURCES[name], [], [], ""
+    source, problems, rejects, commit = SOURCES[name], [], [], ""
     for file in source.files[half]:
         try:
             local, commit = hub.fetch(source.repo, file, "dataset")
@@ -192,37 +192,37 @@ def _read_half(
             gate = f"https://huggingface.co/datasets/{source.repo}"
             hint = f" ({name} is gated: accept its terms at {gate} and run `hf auth login`)"
             raise hub.HubError(f"{error}{hint if source.gated else ''}") from error
-        problems, bad = read_rows(local, name)
-        found += problems
-        rejects += [Reject(file, r.line, r.reason) for r in bad]
-    return found, rejects, f"{source.repo}@{commit[:12]}"
+        rows, malformed = read_rows(local, name)
+        problems += rows
+        rejects += [Reject(file, r.line, r.reason) for r in malformed]
+    return problems, rejects, f"{source.repo}@{commit[:12]}"
 
 
 # ---- choosing -------------------------------------------------------------------------------
 
 
-def _only(found: list[Problem], field: str, wanted: Iterable | None, name: str) -> list[Problem]:
+def _only(problems: list[Problem], field: str, wanted: Iterable | None, name: str) -> list[Problem]:
     """Problems whose `field` is among `wanted`; each wanted value must occur."""
     if wanted is None:
-        return found
-    wanted, there = set(wanted), {getattr(p, field) for p in found}
+        return problems
+    wanted, there = set(wanted), {getattr(p, field) for p in problems}
     if unknown := sorted(wanted - there):
         raise ValueError(f"{name} has no {field} {unknown}; it has {sorted(there)}")
-    return [p for p in found if getattr(p, field) in wanted]
+    return [p for p in problems if getattr(p, field) in wanted]
 
 
-def _sample(found: list[Problem], n: int | None, seed: int) -> list[Problem]:
+def _sample(problems: list[Problem], n: int | None, seed: int) -> list[Problem]:
     """At most `n` problems, in proportion over (family, level).
 
     Within a stratum of m problems, shuffled by hash, the k-th lies at (k + 1/2) / m; the n
     lowest of all strata together are a proportional sample, and nested in n.
     """
-    if n is None or n >= len(found):
-        return found
+    if n is None or n >= len(problems):
+        return problems
     if n < 1:
         raise ValueError(f"n={n}: ask for at least one problem")
     strata = defaultdict(list)
-    for problem in found:
+    for problem in problems:
         strata[problem.family, problem.level].append((digest([seed, problem.id]), problem))
     placed = []
     for members in strata.values():
