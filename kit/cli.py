@@ -497,7 +497,7 @@ def freeze_problems(
 ) -> None:
     """Generate the problems of the laptop suite anew and write them to data/problems."""
     from kit.data import generated
-    from kit.data.generators import FAMILIES
+    from kit.data.generated import FAMILIES
 
     names = families.split(",") if families else [*FAMILIES]
     with _in_one_sentence():

@@ -16,8 +16,8 @@ from kit.dms.train import EvictorTraining
 from kit.inference import decode, paged_attention, policies
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import Quantized
-from kit.models import embedder as embed
 from kit.models import quantization
+from kit.models.embedder import load as load_embedder
 from kit.models.load import RANDOM as SHAPES
 from kit.models.load import Model, load
 from kit.parametric import ffn_memory, qa
@@ -60,7 +60,7 @@ def seen():
 
 @pytest.fixture(scope="module")
 def embedder():
-    return embed.load()
+    return load_embedder()
 
 
 def pair(here: Model = RANDOM["llama"]) -> list[Model]:

@@ -17,10 +17,9 @@ import sympy
 
 from kit.data import problems
 from kit.data.boxed import last_boxed
-from kit.evaluation import grader as grading
 from kit.evaluation import sandbox
 from kit.evaluation.extract import extract
-from kit.evaluation.grader import grade, grade_many
+from kit.evaluation.grader import LONGEST, grade, grade_many
 from kit.evaluation.latex import tidy
 from kit.paths import ROOT
 
@@ -544,7 +543,7 @@ def test_hostile_text_is_graded(tmp_path, monkeypatch):
     for name, (text, reason) in HOSTILE.items():
         verdict = grade(text, "5")
         assert (verdict.correct, verdict.reason) == (False, reason), name
-        assert len(verdict.extracted) <= grading.LONGEST, name
+        assert len(verdict.extracted) <= LONGEST, name
     still_grades()
     assert not list(tmp_path.iterdir())
 

