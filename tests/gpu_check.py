@@ -724,7 +724,7 @@ def energy_counts(here: Here, found: dict) -> str:
     while time.perf_counter() - began < (0.1 if here.dry else 2):
         x @ x
         here.wait()
-    found["joules"] = drawn = energy.drawn(before, energy.joules())
+    found["joules"] = drawn = energy.consumed(before, energy.joules())
     return "no device counts" if drawn is None else f"{drawn:.0f} J in two seconds"
 
 

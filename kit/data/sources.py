@@ -1,12 +1,12 @@
-"""Published benchmarks: where each lies on the hub and how one row of it is read.
+"""Published benchmarks: their files on the hub, and how a row of each becomes a problem.
 
 `SOURCES` is the table; `read_rows` turns a JSONL, parquet or CSV file in the published layout
-into problems and rejects (file, line, reason): one bad line never loses the rest. No splits and
-no sampling here, that is `problems`.
+into problems and rejects (file, line, reason): a malformed row never loses the others. Splits and
+samples are made in `problems`.
 
 File names were checked against stored pages of the hub, not the live hub; those of gpqa and of
-the training halves of math and gsm8k, and the columns of open-rs, rest on public code that reads
-them.
+the training halves of math and gsm8k, and the columns of open-rs, were taken from public code that
+reads them.
 """
 
 import csv
@@ -25,12 +25,12 @@ Row = dict
 
 
 class BadRow(ValueError):
-    """What is wrong with one row."""
+    """A malformed row; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that could not be used."""
+    """A malformed row and why it was rejected."""
 
     file: str
     line: int  # counted from 1; the row number in parquet files
@@ -38,7 +38,7 @@ class Reject:
 
 
 def _text(row: Row, field: str) -> str:
-    """A non-empty text field; BadRow says what is wrong with it."""
+    """A non-empty text field; raises BadRow if it is none."""
     if field not in row:
         raise BadRow(f"field {field!r} is missing")
     value = row[field]
@@ -46,7 +46,7 @@ def _text(row: Row, field: str) -> str:
         raise BadRow(f"field {field!r} is {type(value).__name__}, not text")
     if not value.strip():
         raise BadRow(f"field {field!r} is empty")
-    value.encode()  # a lone surrogate is no text: UnicodeEncodeError
+    value.encode()  # UnicodeEncodeError for a lone surrogate
     return value.strip()
 
 
@@ -119,7 +119,7 @@ def _olympiad(row: Row) -> tuple:
 
 
 def _gpqa(row: Row) -> tuple:
-    """Four options in an order fixed by the question's hash; the gold is a letter."""
+    """Four options in an order fixed by the hash of the question; the gold answer is a letter."""
     question, correct = _text(row, "Question"), _text(row, "Correct Answer")
     options = [correct, *(_text(row, f"Incorrect Answer {i}") for i in (1, 2, 3))]
     order = sorted(range(4), key=lambda i: digest([question, i]))
@@ -129,17 +129,17 @@ def _gpqa(row: Row) -> tuple:
 
 
 def _open_rs(row: Row, family: str) -> tuple:
-    """`answer` where there is one, else what the solution boxes; level 1 is `Easy`, 2 the rest."""
+    """The field `answer`, else the box of the solution; level 1 is `Easy`, 2 any other."""
     gold = _text(row, "answer").strip("$") if row.get("answer") else _boxed_gold(row)
     return _text(row, "problem"), gold, family, 1 if row.get("level") == "Easy" else 2
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a published set lies and how a row is read."""
+    """Repository, files and row format of a published set."""
 
     repo: str
-    files: dict[str, tuple[str, ...]]  # published split -> files; validation is cut from train
+    files: dict[str, tuple[str, ...]]  # published split -> files; validation is split off train
     read: Callable[[Row], tuple]  # row -> question, gold, family, level
     licence: str
     id_field: str | None = None  # None: the id is a hash of the question
@@ -245,7 +245,7 @@ def _reason(error: Exception) -> str:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row | Exception]]:
-    """(line, row) of a file, or (line, what is wrong with the line)."""
+    """(line, row) of a file, or (line, error) for a malformed line."""
     if path.suffix == ".parquet":
         try:
             yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)

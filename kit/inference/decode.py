@@ -147,7 +147,7 @@ def decode(
                 places = sorted(running)
                 logits = _step(model, cache, places, [running[p].new_ids[-1] for p in places])
             asked += _advance(model, cache, running, places, logits, sampling, forcing, done)
-    done = _with_joules(done, energy.drawn(joules, energy.joules()))
+    done = _with_joules(done, energy.consumed(joules, energy.joules()))
     return [
         replace(done[i, None], forced=tuple(done.get((i, budget)) for budget in forcing.budgets))
         for i in range(len(requests))

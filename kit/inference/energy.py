@@ -21,7 +21,7 @@ def joules() -> float | None:
     return sum(counters) if counters else None
 
 
-def drawn(before: float | None, after: float | None) -> float | None:
+def consumed(before: float | None, after: float | None) -> float | None:
     """Joules between two readings; None where one is missing, or a counter was reset."""
     if before is None or after is None or after < before:
         return None

@@ -2,8 +2,9 @@
 
 All but Full and DMS share one budget: a unit (layer, or layer and KV head) that has seen t
 tokens keeps `kept_tokens` of them, or `kept_fraction` of t (rounded down, at least FLOOR). A
-prompt is read with dense attention and then cut to the budget; in decoding a new token attends
-to what is kept and itself, then the lowest-ranked token goes if the unit is over its budget.
+prompt is read with dense attention and then reduced to the budget; in decoding a new token attends
+to the kept tokens and itself, then the lowest-ranked token is evicted if the unit exceeds its
+budget.
 
 A policy ranks tokens; `eviction` finds the lowest, and `kv_cache` reuses its slot. Not included:
 R-KV (https://arxiv.org/abs/2505.24133), which needs pairwise key similarities and a buffer of
@@ -18,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 FLOOR = 8  # tokens that a `kept_fraction` keeps at least
-CHUNK = 512  # query rows whose attention is held at once
+CHUNK = 512  # query rows whose attention is in memory at once
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Attention in which keys fade or vanish once the eviction window has passed them.
+"""Attention over whole prompts, with keys that are evicted after a delay (DMS).
 
-One function for training (a soft gate per key, with gradients) and for reading prompts
-(a hard gate): the hard limit of the one is what the slot cache does, token for token.
+`evicting_attention` serves training, with a soft gate per key and gradients, and prefill, with a
+hard gate: in the hard limit it equals the slot cache token by token.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kit.inference.block_table import MASKED
 
-CHUNK = 512  # query rows whose scores are held at once
+CHUNK = 512  # query rows whose scores are in memory at once
 
 
 def evicting_attention(
@@ -21,9 +21,9 @@ def evicting_attention(
     window: int,
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention; key k is seen freely by query q while q - k <= window.
+    """Causal attention in which key k is ungated for query q while q - k <= window.
 
-    Later queries see it with `log_keep` added to its score: log(1 - alpha) of DMS
+    Later queries attend to it with `log_keep` added to its score: log(1 - alpha) of DMS
     (arXiv 2506.05345, training), 0 for a kept key and MASKED for an evicted one.
     query [B, H*G, T, D]; key, value [B, H, T, D]; log_keep [B, H, T] float32;
     returns [B, H*G, T, D] in the dtype of the values. Scores and their softmax are at least

@@ -38,7 +38,7 @@ class MetricsCallback(TrainerCallback):
         if "loss" not in logs:
             return
         logs["seconds"] = time.perf_counter() - self.began
-        logs["joules"] = energy.drawn(self.counted, energy.joules())
+        logs["joules"] = energy.consumed(self.counted, energy.joules())
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         on_gpu = torch.cuda.is_available()

@@ -226,9 +226,9 @@ def test_energy_is_the_sum_of_what_counts(tmp_path, monkeypatch):
     part.mkdir()
     (part / "energy_uj").write_text("999")
     assert energy.joules() == 5.5
-    assert energy.drawn(5.5, 7.0) == 1.5
-    assert energy.drawn(7.0, 5.5) is None, "a counter began anew"
-    assert energy.drawn(None, 5.5) is None
+    assert energy.consumed(5.5, 7.0) == 1.5
+    assert energy.consumed(7.0, 5.5) is None, "a counter began anew"
+    assert energy.consumed(None, 5.5) is None
 
 
 def test_energy_is_that_of_the_gpus_that_torch_sees(tmp_path, monkeypatch):
