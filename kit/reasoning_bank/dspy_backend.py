@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
@@ -50,6 +51,7 @@ class Engine:
         self.model, self.max_new_tokens = model, max_new_tokens
         self.batch_size, self.memory = batch_size, memory
         self.calls = self.rounds = self.prompt_tokens = self.new_tokens = self.truncated = 0
+        self._asked: Counter = Counter()  # requests without a seed
         self._waiting: list[tuple[Request, Future]] = []
         self._running: int | None = None  # programs inside `run_batched` that may still ask
         self._changed = threading.Condition()
@@ -155,7 +157,8 @@ class Engine:
                 future.set_result(self._response(request, generation))
 
     def _read(self, request: Request) -> tuple[Sampling, decode.Request]:
-        """Sampling parameters and prompt; equal requests with equal seeds draw equal tokens."""
+        """Sampling parameters and prompt. Equal requests with equal seeds draw equal tokens; without
+        a seed the second draws the second sample, as further rollouts of DSPy expect."""
         config = request.config
         asked = [name for name in REFUSED if getattr(config, name)]
         if asked or request.tools or config.stop:
@@ -176,7 +179,11 @@ class Engine:
         )
         prompt = Prompt(Problem("", "", "", "", 0, "dspy"), "dspy", tuple(messages))
         ids = decode.tokenize(self.model, prompt)
-        return sampling, decode.Request(ids, json.dumps([prompt.id, config.seed]))
+        name, sample = json.dumps([prompt.id, config.seed]), 0
+        if config.seed is None:
+            sample = self._asked[name, sampling]
+            self._asked[name, sampling] += 1
+        return sampling, decode.Request(ids, name, sample)
 
     def _response(self, request: Request, generation) -> Response:
         self.calls += 1

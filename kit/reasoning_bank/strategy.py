@@ -13,6 +13,7 @@ import pyarrow
 from lancedb.pydantic import LanceModel, Vector
 
 from kit.data.dedup import NEAR, signature, similarity
+from kit.evaluation import latex
 from kit.schema import Problem, digest
 
 KINDS = ("success", "failure")
@@ -20,6 +21,8 @@ RETIRED = ("uses", "wins")  # columns of banks built before December 2026, never
 PARAPHRASE = 0.9  # cosine similarity from which two questions with the same numbers count as one
 # What precedes a result in a text; a short answer counts as leaked only after one of these.
 RESULT = r"(?i:answer|result|total|sum|product|value|equals?|is|boxed|[=≈→:])[\s\W]{0,6}"
+FRACTION = r"\\[dt]?frac *\{-?\d+\} *\{\d+\}"
+NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?"
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,18 @@ def leak_reason(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
 
 
 def leaks_answer(text: str, answer: str) -> bool:
-    """Whether `text` contains `answer`, spaces aside: anywhere, or, for an answer of one or two
-    characters, only where a result is stated."""
+    """Whether `text` contains `answer`, spaces aside, or the same number written otherwise:
+    anywhere, or, for an answer of one or two characters, only where a result is stated."""
     characters = "".join(answer.split())
     if not characters:
         return False
     spaced = r"\s*".join(map(re.escape, characters))  # LaTeX may be spaced otherwise
     lead = RESULT if len(characters) < 3 else ""
     flags = re.IGNORECASE if len(characters) > 1 else 0  # "A" is an answer, "a" a word
-    return re.search(rf"{lead}(?<![\w.]){spaced}(?!\w|\.\d)", text, flags) is not None
+    if re.search(rf"{lead}(?<![\w.]){spaced}(?!\w|\.\d)", text, flags):
+        return True
+    gold = latex.number(latex.tidy(answer))
+    return gold is not None and any(
+        (other := latex.number(latex.tidy(found[1]))) and other.value == gold.value
+        for found in re.finditer(rf"{lead}(?<![\w.])({FRACTION}|{NUMBER})(?!\w|\.\d)", text)
+    )

@@ -39,6 +39,12 @@ ANSWERS = [  # text, answer, whether it is given away
     ("anything", "", False),
     (r"you get \frac{3}{4}", r"\frac {3} {4}", True),  # spaces in the gold answer
     ("the set is {1,2}", "{1, 2}", True),
+    ("so total = 1,234", "1234", True),  # the same number, written otherwise
+    (r"it equals \frac{1}{2}", "1/2", True),
+    ("it equals 0.5 of that", r"\frac{1}{2}", True),
+    ("steps 1, 2 and 3", "123", False),
+    ("the sum is 7.0", "7", True),
+    ("use 7.0 litres", "7", False),
 ]
 
 

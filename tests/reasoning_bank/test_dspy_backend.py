@@ -45,6 +45,17 @@ def test_an_answer_is_what_decoding_gives(engine, solver, tiny):
     assert solver(question=QUESTIONS[0], seed=0).answer != solver(QUESTIONS[0], seed=5).answer
 
 
+def test_a_request_without_a_seed_draws_anew_each_time(tiny):
+    def said(temperature: float, **how) -> list[str]:
+        ask = dspy.Predict("question -> answer")
+        lm = language_model(Engine(tiny, max_new_tokens=8), temperature=temperature)
+        with dspy.context(lm=lm, adapter=Lines()):
+            return [ask(question=QUESTIONS[0], **how).answer for _ in range(3)]
+
+    assert len({*said(0.8)}) == 3 and said(0.8) == said(0.8)
+    assert len({*said(0.0)}) == 1 == len({*said(0.8, config={"seed": 1})})
+
+
 def test_programs_together_take_as_many_decodings_as_one_makes_calls(engine, solver):
     def twice(question):
         first = solver(question=question).answer
