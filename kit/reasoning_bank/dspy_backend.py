@@ -157,8 +157,8 @@ class Engine:
                 future.set_result(self._response(request, generation))
 
     def _read(self, request: Request) -> tuple[Sampling, decode.Request]:
-        """Sampling parameters and prompt. Equal requests with equal seeds draw equal tokens; without
-        a seed the second draws the second sample, as further rollouts of DSPy expect."""
+        """Sampling parameters and prompt. Equal requests with equal seeds draw equal tokens;
+        without a seed the second draws the second sample, as further rollouts of DSPy expect."""
         config = request.config
         asked = [name for name in REFUSED if getattr(config, name)]
         if asked or request.tools or config.stop:
