@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from kit.analysis.plot_style import Picture
+from kit.analysis.plots import Picture
 from kit.paths import run_dir
 from kit.pipeline.provenance import FINGERPRINT_MIME, collect, write_json
 from kit.report import exhibits

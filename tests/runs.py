@@ -8,13 +8,11 @@ import numpy as np
 import pandas as pd
 
 from kit import notebook, paths
-from kit.analysis import claims, tables
-from kit.analysis import plots as figures
+from kit.analysis import claims, plots, tables
 from kit.analysis.verdicts import measured_table
 from kit.evaluation.store import Store
 from kit.pipeline import provenance
-from kit.report import exhibits
-from kit.report import html as report
+from kit.report import exhibits, html
 from kit.schema import Record
 
 CAPTION = exhibits.BASELINE
@@ -59,7 +57,7 @@ def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str =
     forest = tables.against(frame, "format", ["plain"], "plain")
     notebook.save_results(
         "01_baseline", {"keys": sorted(frame["key"])}, profile, {CAPTION: tables.arms(frame)},
-        {"Format against plain": figures.forest(forest)},
+        {"Format against plain": plots.forest(forest)},
     )  # fmt: skip
     published = claims.load()
     parts = []
@@ -75,7 +73,7 @@ def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str =
         executed(folder, stage, profile, commit)
         done = {"inputs": {}, "wall_seconds": 1.0, "peak_memory_bytes": 1} | TIMES
         provenance.write_json(folder / "status" / f"{stage}.json", done)
-    report.write(profile, frame, verdicts, tables.audits(published), exhibits.load_results(profile))
+    html.write(profile, frame, verdicts, tables.audits(published), exhibits.load_results(profile))
     return folder
 
 

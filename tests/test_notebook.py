@@ -9,7 +9,7 @@ from IPython.utils.capture import capture_output
 
 from kit import notebook
 from kit.analysis import claims
-from kit.analysis.plot_style import Picture
+from kit.analysis.plots import Picture
 from kit.analysis.verdicts import measured_table
 from kit.report import exhibits
 from tests import shown

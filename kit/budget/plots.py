@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture
 
 MIB = 2**20
 FAINT = 0.12  # opacity of a point that is on the frontier in no bootstrap draw

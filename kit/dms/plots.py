@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture, line
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line
 
 
 def _plain_numbers(axis) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture, line
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line
 
 
 def cluster_map(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:

@@ -15,7 +15,7 @@ import matplotlib
 import pandas as pd
 
 from kit.analysis import tables
-from kit.analysis.plot_style import STYLE, Picture
+from kit.analysis.plots import STYLE, Picture
 from kit.paths import run_dir
 from kit.pipeline.provenance import write_json, write_text
 from kit.pipeline.refusals import read_json

@@ -18,8 +18,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from kit.analysis import plot_style, tables
-from kit.analysis import plots as figures
+from kit.analysis import plots, tables
 from kit.analysis.claims import NOTEBOOKS
 from kit.analysis.verdicts import RULES, UNMEASURED, WORDS
 from kit.paths import ROOT, run_dir
@@ -82,7 +81,7 @@ def write(
         baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],
         systems=_systems(folder, every),
         audit=_audit(audits),
-        effects=_picture(figures.published_effects(audits)),
+        effects=_picture(plots.published_effects(audits)),
         facts=_facts(made_by or provenance.collect(), records, results),
         stages=_stages(every, results),
         commands=[(stage.name, _command(stage)) for stage in every],
@@ -151,7 +150,7 @@ def _baseline(model: str, records: pd.DataFrame) -> dict:
         "problems": int(first["problems"]),
         "samples": int(first["samples"]),
         "arms": _arms(_name(model), by_arm, tables.difference(records, ARM, CONTROL)),
-        "figure": _picture(figures.accuracy_by_family(families)),
+        "figure": _picture(plots.accuracy_by_family(families)),
         "families": [_family_table(arm, table) for arm, table in families.items()],
     }
 
@@ -184,7 +183,7 @@ def _systems(folder: Path, every: list[stages.Stage]) -> list[dict]:
             pictures = [each for each in shown if isinstance(each, exhibits.Figure)]
             found.append({
                 "id": stage.name, "title": "".join(title).splitlines()[0].partition("· ")[2],
-                "figures": [(each, plot_style.image(each.file, each.alt)) for each in pictures],
+                "figures": [(each, plots.image(each.file, each.alt)) for each in pictures],
                 "tables": [each for each in shown if isinstance(each, Table)],
                 "command": _command(stage), "failure": stage.failure,
             })  # fmt: skip
@@ -255,5 +254,5 @@ def _name(model: str) -> str:
     return model
 
 
-def _picture(picture: plot_style.Picture) -> Markup:
-    return Markup(plot_style.svg(picture))
+def _picture(picture: plots.Picture) -> Markup:
+    return Markup(plots.svg(picture))

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from kit.analysis import claims, plot_style
+from kit.analysis import claims, plots
 from kit.paths import PUBLISHED
 from kit.report import bundle
 from kit.report.bundle import VERDICTS, Run
@@ -74,21 +74,21 @@ def _audited() -> str:
 def save_figure(file: Path, published: Path = PUBLISHED) -> None:
     """`figure` as SVG, which carries its alternative text."""
     picture = figure(published)
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         picture.savefig(file, metadata={"Date": None, "Description": picture.alt})
 
 
-def figure(published: Path = PUBLISHED) -> plot_style.Picture:
+def figure(published: Path = PUBLISHED) -> plots.Picture:
     """Three findings: KL by policy, fetched blocks and retrieved strategies against controls."""
     quality, facts, strategies = (table(published, *which) for which in (DMS, FACTS, STRATEGIES))
     facts = facts.set_index("control").loc[[*HOLDERS]].reset_index()
     strategies = strategies[strategies["problems"] == strategies["problems"].max()]
-    with matplotlib.rc_context(plot_style.STYLE):
-        picture = plot_style.Picture(figsize=(2 * plot_style.WIDTH, 3.4), layout="constrained")
+    with matplotlib.rc_context(plots.STYLE):
+        picture = plots.Picture(figsize=(2 * plots.WIDTH, 3.4), layout="constrained")
         left, middle, right = picture.subplots(1, 3)
         for number, (name, rows) in enumerate(quality.groupby("policy", sort=False)):
             if name != "full":
-                plot_style.line(left, rows["kept_fraction"], [*rows["kl"]], number, name)
+                plots.line(left, rows["kept_fraction"], [*rows["kl"]], number, name)
         left.set(title="KV-cache eviction", xlabel="kept fraction of the tokens", ylim=(0, None),
                  ylabel="KL to full attention, nats per token")  # fmt: skip
         left.legend(frameon=False)
@@ -121,7 +121,7 @@ def table(published: Path, stage: str, caption: str) -> pd.DataFrame:
 
 def _controls(axes, frame: pd.DataFrame, title: str) -> None:
     at, numbers = np.arange(len(frame))[::-1], np.array([*frame["difference"]])
-    plot_style.intervals(axes, at, numbers, 0, "")
+    plots.intervals(axes, at, numbers, 0, "")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(at, [*frame["control"]], fontsize=8)
     axes.grid(axis="y", visible=False)

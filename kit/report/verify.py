@@ -18,8 +18,7 @@ from kit import paths
 from kit.analysis import claims, tables
 from kit.analysis.contrasts import Measurement
 from kit.pipeline.refusals import Refused
-from kit.report import bundle, exhibits, recompute
-from kit.report import html as report
+from kit.report import bundle, exhibits, html, recompute
 from kit.report.bundle import FOLDERS, RECORDS, SUMS, VERDICTS, Damaged, Run
 
 UNVOUCHED = f"every file: there is no {SUMS}, so nothing says whether one was changed"
@@ -127,7 +126,7 @@ def write_report(checked: Checked) -> Path | None:
     records = run.records.get("01_baseline", run.every.iloc[:0])
     audits, again = tables.audits(run.published), (checked.wrong, checked.left)
     try:
-        return report.write(stamp["profile"], records, verdicts, audits, run.results,
+        return html.write(stamp["profile"], records, verdicts, audits, run.results,
                             folder=folder, made_by=made_by, again=again)  # fmt: skip
     except KeyError as error:
         raise Damaged(f"its notebooks or status files do not say {error}") from error

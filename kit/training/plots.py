@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from kit.analysis.plot_style import SERIES, STYLE, WIDTH, Picture, line
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line
 
 
 def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:

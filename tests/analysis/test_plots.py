@@ -10,8 +10,7 @@ import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from kit.analysis import claims, plot_style, tables
-from kit.analysis import plots as figures
+from kit.analysis import claims, plots, tables
 from kit.training import checkpoint_selection
 from kit.training import plots as curves
 
@@ -37,7 +36,7 @@ def small() -> dict[str, pd.DataFrame]:
     }
 
 
-def drawn(picture: plot_style.Picture) -> dict[str, list[tuple]]:
+def drawn(picture: plots.Picture) -> dict[str, list[tuple]]:
     """By legend label the (x, low, high, name of the row) of every point."""
     (axes,) = picture.axes
     ticks, texts = axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()]
@@ -52,7 +51,7 @@ def drawn(picture: plot_style.Picture) -> dict[str, list[tuple]]:
     return found
 
 
-def boxes(picture: plot_style.Picture):
+def boxes(picture: plots.Picture):
     """Drawn extents of axes, legend, row names and the whole, in pixels."""
     renderer = FigureCanvasAgg(picture).get_renderer()
     picture.draw(renderer)
@@ -75,7 +74,7 @@ def audits_of_all() -> pd.DataFrame:
 
 
 def test_accuracy_draws_the_table():
-    points = drawn(figures.accuracy_by_family(small()))
+    points = drawn(plots.accuracy_by_family(small()))
     assert [*points] == ["plain", "format"]
     for arm, table in small().items():
         assert [name for *_, name in points[arm]] == ["gcd 1", "sums 2", "all"]
@@ -86,14 +85,14 @@ def test_accuracy_draws_the_table():
 def test_arms_with_different_families_share_their_rows():
     plain = small()["plain"]
     form = family_table([("words", 1, (5.0, 0.0, 9.0)), ("all", "", (5.0, 0.0, 9.0))])
-    points = drawn(figures.accuracy_by_family({"plain": plain, "format": form}))
+    points = drawn(plots.accuracy_by_family({"plain": plain, "format": form}))
     assert [name for *_, name in points["plain"]] == ["gcd 1", "sums 2", "all"]
     assert [name for *_, name in points["format"]] == ["words 1", "all"]
 
 
 def test_effects_are_the_differences_with_counts_and_split_at_zero():
     audits = audits_of_all()
-    points = drawn(figures.published_effects(audits))
+    points = drawn(plots.published_effects(audits))
     rows = audits[audits["p"].notna()]
     assert sum(map(len, points.values())) == len(rows) > 20
     (clear, ends), (unclear, _) = points.items()
@@ -109,20 +108,20 @@ def test_effects_are_the_differences_with_counts_and_split_at_zero():
 def test_effects_leave_out_other_units():
     audits = audits_of_all().query("claim == 'rbslm-memory-gain'")
     other = audits.assign(claim="steps", published="8 against 9 steps")
-    points = drawn(figures.published_effects(pd.concat([audits, other])))
+    points = drawn(plots.published_effects(pd.concat([audits, other])))
     assert [name for found in points.values() for *_, name in found] == ["rbslm-memory-gain"]
 
 
 @pytest.mark.parametrize(
     "picture",
     [
-        lambda: figures.accuracy_by_family(small()),
-        lambda: figures.accuracy_by_family({"plain": many(0)}),
-        lambda: figures.accuracy_by_family({str(i): many(10 * i) for i in range(4)}),
-        lambda: figures.published_effects(audits_of_all()),
-        lambda: figures.published_effects(audits_of_all().query("claim == 'rbslm-memory-gain'")),
-        lambda: figures.forest(contrasts_of(9)),
-        lambda: figures.forest(contrasts_of(1)),
+        lambda: plots.accuracy_by_family(small()),
+        lambda: plots.accuracy_by_family({"plain": many(0)}),
+        lambda: plots.accuracy_by_family({str(i): many(10 * i) for i in range(4)}),
+        lambda: plots.published_effects(audits_of_all()),
+        lambda: plots.published_effects(audits_of_all().query("claim == 'rbslm-memory-gain'")),
+        lambda: plots.forest(contrasts_of(9)),
+        lambda: plots.forest(contrasts_of(1)),
     ],
     ids=["small", "one arm", "four arms", "all claims", "one claim", "nine arms", "one control"],
 )
@@ -138,21 +137,21 @@ def test_nothing_overlaps_or_is_cut_off(picture):
 
 
 def test_alt_text_says_the_overall_numbers():
-    assert figures.accuracy_by_family(small()).alt == (
+    assert plots.accuracy_by_family(small()).alt == (
         "Accuracy by problem family and level. Over all problems: "
         "plain 25% (20% to 30%); format 80% (75% to 85%)."
     )
     audits = audits_of_all().query("claim in ['rbslm-memory-gain', 'rbslm-format-compliance']")
-    alt = figures.published_effects(audits).alt
+    alt = plots.published_effects(audits).alt
     assert alt.startswith("Of 2 published differences") and alt.endswith("of 1 includes it.")
     assert "of 1 excludes zero" in alt
 
 
 def test_svg_repeats_is_self_contained_and_escapes():
-    first, second = (figures.accuracy_by_family(small()) for _ in range(2))
-    assert plot_style.svg(first) == plot_style.svg(second)
+    first, second = (plots.accuracy_by_family(small()) for _ in range(2))
+    assert plots.svg(first) == plots.svg(second)
     first.alt = '"><script>alert(1)</script>'
-    tag = plot_style.svg(first)
+    tag = plots.svg(first)
     assert "<script>" not in tag and tag.count("<") == 1
     source = base64.b64decode(re.search(r'base64,([^"]+)"', tag)[1]).decode()
     assert source.count("<svg") == 1 and "<text" not in source  # letters are shapes
@@ -161,19 +160,19 @@ def test_svg_repeats_is_self_contained_and_escapes():
 
 
 def test_notebooks_show_a_picture_with_its_text():
-    data, _ = DisplayFormatter().format(figures.accuracy_by_family(small()))
+    data, _ = DisplayFormatter().format(plots.accuracy_by_family(small()))
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert data["text/plain"].startswith("Accuracy by problem family")
 
 
 def test_series_differ_in_colour_and_in_marker():
-    colours, markers = zip(*figures.SERIES)
-    assert len({*colours}) == len({*markers}) == len(figures.SERIES)
+    colours, markers = zip(*plots.SERIES)
+    assert len({*colours}) == len({*markers}) == len(plots.SERIES)
 
 
 def test_forest_draws_the_contrasts_and_tells_the_declared_one():
     table = contrasts_of(4)
-    points = drawn(figures.forest(table))
+    points = drawn(plots.forest(table))
     assert [len(points["declared"]), len(points["further"])] == [1, 3]
     for (x, low, high, name), row in zip(
         points["declared"] + points["further"], table.itertuples(), strict=True
@@ -181,7 +180,7 @@ def test_forest_draws_the_contrasts_and_tells_the_declared_one():
         assert (x, low, high) == pytest.approx(row.difference)
         assert name == row.control
     assert "the declared contrast, retrieved-arm0, is -4.0 points [-6.0, 1.0]" in (
-        figures.forest(table).alt
+        plots.forest(table).alt
     )
 
 
@@ -191,7 +190,7 @@ def test_the_map_shows_every_strategy_where_its_vector_is():
     kinds = ["success" if i % 3 else "failure" for i in range(70)]
     vectors = np.zeros((70, 20))
     vectors[:, 5], vectors[:, 9] = 3 * rng.normal(size=70), rng.normal(size=70)
-    picture = figures.bank_map(vectors, families, kinds)
+    picture = plots.bank_map(vectors, families, kinds)
     (axes,) = picture.axes
     groups = {c.get_label(): c.get_offsets() for c in axes.collections}
     assert len(groups) == 14 and sum(map(len, groups.values())) == 70

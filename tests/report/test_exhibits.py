@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from kit.analysis import plots as figures
-from kit.analysis.plot_style import WIDTH
+from kit.analysis import plots
+from kit.analysis.plots import WIDTH
 from kit.report import exhibits
 
 FRAME = pd.DataFrame(
@@ -23,7 +23,7 @@ FRAME = pd.DataFrame(
 
 def forest():
     rows = [("retrieved", control, (3.0, 1.0, 5.0), control == "b") for control in "abc"]
-    return figures.forest(pd.DataFrame(rows, columns=["arm", "control", "difference", "primary"]))
+    return plots.forest(pd.DataFrame(rows, columns=["arm", "control", "difference", "primary"]))
 
 
 def test_what_is_saved_is_read_back(tmp_path):

@@ -15,8 +15,7 @@ import pandas as pd
 import pytest
 
 from kit import paths
-from kit.analysis import claims, tables
-from kit.analysis import plots as figures
+from kit.analysis import claims, plots, tables
 from kit.analysis.verdicts import RULES, WORDS, measured_table
 from kit.pipeline import provenance, stages
 from kit.report import exhibits
@@ -331,7 +330,7 @@ def test_colours_of_words_reach_contrast_in_both_modes():
 def test_each_notebook_shows_its_tables_and_figures():
     frame = pd.DataFrame({"arm": [EVIL, "plain"], "accuracy": [(50.0, 40.0, 60.0), None]})
     table = pd.DataFrame({"arm": ["a"], "control": ["b"], "difference": [(1.0, -1.0, 3.0)]})
-    drawn = {"Against its control": figures.forest(table.assign(primary=True))}
+    drawn = {"Against its control": plots.forest(table.assign(primary=True))}
     for stage in ("01_baseline", "05_parametric"):
         place = paths.run_dir("laptop") / "exhibits" / stage
         exhibits.save(place, {"Who knows what": frame, "More of it": frame}, drawn)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from kit import notebook, paths
-from kit.analysis import plots as figures
+from kit.analysis import plots
 from kit.report import exhibits
 from kit.report import latex as paper
 
@@ -33,7 +33,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
     rows = [("retrieved", "plain", (3.0, 1.0, 5.0), True)]
     table = pd.DataFrame(rows, columns=["arm", "control", "difference", "primary"])
-    drawn = {"100% of it": figures.forest(table)}
+    drawn = {"100% of it": plots.forest(table)}
     notebook.save_results("01_baseline", {}, "laptop", {exhibits.BASELINE: ARMS}, drawn)
     notebook.save_results("07_verdicts", {"verdicts": VERDICTS}, "laptop")
     return paper.write("laptop")
