@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kit.paths import NOTEBOOKS, OUTPUTS
+from kit.paths import NOTEBOOKS, OUTPUTS, ROOT
 from kit.pipeline import imports, parameters
 from kit.pipeline.provenance import file_hash, files_hash
 from kit.pipeline.refusals import Refused, file_in_the_way, read_json
@@ -178,7 +178,7 @@ def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Sta
 
 def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
     """A hash for each thing that decides the result of a stage; keys as in INPUTS."""
-    root = stage.root
+    root = stage.root if (stage.root / "kit").is_dir() else ROOT  # notebooks elsewhere run this kit
     data = [file for file in (root / "data").rglob("*") if file.is_file()]
     try:
         modules = imports.kit_modules(_code(stage.cells), root / "kit")

@@ -275,6 +275,15 @@ def test_a_run_that_keeps_going_does_all_that_does_not_need_the_failed_stage(pro
     assert trace(project)[2:] == ["01_first", "02_second"]  # which reads the new results
 
 
+def test_notebooks_in_a_folder_of_their_own_run_this_kit(tmp_path):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "mine", ignore=shutil.ignore_patterns(".*"))
+    (own, *_), (stage, *_) = (
+        stages.load_stages("tour", tmp_path / "mine"),
+        stages.load_stages("tour"),
+    )
+    assert stages.inputs(mine[3], []) == stages.inputs(ours[3], [])
+
+
 def test_no_notebook_reads_the_results_of_another_but_the_last():
     *alone, last = stages.load_stages("tour")
     assert last.judges and not any(stage.judges for stage in alone)
