@@ -277,10 +277,7 @@ def test_a_run_that_keeps_going_does_all_that_does_not_need_the_failed_stage(pro
 
 def test_notebooks_in_a_folder_of_their_own_run_this_kit(tmp_path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "mine", ignore=shutil.ignore_patterns(".*"))
-    (own, *_), (stage, *_) = (
-        stages.load_stages("tour", tmp_path / "mine"),
-        stages.load_stages("tour"),
-    )
+    mine, ours = stages.load_stages("tour", tmp_path / "mine"), stages.load_stages("tour")
     assert stages.inputs(mine[3], []) == stages.inputs(ours[3], [])
 
 
