@@ -17,7 +17,7 @@ from kit.pipeline.stages import PREFLIGHT, Stage, read_profile
 
 LARGEST = "workstation"  # the published size
 SIZES = ("quick", "laptop", LARGEST)
-UNDECIDED = "out of reach here"  # as in kit.analysis.claims, whose import takes a second
+UNDECIDED = "out of reach here"  # as in kit.analysis.verdicts, whose import takes a second
 UNMEASURED = "not measured yet"  # as there
 
 
