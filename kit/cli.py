@@ -274,7 +274,9 @@ def verify(
             checked = verify.check(run, lambda line: tell(f"  {line}"))
             tell("\n".join(verify.summary(checked)))
             if checked.verdicts is not None and not as_json:
-                summary.print_verdicts(checked.verdicts.to_dict("records"))
+                again = verify.headline(checked.run, checked.verdicts)
+                rows = checked.verdicts.to_dict("records")
+                summary.print_verdicts({"verdicts": rows, "headline": again})
             page = verify.write_report(checked)
         except bundle.Damaged as error:
             raise Refused(str(error), 2) from error

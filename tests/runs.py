@@ -66,7 +66,7 @@ def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str =
         of_stage = frame if stage == "01_baseline" else frame.iloc[:0]
         parts.append(measured_table(mine, of_stage, profile))
     verdicts = pd.concat(parts, ignore_index=True)
-    columns = ["claim", "system", "published", "measured", "interval", "verdict", "reason"]
+    columns = ["claim", "system", "published", "measured", "interval", "on", "verdict", "reason"]
     rows = {"verdicts": verdicts[columns].to_dict("records")}
     notebook.save_results("07_verdicts", rows, profile)
     for stage in ("01_baseline", "07_verdicts"):

@@ -25,9 +25,16 @@ from kit.pipeline.refusals import Refused
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {key: value for key, value in os.environ.items() if key != "KIT_OUTPUTS"}
 VERDICTS = [
-    ("accuracy rises with memory", "ReasoningBank", "+8.3", "+1.2 [-2, 4]", "inconclusive"),
-    ("eight times less cache", "DMS", "8x", None, "out of reach here"),
-    ("two times less cache", "DMS", "2x", None, "out of reach here"),
+    (
+        "accuracy rises with memory",
+        "ReasoningBank",
+        "+8.3",
+        "+1.2 [-2, 4]",
+        "stand-in model",
+        "undecided",
+    ),
+    ("eight times less cache", "DMS", "8x", None, "beyond this kit", ""),
+    ("two times less cache", "DMS", "2x", None, "beyond this kit", ""),
 ]
 
 
@@ -37,9 +44,10 @@ def project(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cli")
     shutil.copytree(ROOT / "kit", root / "kit", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "notebooks" / "profiles").mkdir(parents=True)
-    keys = ("claim", "system", "published", "measured", "verdict")
+    keys = ("claim", "system", "published", "measured", "on", "verdict")
     rows = [dict(zip(keys, row, strict=True), reason="because") for row in VERDICTS]
-    code = f"load_results(PROFILE)\nsave_results('07_verdicts', {{'verdicts': {rows}}}, PROFILE)"
+    saved = {"verdicts": rows, "headline": ["Nothing yet."]}
+    code = f"load_results(PROFILE)\nsave_results('07_verdicts', {saved}, PROFILE)"
     cells = [new_code_cell("PROFILE = 'tour'\nSECONDS = 0")]
     imports = "from kit.report.exhibits import load_results\n"
     imports += "from kit.notebook import save_results\n"
@@ -63,10 +71,10 @@ def test_reproduce_ends_with_verdicts_and_paths_and_repeats_nothing(project):
     first = kit(project, "reproduce", "--profile", "tour", "--from", "", "--only", "")
     assert (first.returncode, first.stderr) == (0, "")
     assert "[1/1] 07_verdicts  started" in first.stdout
-    assert "Verdicts: 2 out of reach here, 1 inconclusive" in first.stdout
-    table = first.stdout[first.stdout.index("Verdicts:") :]
-    assert "+1.2 [-2, 4]" in table
-    assert "out of reach here: 2 (DMS 2)" in table
+    table = first.stdout[first.stdout.index("claim ") :]
+    assert "+1.2 [-2, 4]" in table and "undecided" in table
+    assert "Not measured here: 2 beyond this kit" in table
+    assert "Verdicts:\n  Nothing yet." in table
     assert "Notebooks: outputs/tour/notebooks" in table
     assert "Report:" not in table
 

@@ -19,8 +19,10 @@ SAMPLES = 3  # of a problem, where they are nested
 DRAWS = 1_000  # of each bootstrap
 CLAIM = Claim(
     "simulated", "simulated", "", "accuracy", "percent", "", "CALC", "01_baseline",
-    ("laptop",), "direction", {}, value=48.0, baseline=40.0, resolution=10.0, margin=8.0,
+    ("laptop",), "direction", {}, ("simulated",), "published", value=48.0, baseline=40.0,
+    resolution=10.0, margin=8.0,
 )  # fmt: skip
+WORDS = (*verdicts.WORDS_THERE, "undecided")
 STUDIES = (  # rule, what is true, gain in shares, problems, whether samples are nested
     ("direction", "the published gain", GAIN, POWERED, False),
     ("direction", "no gain", 0.0, POWERED, False),
@@ -32,10 +34,14 @@ STUDIES = (  # rule, what is true, gain in shares, problems, whether samples are
     ("size", "twice the published gain", 2 * GAIN, POWERED, False),
     ("size", "no gain", 0.0, POWERED, False),
     ("size", "the published gain", GAIN, SMALL, False),
-    ("no_loss", "no loss", 0.0, POWERED, False),
-    ("no_loss", "a loss of the margin", -GAIN, POWERED, False),
-    ("no_loss", "a loss of twice the margin", -2 * GAIN, POWERED, False),
-    ("no_loss", "no loss", 0.0, SMALL, False),
+    ("equivalence", "no difference", 0.0, POWERED, False),
+    ("equivalence", "a loss of the margin", -GAIN, POWERED, False),
+    ("equivalence", "a loss of twice the margin", -2 * GAIN, POWERED, False),
+    ("equivalence", "no difference", 0.0, SMALL, False),
+    ("non_inferiority", "no loss", 0.0, POWERED, False),
+    ("non_inferiority", "a gain", GAIN, POWERED, False),
+    ("non_inferiority", "a loss of the margin", -GAIN, POWERED, False),
+    ("non_inferiority", "a loss of twice the margin", -2 * GAIN, POWERED, False),
     ("threshold", "the published threshold", 0.0, POWERED, False),
     ("threshold", "another, two resolutions off", 2.0, POWERED, False),
     ("threshold", "the published threshold", 0.0, SMALL, False),
@@ -50,11 +56,10 @@ def error_rates(studies: int, seed: int = 0) -> pd.DataFrame:
         measure = _nested if nested else _threshold if rule == "threshold" else _paired
         if rule == "threshold":
             claim = replace(claim, value=4.0, baseline=None, unit="GiB", resolution=1.0)
-        words = [
-            verdicts.verdict(claim, measure(gain, n, rng), "laptop").word for _ in range(studies)
-        ]
+        drawn = (replace(measure(gain, n, rng), model="simulated") for _ in range(studies))
+        words = [verdicts.verdict(claim, each, "laptop").word for each in drawn]
         row = {"rule": rule, "truth": truth, "problems": n}
-        rows.append(row | {word: 100 * words.count(word) / studies for word in verdicts.WORDS[:-1]})
+        rows.append(row | {word: 100 * words.count(word) / studies for word in WORDS})
     return pd.DataFrame(rows)
 
 

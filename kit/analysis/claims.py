@@ -1,8 +1,8 @@
 """Published claims, and what their own numbers can bear.
 
 `load` reads data/claims.toml. `audit` needs no model: interval, p-value and required n from the
-published counts alone. `measure` computes a claim's contrast from records; `kit.analysis.verdicts`
-judges it. No torch, no store, no typed verdicts.
+published counts alone. `measure` computes a claim's contrast from records, against every control
+that the claim names; `kit.analysis.verdicts` judges it. No torch, no store, no typed verdicts.
 """
 
 import tomllib
@@ -19,13 +19,19 @@ from kit.analysis import contrasts, stats
 from kit.analysis.contrasts import Measurement
 from kit.paths import DATA
 
-NEEDS = {"direction": (), "no_loss": ("margin",), "arithmetic": ("value", "tolerance")}
-NEEDS |= dict.fromkeys(("size", "threshold"), ("value", "resolution"))  # fields a rule needs
+NEEDS = {  # fields that a rule needs
+    "direction": (),
+    **dict.fromkeys(("size", "threshold"), ("value", "resolution")),
+    **dict.fromkeys(("equivalence", "non_inferiority"), ("margin",)),
+    "arithmetic": ("value", "tolerance"),  # a published number made again
+    "quoted": (),  # documentary: an issue thread, two versions of a text
+}
 NOTEBOOKS = (
     *("01_baseline", "02_strategies", "03_dms"),
     *("04_phase2", "05_parametric", "06_memory_budget"),
 )
 GRADES = ("FULL", "CODE", "DATA", "NOTE", "BRIEF", "ISSUE", "CALC")  # how a number was seen
+TASKS = ("published", "other")
 ALLOWED = {"grade": GRADES, "notebook": NOTEBOOKS, "rule": tuple(NEEDS)}
 PROFILES = ("any", "quick", "laptop", "workstation")  # "any": arithmetic
 
@@ -44,9 +50,11 @@ class Claim:
     notebook: str
     profiles: tuple[str, ...]  # where it can be decided, smallest first; empty: beyond any profile
     rule: str
-    contrast: (
-        Mapping  # see kit.analysis.contrasts.check; {value = "name"} for what records do not hold
-    )
+    contrast: Mapping  # see contrasts.check; {value = "name"} for what records do not hold. A list
+    # of controls: the claim holds only over all of them
+    model: tuple[str, ...] = ()  # parts of the names of the published models; others are stand-ins
+    task: str = ""  # "published" if problems, prompt, protocol and grader are, else "other"
+    check: Mapping | None = None  # a contrast that must exceed its `above`, else nothing is judged
     value: float | None = None  # None only where a direction was published without a size
     baseline: float | None = None
     n: int | None = None  # items of one run, where a percentage is a share of them
@@ -118,16 +126,39 @@ def _claim(row: dict, name: str) -> Claim:
     check(set(row["profiles"]) <= set(PROFILES), "profiles", f"may hold {', '.join(PROFILES)}")
     check(bool(row["profiles"] or row.get("scope")), "scope", "must say why no profile decides it")
     claim = Claim(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()})
-    if "value" not in claim.contrast and claim.profiles:
+    if claim.profiles and claim.rule not in ("arithmetic", "quoted"):
+        check(bool(claim.model), "model", "must name the published models, as a list")
+        check(claim.task in TASKS, "task", f"is {claim.task!r}; use one of {', '.join(TASKS)}")
+    parts = {"contrast": claim.contrast, "check": claim.check}
+    for key, contrast in parts.items() if claim.profiles else ():
+        if contrast is None or (key == "contrast" and "value" in contrast):
+            continue
         try:
-            contrasts.check(claim.contrast)
+            for control in controls(contrast):
+                contrasts.check({**_plain(contrast), **control})
         except ValueError as error:
-            raise ValueError(f"claim {name}: contrast: {error}") from error
+            raise ValueError(f"claim {name}: {key}: {error}") from error
     return claim
+
+
+def controls(contrast: Mapping) -> list[dict]:
+    """The `control` of a contrast, one a list; [{}] where it has none."""
+    if "control" not in contrast:
+        return [{}]
+    named = contrast["control"]
+    return [{"control": each} for each in (named if isinstance(named, list) else [named])]
+
+
+def _plain(contrast: Mapping) -> dict:
+    """A contrast without what is judged here and not computed."""
+    return {key: value for key, value in contrast.items() if key != "above"}
 
 
 def audit(claim: Claim) -> Audit:
     """Interval, p-value and required n from the published counts, with no model and no records."""
+    if odd := impossible(claim):
+        reading = f"{' and '.join(odd)} is no share of {claim.n} items, so the counts are unknown"
+        return Audit(claim.id, None, None, None, reading)
     found, needed, units, scale = _from_counts(claim)
     if found is None:
         return Audit(claim.id, None, None, None, "no counts published")
@@ -147,6 +178,24 @@ def audit(claim: Claim) -> Audit:
     if not (claim.counts or claim.pairs or claim.sds):
         reading += " (counts implied by the percentages, taken as unpaired)"
     return Audit(claim.id, interval, found.p, needed, reading)
+
+
+def impossible(claim: Claim) -> list[str]:
+    """Published percentages that no count of `n` items rounds to (GRIM: Brown and Heathers 2017,
+    doi 10.1177/1948550616673876); [] where counts are published or `n` is not."""
+    shares = ((claim.value, claim.counts), (claim.baseline, claim.baseline_counts))
+    if not claim.n or claim.unit != "percent":
+        return []
+    odd = []
+    for share, counts in shares:
+        if share is None or counts:
+            continue
+        printed = f"{share:.10f}".rstrip("0").rstrip(".")
+        digits = len(printed.partition(".")[2])
+        nearest = 100 * round(share * claim.n / 100) / claim.n
+        if abs(nearest - share) > 0.5 * 10**-digits + 1e-9:
+            odd.append(printed)
+    return odd
 
 
 def _from_counts(claim: Claim):
@@ -177,11 +226,36 @@ def _counts(claim: Claim, share: float | None, counts: tuple | None) -> tuple[in
 
 
 def measure(claim: Claim, records: pd.DataFrame, seed: int = 0) -> Measurement | None:
-    """The claim's contrast on these records; None when they hold no such arms."""
+    """The claim's contrast on these records; None when they hold no such arms.
+
+    Of several controls the one that is hardest to beat, with the names of those that are beaten.
+    """
     if "measure" not in claim.contrast:
         return None
+    side = -1 if (claim.published or 0) < 0 else 1
+    named = controls(claim.contrast)
     try:
-        found = contrasts.compute(claim.contrast, records, seed)
+        found = [contrasts.compute({**claim.contrast, **each}, records, seed) for each in named]
+        if None in found:
+            return None
+        failed = _failed(claim.check, records, seed) if claim.check else ""
     except ValueError as error:
         raise ValueError(f"claim {claim.id}: {error}") from error
-    return found and replace(found, origin=claim.notebook)
+    near = [min(side * m.low, side * m.high) for m in found]  # the end of the interval near zero
+    hardest = near.index(min(near))
+    beaten = tuple(each["control"] for each, end in zip(named, near) if each and end > 0)
+    several = {"control": named[hardest]["control"], "beaten": beaten} if len(named) > 1 else {}
+    return replace(found[hardest], origin=claim.notebook, failed=failed, **several)
+
+
+def _failed(check: Mapping, records: pd.DataFrame, seed: int) -> str:
+    """What a manipulation check or positive control came to, where it did not pass; else ""."""
+    above, contrast = check.get("above", 0), _plain(check)
+    found = contrasts.compute(contrast, records, seed)
+    if found and found.low > above:
+        return ""
+    said = "has no records" if found is None else "came to {} [{}]".format(*found.texts())
+    against = f" against {contrast['control']}" if "control" in contrast else ""
+    return (
+        f"the check {contrast['measure']} of {contrast['arm']}{against} {said}, not above {above:g}"
+    )

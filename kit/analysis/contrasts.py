@@ -21,6 +21,7 @@ FILTERS = {  # key of a contrast to the column of the records that it restricts
     "prompt": "arm",  # for when `by` makes another column tell the arms apart
 }
 KEYS = {"measure", "arm", "control", "control_measure", "by", "within", "sampled", *FILTERS}
+KEYS |= {"probe"}  # which answers of 05 decide, see kit.report.recompute.on_facts
 PROBLEM, SAMPLE = ["source", "problem_id"], ["seed", "sample"]  # what tells records apart
 MIN_VOTES = 3  # one sample, or greedy copies of one, would "prove" that voting changes nothing
 
@@ -37,6 +38,11 @@ class Measurement:
     inner: tuple[float, float] | None = None  # 90% interval, for equivalence
     records: int = 0  # rows of the store behind it
     origin: str = ""  # notebook or method
+    model: str = ""  # that was measured
+    sides: tuple[float, float] | None = None  # of a difference: arm and control, in percent
+    control: str = ""  # of several: the one that is hardest to beat, to which the numbers belong
+    beaten: tuple[str, ...] = ()  # of several: those over which the interval excludes zero
+    failed: str = ""  # the manipulation check or positive control that did not pass
 
     def texts(self) -> tuple[str, str]:
         """Estimate with its unit, and interval ("" of what is exact), as a table shows them."""
@@ -95,6 +101,7 @@ def compute(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> Measurem
     outer, inner = (
         interval(*values, rng=np.random.default_rng(seed), level=level) for level in (0.95, 0.90)
     )
+    sides = tuple(100 * float(np.nanmean(stats.problem_means(side))) for side in values)
     return Measurement(
         *outer.percent,
         n=outer.n,
@@ -102,6 +109,8 @@ def compute(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> Measurem
         inner=inner.percent[1:],
         records=rows,
         origin=outer.method,
+        model=_select(contrast, contrast["arm"], records)["model"].iloc[0],
+        sides=sides if len(sides) == 2 else None,
     )
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from kit.analysis import contrasts, stats
 from kit.analysis.claims import Claim, audit
 from kit.analysis.contrasts import Measurement
-from kit.analysis.verdicts import measured_table
+from kit.analysis.verdicts import as_published, measured_table
 from kit.schema import digest
 
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
@@ -199,10 +199,8 @@ def audits(claims: list[Claim]) -> pd.DataFrame:
     rows = []
     for claim in claims:
         found = audit(claim)
-        base = "" if claim.baseline is None else f" against {claim.baseline:g}"
-        number = f"{claim.value:g}{base} {claim.unit}" if claim.value is not None else "direction"
         row = {key: getattr(claim, key) for key in ("system", "statement", "source", "grade")}
-        row |= {"claim": claim.id, "published": number, "reading": found.reading}
+        row |= {"claim": claim.id, "published": as_published(claim), "reading": found.reading}
         if found.interval:
             row |= {key: getattr(found.interval, key) for key in ("estimate", "low", "high")}
         row |= {"p": found.p, "n_needed": found.n_needed}
@@ -223,6 +221,12 @@ def verdicts(published: list[Claim], results: dict, records: dict, profile: str)
         given = {name: Measurement(**numbers) for name, numbers in said.items()}
         parts.append(measured_table(mine, records.get(stage, pd.DataFrame()), profile, given))
     return pd.concat(parts, ignore_index=True)
+
+
+def models(records: pd.DataFrame) -> str:
+    """The names of the models that answered, without trained ones, whose names are paths."""
+    names = {name.split()[0] for name in records["model"] if ":" in name} if len(records) else {}
+    return ", ".join(sorted(names))
 
 
 def text(table: pd.DataFrame) -> pd.DataFrame:

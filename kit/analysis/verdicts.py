@@ -1,113 +1,238 @@
-"""Verdicts: one word for a claim and what was measured here, by the claim's rule.
+"""Verdicts: on what a claim was measured, and one word for what came out, by the claim's rule.
 
-`verdict` gives one of `WORDS` with its reason; the rules are written out in `RULES`. What records
-do not hold (a ledger's bytes, a training curve) comes in as a ready Measurement.
+`verdict` answers both questions apart: `on` is one of `CLASSES`, the word one of `WORDS`. Only what
+was measured on the published model and task is a reproduction; elsewhere a claim holds or does
+not. The rules are written out in `RULES`. What records do not hold (a ledger's bytes, a training
+curve) comes in as a ready Measurement.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, hypot
 
 import pandas as pd
 
-from kit.analysis.claims import Claim, measure
+from kit.analysis import stats
+from kit.analysis.claims import PROFILES, Claim, audit, impossible, measure
 from kit.analysis.contrasts import Measurement
 
-WORDS = ("reproduced", "not reproduced", "contradicted", "inconclusive", "out of reach here")
-UNMEASURED = "not measured yet"  # what people read where a verdict is ""
-RULES = {
-    "direction": "The 95% interval of the difference excludes zero on the claimed side: "
-    "reproduced; on the other side: contradicted. It includes zero: not reproduced if it excludes "
-    "the published effect and its half-width is no larger than that effect, else inconclusive.",
-    "size": "A difference whose 95% interval excludes zero on the other side: contradicted. A "
-    "half-width above the declared resolution: inconclusive. The published value outside the "
-    "interval: not reproduced; inside: reproduced, or inconclusive if a difference of zero is too.",
-    "no_loss": "Two one-sided 5% tests: the 90% interval lies inside the declared margin: "
-    "reproduced. The 95% interval lies wholly beyond the margin: contradicted where that is a "
-    "loss, not reproduced where it is a gain. Otherwise inconclusive.",
-    "arithmetic": "Within the declared tolerance of the published value: reproduced, else not.",
-    "threshold": "A bootstrap interval with a half-width above the declared resolution: "
-    "inconclusive. The published threshold inside it: reproduced, outside: not reproduced.",
+PUBLISHED, OTHER_TASK, STAND_IN = (
+    "published model and task",
+    "published model, other task",
+    "stand-in model",
+)
+RECOMPUTED, AUDIT, DOCUMENTARY = "recomputed", "audit", "documentary"
+BEYOND, UNMEASURED, NEEDS = "beyond this kit", "not measured yet", "needs the {} profile"
+CLASSES = {
+    PUBLISHED: "measured here on the published model, by the published problems and protocol",
+    OTHER_TASK: "measured here on the published model, with other problems, prompt or grader",
+    STAND_IN: "measured here on another model, which takes the place of the published one",
+    RECOMPUTED: "a published number made again by arithmetic",
+    AUDIT: "judged by the published counts alone, with no model",
+    DOCUMENTARY: "quoted from an issue thread or from two versions of a text",
+    NEEDS.format("workstation"): "a run of this profile decides it, this one does not",
+    BEYOND: "no profile of this kit decides it",
 }
-COLUMNS = ["claim", "system", "published", "measured", "interval", "n", "verdict", "reason"]
+ON_MODELS = (PUBLISHED, OTHER_TASK, STAND_IN)
+HOLDS, SMALLER, NOT, OPPOSITE, UNDECIDED, FLOOR, CEILING = range(7)
+WORDS_THERE = ("reproduced", "direction only", "not reproduced", "contradicted")
+WORDS_HERE = ("holds here", "direction only", "not here", "opposite here")
+WORDS_ALIKE = ("undecided", "floor", "ceiling")
+AGREES, BEARS, CANNOT = ("agrees", "differs"), "bears it", "cannot tell"
+WORDS = tuple(dict.fromkeys((
+    *WORDS_THERE, *WORDS_HERE, *WORDS_ALIKE, *AGREES, BEARS, CANNOT, "impossible", "quoted",
+)))  # fmt: skip
+PLURAL = {"agrees": "agree", "differs": "differ", "holds here": "hold here"}
+PLURAL |= {NEEDS.format(size): f"need the {size} profile" for size in PROFILES}
+EDGE = 5  # percent from 0 or 100 within which both arms of a difference cannot move
+RULES = {
+    "direction": "The 95% interval of the difference excludes zero on the claimed side: it holds, "
+    "and in its direction only if the published size differs (the interval of measured minus "
+    "published, each with its own sampling error, excludes zero). It excludes zero on the other "
+    "side: opposite. It includes zero: not, if it differs from the published size and its "
+    "half-width is no larger than that size, else undecided.",
+    "size": "Measured minus published, each with its own sampling error: where the 95% interval "
+    "excludes zero, not; else undecided if the half-width measured here is above the declared "
+    "resolution, or if a difference of zero is inside; else it holds. A difference that excludes "
+    "zero on the other side: opposite.",
+    "equivalence": "Two one-sided 5% tests: the 90% interval lies inside the declared margin on "
+    "both sides: it holds. The 95% interval lies wholly beyond the margin: not. Else undecided.",
+    "non_inferiority": "One one-sided 5% test: the lower end of the 90% interval is above minus "
+    "the declared margin: it holds, whatever the gain. The 95% interval lies wholly below minus "
+    "the margin: opposite. Else undecided.",
+    "arithmetic": "Within the declared tolerance of the published value: agrees, else differs.",
+    "threshold": "As size, for the bootstrap interval of a threshold.",
+    "quoted": "Nothing is measured: a document is quoted.",
+}
+COLUMNS = ["claim", "system", "published", "measured", "interval", "n", "on", "verdict", "reason"]
 POWERED = 1.96 / (1.96 + 0.8416)  # half-width over effect at which a 5% test has 80% power
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of WORDS with its reason, or None where nothing has been measured yet."""
+    """On what a claim was judged, and one of WORDS, or "" where nothing is; with its reason."""
 
     claim_id: str
-    word: str | None
+    on: str
+    word: str
     reason: str
     estimate: float | None = None
     low: float | None = None
     high: float | None = None
     n: int | None = None
 
+    @property
+    def label(self) -> str:
+        """What stands for the verdict in a list: its word, else why there is none."""
+        return self.word or self.on
+
 
 def verdict(claim: Claim, measurement: Measurement | None, profile: str) -> Verdict:
-    """The word that the claim's rule gives to this measurement, with the reason."""
+    """The class and the word that this measurement gives to the claim, with the reason."""
+    m, scope = measurement, f"; {claim.scope}" if claim.scope else ""
+    if claim.rule == "quoted":
+        return Verdict(claim.id, DOCUMENTARY, "quoted", claim.scope or "nothing is measured")
+    if not claim.profiles:
+        return _audited(claim)
     if not claim.decided_by(profile):
-        where = f"the {claim.profiles[0]} profile would decide it" if claim.profiles else ""
-        return Verdict(claim.id, "out of reach here", "; ".join(filter(None, (where, claim.scope))))
-    if measurement is None:
-        return Verdict(claim.id, None, f"not measured yet: run {claim.notebook}")
-    m, rule = measurement, {"direction": _direction, "no_loss": _no_loss, "arithmetic": _arithmetic}
-    word, reason = rule.get(claim.rule, _size)(claim, m)  # a threshold is a size
-    reason += f"; {claim.scope}" if claim.scope else ""
-    return Verdict(claim.id, word, reason, m.estimate, m.low, m.high, m.n)
+        needed = claim.profiles[0]
+        reason = f"the {needed} profile would decide it{scope}"
+        return Verdict(claim.id, NEEDS.format(needed), "", reason)
+    if m is None:
+        return Verdict(claim.id, UNMEASURED, "", f"not measured yet: run {claim.notebook}")
+    if claim.rule == "arithmetic":
+        gap = abs(m.estimate - claim.published)
+        word = AGREES[gap > claim.tolerance + 1e-9]  # binary fractions
+        on, reason = RECOMPUTED, f"off by {gap:.4g} {claim.unit}, tolerance {claim.tolerance:g}"
+    else:
+        on, (outcome, reason) = _on(claim, m), _outcome(claim, m)
+        word = (*(WORDS_THERE if on == PUBLISHED else WORDS_HERE), *WORDS_ALIKE)[outcome]
+    return Verdict(claim.id, on, word, reason + scope, m.estimate, m.low, m.high, m.n)
 
 
-def _direction(claim: Claim, m: Measurement) -> tuple[str, str]:
+def _on(claim: Claim, m: Measurement) -> str:
+    """Whether the published model was measured, and on the published task."""
+    name = m.model.casefold()
+    if not any(part.casefold() in name for part in claim.model):
+        return STAND_IN
+    return PUBLISHED if claim.task == "published" else OTHER_TASK
+
+
+def _audited(claim: Claim) -> Verdict:
+    """A claim that no profile decides: what its own counts say, where they are published."""
+    found = audit(claim)
+    if impossible(claim):
+        return Verdict(claim.id, AUDIT, "impossible", f"{found.reading}; {claim.scope}")
+    if found.interval is None:
+        return Verdict(claim.id, BEYOND, "", claim.scope)
+    bears = found.p is None or found.p < 0.05
+    return Verdict(claim.id, AUDIT, BEARS if bears else CANNOT, f"{found.reading}; {claim.scope}")
+
+
+def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
+    """What came out by the rule, and why; what could not move is at its floor or ceiling."""
+    if m.failed:
+        return FLOOR, m.failed
+    rules = {"direction": _direction, "equivalence": _equivalence}
+    rules |= {"non_inferiority": _non_inferiority}
+    outcome, reason = rules.get(claim.rule, _size)(claim, m)  # a threshold is a size
+    moved = m.low > 0 or m.high < 0
+    for end, edge in ((FLOOR, max), (CEILING, lambda sides: 100 - min(sides))):
+        if m.sides and edge(m.sides) <= EDGE and not moved:
+            arm, control = m.sides
+            said = (
+                f"{arm:.1f} against {control:.1f} percent: both arms are too near the end to move"
+            )
+            return end, said
+    if m.control:
+        over = f"over {', '.join(m.beaten)}" if m.beaten else "over none of the controls"
+        reason += f"; against {m.control}, the hardest control to beat; it holds {over}"
+    return outcome, reason
+
+
+def published_interval(claim: Claim) -> stats.Interval | None:
+    """The published number with its own sampling error, in the claim's unit; None where no counts
+    are published."""
+    return audit(claim).interval
+
+
+def _gap(claim: Claim, m: Measurement) -> tuple[float, float, bool]:
+    """Ends of the 95% interval of measured minus published, and whether the published sampling
+    error is in it: two independent estimates, by their own intervals (Newcombe 1998, method 10)."""
+    there = published_interval(claim)
+    value = claim.published if there is None else there.estimate
+    below, above = (value, value) if there is None else (there.low, there.high)
+    gap = m.estimate - value
+    low = gap - hypot(m.estimate - m.low, above - value)
+    return low, gap + hypot(m.high - m.estimate, value - below), there is not None
+
+
+def _differs(claim: Claim, m: Measurement) -> str:
+    """In what words the measured size differs from the published one; "" where it does not."""
+    low, high, both = _gap(claim, m)
+    if low <= 0 <= high:
+        return ""
+    if not both:
+        return f"the published {claim.published:g} lies outside (its own error is not known)"
+    return f"{low:.1f} to {high:.1f} {m.unit} off the published {claim.published:.3g}"
+
+
+def _direction(claim: Claim, m: Measurement) -> tuple[int, str]:
     effect = claim.published
     side = -1 if effect is not None and effect < 0 else 1
     low, high = sorted((side * m.low, side * m.high))
-    if low > 0:
-        return "reproduced", "the interval excludes zero on the claimed side"
     if high < 0:
-        return "contradicted", "the interval excludes zero on the other side"
+        return OPPOSITE, "the interval excludes zero on the other side"
+    if low > 0:
+        reason = "the interval excludes zero on the claimed side"
+        if effect is None:
+            return HOLDS, f"{reason}; no size was published"
+        off = _differs(claim, m)
+        if off and published_interval(claim):
+            return SMALLER, f"direction holds, size does not: {off}"
+        return HOLDS, f"{reason}; {off}" if off else f"{reason} and agrees with the published size"
     if not effect:
-        return "inconclusive", "the interval includes zero and no size was published"
+        return UNDECIDED, "the interval includes zero and no size was published"
     half = (high - low) / 2
     if half > abs(effect):  # less than even odds of finding it; a lucky exclusion decides nothing
         needed = ceil(m.n * (half / abs(effect) / POWERED) ** 2)
-        return "inconclusive", f"{m.n:,} problems are too few, 80% power takes about {needed:,}"
-    if high < abs(effect):
-        return "not reproduced", "the interval includes zero and excludes the published effect"
-    return "inconclusive", "the interval includes both zero and the published effect"
+        return UNDECIDED, f"{m.n:,} problems are too few, 80% power takes about {needed:,}"
+    if off := _differs(claim, m):
+        return NOT, f"the interval includes zero; {off}"
+    return UNDECIDED, "the interval includes zero and does not differ from the published effect"
 
 
-def _size(claim: Claim, m: Measurement) -> tuple[str, str]:
+def _size(claim: Claim, m: Measurement) -> tuple[int, str]:
     side = -1 if claim.published < 0 else 1
     if claim.is_contrast and max(side * m.low, side * m.high) < 0:
-        return "contradicted", "the interval excludes zero on the other side"
+        return OPPOSITE, "the interval excludes zero on the other side"
+    if off := _differs(claim, m):
+        return NOT, off
     half = (m.high - m.low) / 2
     if half > claim.resolution:
-        return "inconclusive", f"±{half:.3g} {m.unit} is wider than the declared resolution"
-    if not m.low <= claim.published <= m.high:
-        return "not reproduced", "the published value lies outside the interval"
+        return UNDECIDED, f"±{half:.3g} {m.unit} is wider than the declared resolution"
     if claim.is_contrast and m.low <= 0 <= m.high:
-        return "inconclusive", "the interval includes both zero and the published value"
-    return "reproduced", "the published value lies inside the interval"
+        return UNDECIDED, "the interval includes zero and does not differ from the published value"
+    return HOLDS, "agrees with the published value within both sampling errors"
 
 
-def _no_loss(claim: Claim, m: Measurement) -> tuple[str, str]:
-    margin = claim.margin
-    low90, high90 = m.inner or (m.low, m.high)
+def _equivalence(claim: Claim, m: Measurement) -> tuple[int, str]:
+    margin, (low90, high90) = claim.margin, m.inner or (m.low, m.high)
     if -margin < low90 and high90 < margin:
-        return "reproduced", f"equivalent within ±{margin:g} {m.unit} (two one-sided tests)"
-    if m.low > margin:
-        return "not reproduced", f"differs by more than {margin:g} {m.unit}, though not as a loss"
+        return HOLDS, f"equal within ±{margin:g} {m.unit} (two one-sided tests)"
+    if m.low > margin or m.high < -margin:
+        return NOT, f"differs by more than {margin:g} {m.unit}"
+    return UNDECIDED, f"neither equality within ±{margin:g} {m.unit} nor a difference is shown"
+
+
+def _non_inferiority(claim: Claim, m: Measurement) -> tuple[int, str]:
+    margin, (low90, _) = claim.margin, m.inner or (m.low, m.high)
+    if low90 > -margin:
+        return HOLDS, f"loses less than {margin:g} {m.unit} (one one-sided test)"
     if m.high < -margin:
-        return "contradicted", f"a loss of more than {margin:g} {m.unit}"
-    return "inconclusive", f"neither a loss above {margin:g} {m.unit} nor equivalence is shown"
-
-
-def _arithmetic(claim: Claim, m: Measurement) -> tuple[str, str]:
-    gap = abs(m.estimate - claim.published)
-    word = "reproduced" if gap <= claim.tolerance + 1e-9 else "not reproduced"  # binary fractions
-    return word, f"off by {gap:.4g} {claim.unit}, tolerance {claim.tolerance:g}"
+        return OPPOSITE, f"a loss of more than {margin:g} {m.unit}"
+    return UNDECIDED, f"a loss above {margin:g} {m.unit} is neither shown nor excluded"
 
 
 def measured_table(
@@ -121,8 +246,54 @@ def measured_table(
     for claim in claims:
         m = (given or {}).get(claim.id) or measure(claim, records)
         found = verdict(claim, m, profile)
-        base = "" if claim.baseline is None else f" against {claim.baseline:g}"
-        shown = f"{claim.value:g}{base} {claim.unit}" if claim.value is not None else "direction"
-        row = (claim.id, claim.system, shown, *(m.texts() if m else ("", "")), m and m.n)
-        rows.append((*row, found.word or "", found.reason))
+        row = (
+            claim.id,
+            claim.system,
+            as_published(claim),
+            *(m.texts() if m else ("", "")),
+            m and m.n,
+        )
+        rows.append((*row, found.on, found.word, found.reason))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"n": "Int64"})
+
+
+def as_published(claim: Claim) -> str:
+    """The published number as a table shows it."""
+    if claim.value is None:
+        return "direction"
+    base = "" if claim.baseline is None else f" against {claim.baseline:g}"
+    return f"{claim.value:g}{base} {claim.unit}"
+
+
+def headline(rows: Iterable[Mapping], audits: pd.DataFrame, models: str = "") -> list[str]:
+    """Four sentences: what came out on published models, on stand-ins, by the audit of published
+    counts, by arithmetic. `rows` is `measured_table`, `audits` is `tables.audits` of the same
+    claims; `models` names what was measured."""
+    notes, by = {*audits.loc[audits["grade"] == "NOTE", "claim"]}, {}
+    for row in rows:
+        if row["verdict"]:
+            by.setdefault(row["on"], []).append(row)
+
+    def counted(on: str) -> str:
+        words = Counter(row["verdict"] for row in by[on])
+        told = ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
+                         for word, n in words.most_common())  # fmt: skip
+        seen = sum(row["claim"] in notes for row in by[on])
+        said = f" ({seen} of the numbers were seen in third-party notes only)" if seen else ""
+        return told + said
+
+    name = f" ({models})" if models else ""
+    there, other, here, again = (
+        f"{len(by[on])} claim{'s' * (len(by[on]) > 1)}, {counted(on)}" if on in by else ""
+        for on in (PUBLISHED, OTHER_TASK, STAND_IN, RECOMPUTED)
+    )
+    effects = audits.dropna(subset=["p"])
+    unsure = int(((effects["low"] <= 0) & (effects["high"] >= 0)).sum())
+    return [
+        f"On the published models and tasks: {there or 'nothing measured yet'}."
+        + f" On the published models with other tasks: {other}." * bool(other),
+        f"On a stand-in model{name * bool(here)}: {here or 'nothing measured yet'}.",
+        f"Of {len(effects)} published differences with known counts, {unsure} cannot be told from "
+        f"zero by their own numbers.",
+        f"Published numbers recomputed by arithmetic: {again or 'none yet'}.",
+    ]

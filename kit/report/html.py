@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from kit.analysis import plots, tables
 from kit.analysis.claims import NOTEBOOKS
-from kit.analysis.verdicts import RULES, UNMEASURED, WORDS
+from kit.analysis.verdicts import CLASSES, NEEDS, RULES, UNMEASURED, WORDS, headline
 from kit.paths import ROOT, run_dir
 from kit.pipeline import provenance, stages
 from kit.pipeline.provenance import GIB
@@ -30,8 +30,7 @@ from kit.report.exhibits import Table
 TEMPLATE = "report.html.j2"
 SCRIPT = Path(__file__).with_name("report.js")  # sorts tables; allowed by its hash alone
 CONTROL, ARM = "plain", "format"  # the baseline's two prompts, in the order of the columns
-OUT = "out of reach here"
-WORD_ORDER = [*(word for word in WORDS if word != OUT), UNMEASURED, OUT]
+ORDER = [*CLASSES, UNMEASURED]
 PICTURE = re.compile(r'(src="data:[^"]*")')
 
 
@@ -65,7 +64,11 @@ def write(
         lstrip_blocks=True,
     ).get_template(TEMPLATE)
     script = SCRIPT.read_text(encoding="utf-8")
-    measured = [row for row in rows if row["word"] not in (UNMEASURED, OUT)]
+    measured = [row for row in rows if row["measured"] and row["verdict"]]
+    others = {}
+    for row in rows:
+        if row not in measured:
+            others.setdefault(row["on"], []).append(row)
     page = template.render(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -74,10 +77,10 @@ def write(
         again=again,
         left=stages.incomplete([each for each in every if _wanting(each)]),
         total=len(rows),
-        words=[(word, n) for word in WORD_ORDER if (n := sum(r["word"] == word for r in rows))],
+        headline=headline(rows, audits, tables.models(records)),
+        classes=[(on, means) for on, means in CLASSES.items() if any(r["on"] == on for r in rows)],
         measured=measured,
-        waiting=[row for row in rows if row["word"] == UNMEASURED],
-        out=[row for row in rows if row["word"] == OUT],
+        others=others,
         baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],
         systems=_systems(folder, every),
         audit=_audit(audits),
@@ -122,9 +125,9 @@ def _verdict_rows(
     about = audits[["claim", "statement", "source", "grade", "rule", "notebook"]]
     rows = verdicts.merge(about, on="claim", validate="one_to_one").to_dict("records")
     for row in rows:
-        row["word"] = row["verdict"] or UNMEASURED
+        row["word"] = row["verdict"] or row["on"]
         row["slug"] = row["word"].replace(" ", "-")
-        if row["word"] == UNMEASURED:
+        if row["on"] == UNMEASURED:
             row["reason"] = failed.get(row["notebook"], row["reason"])
         row["sentence"] = RULES[row["rule"]]
         row["command"] = commands.get(row["notebook"])  # None for a notebook yet to be written
@@ -132,7 +135,13 @@ def _verdict_rows(
         row["records"] = None  # where links to them would not resolve
         if row["measured"] and row["notebook"] in executed & results.keys():
             row["records"] = f"{len(results[row['notebook']].get('keys', [])):,}"
-    return sorted(rows, key=lambda row: WORD_ORDER.index(row["word"]))
+    words = [*WORDS, ""]
+    return sorted(rows, key=lambda row: (_place(row["on"]), words.index(row["verdict"])))
+
+
+def _place(on: str) -> int:
+    """Where a class stands among the others; those that need a profile stand together."""
+    return ORDER.index(on) if on in ORDER else list(CLASSES).index(NEEDS.format("workstation"))
 
 
 def _baseline(model: str, records: pd.DataFrame) -> dict:

@@ -16,6 +16,7 @@ from kit.report.exhibits import BASELINE, Figure, Table
 
 DIGITS = dict(zip("0123456789", "Zero One Two Three Four Five Six Seven Eight Nine".split()))
 NUMBER, INTERVAL = re.compile(r"[+-]?\d"), re.compile(r"\s*(\[[^\]]+\])")
+HEADLINE = ("kitOnPublished", "kitOnStandIn", "kitAudit", "kitRecomputed")  # four sentences
 HEAD = r"""\documentclass{article}
 \usepackage[T1]{fontenc}
 \usepackage[utf8]{inputenc}
@@ -36,7 +37,7 @@ def write(profile: str) -> list[Path]:
         if name not in seen:  # rows of one name: the first is said
             lines.append(f"\\newcommand{{\\{name}}}{{{value}}}% {source}\n")
             seen.add(name)
-    body = [HEAD % profile]
+    body = [HEAD % profile, *(f"\\{name}\n\n" for name in HEADLINE if name in seen)]
     if "kitBaselineAcc" in seen:
         body.append("Without memory \\kitBaselineAcc\\% of the problems are solved, 95\\% interval "
                     "\\kitBaselineAccInterval.\n\n")  # fmt: skip
@@ -64,10 +65,13 @@ def macros(profile: str) -> Iterator[tuple[str, str, str]]:
         for shown in exhibits.load(folder / "exhibits" / stage):
             if isinstance(shown, Table):
                 yield from _of_table(stage, shown)
-    for row in results.get("07_verdicts", {}).get("verdicts", []):
+    said = results.get("07_verdicts", {})
+    for name, line in zip(HEADLINE, said.get("headline", [])):
+        yield name, exhibits.escaped(line), "07_verdicts: headline"
+    for row in said.get("verdicts", []):
         name, source = f"kit{_letters(row['claim'])}", f"verdict on {row['claim']}"
-        if row["verdict"]:
-            yield f"{name}Verdict", row["verdict"], source
+        yield f"{name}Verdict", row["verdict"] or row["on"], source
+        yield f"{name}On", row["on"], source
         if row["measured"]:
             yield name, exhibits.escaped(row["measured"]), source
         if row["interval"]:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from kit.analysis.verdicts import UNMEASURED
 from kit.paths import DATA, PUBLISHED, ROOT
 from kit.pipeline.provenance import write_text
 from kit.report import bundle, crate, readme, verify
@@ -28,7 +27,7 @@ BEGIN, END = (
 RESULTS = ROOT / "docs" / "results.md"
 KEPT = ("results/", "exhibits/", "notebooks/", "status/")
 MOST = 8  # columns of a table in docs/results.md
-HEADS = ["claim", "published", "measured", "verdict", "command"]
+HEADS = ["claim", "published", "measured", "on", "verdict", "command"]
 
 
 def publish(profile: str, into: Path = PUBLISHED) -> Path:
@@ -53,9 +52,10 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     records[records["key"].isin(keys)].to_parquet(buffer, index=False)
     files[RECORDS] = buffer.getvalue()
     claims = {"claims.toml": (DATA / "claims.toml").read_bytes()}
-    judged = verify.rejudged(Run(files | claims)).to_dict("records")
-    said = Run(files).json(VERDICTS)
-    said["verdicts"] = [{name: row[name] for name in said["verdicts"][0]} for row in judged]
+    run = Run(files | claims)
+    said, judged = run.json(VERDICTS), verify.rejudged(run)
+    said["verdicts"] = judged.drop(columns="n").to_dict("records")
+    said["headline"] = verify.headline(run, judged)
     files[VERDICTS] = (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()
     fresh = place.with_name(f".{profile}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -80,7 +80,7 @@ def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
     for claim in [claim for claim in one.verdicts if claim in other.verdicts]:
         pair = one.verdicts[claim], other.verdicts[claim]
         if pair[0]["verdict"] != pair[1]["verdict"]:
-            words.append([claim, *(row["verdict"] or UNMEASURED for row in pair)])
+            words.append([claim, *(row["verdict"] or row.get("on", "") for row in pair)])
         if all(row["measured"] for row in pair) and pair[0]["measured"] != pair[1]["measured"]:
             numbers.append(
                 [claim, *map(_shown, pair), "beyond noise" if _moved(*pair) else "within noise"]
@@ -151,10 +151,10 @@ def _section(place: Path) -> str:
         if row["measured"]:
             claim = known[row["claim"]]
             command = f"`make reproduce PROFILE={place.name} ONLY={claim.notebook[:2]}`"
-            rows.append([claim.statement, row["published"], _shown(row),
-                         f"*{row['verdict']}*", command])  # fmt: skip
-    counts = Counter(row["verdict"] or UNMEASURED for row in run.verdicts.values())
-    counted = ", ".join(f"{n} {word}" for word, n in counts.most_common())
+            word = f"*{row['verdict']}*" if row["verdict"] else "–"
+            rows.append([claim.statement, row["published"], _shown(row), row["on"], word, command])
+    counts = Counter(row["on"] for row in run.verdicts.values())
+    counted = ", ".join(f"{n} {on}" for on, n in counts.most_common())
     said += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {counted}.", ""]
     for stage in stages:
         shown = [each for each in exhibits.load(place / "exhibits" / stage)

@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from kit.analysis import claims, plots
+from kit.analysis import claims, plots, tables
+from kit.analysis.verdicts import PLURAL, headline
 from kit.paths import PUBLISHED
 from kit.report import bundle
 from kit.report.bundle import VERDICTS, Run
@@ -28,47 +29,22 @@ HOLDERS = ("plain", "wrong", "generic", "shared", "rag", "lora-ffn", "continued"
 def text(published: Path = PUBLISHED) -> str:
     """The counts of verdicts, in Markdown, and the figure with its alternative text."""
     folders = sorted(file.parent.parent for file in published.glob(f"[!.]*/{VERDICTS}"))
-    lines = [_measured(bundle.read(place), place.name) for place in folders]
+    lines = [line for place in folders for line in _measured(bundle.read(place), place.name)]
     shown = f"![{figure(published).alt}]({FIGURE.as_posix()})"
-    return "\n".join([*lines, _audited(), "", shown, ""])
+    return "\n".join([*lines, "", shown, ""])
 
 
-def _measured(run: Run, profile: str) -> str:
-    """What became of every claim in one run: measured on a model, recomputed, or neither."""
-    known, rows = {claim.id: claim for claim in claims.load()}, run.verdicts
-    measured = [name for name in rows if rows[name]["measured"]]
-    arithmetic = [name for name in measured if known[name].rule == "arithmetic"]
-    on_models = [name for name in measured if known[name].rule != "arithmetic"]
-    larger = [name for name in rows if name not in measured and known[name].profiles]
-    beyond = len(rows) - len(measured) - len(larger)
-    names = {name.split()[0] for name in run.every["model"] if ":" in name}  # trained ones: paths
-    models = ", ".join(f"`{name}`" for name in sorted(names))
-    stand_in = not any(name.startswith("hub:") for name in names)
-    on = "stand-in for the published models" if stand_in else "published models"
-    return "\n".join([
-        f"- **Measured on {models}, {'a ' * stand_in}{on}** (profile {profile}): "
-        f"{len(on_models)} claims, {_counted(rows[name] for name in on_models)}."
-        + " No claim has been measured on the published models." * stand_in,
-        f"- **Published numbers recomputed by arithmetic:** {len(arithmetic)}, "
-        f"{_counted(rows[name] for name in arithmetic)}.",
-        f"- **Not measured here:** {len(larger)} claims need the published models "
-        f"(`PROFILE=workstation`), {beyond} are beyond every profile, of {len(rows)}.",
-    ])  # fmt: skip
-
-
-def _counted(rows) -> str:
-    counts = Counter(row["verdict"] for row in rows)
-    return ", ".join(f"{n} {word}" for word, n in counts.most_common())
-
-
-def _audited() -> str:
-    """How many published differences their own counts can tell from zero."""
-    audits = [audit for audit in map(claims.audit, claims.load()) if audit.p is not None]
-    zero = sum(audit.interval.low <= 0 <= audit.interval.high for audit in audits)
-    return (
-        f"- **Audit of the published counts, without a model:** of {len(audits)} published "
-        f"differences with known counts, the 95% interval of {zero} includes zero."
-    )
+def _measured(run: Run, profile: str) -> list[str]:
+    """The headline of one run, and what of all claims it leaves open: Markdown."""
+    audits = tables.audits(claims.load())
+    rows = [row for row in run.verdicts.values() if row["claim"] in {*audits["claim"]}]
+    said = headline(rows, audits, f"`{tables.models(run.every)}`, profile {profile}")
+    left = Counter(row["on"] for row in rows if not row["verdict"])
+    others = ", ".join(f"{n} {PLURAL.get(on, on) if n > 1 else on}" for on, n in left.most_common())
+    parts = [line.partition(": ") for line in said[:2]]
+    ends = [f"**{start}:** {rest}" for start, _, rest in parts]
+    ends += [f"**{said[2]}**", said[3], f"Not judged, of {len(rows)} claims: {others}."]
+    return [f"- {line}" for line in ends]
 
 
 def save_figure(file: Path, published: Path = PUBLISHED) -> None:

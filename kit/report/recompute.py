@@ -7,6 +7,7 @@ divergence of each held-out sequence; allocated bytes stay as the results have t
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -126,25 +127,32 @@ def _rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def on_sequences(kl: Mapping[str, list[float]]) -> dict[str, Measurement]:
+def on_sequences(kl: Mapping[str, list[float]], model: str = "") -> dict[str, Measurement]:
     """What held-out sequences say of claims, by claim: by how much more immediate eviction diverges
     from full attention than delayed eviction. `kl` has nats per token, by kind of training."""
     if not {"delayed", "immediate"} <= {*kl}:
         return {}
     excess = np.subtract(kl["immediate"], kl["delayed"])
-    return {"dms-delayed-eviction": contrasts.mean_of(excess, "nats", "held-out sequences")}
+    found = contrasts.mean_of(excess, "nats", "held-out sequences")
+    return {"dms-delayed-eviction": replace(found, model=model)}
 
 
 def on_facts(
-    published: Iterable[claims.Claim], frames: Mapping[str, pd.DataFrame], where: str
+    published: Iterable[claims.Claim],
+    options: Mapping[str, pd.DataFrame],
+    free: Mapping[str, pd.DataFrame],
+    where: str,
 ) -> dict[str, Measurement]:
-    """What the answers of the parametric study say of claims, by claim; its `fetched` arm is also
-    that of its layers, as "fetched-late"."""
-    layers = frames["fetched"].assign(arm=f"fetched-{where}")
-    records = pd.concat([*frames.values(), layers], ignore_index=True)
-    arms = {*frames, f"fetched-{where}"}
-    made = {claim.id: claims.measure(claim, records) for claim in published
-            if {claim.contrast.get("arm"), claim.contrast.get("control")} <= arms}  # fmt: skip
+    """What the answers of the parametric study say of claims, by claim: chosen among options, or
+    free where the claim's `probe` says so; the `fetched` arm is also that of its layers, as
+    "fetched-late"."""
+    of = {}
+    for probe, frames in (("options", options), ("free", free)):
+        layers = [frames["fetched"].assign(arm=f"fetched-{where}")] if "fetched" in frames else []
+        parts = [*frames.values(), *layers]
+        of[probe] = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    made = {claim.id: claims.measure(claim, of[claim.contrast.get("probe", "options")])
+            for claim in published if "measure" in claim.contrast}  # fmt: skip
     return {name: number for name, number in made.items() if number}
 
 
@@ -174,7 +182,8 @@ def on_scenarios(
                 )
         if interval:
             made[claim.id] = contrasts.points(interval, "paired by problem")
-    return made
+    models = ", ".join(sorted({*rows["model"]}))
+    return {name: replace(number, model=models) for name, number in made.items()}
 
 
 def measured(
@@ -183,10 +192,11 @@ def measured(
     """The measurements in the results of a stage that follow from its records, by claim."""
     mine = [claim for claim in published if claim.id in found.get("measurements", {})]
     if stage == "03_dms":
-        return on_sequences(found.get("kl", {}))
+        return on_sequences(found.get("kl", {}), found.get("model", ""))
     if stage == "05_parametric" and "frames" in found:
-        options = contrasts.frames(found["frames"]["options"], found["keys"], records)
-        return on_facts(mine, options, found["where"])
+        options, free = (contrasts.frames(found["frames"].get(probe, []), found["keys"], records)
+                         for probe in ("options", "free"))  # fmt: skip
+        return on_facts(mine, options, free, found["where"])
     if stage == "06_memory_budget" and "frames" in found:
         frames = contrasts.frames(found["frames"]["scenarios"], found["keys"], records)
         rows = pd.DataFrame(found["scenarios"])

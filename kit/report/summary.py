@@ -17,8 +17,6 @@ from kit.pipeline.stages import PREFLIGHT, Stage, read_profile
 
 LARGEST = "workstation"  # the published size
 SIZES = ("quick", "laptop", LARGEST)
-UNDECIDED = "out of reach here"  # as in kit.analysis.verdicts, whose import takes a second
-UNMEASURED = "not measured yet"  # as there
 
 
 def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
@@ -57,12 +55,13 @@ def after(todo: Sequence[Stage], times: Mapping[str, float]) -> Callable[[Stage]
         of = f" of about {clock(whole)}" if whole else ""
         say(f"      {clock(time.monotonic() - began)}{of}" + f", {len(rows)} claims:" * bool(rows))
         measured = [row for row in rows if row["measured"]]
-        for row in sorted(measured, key=lambda row: row["verdict"] == UNDECIDED):
+        for row in sorted(measured, key=lambda row: not row["verdict"]):
             interval = f" [{row['interval'].replace(' to ', ', ')}]" if row["interval"] else ""
-            say(f"      {row['verdict']:17} {row['claim']}: {row['measured']}{interval}, "
-                f"published {row['published']}")  # fmt: skip
+            word, on = row["verdict"] or row["on"], f" ({row['on']})" * bool(row["verdict"])
+            say(f"      {word:17} {row['claim']}: {row['measured']}{interval}, "
+                f"published {row['published']}{on}")  # fmt: skip
         if len(measured) < len(rows):
-            say(f"      {UNDECIDED:17} {len(rows) - len(measured)} that nothing here measures")
+            say(f"      {'not measured':17} {len(rows) - len(measured)} that nothing here measures")
 
     return told
 
@@ -80,30 +79,29 @@ def larger(profile: str) -> None:
         say(f"PROFILE={other}: {said}; {_decides(whole)}")
 
 
-def saved_verdicts(profile: str) -> list[dict]:
-    """What notebook 07 saved, a row per claim; [] where it has not run."""
+def saved_verdicts(profile: str) -> dict:
+    """What notebook 07 saved: `verdicts`, a row per claim, and `headline`; {} before it ran."""
     file = run_dir(profile) / "results" / "07_verdicts.json"
-    return read_json(file)["verdicts"] if file.is_file() else []
+    return read_json(file) if file.is_file() else {}
 
 
-def print_verdicts(verdicts: list[dict]) -> None:
-    """The measured claims in full, the others counted; nothing where there are none."""
+def print_verdicts(saved: Mapping) -> None:
+    """The headline, the judged claims in full, the others counted; nothing where there are none."""
+    verdicts = saved.get("verdicts", [])
     if not verdicts:
         return
     from tabulate import tabulate
 
-    columns = ["claim", "system", "published", "measured", "verdict", "reason"]
-    measured = [row for row in verdicts if row["measured"] not in (None, "")]
-    others = [row for row in verdicts if row["measured"] in (None, "")]
-    counts = Counter(row["verdict"] or UNMEASURED for row in verdicts)
-    print("\nVerdicts: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
-    rows = [[row[column] for column in columns] for row in measured]
+    columns = ["claim", "published", "measured", "on", "verdict", "reason"]
+    judged = [row for row in verdicts if row["measured"] and row["verdict"]]
+    others = Counter(row["on"] for row in verdicts if row not in judged)
+    print()
+    rows = [[row[column] for column in columns] for row in judged]
     if rows:
-        print(tabulate(rows, columns, maxcolwidths=[30, 16, 16, 16, 16, 36], disable_numparse=True))
-    for verdict, n in Counter(row["verdict"] or UNMEASURED for row in others).most_common():
-        alike = [row["system"] for row in others if (row["verdict"] or UNMEASURED) == verdict]
-        each = ", ".join(f"{system} {k}" for system, k in sorted(Counter(alike).items()))
-        print(f"{verdict}: {n} ({each})")
+        print(tabulate(rows, columns, maxcolwidths=[30, 14, 14, 14, 14, 40], disable_numparse=True))
+    if others:
+        print("Not measured here: " + ", ".join(f"{n} {on}" for on, n in others.most_common()))
+    print("\n" + "\n".join(["Verdicts:", *(f"  {line}" for line in saved.get("headline", []))]))
 
 
 def print_reference(profile: str, published: Path = PUBLISHED) -> None:

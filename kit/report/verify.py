@@ -17,6 +17,7 @@ import pandas as pd
 from kit import paths
 from kit.analysis import claims, tables
 from kit.analysis.contrasts import Measurement
+from kit.analysis.verdicts import headline as headline_of
 from kit.pipeline.refusals import Refused
 from kit.report import bundle, exhibits, html, recompute
 from kit.report.bundle import FOLDERS, RECORDS, SUMS, VERDICTS, Damaged, Run
@@ -83,23 +84,16 @@ def rejudged(run: Run) -> pd.DataFrame:
     return tables.verdicts(run.published, run.results, run.records, profile)
 
 
+def headline(run: Run, verdicts: pd.DataFrame) -> list[str]:
+    """The four sentences of `verdicts.headline` on a run whose verdicts were made again."""
+    audits = tables.audits(run.published)
+    return headline_of(verdicts.to_dict("records"), audits, tables.models(run.every))
+
+
 def summary(checked: Checked) -> list[str]:
-    """What the published counts and the arithmetic come to, and whether the run holds: lines."""
-    lines, verdicts = [], checked.verdicts
-    if verdicts is not None:
-        audits = tables.audits(checked.run.published)
-        known = audits.dropna(subset=["low"])
-        effects = known.dropna(subset=["p"])
-        zero = int(((effects["low"] <= 0) & (effects["high"] >= 0)).sum())
-        exact = verdicts["claim"].isin(audits[audits["rule"] == "arithmetic"]["claim"])
-        words = verdicts[exact & (verdicts["measured"] != "")]["verdict"].value_counts()
-        lines = [
-            f"Audit: of {len(audits)} published claims, {len(known)} publish the counts that an "
-            f"interval needs; of {len(effects)} differences among these, {zero} include zero",
-            f"Arithmetic: {words.sum()} claims, " + ", ".join(f"{n} {w}" for w, n in words.items()),
-        ]
+    """Whether the run holds, and what was taken as it is: lines."""
     held = "Nothing differs: every verdict, measurement and table that follows from records agrees"
-    lines += [f"Differs: {line}" for line in checked.wrong] or [held]
+    lines = [f"Differs: {line}" for line in checked.wrong] or [held]
     return [*lines, *(f"Taken as it is: {line}" for line in checked.left)]
 
 
@@ -204,6 +198,6 @@ def _judged(run: Run, verdicts: pd.DataFrame) -> list[str]:
         f"{row[key]!r} from the records"
         for row in verdicts.to_dict("records")
         for before in [run.verdicts.get(row["claim"], {})]
-        for key in ("measured", "interval", "verdict")
+        for key in ("measured", "interval", "on", "verdict")
         if before.get(key) != row[key]
     ]

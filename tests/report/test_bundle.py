@@ -272,7 +272,7 @@ def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
     assert again.files == both.files and sorted(into.iterdir()) == [into / "laptop"]
     page = reference.text(into)
     line = next(line for line in page.splitlines() if "ONLY=05" in line)
-    assert "4.62 billion" in line and "*reproduced*" in line
+    assert "4.62 billion" in line and "*agrees*" in line
     assert "18.8" in page or "accuracy" in page  # the key table of the stage
 
 

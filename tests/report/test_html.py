@@ -16,7 +16,7 @@ import pytest
 
 from kit import paths
 from kit.analysis import claims, plots, tables
-from kit.analysis.verdicts import RULES, WORDS, measured_table
+from kit.analysis.verdicts import RULES, WORDS, headline, measured_table
 from kit.pipeline import provenance, stages
 from kit.report import exhibits
 from kit.report import html as report
@@ -151,11 +151,14 @@ def test_a_screen_reader_finds_its_way(page):
 
 def test_summary_counts_the_verdicts_and_states_the_baseline(page, records):
     text = page.text
-    verdicts = measured_table(PUBLISHED, records, "laptop")["verdict"]
+    verdicts = measured_table(PUBLISHED, records, "laptop")
     plain = records[records["arm"] == "plain"]
-    assert f"Of {len(verdicts)} published claims" in text
-    for word, count in verdicts.replace("", "not measured yet").value_counts().items():
-        assert f"{count} {word}" in text
+    assert f"What of {len(verdicts)} published claims" in text
+    for line in headline(verdicts.to_dict("records"), AUDITS, "bundled:smollm2-135m"):
+        assert line in text
+    judged = (verdicts["measured"] != "") & (verdicts["verdict"] != "")
+    for on, count in verdicts[~judged]["on"].value_counts().items():
+        assert f"{on[0].upper()}{on[1:]}: {count} claims" in text
     share = 100 * plain.groupby("problem_id")["correct"].mean().mean()
     assert f"solves {share:.1f}% of 24 problems (95% interval" in text
     assert "24 samples, plain prompt" in text and "bundled:smollm2-135m" in text
@@ -173,9 +176,11 @@ def test_baseline_table_puts_arms_side_by_side(page, records):
 
 def test_measured_claims_stand_before_the_others(page):
     slugs = [a["class"].removeprefix("badge ") for a in page.all("span") if "class" in a]
-    groups = [0 if s not in ("not-measured-yet", "out-of-reach-here") else 1 + (s[0] == "o")
-              for s in slugs]  # fmt: skip
-    assert groups == sorted(groups) and {*groups} == {0, 1, 2}
+    measured = [attributes for tag, attributes in page.elements if "data-word" in attributes]
+    assert len(measured) == 2 and slugs[:2] == [each["data-word"] for each in measured]
+    order = [*dict.fromkeys(slugs[2:])]
+    assert order.index("bears-it") < order.index("needs-the-workstation-profile")
+    assert {"quoted", "beyond-this-kit", "not-measured-yet"} < {*order}
     assert len(slugs) == len(PUBLISHED)
     rules = {claim.rule for claim in PUBLISHED}
     assert all(RULES[rule] in page.text for rule in rules)
@@ -183,8 +188,9 @@ def test_measured_claims_stand_before_the_others(page):
 
 def test_measured_claims_are_ordered_by_their_word():
     verdicts = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
-    words = [word for word in WORDS if word != "out of reach here"]
-    verdicts.loc[: len(words) - 1, "verdict"] = words[::-1]
+    words, rows = [*WORDS], slice(0, len(WORDS) - 1)
+    verdicts.loc[rows, "verdict"] = words[::-1]
+    verdicts.loc[rows, ["measured", "on"]] = "1 points", "stand-in model"
     page = Page(report.write("laptop", pd.DataFrame(), verdicts, AUDITS, {}))
     found = [a["class"].removeprefix("badge ") for a in page.all("span") if "class" in a]
     assert found[: len(words)] == [word.replace(" ", "-") for word in words]
@@ -299,7 +305,7 @@ def test_failed_stages_are_told_with_their_first_line():
     assert f"03_dms failed: {why} 0 – – –" in page.text and "07_verdicts running" in page.text
     assert f"Its last run failed , so this may be from an earlier one: {why}" in page.text
     waiting = {c.id for c in PUBLISHED if c.notebook == "03_dms"}
-    waiting &= {*VERDICTS[VERDICTS["verdict"] == ""]["claim"]}
+    waiting &= {*VERDICTS[VERDICTS["on"] == "not measured yet"]["claim"]}
     assert page.text.count(f"03_dms failed: {why}") == 1 + len(waiting) > 3
     failed.failed.unlink()
     assert "Incomplete" not in Page(write(pd.DataFrame())).text

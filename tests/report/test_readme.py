@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from kit import paths
+from kit.analysis import claims
 from kit.report import readme
 from kit.report.bundle import VERDICTS, Run
 
@@ -25,31 +26,32 @@ def test_the_figure_is_drawn_from_what_is_published(tmp_path):
     assert picture.alt in (tmp_path / "findings.svg").read_text()
 
 
-@pytest.mark.parametrize("model, published", [("bundled:smollm2-135m", False),
-                                              ("hub:Qwen/Qwen3-1.7B", True)])  # fmt: skip
-def test_claims_are_counted_by_what_they_were_measured_on(model, published):
+def test_the_counts_are_the_headline_of_the_run():
     rows = [
-        ("dms-delayed-eviction", "0.5 nats", "reproduced"),
-        ("dms-short-context-loss", "1.8 points", "inconclusive"),
-        ("nab-weights-4b-4bit", "2.486 GiB", "reproduced"),  # arithmetic
-        ("rbslm-baseline-accuracy", "", "out of reach here"),  # the workstation decides it
-        ("dms-throughput", "", "out of reach here"),  # no profile does
+        ("dms-delayed-eviction", "0.5 nats", "stand-in model", "holds here"),
+        ("dms-short-context-loss", "1.8 points", "stand-in model", "undecided"),
+        ("rbslm-memory-gain", "8 points", "published model and task", "reproduced"),
+        ("nab-weights-4b-4bit", "2.486 GiB", "recomputed", "agrees"),
+        ("rbslm-baseline-accuracy", "", "needs the workstation profile", ""),
+        ("dms-throughput", "", "beyond this kit", ""),
     ]
-    names = ("claim", "measured", "verdict")
+    names = ("claim", "measured", "on", "verdict")
     verdicts = {"verdicts": [dict(zip(names, row)) for row in rows]}
     run = Run({VERDICTS: json.dumps(verdicts).encode()})
+    model = "bundled:smollm2-135m"
     run.__dict__["every"] = pd.DataFrame({"model": [model, f"{model} 4-bit g64", "outputs/x/y"]})
-    text = readme._measured(run, "some")
-    first, second, third = text.splitlines()
-    assert f"`{model}`" in first and "2 claims, 1 reproduced, 1 inconclusive" in first
-    assert ("stand-in" in first) == ("No claim has been measured on" in first) == (not published)
-    assert "1, 1 reproduced" in second and "outputs" not in text
-    assert "1 claims need the published models" in third and "1 are beyond" in third
-
-
-def test_the_audit_counts_differences_that_their_counts_cannot_tell_from_zero():
-    assert "of 34 published differences" in readme._audited()
-    assert "the 95% interval of 25 includes zero" in readme._audited()
+    there, here, audit, again, left = readme._measured(run, "some")
+    assert there == "- **On the published models and tasks:** 1 claim, 1 reproduced."
+    assert here.startswith(
+        f"- **On a stand-in model (`{model}`, profile some):** 2 claims, 1 holds"
+    )
+    assert "2 of the numbers were seen in third-party notes" in here
+    effects = [found for found in map(claims.audit, claims.load()) if found.p is not None]
+    assert f"Of {len(effects)} published differences" in audit and "told from zero" in audit
+    assert "1 claim, 1 agrees" in again and "outputs" not in here
+    assert left == (
+        "- Not judged, of 6 claims: 1 needs the workstation profile, 1 beyond this kit."
+    )
 
 
 def test_a_table_that_nobody_published_is_named(tmp_path):

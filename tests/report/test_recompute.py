@@ -130,7 +130,7 @@ def test_parametric_memory():
              "prompt_tokens": 20.0} for arm, frame in options.items()]  # fmt: skip
     published = claims.load()
     mine = [claim for claim in published if claim.notebook == "05_parametric"]
-    given = recompute.on_facts(mine, options, "late")
+    given = recompute.on_facts(mine, options, free, "late")
     assert {*given} == {"hier-fetched-over-generic"}  # the others need families or arms not here
     found = through_json({
         "keys": keys, "buckets": buckets, "bytes": held, "where": "late",

@@ -10,11 +10,11 @@ from kit.pipeline.stages import load_stages
 from kit.report import summary
 
 ROW = {"claim": "a", "published": "5 points", "measured": "4 points", "interval": "1 to 7",
-       "verdict": "reproduced"}  # fmt: skip
+       "on": "stand-in model", "verdict": "holds here"}  # fmt: skip
 ROWS = [
-    ROW | {"claim": "b", "verdict": "out of reach here"},
+    ROW | {"claim": "b", "on": "needs the laptop profile", "verdict": ""},
     ROW,
-    ROW | {"claim": "c", "measured": "", "interval": "", "verdict": "out of reach here"},
+    ROW | {"claim": "c", "measured": "", "interval": "", "on": "audit", "verdict": "bears it"},
 ]
 
 
@@ -68,10 +68,10 @@ def test_after_a_stage_its_verdicts_and_the_clock(capsys, stages):
     summary.after(stages, {"01_baseline": 125.0})(one)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "0:00 of about 2:05, 3 claims:"
-    assert lines[1].split("  ")[0] == "reproduced"
-    assert lines[1].endswith("a: 4 points [1, 7], published 5 points")
-    assert lines[2].startswith("out of reach here b: 4 points [1, 7]")
-    assert lines[3] == "out of reach here 1 that nothing here measures"
+    assert lines[1].split("  ")[0] == "holds here"
+    assert lines[1].endswith("a: 4 points [1, 7], published 5 points (stand-in model)")
+    assert lines[2] == "needs the laptop profile b: 4 points [1, 7], published 5 points"
+    assert lines[3] == "not measured      1 that nothing here measures"
     summary.after([], {})(stages[0])
     assert capsys.readouterr().out.strip() == "0:00"
 

@@ -117,9 +117,9 @@ def test_a_published_run_is_judged_by_its_records(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
     assert cli.main(["verify"]) == 0
     said = capsys.readouterr().out
-    assert "Audit: of 109 published claims, 42 publish the counts" in said
+    assert "published differences with known counts" in said
     assert "Nothing differs" in said and verify.UNVOUCHED in said
-    verdicts, _, paths_ = said.partition("Verdicts: ")[2].partition("Report:")
+    verdicts, _, paths_ = said.partition("claim ")[2].partition("Report:")
     assert "rbslm-format-accuracy" in verdicts
     assert paths_.strip().endswith("verified/laptop/report.html")
     assert {f: f.read_bytes() for f in place.rglob("*") if f.is_file()} == before
