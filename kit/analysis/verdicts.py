@@ -40,30 +40,46 @@ WORDS_THERE = ("reproduced", "direction only", "not reproduced", "contradicted")
 WORDS_HERE = ("holds here", "direction only", "not here", "opposite here")
 WORDS_ALIKE = ("undecided", "floor", "ceiling")
 AGREES, BEARS, CANNOT = ("agrees", "differs"), "bears it", "cannot tell"
-WORDS = tuple(dict.fromkeys((
-    *WORDS_THERE, *WORDS_HERE, *WORDS_ALIKE, *AGREES, BEARS, CANNOT, "impossible", "quoted",
-)))  # fmt: skip
+WORDS = {  # what each word says, in the order in which they are shown
+    "reproduced": "on the published model and task the claim stands",
+    "holds here": "on other models or tasks the claim stands",
+    "direction only": "the difference is on the claimed side, of another size than published",
+    "not reproduced": "on the published model and task the published size is ruled out",
+    "not here": "on other models or tasks the published size is ruled out",
+    "contradicted": "on the published model and task the difference is on the other side",
+    "opposite here": "on other models or tasks the difference is on the other side",
+    "undecided": "the interval is too wide for a word",
+    "floor": "the measure could not move: both arms are near 0, or a check of the set-up failed",
+    "ceiling": "the measure could not move: both arms are near 100 percent",
+    "agrees": "the arithmetic comes to the published number",
+    "differs": "the arithmetic comes to another number",
+    BEARS: "the published counts alone exclude zero, or give the published share",
+    CANNOT: "the published counts alone do not exclude zero",
+    "impossible": "no count of items gives the published percentage",
+    "quoted": "a document is quoted",
+}
 PLURAL = {"agrees": "agree", "differs": "differ", "holds here": "hold here"}
 PLURAL |= {NEEDS.format(size): f"need the {size} profile" for size in PROFILES}
 EDGE = 5  # percent from 0 or 100 within which both arms of a difference cannot move
 RULES = {
-    "direction": "The 95% interval of the difference excludes zero on the claimed side: it holds, "
-    "and in its direction only if the published size differs (the interval of measured minus "
-    "published, each with its own sampling error, excludes zero). It excludes zero on the other "
-    "side: opposite. It includes zero: not, if it differs from the published size and its "
-    "half-width is no larger than that size, else undecided.",
-    "size": "Measured minus published, each with its own sampling error: where the 95% interval "
-    "excludes zero, not; else undecided if the half-width measured here is above the declared "
-    "resolution, or if a difference of zero is inside; else it holds. A difference that excludes "
-    "zero on the other side: opposite.",
-    "equivalence": "Two one-sided 5% tests: the 90% interval lies inside the declared margin on "
-    "both sides: it holds. The 95% interval lies wholly beyond the margin: not. Else undecided.",
-    "non_inferiority": "One one-sided 5% test: the lower end of the 90% interval is above minus "
-    "the declared margin: it holds, whatever the gain. The 95% interval lies wholly below minus "
-    "the margin: opposite. Else undecided.",
-    "arithmetic": "Within the declared tolerance of the published value: agrees, else differs.",
-    "threshold": "As size, for the bootstrap interval of a threshold.",
-    "quoted": "Nothing is measured: a document is quoted.",
+    "direction": "The claim holds if the 95% interval of the difference excludes zero on the "
+    "claimed side; in direction only, if the measured size also differs from the published one "
+    "(two studies, each with its own sampling error). Zero excluded on the other side: opposite. "
+    "Zero included: not, if the size differs from the published one and the half-width is no "
+    "larger than that; else undecided.",
+    "size": "The claim holds if measured and published value do not differ (two studies, each with "
+    "its own sampling error), the half-width measured here is within the declared resolution, and "
+    "a difference excludes zero. They differ: not. A difference that excludes zero on the other "
+    "side: opposite. Else undecided.",
+    "equivalence": "The claim holds if the 90% interval lies within the declared margin on both "
+    "sides (two one-sided 5% tests). The 95% interval wholly beyond the margin: not. Else "
+    "undecided.",
+    "non_inferiority": "The claim holds if the 90% interval lies above minus the declared margin "
+    "(one one-sided 5% test), whatever the gain. The 95% interval wholly below it: opposite. Else "
+    "undecided.",
+    "arithmetic": "The number agrees if it is within the declared tolerance of the published one.",
+    "threshold": "As size, with the bootstrap interval of a threshold.",
+    "quoted": "Nothing is measured; a document is quoted.",
 }
 COLUMNS = ["claim", "system", "published", "measured", "interval", "n", "on", "verdict", "reason"]
 POWERED = 1.96 / (1.96 + 0.8416)  # half-width over effect at which a 5% test has 80% power
@@ -279,7 +295,7 @@ def headline(rows: Iterable[Mapping], audits: pd.DataFrame, models: str = "") ->
         told = ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
                          for word, n in words.most_common())  # fmt: skip
         seen = sum(row["claim"] in notes for row in by[on])
-        said = f" ({seen} of the numbers were seen in third-party notes only)" if seen else ""
+        said = f" ({seen} known from third-party notes only)" if seen else ""
         return told + said
 
     name = f" ({models})" if models else ""

@@ -79,6 +79,11 @@ def write(
         total=len(rows),
         headline=headline(rows, audits, tables.models(records)),
         classes=[(on, means) for on, means in CLASSES.items() if any(r["on"] == on for r in rows)],
+        words=[
+            (word, means)
+            for word, means in WORDS.items()
+            if any(row["verdict"] == word for row in rows)
+        ],  # fmt: skip
         measured=measured,
         others=others,
         baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],

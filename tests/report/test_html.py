@@ -153,7 +153,7 @@ def test_summary_counts_the_verdicts_and_states_the_baseline(page, records):
     text = page.text
     verdicts = measured_table(PUBLISHED, records, "laptop")
     plain = records[records["arm"] == "plain"]
-    assert f"What of {len(verdicts)} published claims" in text
+    assert f"checks their {len(verdicts)} published claims" in text
     for line in headline(verdicts.to_dict("records"), AUDITS, "bundled:smollm2-135m"):
         assert line in text
     judged = (verdicts["measured"] != "") & (verdicts["verdict"] != "")

@@ -45,7 +45,7 @@ def test_the_counts_are_the_headline_of_the_run():
     assert here.startswith(
         f"- **On a stand-in model (`{model}`, profile some):** 2 claims, 1 holds"
     )
-    assert "2 of the numbers were seen in third-party notes" in here
+    assert "2 known from third-party notes only" in here
     effects = [found for found in map(claims.audit, claims.load()) if found.p is not None]
     assert f"Of {len(effects)} published differences" in audit and "told from zero" in audit
     assert "1 claim, 1 agrees" in again and "outputs" not in here

@@ -139,7 +139,7 @@ def test_the_report_shows_the_verdicts_made_again(tmp_path):
     assert page == tmp_path / "verified" / "laptop" / "report.html"
     text = page.read_text()
     assert "Judged again without a model: nothing differs." in text
-    assert "a run of the laptop profile, judged again from its records" in text
+    assert "A run of the laptop profile, judged again from its records" in text
     assert "a CPU, 2 cores" in text and "01_baseline c0; 07_verdicts c0" in text  # not of here
     assert (page.parent / "results/01_baseline.json").is_file()  # which the page links to
 
