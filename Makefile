@@ -81,14 +81,14 @@ lint: env
 	$(PREFIX)/bin/ruff format --check kit tests
 	$(PREFIX)/bin/lint-imports
 unit: env cluster
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --durations=10 --ignore tests/test_workstation.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --durations=10
 NBVAL = OMP_NUM_THREADS=1 $(PY) -m pytest -p tests.nbval_lost --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
   -n 2 --dist loadfile --durations=10 -p no:cacheprovider notebooks
 notebooks: env
 	$(NBVAL) || { [ $$? -eq 75 ] && echo "Only a lost kernel failed; once more." && $(NBVAL); }
 
-rehearse: env ## run the workstation profile from end to end, with a toy in place of each of its models
-	$(PY) -m pytest tests/test_workstation.py
+rehearse: env cluster ## what takes minutes: the workstation profile on toys, Ray, accelerate, gpu-check on the CPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -n 2 --dist loadfile --durations=5
 
 bundle: env ## pack a run into outputs/PROFILE/bundle.zip, to attach to a paper
 	@$(PY) -m kit bundle $(if $(PROFILE),--profile $(PROFILE))

@@ -1,11 +1,15 @@
 """A small run as the pipeline leaves it, for the tests of bundles and of what judges them again."""
 
+import shutil
 import zipfile
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 import numpy as np
 import pandas as pd
+import pytest
 
 from kit import notebook, paths
 from kit.analysis import claims, plots, tables
@@ -47,6 +51,23 @@ def executed(folder: Path, stage: str, profile: str, commit: str, failure: str =
 
 def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str = "c0") -> Path:
     """The folder of a small run: two arms, its verdicts, one table and one figure."""
+    folder = paths.run_dir(profile)
+    made = Path(_made(profile, seed, gain, commit).name) / "run"
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _made(profile: str, seed: int, gain: float, commit: str) -> TemporaryDirectory:
+    """That run, made once for all tests of a process."""
+    kept = TemporaryDirectory()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "OUTPUTS", Path(kept.name))
+        _run(profile, seed, gain, commit).rename(Path(kept.name) / "run")
+    return kept
+
+
+def _run(profile: str, seed: int, gain: float, commit: str) -> Path:
     rng, folder = np.random.default_rng(seed), paths.run_dir(profile)
     (folder / "notebooks").mkdir(parents=True)
     records = [record(arm, i, bool(rng.random() < 0.3 + gain * (arm == "format")))

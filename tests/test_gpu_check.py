@@ -38,10 +38,11 @@ def dry(tmp_path_factory):
     return done, folder
 
 
+@pytest.mark.slow
 def test_every_check_runs_on_a_cpu_and_says_one_line(dry):
     done, folder = dry
     found = json.loads((folder / "gpu.json").read_text())
-    assert found["dry"] and found["provenance"]["versions"]["torch"] == torch.__version__
+    assert found["dry"] and found["provenance"]["versions"]["torch"] == version("torch")
     assert list(found["checks"]) == list(gpu_check.CHECKS)
     verdicts = {name: row["verdict"] for name, row in found["checks"].items()}
     assert verdicts == {n: "skipped" if n in ON_A_GPU else "ok" for n in gpu_check.CHECKS}
@@ -53,6 +54,7 @@ def test_every_check_runs_on_a_cpu_and_says_one_line(dry):
     assert last.startswith(f"{sum(row['seconds'] for row in found['checks'].values()):.0f} s: ")
 
 
+@pytest.mark.slow
 def test_the_json_has_the_figures_behind_each_line(dry):
     checks = json.loads((dry[1] / "gpu.json").read_text())["checks"]
     extra = {"verdict", "seconds", "said"}

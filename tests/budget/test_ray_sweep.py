@@ -20,6 +20,7 @@ ASKED = {False: prompts.build(prompts.plain, SUMS), True: []}
 HOW = dict(batch_size=4)
 
 
+@pytest.mark.slow
 def test_killed_workers_are_replaced_and_the_store_ends_the_same(tiny_folder, tmp_path):
     pytest.importorskip("ray")
     said, shared = [], tmp_path / "shared"

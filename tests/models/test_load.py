@@ -111,7 +111,7 @@ def test_random_models_differ_in_hash_by_shape_and_dtype():
 def test_a_folder_with_a_configuration_gives_random_weights_of_its_shape(tmp_path, tiny_folder):
     shutil.copy(tiny_folder / "config.json", tmp_path)
     model = load(f"random:{tmp_path}", "float32")
-    assert model.weights.config.hidden_size == 32 and model.weights.config.vocab_size == 49152
+    assert model.weights.config.hidden_size == 32 and model.weights.config.vocab_size == 4096
 
 
 def test_what_does_not_exist_is_one_sentence(tmp_path):

@@ -310,10 +310,10 @@ def test_records_that_are_gone_make_stale_what_names_them(project):
     assert states(project)[0] == ("fresh", "")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
-def test_a_damaged_status_file_is_a_stage_to_run_again(project, text):
-    (project / "outputs/tour/status/01_first.json").write_text(text)
-    assert states(project)[0] == ("stale", "its status file is damaged")
+def test_a_damaged_status_file_is_a_stage_to_run_again(project):
+    for text in ("", "{", "\x00", "[]"):
+        (project / "outputs/tour/status/01_first.json").write_text(text)
+        assert states(project)[0] == ("stale", "its status file is damaged"), text
     assert run(project) == 0
     assert trace(project) == ["01_first"] and states(project)[0] == ("fresh", "")
 

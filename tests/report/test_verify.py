@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -24,10 +25,17 @@ def _outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "collect", lambda: here)
 
 
-def bundled() -> Path:
-    """The bundle of a small run."""
+@cache
+def packed() -> bytes:
     ran()
-    return bundle.write("laptop")
+    return bundle.write("laptop").read_bytes()
+
+
+def bundled() -> Path:
+    """The bundle of a small run, beside its folder."""
+    data, made = packed(), ran() / "bundle.zip"
+    made.write_bytes(data)
+    return made
 
 
 @pytest.mark.parametrize(

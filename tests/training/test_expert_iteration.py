@@ -1,4 +1,4 @@
-"""Phase 2: what each arm is trained on, and rounds that compound on the bundled model."""
+"""Phase 2: what each arm is trained on, and rounds that compound."""
 
 import json
 
@@ -97,14 +97,22 @@ def test_arms_differ_in_what_they_say_and_in_nothing_else(bundled, bank):
         expert_iteration.training_set("other", bundled, *frames, asked, cap=1)
 
 
-def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, monkeypatch):
-    train, store = SUMS[8:14], Store(tmp_path / "store")
+def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(
+    bank, tmp_path, tiny_folder, monkeypatch
+):
+    """On a tiny model, each of whose answers counts as right and ended."""
+    train, store, base = SUMS[8:14], Store(tmp_path / "store"), str(tiny_folder)
     before, said = len(bank), []
+
+    def solved(*asked, **how):
+        return evaluate(*asked, **how).assign(correct=True, finish="stop")
+
+    monkeypatch.setattr(expert_iteration, "evaluate", solved)
 
     def run(count: int) -> list[str]:
         said.clear()
         return expert_iteration.run_rounds(
-            BUNDLED, bank, train, count, PLAN, STEP, store, tmp_path / "models", said.append
+            base, bank, train, count, PLAN, STEP, store, tmp_path / "models", said.append
         )
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -112,13 +120,13 @@ def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(bank, tmp_path, 
         run(1)
     assert bank.tags() == ["round-0", "round-1"] and len(bank.checkout("round-0")) == before
     found = run(2)
-    assert found[0] == BUNDLED and len(found) == 3 and BUNDLED not in found[1:]
+    assert found[0] == base and len(found) == 3 and base not in found[1:]
     assert bank.tags() == ["round-0", "round-1", "round-2"]
     grown = [len(bank.checkout(tag)) for tag in bank.tags()]
     assert grown[0] == before and before < grown[1] <= grown[2]
     assert bank.table()["problem_id"].is_unique
     cards = [json.loads((sft.Path(folder) / "card.json").read_text()) for folder in found[1:]]
-    assert [card["base"] for card in cards] == [BUNDLED] * 2, "each starts at the base"
+    assert [card["base"] for card in cards] == [base] * 2, "each starts at the base"
     sizes = [int(line.split()[-2]) for line in said]
     assert sizes == grown[1:]
     assert run(2) == found
