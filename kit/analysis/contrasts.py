@@ -2,11 +2,12 @@
 
 Works on a table of records (columns of `schema.Record`) and a small mapping such as
 `{"measure": "accuracy", "arm": "format", "control": "plain"}`; the claims declare theirs in that
-form, a notebook may write its own. Pairs by problem, keeps seeds and samples nested in their
-problem, bootstraps over problems. Knows nothing of published numbers or verdicts.
+form, a notebook may write its own. Pairs by problem; samples and their seeds are nested in their
+problem, trainings, which the column `training` of `pooled` tells apart, are crossed with problems:
+see `kit.analysis.stats`. Knows nothing of published numbers or verdicts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ FILTERS = {  # key of a contrast to the column of the records that it restricts
 }
 KEYS = {"measure", "arm", "control", "control_measure", "by", "within", "sampled", *FILTERS}
 KEYS |= {"probe"}  # which answers of 05 decide, see kit.report.recompute.on_facts
-PROBLEM, SAMPLE = ["source", "problem_id"], ["seed", "sample"]  # what tells records apart
+PROBLEM, TRAINING, SAMPLE = ["source", "problem_id"], "training", ["seed", "sample"]
 MIN_VOTES = 3  # one sample, or greedy copies of one, would "prove" that voting changes nothing
 
 
@@ -63,14 +64,54 @@ def points(found: stats.Interval, origin: str = "") -> Measurement:
     return Measurement(*found.percent, found.n, "points", origin=origin)
 
 
-def mean_of(values: Iterable[float], unit: str, origin: str = "") -> Measurement:
-    """Mean of independent values that are no proportions, as KL per sequence: Student's t."""
+def share_of(values: Iterable[float], unit: str = "percent", origin: str = "") -> Measurement:
+    """Share of independent values that are 1, the others 0: Wilson's interval."""
     values = np.asarray(list(values), dtype=float)
-    n, estimate = len(values), float(values.mean())
-    error = float(values.std(ddof=1)) / n**0.5 if n > 1 else float("inf")
-    outer, inner = (error * float(t.ppf((1 + level) / 2, max(1, n - 1))) for level in (0.95, 0.90))
-    ends = estimate, estimate - outer, estimate + outer
-    return Measurement(*ends, n, unit, (estimate - inner, estimate + inner), origin=origin)
+    if not len(values) or not np.isin(values, (0, 1)).all():
+        raise ValueError(
+            "a share is of values that are 0 or 1, at least one; see mean_of for others"
+        )
+    outer, inner = (stats.wilson(int(values.sum()), len(values), level) for level in (0.95, 0.90))
+    return Measurement(*outer.percent, len(values), unit, inner.percent[1:], origin=origin)
+
+
+def mean_of(values: Iterable[float], unit: str, origin: str = "") -> Measurement:
+    """Mean of independent values that are no shares, as KL per sequence: Student's t with the
+    jackknife's error, of its logarithm where all are positive, since such values are skewed."""
+    values = np.asarray(list(values), dtype=float)
+    if unit in ("percent", "points") or (np.isin(values, (0, 1)).all() and values.any()):
+        raise ValueError("a share has no t interval, which may end below 0; use share_of")
+    if (values > 0).all():
+        (estimate, *ends), (_, *inner) = np.exp(_jackknife(np.log, values)).tolist()
+    else:
+        (estimate, *ends), (_, *inner) = _jackknife(lambda mean: mean, values).tolist()
+    return Measurement(estimate, *ends, len(values), unit, tuple(inner), origin=origin)
+
+
+def excess_of(
+    treatment: Iterable[float], control: Iterable[float], origin: str = ""
+) -> Measurement | None:
+    """By how many percent the mean of positive values exceeds that of paired ones: an interval of
+    the logarithm of the ratio, as in `mean_of`. None where a value is not positive, as a KL that
+    rounding alone makes."""
+    pairs = np.array([list(treatment), list(control)], dtype=float).T
+    if not (pairs > 0).all():
+        return None
+    ratios = _jackknife(lambda means: np.log(means[..., 0] / means[..., 1]), pairs)
+    (estimate, *ends), (_, *inner) = (100 * np.expm1(ratios)).tolist()
+    return Measurement(estimate, *ends, len(pairs), "percent more", tuple(inner), origin=origin)
+
+
+def _jackknife(of: Callable, values: np.ndarray) -> np.ndarray:
+    """`of` the mean over n values, with its 95% and 90% intervals, [2, 3]: Student's t with the
+    jackknife's standard error; endless for a single value."""
+    n, estimate = len(values), of(values.mean(axis=0))
+    error = np.inf
+    if n > 1:
+        without = of((values.sum(axis=0) - values) / (n - 1))
+        error = float(np.sqrt((n - 1) * without.var()))
+    halves = [error * float(t.ppf((1 + level) / 2, max(1, n - 1))) for level in (0.95, 0.90)]
+    return np.array([(estimate, estimate - half, estimate + half) for half in halves])
 
 
 def check(contrast: Mapping) -> None:
@@ -115,16 +156,19 @@ def compute(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> Measurem
 
 
 def p_value(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> float | None:
-    """Two-sided p of a difference, the two sides permuted within problems; None as `compute`."""
+    """Two-sided p of a difference, below 0.05 where the interval of `compute` excludes zero; None
+    as there."""
     values, _ = _values(contrast, records)
     if len(values) < 2:
         return None
-    return stats.paired_permutation(*values, rng=np.random.default_rng(seed))
+    return stats.paired_p(*values, rng=np.random.default_rng(seed))
 
 
 def _values(contrast: Mapping, records: pd.DataFrame) -> tuple[list[np.ndarray], int]:
-    """Problems x samples of each side over the problems that all have, and the records behind."""
+    """Of each side [problems, trainings, samples] over the problems that all have, and the number
+    of records behind."""
     check(contrast)
+    records = _by_training(records)
     arm, measure = contrast["arm"], contrast["measure"]
     sides = [(arm, measure)]
     if "control" in contrast or "control_measure" in contrast:
@@ -139,7 +183,23 @@ def _values(contrast: Mapping, records: pd.DataFrame) -> tuple[list[np.ndarray],
     if not problems:
         return [], 0
     count = sum(problem in problems for r in rows.values() for problem in _problem(r))
-    return [table.loc[sorted(problems)].to_numpy() for table in tables], count
+    return [_array(table.loc[sorted(problems)]) for table in tables], count
+
+
+def _array(table: pd.DataFrame) -> np.ndarray:
+    """A table of problems x (training, seed, sample) as [problems, trainings, samples]."""
+    parts = [table.xs(training, axis=1, level=TRAINING).to_numpy()
+             for training in table.columns.unique(TRAINING)]  # fmt: skip
+    most = max(part.shape[1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, most - part.shape[1])), constant_values=np.nan)
+              for part in parts]  # fmt: skip
+    return np.stack(padded, axis=1)
+
+
+def _by_training(records: pd.DataFrame) -> pd.DataFrame:
+    """Records with the column `training`, 0 where a model was not trained here or once."""
+    of = records[TRAINING].fillna(0) if TRAINING in records else 0
+    return records.assign(**{TRAINING: of})
 
 
 def _problem(rows: pd.DataFrame) -> Iterable[tuple[str, str]]:
@@ -172,7 +232,7 @@ def _refuse_pooling(arm: str, rows: pd.DataFrame) -> None:
         if rows[column].nunique() > 1:
             found = ", ".join(sorted(map(str, rows[column].unique())))
             raise ValueError(f"{arm!r} has records of more than one {column}: {found}; name one")
-    twice = rows[rows.duplicated([*PROBLEM, *SAMPLE])]
+    twice = rows[rows.duplicated([*PROBLEM, TRAINING, *SAMPLE])]
     if not twice.empty:
         row = twice.iloc[0]
         where = f"problem {row['problem_id']!r}, seed {row['seed']}, sample {row['sample']}"
@@ -180,65 +240,64 @@ def _refuse_pooling(arm: str, rows: pd.DataFrame) -> None:
 
 
 def _table(rows: pd.DataFrame, measure: str, within: int | None) -> pd.DataFrame:
-    """Problems x (seed, sample), 0, 1 or NaN; problems without a value are left out."""
+    """Problems x (training, seed, sample), 0, 1 or NaN; problems without a value are left out."""
     finished = rows["finish"] == "stop"
     if within is not None:
         finished &= rows["prompt_tokens"] + rows["new_tokens"] <= within
     correct = rows["correct"].astype(bool) & (finished | (within is None))
     if measure == "majority":
-        return _majority(rows.assign(correct=correct))
-    value = {
-        "accuracy": correct,
-        "accuracy_given_finished": correct.astype(float).where(finished),
-        "compliance": rows["compliant"],
-        "finished": finished,
-        "boxed": rows["method"] == "boxed",
-    }[measure]
-    rows = rows.assign(value=value.astype(float))
-    return rows.pivot(index=PROBLEM, columns=SAMPLE, values="value").dropna(how="all")
+        rows = _majority(rows.assign(correct=correct))
+    else:
+        value = {
+            "accuracy": correct,
+            "accuracy_given_finished": correct.astype(float).where(finished),
+            "compliance": rows["compliant"],
+            "finished": finished,
+            "boxed": rows["method"] == "boxed",
+        }[measure]
+        rows = rows.assign(value=value.astype(float))
+    columns = [TRAINING, *SAMPLE]
+    return rows.pivot(index=PROBLEM, columns=columns, values="value").dropna(how="all")
 
 
 def _majority(rows: pd.DataFrame) -> pd.DataFrame:
-    """One column: whether the majority vote over a problem's samples is correct."""
-    votes = {}
+    """One row per problem and training: whether the majority vote over its samples is correct."""
+    votes = []
     rows = rows[rows["temperature"] > 0]
-    for problem, samples in rows.sort_values(SAMPLE).groupby(PROBLEM):
+    for where, samples in rows.sort_values(SAMPLE).groupby([*PROBLEM, TRAINING]):
         if len(samples) >= MIN_VOTES:
             answers = samples["extracted"].str.strip()
             winner = answers == stats.majority(answers)
-            votes[problem] = float(samples["correct"][winner].iloc[0])
-    index = pd.MultiIndex.from_tuples(votes, names=PROBLEM) if votes else None
-    return pd.DataFrame({"vote": list(votes.values())}, index=index)
+            votes.append((*where, 0, 0, float(samples["correct"][winner].iloc[0])))
+    return pd.DataFrame(votes, columns=[*PROBLEM, TRAINING, *SAMPLE, "value"])
 
 
 # Frames: the records of an arm, over the seeds of its training
 
 
 def pooled(arm: str, trainings: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
-    """Records of models that differ in their training seed only, as those of one arm.
-
-    The training's seed takes the place of the sampling's: a problem's answers by several trainings
-    are nested in it as samples are.
-    """
+    """Records of models that differ in their training seed only, as those of one arm, with that
+    seed as `training`."""
     whole = {"arm": arm, "model": "", "weights_hash": ""}
     return pd.concat(
-        [frame.assign(seed=seed, **whole) for seed, frame in trainings.items()], ignore_index=True
+        [frame.assign(training=seed, **whole) for seed, frame in trainings.items()],
+        ignore_index=True,
     )
 
 
 def spread(records: pd.DataFrame) -> tuple[float, float]:
-    """Accuracy of the least and of the best training seed of `pooled`, percent."""
-    each = 100 * records.groupby("seed")["correct"].mean()
+    """Accuracy of the least and of the best training of `pooled`, percent."""
+    each = 100 * records.groupby(TRAINING)["correct"].mean()
     return each.min(), each.max()
 
 
 def places(frames: Mapping[str, pd.DataFrame], keys: list[str]) -> list[dict]:
-    """Where in `keys` the records of each arm and training seed are, in order: see `frames`."""
+    """Where in `keys` the records of each arm and training (`seed`) are, in order: see `frames`."""
     at = {key: number for number, key in enumerate(keys)}
     return [
         {"arm": arm, "seed": seed, "at": [at[key] for key in part["key"]]}
         for arm, frame in frames.items()
-        for seed, part in frame.groupby("seed")
+        for seed, part in _by_training(frame).groupby(TRAINING)
     ]
 
 

@@ -1,10 +1,12 @@
 """Intervals, paired tests, power: what turns graded records into a statement with an error bar.
 
 scipy and statsmodels do the arithmetic where they can. Own code covers what they lack: Tango's
-interval for paired proportions, power of paired proportions, votes, optimism of a best-of-m.
-Values are matrices of problems x samples (seeds and samples nested in problems), 0 or 1 or NaN
-where there is no sample; rows of two arms are the same problems in the same order. Whatever is
-random takes a numpy Generator. Effects are fractions, not percent. No tables, no verdicts here.
+interval for paired proportions, power of paired proportions, trainings crossed with problems,
+votes, optimism of a best-of-m. Values are [problems, samples] or [problems, trainings, samples], 0
+or 1 or NaN where there is no sample; rows of two arms are the same problems in the same order.
+Samples, sampling seeds included, are nested in their problem; trainings are crossed with problems,
+since a lucky one answers many of them better, and with several the interval covers the next one.
+Whatever is random takes a numpy Generator. Effects are fractions, not percent. No tables here.
 """
 
 from collections import Counter
@@ -152,17 +154,23 @@ def pairs_needed(only_treatment: float, only_control: float, power: float = 0.8)
     return ceil((root / effect) ** 2)
 
 
-# Problems x samples
+# Problems x samples, problems x trainings x samples
+
+
+def _last_mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is there; NaN where nothing is."""
+    counts = (~np.isnan(values)).sum(axis=-1)
+    sums = np.nansum(values, axis=-1)
+    return np.divide(sums, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
 
 
 def problem_means(values: np.ndarray) -> np.ndarray:
-    """Mean over the samples of each problem; NaN for a problem without any."""
+    """Mean over the samples of each problem, by training first where there are several; NaN for a
+    problem without any."""
     values = np.asarray(values, dtype=float)
-    if values.ndim == 1:
-        return values
-    counts = (~np.isnan(values)).sum(axis=1)
-    sums = np.nansum(values, axis=1)
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    for _ in range(values.ndim - 1):
+        values = _last_mean(values)
+    return values
 
 
 def cluster_bootstrap(
@@ -180,41 +188,133 @@ def cluster_bootstrap(
     """
     means = problem_means(values)
     means = means[~np.isnan(means)]
-    n, estimate = len(means), float(means.mean()) if len(means) else float("nan")
-    if n == 0:
+    if len(means) == 0:
         raise ValueError("no problem has a sample; a bootstrap needs at least one")
-    low = high = estimate
-    if n > 1:
-        drawn = stats.bootstrap(
-            (means,), np.mean, n_resamples=draws, batch=1 + 2_000_000 // n,
-            confidence_level=level, method="percentile", rng=rng,
-        )  # fmt: skip
-        low, high = (float(bound) for bound in drawn.confidence_interval)
-    if np.count_nonzero(means != np.median(means)) < FEW:
+    tails = (1 - level) / 2, (1 + level) / 2
+    low, high = np.quantile(_resampled(means, rng, draws), tails)
+    return _widened(means, low, high, level, bounds, "cluster bootstrap")
+
+
+def _resampled(means: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """Means of `draws` bootstrap samples of problems."""
+    if len(means) == 1:
+        return means
+    drawn = stats.bootstrap(
+        (means,), np.mean, n_resamples=draws, batch=1 + 2_000_000 // len(means),
+        method="percentile", rng=rng,
+    )  # fmt: skip
+    return drawn.bootstrap_distribution
+
+
+def _few(means: np.ndarray) -> bool:
+    return np.count_nonzero(means != np.median(means)) < FEW
+
+
+def _widened(
+    means: np.ndarray, low: float, high: float, level: float, bounds: tuple, method: str
+) -> Interval:
+    """The interval, widened where few problems deviate from the median, within `bounds`."""
+    n, estimate = len(means), float(means.mean())
+    if _few(means):
         z = stats.norm.ppf((1 + level) / 2)
         floor = float(z**2 / (n + z**2))
         low, high = min(low, estimate - floor), max(high, estimate + floor)
-    low, high = max(low, bounds[0]), min(high, bounds[1])
-    return Interval(estimate, low, high, n, "cluster bootstrap", level)
+    low, high = max(float(low), bounds[0]), min(float(high), bounds[1])
+    return Interval(estimate, low, high, n, method, level)
+
+
+@dataclass(frozen=True)
+class _Crossed:
+    """A mean over problems and trainings, with its variance and degrees of freedom."""
+
+    means: np.ndarray  # of each problem
+    variance: float
+    freedom: float
+
+    def half(self, level: float) -> float:
+        return float(stats.t.ppf((1 + level) / 2, self.freedom)) * sqrt(self.variance)
+
+    @property
+    def p(self) -> float:
+        """Two-sided p-value of a mean of zero."""
+        at = abs(self.means.mean()) / sqrt(self.variance) if self.variance else np.inf
+        return float(2 * stats.t.sf(at, self.freedom))
+
+
+def _crossed(*sides: np.ndarray) -> _Crossed | None:
+    """The mean of one side, or treatment minus control, with trainings crossed with problems; None
+    where no side has several trainings, or a single problem.
+
+    Its variance is that of the (paired) problem means over n, and for each side with k trainings
+    that between trainings over k, less what the answers' noise makes of it (two-way analysis of
+    variance); degrees of freedom by Satterthwaite, Biometrics Bulletin 2 (1946). Of a side with one
+    training the interval covers that model alone.
+    """
+    several = [side for side in sides if side.ndim == 3 and side.shape[1] > 1]
+    means = problem_means(sides[0]) - (problem_means(sides[1]) if len(sides) == 2 else 0)
+    used = ~np.isnan(means)
+    means = means[used]
+    if not several or len(means) < 2:
+        return None
+    parts = [(float(means.var(ddof=1)) / len(means), len(means) - 1)]
+    for side in several:
+        parts += _between(_last_mean(side[used]))
+    variance = sum(part for part, _ in parts)
+    squares = sum(part**2 / freedom for part, freedom in parts)
+    return _Crossed(means, variance, max(1.0, variance**2 / squares) if squares else np.inf)
+
+
+def _between(cells: np.ndarray) -> list[tuple[float, float]]:
+    """What trainings add to the variance of a mean over [problems, trainings], in parts with their
+    degrees of freedom; nothing where they differ by no more than noise makes them differ."""
+    cells = cells[:, ~np.isnan(cells).all(axis=0)]
+    n, k = cells.shape
+    if k < 2:
+        return []
+    centred = cells - _last_mean(cells)[:, None]
+    effects = np.nanmean(centred, axis=0)  # of each training
+    freedom = max(1, int((~np.isnan(cells)).sum()) - n - k + 1)
+    noise = float(np.nansum((centred - effects) ** 2)) / freedom / n
+    spread = float(effects.var(ddof=1))
+    return [(spread / k, k - 1), (-noise / k, freedom)] if spread > noise else []
+
+
+def _nested(values: np.ndarray) -> np.ndarray:
+    """Values as floats, [problems, samples] where there is one training."""
+    values = np.asarray(values, dtype=float)
+    return values[:, 0] if values.ndim == 3 and values.shape[1] == 1 else values
 
 
 def _single(values: np.ndarray) -> bool:
     """Whether every problem has at most one sample and every sample is 0 or 1."""
-    values = np.asarray(values, dtype=float)
     seen = values[~np.isnan(values)]
-    once = values.ndim == 1 or bool(((~np.isnan(values)).sum(axis=1) <= 1).all())
-    return once and bool(np.isin(seen, (0.0, 1.0)).all())
+    once = values.ndim == 1 or bool(((~np.isnan(values)).sum(axis=-1) <= 1).all())
+    return values.ndim < 3 and once and bool(np.isin(seen, (0.0, 1.0)).all())
 
 
 def mean_interval(
     values: np.ndarray, rng: np.random.Generator, level: float = 0.95, draws: int = 10_000
 ) -> Interval:
-    """Mean over problems: Wilson for one sample per problem, else the cluster bootstrap."""
+    """Mean over problems of what lies in [0, 1]: Wilson for one sample per problem, else the
+    cluster bootstrap.
+
+    With several trainings, Wilson's interval at the number of answers that has the variance of
+    `_crossed`, and with its t for the normal quantile: within [0, 1], as a t interval is not.
+    """
+    values = _nested(values)
     means = problem_means(values)
-    seen = means[~np.isnan(means)]
-    if len(seen) and _single(values):
-        return wilson(int(seen.sum()), len(seen), level)
-    return cluster_bootstrap(means, rng, level, draws, bounds=(0.0, 1.0))
+    means = means[~np.isnan(means)]
+    if len(means) and _single(values):
+        return wilson(int(means.sum()), len(means), level)
+    crossed = _crossed(values)
+    if crossed is None:
+        return cluster_bootstrap(means, rng, level, draws, bounds=(0.0, 1.0))
+    p, n, most = float(means.mean()), len(means), int((~np.isnan(values)).sum())
+    size = min(most, p * (1 - p) / crossed.variance) if crossed.variance else n
+    z2 = float(stats.t.ppf((1 + level) / 2, crossed.freedom)) ** 2 / size
+    middle, half = (p + z2 / 2) / (1 + z2), sqrt(z2 * (p * (1 - p) + z2 / 4)) / (1 + z2)
+    ends = max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(p, *ends, n, "Wilson, trainings crossed", level)
 
 
 def paired_interval(
@@ -226,31 +326,42 @@ def paired_interval(
 ) -> Interval:
     """Treatment minus control over the problems that both have, equal weight per problem.
 
-    Tango's interval for one sample per problem and arm, else the cluster bootstrap of the
-    per-problem differences.
+    Tango's interval for one sample per problem and arm, a t interval with trainings crossed with
+    problems where an arm has several, else the cluster bootstrap of the per-problem differences.
     """
+    treatment, control = _nested(treatment), _nested(control)
     difference = problem_means(treatment) - problem_means(control)
     difference = difference[~np.isnan(difference)]
     if len(difference) and _single(treatment) and _single(control):
         wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
         return tango(wins, losses, len(difference), level)
-    return cluster_bootstrap(difference, rng, level, draws, bounds=(-1.0, 1.0))
+    crossed = _crossed(treatment, control)
+    if crossed is None:
+        return cluster_bootstrap(difference, rng, level, draws, bounds=(-1.0, 1.0))
+    ends = difference.mean() - crossed.half(level), difference.mean() + crossed.half(level)
+    return _widened(difference, *ends, level, (-1.0, 1.0), "t, trainings crossed")
 
 
-def paired_permutation(
+def paired_p(
     treatment: np.ndarray, control: np.ndarray, rng: np.random.Generator, draws: int = 10_000
 ) -> float:
-    """Two-sided p-value of the mean difference of problem means, arms swapped within problems.
-
-    Exact where 2^problems is at most `draws`.
-    """
+    """Two-sided p-value of no difference: of the test that `paired_interval` inverts, so that it is
+    below 0.05 where the 95% interval excludes zero."""
+    treatment, control = _nested(treatment), _nested(control)
     difference = problem_means(treatment) - problem_means(control)
     difference = difference[~np.isnan(difference)]
-    found = stats.permutation_test(
-        (difference,), np.mean, permutation_type="samples", n_resamples=draws,
-        batch=1 + 2_000_000 // max(len(difference), 1), rng=rng, vectorized=True,
-    )  # fmt: skip
-    return float(found.pvalue)
+    if _single(treatment) and _single(control):
+        wins, losses = (difference > 0).sum(), (difference < 0).sum()
+        return float(2 * stats.norm.sf(abs(wins - losses) / sqrt(max(1, wins + losses))))
+    crossed, n, size = _crossed(treatment, control), len(difference), abs(difference.mean())
+    if crossed:
+        p = crossed.p
+    else:
+        drawn = _resampled(difference, rng, draws)
+        p = 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn))
+    if _few(difference):  # the level at which the widened interval ends at zero
+        p = max(p, 2 * stats.norm.sf(sqrt(n * size / (1 - size)))) if size < 1 else p
+    return min(1.0, float(p))
 
 
 def tost(

@@ -36,7 +36,7 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "live_tokens": "live tokens, mean",
     "kept_fraction": "kept fraction",
     "kl": "KL, nats per token",
-    "excess_kl": "KL less that of dms",
+    "kl_ratio": "KL over that of dms, x",
     "kv_bytes": "KV allocated, mean",
     "on_frontier": "on the frontier",
     "families held out": "families held out, %",
@@ -99,8 +99,8 @@ def difference(records: pd.DataFrame, arm: str, control: str, measures=MEASURES)
 def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) -> pd.DataFrame:
     """Accuracy of `arm` minus that of each control, in points, paired by problem.
 
-    `p` is of a permutation test; `holm` adjusts it over all rows but that of `primary`, the one
-    contrast declared beforehand, which stands first.
+    The interval decides; `p` is of the test that it inverts, and `holm` adjusts it over all rows
+    but that of `primary`, the one contrast declared beforehand, which stands first.
     """
     rows = []
     for control in [primary, *(name for name in controls if name != primary)]:
@@ -119,10 +119,10 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
 
 
 def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms") -> pd.DataFrame:
-    """KL and perplexity of each policy at each compression, and its KL less the baseline's.
+    """KL and perplexity of each policy at each compression, and its KL over the baseline's.
 
     `frames` holds per (policy, nominal compression) what `kit.dms.fidelity.teacher_forced_kl`
-    returns; rows are paired by sequence. A positive `excess_kl` means worse than the baseline.
+    returns; rows are paired by sequence. A `kl_ratio` above 1 means worse than the baseline.
     """
     rows = []
     for (name, compression), frame in frames.items():
@@ -131,11 +131,11 @@ def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms"
         row |= {"live_tokens": frame["live_tokens"].mean()}
         row |= {"kept_fraction": frame["kept_fraction"].mean(), "kl": _numbers(kl)}
         perplexity = np.exp(frame["nats"].mean())  # which magnifies what a stored float leaves out
-        row |= {"perplexity": float(f"{perplexity:.6g}"), "excess_kl": None}
+        row |= {"perplexity": float(f"{perplexity:.6g}"), "kl_ratio": None}
         row |= {"kv_bytes": frame["kv_bytes"].mean()}
         if name != baseline and (baseline, compression) in frames:
-            excess = frame["kl"] - frames[baseline, compression]["kl"]
-            row["excess_kl"] = _numbers(contrasts.mean_of(excess, "nats"))
+            excess = contrasts.excess_of(frame["kl"], frames[baseline, compression]["kl"])
+            row["kl_ratio"] = excess and tuple(1 + more / 100 for more in _numbers(excess))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -166,12 +166,12 @@ def trained(frames: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.D
 
 
 def compounded(ways: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.DataFrame:
-    """Accuracy by round, which stands for the seed in the frames of `ways`, and way of asking."""
+    """Accuracy by round, which stands for the training in `ways`, and by way of asking."""
     rows = []
     for way, frame in ways.items():
         known = frame["family"].isin(families)
         for label, part in ((way, frame[known]), ("families held out", frame[~known])):
-            for number, answers in part.groupby("seed"):
+            for number, answers in part.groupby(contrasts.TRAINING):
                 rows.append({"round": number, "way": label, "accuracy": share(answers)})
     return pd.DataFrame(rows)
 
@@ -238,10 +238,9 @@ def text(table: pd.DataFrame) -> pd.DataFrame:
 def cell_text(name: str, cell) -> str:
     """One value of the column `name`: rounded, with its interval, "–" where there is none."""
     if isinstance(cell, tuple):
-        if name.endswith("kl"):
-            return f"{cell[0]:.3f} [{cell[1]:.3f}, {cell[2]:.3f}]"
+        digits = {"kl": ".3f", "kl_ratio": ".2f"}.get(name, ".1f")
         sign = "+" if name == "difference" else ""
-        return f"{cell[0]:{sign}.1f} [{cell[1]:.1f}, {cell[2]:.1f}]"
+        return f"{cell[0]:{sign}{digits}} [{cell[1]:{digits}}, {cell[2]:{digits}}]"
     if cell is None or pd.isna(cell):
         return "–"
     if name in ("kept_fraction", "membership"):

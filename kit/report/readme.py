@@ -89,7 +89,7 @@ def table(published: Path, stage: str, caption: str) -> pd.DataFrame:
             f"shows; publish one, or change kit/report/readme.py"
         )
     frame = pd.read_csv(files[0])
-    for name in ("kl", "excess_kl", "difference"):
+    for name in ("kl", "kl_ratio", "difference"):
         if name in frame:
             frame[name] = frame[name].map(ast.literal_eval, na_action="ignore")
     return frame

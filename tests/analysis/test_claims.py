@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import multinomial, ttest_1samp
+from scipy.stats import t as student
 
 from kit.analysis import claims, contrasts, stats
 from kit.analysis.verdicts import CLASSES, COLUMNS, RULES, WORDS, measured_table, verdict
@@ -506,6 +507,42 @@ def test_samples_are_nested_in_their_problem():
     assert (found.n, found.records) == (12, 96)
 
 
+def test_trainings_are_crossed_with_problems_and_their_samples_nested():
+    rng = np.random.default_rng(1)
+    values = rng.random((40, 3, 2)) < rng.random((40, 1, 1)) + np.reshape(
+        [0.0, 0.3, 0.1], (1, 3, 1)
+    )
+    trained = {
+        seed: records({"format": values[:, seed].astype(float)}, weights_hash=f"w{seed}")
+        for seed in range(3)
+    }
+    plain = rng.random((40, 2)) < 0.3
+    pooled = contrasts.pooled("format", trained)
+    whole = pd.concat([pooled, records({"plain": plain.astype(float)}, weights_hash="", model="")])
+    contrast = {"measure": "accuracy", "arm": "format", "control": "plain"}
+    found = contrasts.compute(contrast, whole)
+    sides = values.astype(float), plain.astype(float)
+    oracle = stats.paired_interval(*sides, rng=np.random.default_rng(0))
+    assert (found.estimate, found.low, found.high) == pytest.approx(oracle.percent)
+    assert (found.n, found.records) == (40, 40 * 8)
+    alone = contrasts.compute({"measure": "accuracy", "arm": "format"}, pooled)
+    oracle = stats.mean_interval(sides[0], rng=np.random.default_rng(0))
+    assert (alone.low, alone.high) == pytest.approx(oracle.percent[1:])
+    as_samples = pooled.assign(seed=pooled["training"]).drop(columns="training")
+    nested = contrasts.compute(contrast, pd.concat([as_samples, whole[whole["arm"] == "plain"]]))
+    assert nested.estimate == pytest.approx(found.estimate)
+    assert nested.high - nested.low < 0.8 * (found.high - found.low)
+
+
+def test_each_training_votes_for_itself():
+    answers = {0: ["2", "2", "3"], 1: ["3", "3", "2"], 2: ["3", "4", "3"]}
+    trained = {
+        seed: records({"plain": np.array([[a == "2" for a in said]], float)}, extracted=said)
+        for seed, said in answers.items()
+    }
+    assert single("majority", contrasts.pooled("plain", trained)).estimate == pytest.approx(100 / 3)
+
+
 def test_absent_arms_are_not_measured():
     table = records({"plain": np.ones((5, 1))})
     assert claims.measure(GAIN, table) is None
@@ -637,14 +674,67 @@ def test_claims_need_no_model_library():
 
 
 def test_a_mean_of_values_has_students_interval():
-    values = [0.3, 0.1, 0.5, 0.2, 0.9]
+    values = [0.3, -0.1, 0.5, 0.2, 0.9]
     found = contrasts.mean_of(values, "nats")
     for level, ends in ((0.95, (found.low, found.high)), (0.90, found.inner)):
         expected = ttest_1samp(values, 0).confidence_interval(level)
         assert ends == pytest.approx((expected.low, expected.high))
-    assert (found.estimate, found.n) == (pytest.approx(0.4), 5)
-    alone = contrasts.mean_of([0.3], "nats")
+    assert (found.estimate, found.n) == (pytest.approx(0.36), 5)
+    alone = contrasts.mean_of([-0.3], "nats")
     assert (alone.low, alone.high) == (-np.inf, np.inf), "one value says nothing of its spread"
+    alone = contrasts.mean_of([0.3], "nats")
+    assert (alone.low, alone.estimate, alone.high) == (0, pytest.approx(0.3), np.inf)
+
+
+def test_a_mean_of_positive_values_has_an_interval_of_its_logarithm():
+    values = np.array([0.3, 0.1, 0.5, 0.2, 2.9])
+    without = np.log([np.delete(values, i).mean() for i in range(5)])
+    error = (4 / 5 * ((without - without.mean()) ** 2).sum()) ** 0.5  # the jackknife's
+    found = contrasts.mean_of(values, "nats")
+    for level, ends in ((0.975, (found.low, found.high)), (0.95, found.inner)):
+        half = student.ppf(level, 4) * error
+        assert ends == pytest.approx((0.8 * np.exp(-half), 0.8 * np.exp(half)))
+    assert found.estimate == pytest.approx(0.8) and found.low > 0
+    other = np.array([0.2, 0.1, 0.2, 0.2, 0.8])
+    less = np.log([np.delete(other, i).mean() for i in range(5)])
+    error = (4 / 5 * ((without - less - (without - less).mean()) ** 2).sum()) ** 0.5
+    found = contrasts.excess_of(values, other)
+    ratio, half = values.mean() / other.mean(), student.ppf(0.975, 4) * error
+    assert found.estimate == pytest.approx(100 * (ratio - 1))
+    assert found.low == pytest.approx(100 * (ratio * np.exp(-half) - 1))
+    assert found.high == pytest.approx(100 * (ratio * np.exp(half) - 1))
+    assert contrasts.excess_of(3 * other, other).low == pytest.approx(200), "paired"
+    assert contrasts.excess_of(values, other - 0.1) is None
+
+
+def test_skewed_divergences_of_eight_sequences_are_covered_better_than_by_t():
+    draw, spread, reps = np.random.default_rng(5), 1.0, 1500
+    hard = draw.normal(size=(reps, 8))  # a sequence is hard for both policies
+    one, two = (
+        np.exp(spread * (0.8**0.5 * hard + 0.2**0.5 * draw.normal(size=(reps, 8))))
+        for _ in range(2)
+    )
+    truth = np.exp(spread**2 / 2)
+    level = [contrasts.mean_of(row, "nats") for row in one]
+    ratio = [contrasts.excess_of(3 * a, b) for a, b in zip(one, two)]
+    covered = np.mean([found.low <= truth <= found.high for found in level])
+    paired = np.mean([found.low <= 200 <= found.high for found in ratio])
+    t = np.mean([c.low <= truth <= c.high for c in
+                 (ttest_1samp(row, 0).confidence_interval() for row in one)])  # fmt: skip
+    assert t < 0.86 and covered > t + 0.04 and paired > 0.90
+
+
+def test_a_share_has_wilsons_interval_and_no_other():
+    agreed = [1] * 2 + [0] * 40
+    found = contrasts.share_of(agreed)
+    assert found.texts() == ("4.8 percent", "1.3 to 15.8") and found.n == 42
+    assert found.inner == pytest.approx(stats.wilson(2, 42, 0.9).percent[1:])
+    for values, unit in ((agreed, "agreement"), ([0.4, 0.5], "percent"), ([True] * 3, "x")):
+        with pytest.raises(ValueError, match="a share has no t interval"):
+            contrasts.mean_of(values, unit)
+    assert contrasts.mean_of([0.0, 0.0], "nats").estimate == 0, "a KL may be zero"
+    with pytest.raises(ValueError, match="0 or 1"):
+        contrasts.share_of([0.5])
 
 
 @pytest.mark.parametrize(
@@ -652,7 +742,7 @@ def test_a_mean_of_values_has_students_interval():
     [
         (contrasts.exact(36_000, "completions"), ("36000 completions", "")),
         (contrasts.exact(4.62437, "billion"), ("4.624 billion", "")),
-        (contrasts.mean_of([0.25, 0.75], "nats"), ("0.5 nats", "-2.677 to 3.677")),
+        (contrasts.mean_of([-0.25, 0.75], "nats"), ("0.25 nats", "-6.103 to 6.603")),
         (contrasts.Measurement(-1.84, -7.73, 4.2, 112, "points"), ("-1.8 points", "-7.7 to 4.2")),
     ],
 )

@@ -5,8 +5,11 @@ from itertools import combinations, product
 from math import comb
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.weightstats import ttost_paired
 
@@ -136,13 +139,85 @@ def test_welch_equals_scipy_on_data_with_these_moments():
     )
 
 
-def test_permutation_equals_enumeration():
-    treatment = np.array([[1, 1], [1, 0], [0, 0], [1, 1], [1, 1], [0, 1], [1, np.nan]], dtype=float)
-    control = np.array([[0, 1], [1, 0], [0, 0], [0, 0], [1, 0], [1, 1], [0, np.nan]], dtype=float)
-    gaps = np.nanmean(treatment, axis=1) - np.nanmean(control, axis=1)
-    flips = [np.mean(gaps * signs) for signs in product((1, -1), repeat=len(gaps))]
-    oracle = np.mean(np.abs(flips) >= abs(gaps.mean()) - 1e-12)
-    assert stats.paired_permutation(treatment, control, rng()) == pytest.approx(oracle)
+def crossed(n: int, k: int, spread: float, gain: float, draw: np.random.Generator):
+    """Two arms of n problems x k trainings x one sample; a training shifts all of its answers."""
+    skill = draw.beta(1.2, 2.4, size=(n, 1, 1))
+    shifts = [more + draw.normal(0, spread, size=(1, k, 1)) for more in (gain, 0.0)]
+    return [(draw.random((n, k, 1)) < skill + shift).astype(float) for shift in shifts]
+
+
+def test_trainings_are_crossed_as_in_an_analysis_of_variance():
+    treatment, control = crossed(30, 3, 0.15, 0.1, rng(4))
+    difference = treatment.mean((1, 2)) - control.mean((1, 2))
+    parts = [difference.var(ddof=1) / 30]
+    freedoms = [29.0]
+    for side in (treatment, control):
+        at = np.indices((30, 3)).reshape(2, -1)
+        frame = pd.DataFrame({"y": side.ravel(), "problem": at[0], "training": at[1]})
+        table = anova_lm(ols("y ~ C(problem) + C(training)", frame).fit())
+        between, noise = (table.loc[row, "mean_sq"] for row in ("C(training)", "Residual"))
+        assert between > noise, "the draw is one in which both count"
+        parts += [between / 30 / 3, -noise / 30 / 3]
+        freedoms += [2, 58]
+    variance = sum(parts)
+    freedom = variance**2 / sum(part**2 / each for part, each in zip(parts, freedoms))
+    half = scipy_stats.t.ppf(0.975, freedom) * variance**0.5
+    found = stats.paired_interval(treatment, control, rng())
+    assert (found.estimate, found.n) == (pytest.approx(difference.mean()), 30)
+    assert (found.low, found.high) == pytest.approx(
+        (difference.mean() - half, difference.mean() + half)
+    )
+    expected = 2 * scipy_stats.t.sf(abs(difference.mean()) / variance**0.5, freedom)
+    assert stats.paired_p(treatment, control, rng()) == pytest.approx(expected)
+
+
+def test_trainings_that_problems_do_not_tell_apart_are_compared_by_welchs_t():
+    levels = [0.31, 0.42, 0.36], [0.12, 0.25, 0.31, 0.22]
+    sides = [np.tile(np.reshape(each, (1, -1, 1)), (2000, 1, 1)) for each in levels]
+    oracle = scipy_stats.ttest_ind(*levels, equal_var=False)
+    found = stats.paired_interval(*sides, rng())
+    assert (found.low, found.high) == pytest.approx(tuple(oracle.confidence_interval()))
+    assert stats.paired_p(*sides, rng()) == pytest.approx(oracle.pvalue)
+
+
+def test_one_training_is_nested_and_samples_of_a_training_are():
+    flat = nested(reps=1, n=40, k=4, gain=0.2, seed=8)
+    one = [side[0][:, None, :] for side in flat]
+    assert stats.paired_interval(*one, rng()) == stats.paired_interval(
+        flat[0][0], flat[1][0], rng()
+    )
+    assert stats.mean_interval(one[0], rng()) == stats.mean_interval(flat[0][0], rng())
+    several = [side[0].reshape(40, 2, 2) for side in flat]  # of two trainings two samples each
+    assert stats.paired_interval(*several, rng()).method == "t, trainings crossed"
+    gaps = several[0].mean((1, 2)) - several[1].mean((1, 2))
+    assert stats.paired_interval(*several, rng()).estimate == pytest.approx(gaps.mean())
+
+
+def test_p_is_below_five_percent_exactly_where_the_interval_excludes_zero():
+    kinds = {
+        "pairs": lambda draw, gain: [side[0] for side in nested(1, 60, 1, gain, draw)],
+        "nested": lambda draw, gain: [side[0] for side in nested(1, 60, 3, gain, draw)],
+        "few": lambda draw, gain: [side[0] for side in nested(1, 9, 3, 2 * gain, draw)],
+        "crossed": lambda draw, gain: crossed(60, 3, 0.05, gain, rng(draw)),
+    }
+    for name, make in kinds.items():
+        excludes = 0
+        for draw in range(60):
+            sides = make(draw, 0.15)
+            found = stats.paired_interval(*sides, rng())
+            outside = found.low > 0 or found.high < 0
+            assert (stats.paired_p(*sides, rng()) < 0.05) == outside, (name, draw)
+            excludes += outside
+        assert 3 < excludes < 57, name
+
+
+def test_p_of_nested_samples_is_near_the_permutation_test():
+    treatment, control = (side[0] for side in nested(reps=1, n=80, k=3, gain=0.08, seed=9))
+    oracle = scipy_stats.permutation_test(
+        (treatment.mean(1) - control.mean(1),), np.mean, permutation_type="samples", rng=rng()
+    ).pvalue
+    assert 0.01 < oracle < 0.5
+    assert stats.paired_p(treatment, control, rng()) == pytest.approx(oracle, rel=0.3)
 
 
 def test_bootstrap_equals_enumeration_and_weighs_problems_equally():
@@ -286,6 +361,34 @@ def test_paired_bootstrap_covers(k):
         found = stats.paired_interval(a, b, rng(1), draws=1000)
         covers += found.low <= 0.1 <= found.high
     assert 0.93 < covers / 2000 < 0.97
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.04])
+def test_two_equal_ways_of_training_are_told_apart_in_five_percent(spread):
+    draw, found, naive = rng(6), 0, 0
+    for _ in range(600):
+        sides = crossed(200, 3, spread, 0.0, draw)
+        interval = stats.paired_interval(*sides, rng())
+        found += interval.low > 0 or interval.high < 0
+        means = [side.mean((1, 2)) for side in sides]
+        naive += scipy_stats.ttest_rel(*means).pvalue < 0.05  # as if trainings were samples
+    assert found / 600 <= 0.05 + 0.018
+    assert (naive / 600 > 0.15) == (spread > 0)
+
+
+def test_a_share_over_trainings_covers_and_stays_a_share():
+    draw, covers = rng(3), 0
+    for _ in range(600):
+        side, _ = crossed(150, 3, 0.04, 0.0, draw)
+        found = stats.mean_interval(side, rng())
+        covers += found.low <= 1.2 / 3.6 <= found.high
+    assert covers / 600 >= 0.93
+    rare = np.zeros((40, 3, 1))
+    rare[0, 0] = rare[1, 2] = 1
+    found = stats.mean_interval(rare, rng())
+    assert 0 < found.low < found.estimate < found.high < 0.2
+    none = stats.mean_interval(np.zeros((40, 3, 1)), rng())
+    assert (none.low, none.high) == pytest.approx((0, stats.wilson(0, 40).high))
 
 
 def test_tost_errs_in_one_of_twenty_at_the_margin():

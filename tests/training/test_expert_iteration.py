@@ -163,12 +163,12 @@ def test_a_round_adds_the_problems_that_the_bank_does_not_hold_yet(bank, tmp_pat
     assert all("Attempt 0" in contents[problem.id] for problem in SUMS[8:12])
 
 
-def test_trainings_are_pooled_as_samples_of_one_arm(tiny, tmp_path):
+def test_trainings_are_pooled_as_one_arm(tiny, tmp_path):
     asked = expert_iteration.prompts.build(expert_iteration.prompts.plain, SUMS[:2])
     frame = evaluate(tiny, asked, Sampling(4), Store(tmp_path), report=lambda line: None)
     other = frame.assign(weights_hash="other", model="other")
     pooled = contrasts.pooled("own", {0: frame, 1: other.assign(correct=True)})
-    assert set(pooled["arm"]) == {"own"} and sorted(set(pooled["seed"])) == [0, 1]
+    assert set(pooled["arm"]) == {"own"} and sorted(set(pooled["training"])) == [0, 1]
     least, best = contrasts.spread(pooled)
     mean = 100 * pooled["correct"].mean()
     assert (mean, best) == (50 + least / 2, 100)
