@@ -299,7 +299,8 @@ def mean_interval(
     cluster bootstrap.
 
     With several trainings, Wilson's interval at the number of answers that has the variance of
-    `_crossed`, and with its t for the normal quantile: within [0, 1], as a t interval is not.
+    `_crossed` (of problems at most, where few deviate), and with its t for the normal quantile:
+    within [0, 1], as a t interval is not.
     """
     values = _nested(values)
     means = problem_means(values)
@@ -309,7 +310,8 @@ def mean_interval(
     crossed = _crossed(values)
     if crossed is None:
         return cluster_bootstrap(means, rng, level, draws, bounds=(0.0, 1.0))
-    p, n, most = float(means.mean()), len(means), int((~np.isnan(values)).sum())
+    p, n = float(means.mean()), len(means)
+    most = n if _few(means) else int((~np.isnan(values)).sum())
     size = min(most, p * (1 - p) / crossed.variance) if crossed.variance else n
     z2 = float(stats.t.ppf((1 + level) / 2, crossed.freedom)) ** 2 / size
     middle, half = (p + z2 / 2) / (1 + z2), sqrt(z2 * (p * (1 - p) + z2 / 4)) / (1 + z2)
