@@ -315,14 +315,25 @@ def diff(one: Compared, other: Compared, as_json: Json = False) -> None:
             print(tabulate(rows, heads[part], maxcolwidths=wide, disable_numparse=True))
 
 
-@app.command(**_example("publish laptop"))
-def publish(profiles: Annotated[list[str] | None, Argument(metavar="[PROFILE]...")] = None):
+@app.command(**_example("publish laptop --again"))
+def publish(
+    profiles: Annotated[list[str] | None, Argument(metavar="[PROFILE]...")] = None,
+    again: Annotated[
+        bool,
+        Option(
+            "--again",
+            help="renew what is published, without what has run here: grade its answers again, and "
+            "make its tables, figures and verdicts of these",
+        ),
+    ] = False,
+):
     """Publish what has run of profiles, and renew README.md and docs/results.md."""
     from kit.report import published
 
     with _in_one_sentence():
         for profile in profiles or []:
-            print(published.publish(profile))
+            lines = published.again(profile) if again else [published.publish(profile)]
+            print(*lines, sep="\n")
         published.renew()
 
 

@@ -6,19 +6,15 @@ picks both up. Nothing here computes a result.
 """
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import pandas as pd
 
 from kit.analysis.plots import Picture
 from kit.paths import run_dir
 from kit.pipeline.provenance import FINGERPRINT_MIME, collect, write_json
 from kit.report import exhibits
-
-DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
 
 
 def show(function: Callable) -> None:
@@ -105,20 +101,4 @@ def save_results(
     if verdicts is not None:
         results = results | {"verdicts": verdicts.drop(columns="n").to_dict("records")}
     exhibits.save(run_dir(profile) / "exhibits" / stage, tables or {}, figures or {})
-    write_json(run_dir(profile) / "results" / f"{stage}.json", _plain(results, stage))
-
-
-def _plain(value, where: str):
-    """`value` as JSON types; `where` is the path to it, for the message."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, dict):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    raise TypeError(f"save_results: {where} is a {type(value).__name__}; convert it to numbers, "
-                    "texts, lists or dicts first")  # fmt: skip
+    write_json(run_dir(profile) / "results" / f"{stage}.json", exhibits.plain(results, stage))

@@ -91,6 +91,7 @@ class Grade:
     reason: str  # "equal", "different", "no answer", "timeout", "memory", ...
     method: str  # where it was extracted from: "boxed", "answer line", "last number", "none"
     compliant: bool  # the text follows the requested format, right or wrong
+    grade_version: int = 0  # `kit.evaluation.grader.GRADE_VERSION` of the grader
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,4 @@ class Record:
     joules: float = 0.0  # energy of its new tokens; 0 without counters
     dtype: str = ""  # of the weights, one of DTYPES; "" in records of older kits
     asks: str = "any"  # required form of the answer, as in Problem
+    grade_version: int = 0  # as in Grade; 0 in records of older kits

@@ -2,6 +2,7 @@
 
 import shutil
 import zipfile
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,24 +15,29 @@ import pytest
 from kit import notebook, paths
 from kit.analysis import claims, plots, tables
 from kit.analysis.verdicts import measured_table
+from kit.data import problems
+from kit.data.prompts import FORM
+from kit.evaluation import grader
 from kit.evaluation.store import Store
 from kit.pipeline import provenance
 from kit.report import exhibits, html
 from kit.schema import Record
 
-CAPTION = exhibits.BASELINE
+CAPTION, SUITE = exhibits.BASELINE, problems.load("laptop", "test").problems
 TIMES = {"started": "2026-11-22T00:00:00+00:00", "finished": "2026-11-22T00:01:00+00:00"}
 
 
 def record(arm: str, number: int, correct: bool) -> Record:
+    problem = SUITE[number]
+    text = "Answer: " * (arm == "format") + (problem.answer if correct else "1234567")
+    graded = asdict(grader.grade(text, problem.answer, FORM, problem.asks))
     return Record(
         key=f"{arm}{number}", generation_key="g", model="bundled:smollm2-135m",
         weights_hash="abcdef012345", arm=arm, policy="full", source="laptop",
-        problem_id=f"p{number}", family="gcd", level=1, sample=0, seed=0, temperature=0.0,
-        question="q", answer="2", prompt_id="p", text="2", finish="stop", prompt_tokens=9,
-        new_tokens=7, seconds=0.1, kv_reads_tokens=90.0, kv_peak_tokens=15.0, kv_peak_bytes=345600,
-        correct=correct, extracted="2", reason="equal", method="last number",
-        compliant=arm == "format",
+        problem_id=problem.id, family="gcd", level=1, sample=0, seed=0, temperature=0.0,
+        question="q", answer=problem.answer, asks=problem.asks, prompt_id="p", text=text,
+        finish="stop", prompt_tokens=9, new_tokens=7, seconds=0.1, kv_reads_tokens=90.0,
+        kv_peak_tokens=15.0, kv_peak_bytes=345600, **graded,
     )  # fmt: skip
 
 

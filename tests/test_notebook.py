@@ -40,11 +40,6 @@ def test_a_training_is_followed_by_one_line_and_one_figure(shell):
     assert lines[-1].startswith("█" * 20) and lines[0].count("░") == 18
 
 
-@pytest.mark.parametrize("value, stored", [(float("nan"), None), ((1, 2), [1, 2]), (0.1, 0.1)])
-def test_numbers_that_json_has_not_become_null(value, stored):
-    assert notebook._plain(value, "here") == stored
-
-
 def test_the_verdicts_of_a_notebook_are_saved_for_the_terminal(monkeypatch, tmp_path):
     for module in (exhibits, notebook):
         monkeypatch.setattr(module, "run_dir", lambda profile: tmp_path / profile)

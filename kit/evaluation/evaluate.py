@@ -242,6 +242,7 @@ def record(model: Model, job: Job, sampling, policy: str, generation: Generation
         reason=verdict.reason,
         method=verdict.method,
         compliant=verdict.compliant,
+        grade_version=verdict.grade_version,
         asks=problem.asks,
         dtype=model.dtype_name,
     )

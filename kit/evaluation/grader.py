@@ -68,7 +68,8 @@ def grade_many(
         reason, answer = reasons.get(verdict) or verdict[0], each.answer[:LONGEST]
         if reason == "equal" and not in_form(answer, wanted, gold):
             reason = "form"
-        grades.append(Grade(reason == "equal", answer, reason, each.method, _complies(text, form)))
+        found = reason == "equal", answer, reason, each.method, _complies(text, form)
+        grades.append(Grade(*found, GRADE_VERSION))
     return grades
 
 

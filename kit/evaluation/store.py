@@ -30,6 +30,7 @@ _TYPES = typing.get_type_hints(Record)
 KEYS = {"keys": "versions"}
 SCHEMA = pyarrow.schema([(f.name, _ARROW[_TYPES[f.name]]) for f in fields(Record)], metadata=KEYS)
 ADDED = {"joules": "cast(0 as double)", "dtype": "''", "asks": "'any'"}  # older stores lack some
+ADDED |= {"grade_version": "cast(0 as bigint)"}
 VOLATILE = ("seconds", "joules")  # differ between two runs of the same work
 
 

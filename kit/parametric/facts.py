@@ -14,12 +14,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kit import paths
-from kit.models.embedder import Embedder
 from kit.schema import Problem, digest
+
+if TYPE_CHECKING:  # which imports torch
+    from kit.models.embedder import Embedder
 
 CITIES = 4000  # that data/facts holds, the largest
 BUCKETS = ("head", "middle", "tail")  # thirds of a family by rank
@@ -110,7 +113,7 @@ def tell(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
     return sentences
 
 
-def documents(facts: Sequence[Fact], embedder: Embedder) -> np.ndarray:
+def documents(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
     """Unit vectors of the subjects of `facts` [N, dimension], equal for facts of one subject: the
     mean embedding of the contexts of all its sentences, without answers. Families that TELL does
     not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""

@@ -217,7 +217,7 @@ def _records(
             question=problem.question, answer=problem.answer, prompt_id=prompt, text=answer,
             correct=verdict.correct, extracted=verdict.extracted, reason=verdict.reason,
             method=verdict.method, compliant=verdict.compliant, asks=problem.asks,
-            dtype=model.dtype_name, **cost,
+            dtype=model.dtype_name, grade_version=verdict.grade_version, **cost,
         )
         for (problem, key, tokens, prompt), answer, verdict, cost in zip(
             items, answers, grades, costs

@@ -5,6 +5,7 @@ Under outputs/<profile>/exhibits/<stage>/ a table is CSV (numbers as they are) a
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 
 from kit.analysis import tables
@@ -21,6 +23,7 @@ from kit.pipeline.provenance import write_json, write_text
 from kit.pipeline.refusals import read_json
 
 LIST = "exhibits.json"
+DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
 BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that others look for
 FEW, MANY = 4, 8  # rows at most, columns more, of a LaTeX table that is turned
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -57,19 +60,62 @@ def save(
     listed, names = [], [slug(caption) for caption in (*drawn, *shown)]
     if len(set(names)) < len(names):
         raise ValueError(f"captions make equal file names: {sorted(names)}; tell them apart")
-    for caption, picture in drawn.items():
-        for kind, metadata in FORMATS.items():
-            with matplotlib.rc_context(STYLE):
-                file = folder / f"{slug(caption)}.{kind}"
-                picture.savefig(file, metadata=metadata, dpi=300, transparent=kind == "svg")
-        listed.append({"caption": caption, "file": f"{slug(caption)}.svg", "alt": picture.alt})
-    for caption, frame in shown.items():
-        table = as_table(caption, frame)
-        write_text(folder / f"{slug(caption)}.csv", frame.to_csv(index=False))
-        write_text(folder / f"{slug(caption)}.tex", _latex(table))
-        listed.append(vars(table))
+    listed += [_draw(folder, caption, picture) for caption, picture in drawn.items()]
+    listed += [_write(folder, caption, frame) for caption, frame in shown.items()]
     write_json(folder / LIST, listed)
     return sorted(folder.iterdir())
+
+
+def renew(
+    folder: Path, shown: Mapping[str, pd.DataFrame], drawn: Mapping[str, Picture]
+) -> list[str]:
+    """Write those tables and figures of `folder` again, in their places, that are given here by
+    caption: the captions of the others."""
+    listed, kept = read_json(folder / LIST), []
+    for number, row in enumerate(listed):
+        caption = row["caption"]
+        if caption in drawn:
+            listed[number] = _draw(folder, caption, drawn[caption])
+        elif caption in shown:
+            listed[number] = _write(folder, caption, shown[caption])
+        else:
+            kept.append(caption)
+    write_json(folder / LIST, listed)
+    return kept
+
+
+def _draw(folder: Path, caption: str, picture: Picture) -> dict:
+    """Write a figure in every format: what the list says of it."""
+    for kind, metadata in FORMATS.items():
+        with matplotlib.rc_context(STYLE):
+            file = folder / f"{slug(caption)}.{kind}"
+            picture.savefig(file, metadata=metadata, dpi=300, transparent=kind == "svg")
+    return {"caption": caption, "file": f"{slug(caption)}.svg", "alt": picture.alt}
+
+
+def _write(folder: Path, caption: str, frame: pd.DataFrame) -> dict:
+    """Write a table as CSV and LaTeX: what the list says of it."""
+    table = as_table(caption, frame)
+    write_text(folder / f"{slug(caption)}.csv", frame.to_csv(index=False))
+    write_text(folder / f"{slug(caption)}.tex", _latex(table))
+    return vars(table)
+
+
+def plain(value, where: str):
+    """`value` as JSON types, floats to 12 significant digits, a NaN or an infinity as null;
+    TypeError names `where` something else is."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(f"save_results: {where} is a {type(value).__name__}; convert it to numbers, "
+                    "texts, lists or dicts first")  # fmt: skip
 
 
 def load(folder: Path) -> list[Table | Figure]:

@@ -4,20 +4,23 @@ They lie under outputs/published by profile. Whoever has run some stages publish
 since a whole profile takes hours: those that others published stay, and all verdicts are made
 again from the records and measurements of both.
 
-    python -m kit publish laptop     publish what has run of a profile, and renew both
+    python -m kit publish laptop             publish what has run of a profile, and renew both
+    python -m kit publish laptop --again     renew what is published of it, see kit.report.renewal
 """
 
 import io
-import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+from tabulate import tabulate
 
-from kit.paths import DATA, PUBLISHED, ROOT
+from kit.paths import PUBLISHED, ROOT
 from kit.pipeline.provenance import write_text
-from kit.report import bundle, crate, readme, verify
+from kit.report import bundle, crate, readme, renewal
 from kit.report.bundle import RECORDS, VERDICTS, Run
 
 BEGIN, END = (
@@ -36,9 +39,7 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     ValueError where nothing has run, see `bundle.write`.
     """
     new, place = bundle.read(bundle.write(profile)), into / profile
-    former = place.with_name(f".{profile}.former")
-    if former.is_dir() and not place.is_dir():  # killed between the two renames below
-        former.rename(place)
+    _back(place)
     old = bundle.read(place) if place.is_dir() else Run({})
     files = {name: data for name, data in old.files.items()
              if not any(crate.of_stage(name, stage) for stage in new.results)}  # fmt: skip
@@ -51,23 +52,56 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     buffer = io.BytesIO()
     records[records["key"].isin(keys)].to_parquet(buffer, index=False)
     files[RECORDS] = buffer.getvalue()
-    claims = {"claims.toml": (DATA / "claims.toml").read_bytes()}
-    run = Run(files | claims)
-    said, judged = run.json(VERDICTS), verify.rejudged(run)
-    said["verdicts"] = judged.drop(columns="n").to_dict("records")
-    said["headline"] = verify.headline(run, judged)
-    files[VERDICTS] = (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()
-    fresh = place.with_name(f".{profile}.new")
+    with _replaced(place) as fresh:
+        for name, data in files.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).write_bytes(data)
+        renewal.judge(fresh)
+    return place
+
+
+def again(profile: str, into: Path = PUBLISHED) -> list[str]:
+    """Renew the published run of `profile` by `kit.report.renewal`: lines about what changed.
+
+    ValueError where there is none.
+    """
+    place = into / profile
+    _back(place)
+    if not (place / VERDICTS).is_file():
+        raise ValueError(f"{place} is no published run; `python -m kit publish {profile}` makes it")
+    with _replaced(place) as fresh:
+        shutil.copytree(place, fresh)
+        old, made = bundle.read(place), renewal.renew(fresh)
+    parts = diff(old, bundle.read(place))
+    heads = {"numbers": ["claim", "before", "now", "moved"], "verdicts": ["claim", "before", "now"]}
+    grades = made.grades["graded otherwise"].sum()
+    lines = [f"{grades:,} of {len(old.every):,} answers are graded otherwise"]
+    lines += [tabulate(made.grades, [*made.grades], showindex=False)] if grades else []
+    for part, columns in heads.items():
+        lines.append(f"{part} of claims: {len(parts[part])} differ")
+        lines += [tabulate(parts[part], columns, disable_numparse=True)] if parts[part] else []
+    lines += [f"reads otherwise: {name}" for name in made.tables]
+    return lines + [f"stays as it was: {name}" for name in made.kept]
+
+
+def _back(place: Path) -> None:
+    """Put the former folder back where a kill fell between the two renames of `_replaced`."""
+    former = place.with_name(f".{place.name}.former")
+    if former.is_dir() and not place.is_dir():
+        former.rename(place)
+
+
+@contextmanager
+def _replaced(place: Path) -> Iterator[Path]:
+    """A folder to be made, which takes that of `place` once it is whole."""
+    fresh, former = (place.with_name(f".{place.name}.{word}") for word in ("new", "former"))
     shutil.rmtree(fresh, ignore_errors=True)
-    for name, data in files.items():
-        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-        (fresh / name).write_bytes(data)
+    yield fresh
     shutil.rmtree(former, ignore_errors=True)
     if place.is_dir():
         place.rename(former)
-    made = fresh.rename(place)
+    fresh.rename(place)
     shutil.rmtree(former, ignore_errors=True)
-    return made
 
 
 def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
@@ -146,6 +180,7 @@ def _section(place: Path) -> str:
             f"{here.get('hardware: cpu')}, {here.get('hardware: cores')} cores, torch "
             f"{here.get('version of torch')}. Every claim that its records decide, with 95% "
             f"intervals:", ""]  # fmt: skip
+    said[:0] = _renewed(run)
     rows = []
     for row in run.verdicts.values():
         if row["measured"]:
@@ -166,6 +201,23 @@ def _section(place: Path) -> str:
             rows = [row[:MOST] for row in table.rows]
             said += [*_markdown(table.columns[:MOST], rows), ""]
     return "\n".join(said)
+
+
+def _renewed(run: Run) -> list[str]:
+    """A sentence where grades, tables and verdicts are newer than the notebooks that lie beside."""
+    marks = {stage: found["renewed"] for stage, found in run.results.items() if "renewed" in found}
+    if not marks:
+        return []
+    versions = sorted({mark["grade_version"] for mark in marks.values()})
+    kept = [f"{name} (`{stage}`)" for stage, mark in marks.items() for name in mark["kept"]]
+    return [
+        f"**Made again from the stored texts**, by version {', '.join(map(str, versions))} of the "
+        f"grader and the claims and rules of this kit: the grades, tables, figures and verdicts of "
+        f"{', '.join(f'`{stage}`' for stage in marks)}. The executed notebooks beside them show "
+        f"what the run itself printed, which may be another verdict; what was trained or retrieved "
+        f"by the grades of that day is as it was, and so is: {', '.join(kept) or 'nothing else'}.",
+        "",
+    ]
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:

@@ -123,6 +123,12 @@ def _outcomes(rows: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> np.ndar
     return np.array([pareto.votes(frame, width) for frame, width in pairs])
 
 
+def outcomes(found: Mapping, name: str, records: pd.DataFrame) -> np.ndarray:
+    """What each row of the `scenarios` or `places` of a sweep solves: [C, P]."""
+    frames = contrasts.frames(found["frames"][name], found["keys"], records)
+    return _outcomes(pd.DataFrame(found[name]), frames)
+
+
 def _rng() -> np.random.Generator:
     return np.random.default_rng(0)
 

@@ -1,8 +1,9 @@
 """Judges a run again, without its models: a bundle, zipped or unpacked, or a published run.
 
-Every hash is checked; from the records the tables and measurements of `kit.report.recompute` are
-made again, and every verdict. Verdicts on what no record holds (a ledger's bytes, a training curve)
-are made again from the measurements that the results hold. Imports no torch and no store.
+Every hash is checked; every answer is graded again from its text by `kit.report.regrading`; from
+the records the tables and measurements of `kit.report.recompute` are made again, and every verdict.
+Verdicts on what no record holds (a ledger's bytes, a training curve) are made again from the
+measurements that the results hold. Imports no torch and no store.
 """
 
 import hashlib
@@ -19,11 +20,11 @@ from kit.analysis import claims, tables
 from kit.analysis.contrasts import Measurement
 from kit.analysis.verdicts import headline as headline_of
 from kit.pipeline.refusals import Refused
-from kit.report import bundle, exhibits, html, recompute
+from kit.report import bundle, exhibits, html, recompute, regrading
 from kit.report.bundle import FOLDERS, RECORDS, SUMS, VERDICTS, Damaged, Run
 
 UNVOUCHED = f"every file: there is no {SUMS}, so nothing says whether one was changed"
-AS_STORED = "grades of answers, notebooks, figures, CSV and LaTeX: not made again"
+AS_STORED = "notebooks, figures, CSV and LaTeX: not made again"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Che
         tell(f"{len(run.every):,} records, {len(run.published)} claims")
         wrong += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
         left += _other_claims(run)
+        tell("grading the answers again")
+        otherwise, untold = regrading.check(run.every)
+        wrong += [f"{RECORDS}: {line}" for line in otherwise]
+        left += untold
     except (ValueError, KeyError, TypeError) as error:
         return Checked(run, [*wrong, f"cannot be judged: {error}"], left)
     whole = True
@@ -92,7 +97,7 @@ def headline(run: Run, verdicts: pd.DataFrame) -> list[str]:
 
 def summary(checked: Checked) -> list[str]:
     """Whether the run holds, and what was taken as it is: lines."""
-    held = "Nothing differs: every verdict, measurement and table that follows from records agrees"
+    held = "Nothing differs: every verdict, measurement and table follows from the records"
     lines = [f"Differs: {line}" for line in checked.wrong] or [held]
     return [*lines, *(f"Taken as it is: {line}" for line in checked.left)]
 

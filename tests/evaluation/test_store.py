@@ -164,18 +164,19 @@ def test_a_store_at_a_uri_and_keys_among_some(tmp_path):
     assert store.table(some)["key"].tolist() == [min(known)] and store.table(set()).empty
 
 
-@pytest.mark.parametrize("lacking", [["asks"], ["dtype", "asks"], ["joules", "dtype", "asks"]])
+@pytest.mark.parametrize("lacking", [["grade_version"], ["dtype", "asks", "grade_version"],
+                                     ["joules", "dtype", "asks", "grade_version"]])  # fmt: skip
 def test_a_store_from_before_a_column_was_kept_goes_on(tmp_path, lacking):
     kept = [column for column in SCHEMA if column.name not in lacking]
     old = pyarrow.schema(kept, metadata=SCHEMA.metadata)
-    row = dataclasses.asdict(record("a", joules=0.0, dtype="", asks="any"))
+    row = dataclasses.asdict(record("a", joules=0.0, dtype="", asks="any", grade_version=0))
     row = {name: value for name, value in row.items() if name not in lacking}
     table = lancedb.connect(tmp_path).create_table("records", schema=old)
     table.add(pyarrow.Table.from_pylist([row], schema=old))
     store = Store(tmp_path)
     store.append([record("b", joules=3.0, dtype="bfloat16")])
     first, second = (
-        record("a", joules=0.0, dtype="", asks="any"),
+        record("a", joules=0.0, dtype="", asks="any", grade_version=0),
         record("b", joules=3.0, dtype="bfloat16"),
     )
     assert back(store.table()) == [first, second]

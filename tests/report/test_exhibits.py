@@ -87,3 +87,8 @@ def test_a_new_run_leaves_nothing_old_and_captions_are_told_apart(tmp_path):
     assert [row["caption"] for row in json.loads((tmp_path / "x" / "exhibits.json").read_text())]
     with pytest.raises(ValueError, match=r"equal file names: \['a-b', 'a-b'\]"):
         exhibits.save(tmp_path / "x", {"A b": FRAME, "a: B": FRAME}, {})
+
+
+@pytest.mark.parametrize("value, stored", [(float("nan"), None), ((1, 2), [1, 2]), (0.1, 0.1)])
+def test_numbers_that_json_has_not_become_null(value, stored):
+    assert exhibits.plain(value, "here") == stored

@@ -64,6 +64,9 @@ def test_records_that_do_not_bear_the_results_are_found_though_the_hashes_are_ma
 
     wrong = verify.check(tampered(made, "records.parquet", better)).wrong
     assert any(line.startswith("rbslm-format-") and "from the records" in line for line in wrong)
+    assert any(
+        "answers are graded otherwise from their texts, such as '1234567'" in w for w in wrong
+    )
     assert f"01_baseline, table {CAPTION!r} is not what the records say" in wrong
 
     def reproduced(data: bytes) -> bytes:

@@ -1,0 +1,100 @@
+"""Grades of a run made again from its stored texts, without decoding.
+
+The gold answer is that of the record; the required form is that of the problem in data/, since
+records of older kits have none. Imports no torch and no store.
+"""
+
+from functools import cache
+
+import pandas as pd
+
+from kit.data import problems
+from kit.data.prompts import FORM
+from kit.evaluation import grader
+from kit.parametric import facts
+
+GRADES = ["correct", "extracted", "reason", "method", "compliant"]  # columns of records
+UNDECIDED = ("timeout", "memory", "incomparable", "no worker")  # reasons that hang on the machine
+
+
+@cache
+def known() -> dict[tuple[str, str], tuple[str, str]]:
+    """Gold answer and required form of every problem in data/, by its source and id."""
+    suite = [each for split in problems.SPLITS for each in problems.load("laptop", split).problems]
+    found = {(each.source, each.id): (each.answer, each.asks) for each in suite}
+    return found | {("facts", facts.name(fact)): (fact.answer, "any") for fact in facts.load()}
+
+
+def graded(records: pd.DataFrame) -> pd.DataFrame:
+    """`records`, one or more, with the grades of this kit; equal answers are graded once."""
+    asked = records.reindex(columns=["text", "answer", "asks"])
+    here = [known().get(problem) for problem in _problems(records)]
+    before = asked["asks"].astype(object).where(asked["asks"].notna(), "any")
+    asked["asks"] = [found[1] if found else old for found, old in zip(here, before, strict=True)]
+    once = asked.drop_duplicates()
+    grades = grader.grade_many([*once["text"]], [*once["answer"]], FORM, [*once["asks"]])
+    made = pd.DataFrame(grades, index=pd.MultiIndex.from_frame(once))
+    made = made.loc[pd.MultiIndex.from_frame(asked)].set_index(records.index)
+    return records.assign(asks=asked["asks"], **{name: made[name] for name in made})
+
+
+def differing(records: pd.DataFrame, again: pd.DataFrame) -> pd.Series:
+    """Which of `records` have another grade in `again`, those left out that are `undecided`."""
+    return (records[GRADES] != again[GRADES]).any(axis=1) & ~undecided(records, again)
+
+
+def undecided(records: pd.DataFrame, again: pd.DataFrame) -> pd.Series:
+    """Which of the records came out of time or memory, here or there."""
+    return records["reason"].isin(UNDECIDED) | again["reason"].isin(UNDECIDED)
+
+
+def versions(records: pd.DataFrame) -> pd.Series:
+    """The version of the grader behind each record; 0 for those of a kit that kept none."""
+    return records.reindex(columns=["grade_version"])["grade_version"].fillna(0).astype(int)
+
+
+def check(records: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """What is wrong with the grades of `records`, and what could not be told: sentences.
+
+    A grade that differs is wrong where the same version of the grader gave it. Where an earlier one
+    did, the difference says what changed between the two.
+    """
+    again, here = graded(records), grader.GRADE_VERSION
+    golds = [known().get(problem, (None,))[0] for problem in _problems(records)]
+    golds = pd.Series(golds, index=records.index, dtype=object)
+    altered = golds.notna() & (golds != records["answer"])
+    changed, made_by = differing(records, again), versions(records)
+    wrong, left = [], []
+    if altered.any():
+        first = records[altered].iloc[0]
+        wrong.append(f"the gold answer of {altered.sum():,} records is not that of data/, such as "
+                     f"{first['answer']!r} of {first['problem_id']}")  # fmt: skip
+    if (bad := changed & (made_by == here)).any():
+        first, now = records[bad].iloc[0], again[bad].iloc[0]
+        wrong.append(
+            f"{bad.sum():,} of {len(records):,} answers are graded otherwise from their texts, "
+            f"such as {first['extracted'][:40]!r} to {first['problem_id']} of {first['arm']}: "
+            f"{first['reason']} in the records, {now['reason']} from its text"
+        )
+    for version in sorted(set(made_by) - {here}):
+        of_it = changed & (made_by == version)
+        said = f"version {version} of the grader" if version else "the grader of an earlier kit"
+        right = of_it & again["correct"] & ~records["correct"]
+        lost = of_it & ~again["correct"] & records["correct"]
+        left.append(
+            f"grades of {(made_by == version).sum():,} answers by {said}: version {here}, of this "
+            f"kit, grades {of_it.sum():,} otherwise ({right.sum():,} right, {lost.sum():,} wrong "
+            f"instead); `python -m kit publish PROFILE --again` renews a published run"
+        )
+    if (open_ := undecided(records, again)).any():
+        left.append(f"{open_.sum():,} answers could not be graded again: the time or memory of the "
+                    f"grader ran out")  # fmt: skip
+    if golds.isna().any():
+        sources = ", ".join(sorted(set(records[golds.isna()]["source"])))
+        left.append(f"gold answers of {golds.isna().sum():,} records: data/ does not have these "
+                    f"problems ({sources})")  # fmt: skip
+    return wrong, left
+
+
+def _problems(records: pd.DataFrame):
+    return zip(records["source"], records["problem_id"], strict=True)

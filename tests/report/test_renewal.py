@@ -1,0 +1,99 @@
+"""A published run renewed from its texts: what an earlier grader said leaves grades, tables and
+verdicts; figures say what records say."""
+
+import json
+
+import pytest
+
+from kit import paths
+from kit.analysis import tables
+from kit.evaluation.grader import GRADE_VERSION
+from kit.pipeline import provenance
+from kit.report import bundle, exhibits, published, recompute, renewal, verify
+from kit.report.bundle import RECORDS
+from tests.runs import CAPTION, ran
+
+
+@pytest.fixture(autouse=True)
+def _outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
+    here = provenance.collect()
+    monkeypatch.setattr(provenance, "collect", lambda: here)
+
+
+def test_a_run_that_another_grader_graded_is_renewed(tmp_path):
+    ran()
+    into = tmp_path / "published"
+    place = published.publish("laptop", into)
+    right = bundle.read(place)
+    table = right.json(f"exhibits/01_baseline/{exhibits.LIST}")
+    # An earlier kit, with other columns and another claim, took every answer without a form for
+    # correct, and drew its verdicts and its table from that.
+    records = right.every.drop(columns=["grade_version", "asks"])
+    records.loc[records["arm"] == "plain", "correct"] = True
+    records.to_parquet(place / RECORDS, index=False)
+    measured = {"rbslm-of-another-day": {"estimate": 1, "low": 0, "high": 2, "n": 3, "unit": "x"}}
+    results = right.results["01_baseline"] | {"accuracy": {"a": 1}, "measurements": measured}
+    (place / "results" / "01_baseline.json").write_text(json.dumps(results))
+    renewal.judge(place)
+    shown = {CAPTION: recompute.table("01_baseline", CAPTION, results, records)}
+    exhibits.renew(place / "exhibits" / "01_baseline", shown, {})
+    old = verify.check(place)
+    assert old.wrong == [] and any("the grader of an earlier kit" in line for line in old.left)
+
+    said = "\n".join(published.again("laptop", into))
+    now, lost = (
+        bundle.read(place),
+        (~right.every["correct"] & (right.every["arm"] == "plain")).sum(),
+    )
+    assert now.every[right.every.columns].equals(right.every)
+    assert now.json(f"exhibits/01_baseline/{exhibits.LIST}") == table
+    assert now.verdicts == right.verdicts
+    assert now.results["01_baseline"]["accuracy"]["bundled:smollm2-135m plain"] == pytest.approx(
+        [*tables.arms(right.every).set_index("arm").loc["plain", "accuracy"]]
+    )
+    assert now.results["01_baseline"]["measurements"] == {}
+    assert f"{lost} of 224 answers are graded otherwise" in said
+    assert "rbslm-format-accuracy" in said and f"reads otherwise: 01_baseline: {CAPTION}" in said
+    assert "stays as it was: 01_baseline: Format against plain" in said
+    assert verify.check(place).wrong == []
+    page = published.text(into)
+    assert f"by version {GRADE_VERSION} of the grader" in page and "executed notebooks" in page
+    assert "Format against plain (`01_baseline`)" in page
+
+    before = bundle.read(place).files
+    assert published.again("laptop", into)[0] == "0 of 224 answers are graded otherwise"
+    assert bundle.read(place).files == before and sorted(into.iterdir()) == [place]
+
+
+def test_what_is_not_published_is_not_renewed(tmp_path):
+    with pytest.raises(ValueError, match="laptop is no published run; `python -m kit publish"):
+        published.again("laptop", tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_published_figures_say_what_the_records_say(subtests):
+    run, left = bundle.read(paths.PUBLISHED / "laptop"), []
+    for stage, found in run.results.items():
+        records, given = run.records[stage], run.stamps[stage]["parameters"]
+        needs = (recompute.QUALITY, recompute.COMPOUNDING, recompute.KNOWN, recompute.BYTES)
+        listed = run.json(f"exhibits/{stage}/{exhibits.LIST}")
+        shown = {row["caption"]: recompute.table(stage, row["caption"], found, records)
+                 for row in listed if row["caption"] in needs}  # fmt: skip
+        for row in listed:
+            if "file" not in row:
+                continue
+            with subtests.test(row["caption"]):
+                made = renewal.figure(row["caption"], found, shown, records, given)
+                left += [] if made else [row["caption"]]
+                assert not made or made.alt == row["alt"]
+    assert left == ["Accuracy against KV reads"]  # of shorter chains, whose records it has not
+
+
+def test_advice_follows_from_the_scenarios_of_a_sweep():
+    run = bundle.read(paths.PUBLISHED / "laptop")
+    found, given = (of["06_memory_budget"] for of in (run.results, run.stamps))
+    listed = run.json(f"exhibits/06_memory_budget/{exhibits.LIST}")
+    (row,) = [row for row in listed if row["caption"] == renewal.ADVICE]
+    made = renewal.advice(found, given["parameters"])
+    assert exhibits.as_table("", made).rows == row["rows"]
