@@ -96,7 +96,8 @@ def _draw(folder: Path, caption: str, picture: Picture) -> dict:
 def _write(folder: Path, caption: str, frame: pd.DataFrame) -> dict:
     """Write a table as CSV and LaTeX: what the list says of it."""
     table = as_table(caption, frame)
-    write_text(folder / f"{slug(caption)}.csv", frame.to_csv(index=False))
+    bare = frame.map(lambda cell: (*map(float, cell),) if isinstance(cell, tuple) else cell)
+    write_text(folder / f"{slug(caption)}.csv", bare.to_csv(index=False))
     write_text(folder / f"{slug(caption)}.tex", _latex(table))
     return vars(table)
 

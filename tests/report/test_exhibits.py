@@ -14,7 +14,7 @@ from kit.report import exhibits
 FRAME = pd.DataFrame(
     {
         "arm": ["plain", "100% & <b>_more_</b> {x} $y$ #1 \\ ~ ^"],
-        "accuracy": [(18.8, 12.8, 25.3), None],
+        "accuracy": [(np.float64(18.8), 12.8, 25.3), None],
         "kv_peak_bytes": [2.5 * 2**20, np.nan],
         "n": [1234, 5],
     }
@@ -39,6 +39,7 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert table.words == (0,) and table.rows[1][1:] == ["–", "–", "5"]
     back = pd.read_csv(folder / "arms-all-of-them.csv")
     assert back["n"].tolist() == [1234, 5] and back["kv_peak_bytes"][0] == 2.5 * 2**20
+    assert back["accuracy"][0] == "(18.8, 12.8, 25.3)"  # numbers, not names of their types
     assert exhibits.load(tmp_path / "none") == []
 
 
