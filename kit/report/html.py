@@ -78,12 +78,8 @@ def write(
         left=stages.incomplete([each for each in every if _wanting(each)]),
         total=len(rows),
         headline=headline(rows, audits, tables.models(records)),
-        classes=[(on, means) for on, means in CLASSES.items() if any(r["on"] == on for r in rows)],
-        words=[
-            (word, means)
-            for word, means in WORDS.items()
-            if any(row["verdict"] == word for row in rows)
-        ],  # fmt: skip
+        classes=_used(CLASSES, rows, "on"),
+        words=_used(WORDS, rows, "verdict"),
         measured=measured,
         others=others,
         baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],
@@ -97,6 +93,11 @@ def write(
     path = folder / "report.html"
     provenance.write_text(path, _outside_pictures(page, provenance.scrubber(ROOT, folder.parent)))
     return path
+
+
+def _used(meanings: dict[str, str], rows: list[dict], key: str) -> list[tuple[str, str]]:
+    """Those of the words, with their meanings, that a row has under `key`."""
+    return [(word, means) for word, means in meanings.items() if word in {r[key] for r in rows}]
 
 
 def _outside_pictures(page: str, scrub: Callable[[str], str]) -> str:
