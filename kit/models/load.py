@@ -6,7 +6,8 @@
     random:llama | random:config/  a real architecture with random weights, no download
 
 `load` returns a frozen Model, whose hash is part of every record; `save` writes trained weights to
-a folder that `load` reads. Weights are safetensors or GGUF, never pickle; remote code is never run.
+a folder that `load` reads. Weights are safetensors, never pickle; of GGUF files only the bundled
+one is read. Remote code is never run.
 """
 
 import copy
@@ -35,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kit import hub, paths
 from kit.hub import hash_files
@@ -138,7 +139,7 @@ def check_head(weights: PreTrainedModel) -> None:
     states = states.to(matrix.device, matrix.dtype)
     # Logits up to 200, which every cap in use would change.
     states *= 200 / (states @ matrix.T).abs().max()
-    out = BaseModelOutputWithPast(last_hidden_state=states[None])
+    out = MoeModelOutputWithPast(last_hidden_state=states[None])
     ids = torch.zeros(1, 2, dtype=torch.long, device=matrix.device)
     with torch.no_grad(), mock.patch.object(weights.base_model, "forward", lambda *_, **__: out):
         said = weights(input_ids=ids, use_cache=False).logits[0].float()
@@ -216,6 +217,12 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
 
 def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
     """Load safetensors and tokenizer from a local folder, without remote code."""
+    if folder.suffix.lower() == ".gguf":
+        raise ModelError(f"{name!r} is a GGUF file, which is not read; convert it to safetensors, "
+                         f"or take the folder or hub:ORG/NAME that it was made from.")  # fmt: skip
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{name!r} is an adapter (LoRA) without its model; merge it into that by "
+                         f"merge_and_unload of peft, and save the whole.")  # fmt: skip
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"No model at {name!r}: {folder} has no config.json; give a folder written by "

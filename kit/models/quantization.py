@@ -32,6 +32,13 @@ def named(model: Model, bits: int, group: int = GROUP) -> Model:
         raise ValueError(f"weights of {bits} bit cannot be made; use 16, 8 or 4")
     if getattr(model.weights.config, "quantization_config", None):
         raise ValueError(f"{model.name} is a quantized checkpoint; use 16 bits: as it is")
+    if fused := fused_experts(model):
+        every = model.weights.base_model.layers.parameters()
+        share = sum(fused.values()) / sum(p.numel() for p in every)
+        raise ValueError(
+            f"{model.name} holds {share:.0%} of its layers in fused experts ({min(fused)}), which "
+            f"HQQ would leave as they are; use 16 bits, or a checkpoint that is quantized already"
+        )
     parts = [
         model.weights_hash,
         "hqq",
@@ -47,6 +54,13 @@ def named(model: Model, bits: int, group: int = GROUP) -> Model:
     return replace(model, name=name, weights_hash=digest(parts, 12), base_hash=model.weights_hash)
 
 
+def fused_experts(model: Model) -> dict[str, int]:
+    """Name -> numbers of each parameter that holds matrices of several experts: transformers fuses
+    the linear layers of a mixture into such, which are no `torch.nn.Linear`."""
+    layers = model.weights.base_model.layers
+    return {name: p.numel() for name, p in layers.named_parameters() if p.ndim > 2}
+
+
 def _precise(model: Model) -> torch.dtype:
     """The dtype in which weights are dequantized for `packed=False`."""
     return torch.float16 if model.dtype == torch.bfloat16 else model.dtype
@@ -55,7 +69,7 @@ def _precise(model: Model) -> torch.dtype:
 def quantize(model: Model, bits: int, group: int = GROUP, packed: bool = True) -> Model:
     """`model` with linear weights of `bits`, in groups of `group` or, if that does not divide the
     inputs of a layer, of the greatest common divisor. 16 returns the model itself; ValueError for
-    other bits."""
+    other bits and for a mixture of fused experts."""
     result = named(model, bits, group)
     if result is model:
         return model
@@ -66,6 +80,11 @@ def quantize(model: Model, bits: int, group: int = GROUP, packed: bool = True) -
         if type(linear) is not torch.nn.Linear:
             continue
         size = math.gcd(group, linear.in_features)
+        if size % 8:
+            raise ValueError(
+                f"{model.name}: {name} reads {linear.in_features} numbers, which no group of a "
+                f"multiple of 8 divides, as HQQ needs; use 16 bits"
+            )
         config = BaseQuantizeConfig(nbits=bits, group_size=size, axis=1)
         config["weight_quant_params"]["optimize"] = bits in REFINED
         kind = model.dtype if packed else _precise(model)

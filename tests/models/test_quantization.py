@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import MixtralConfig, Qwen3MoeConfig
 
 from kit.budget import ledger
 from kit.budget.ledger import Packing
@@ -83,6 +84,30 @@ def test_the_bundled_model_at_four_bits_loses_less_than_by_plain_rounding(bundle
     measured = ledger.measured_weights(four.weights)
     assert sum(measured.values()) == pytest.approx(sum(formula.values()), rel=0.05)
     assert measured["linear weights"] < 0.2 * 106e6 * bundled.dtype.itemsize * 2
+
+
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig])
+def test_a_mixture_of_fused_experts_is_refused_under_the_name_of_fewer_bits(kind, tmp_path):
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=256)
+    experts = dict(num_local_experts=4, num_experts=4, moe_intermediate_size=64)
+    kind(**shape, **experts, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
+    model = load(f"random:{tmp_path}", "float32")
+    layers = model.weights.base_model.layers
+    plain = [m.weight.numel() for m in layers.modules() if type(m) is torch.nn.Linear]
+    norms = [p.numel() for p in layers.parameters() if p.ndim == 1]
+    fused = sum(quantization.fused_experts(model).values())
+    whole = sum(p.numel() for p in layers.parameters())
+    assert 0.7 * whole < fused == whole - sum(norms) - sum(plain) - routers(layers)
+    for made in (quantization.named, quantization.quantize):
+        assert made(model, 16) is model
+        with pytest.raises(ValueError, match=r"holds \d\d% of its layers in fused experts"):
+            made(model, 4)
+
+
+def routers(layers) -> int:
+    """Numbers of the matrices that choose experts, which are no linear layers either."""
+    inside = {id(m.weight) for m in layers.modules() if type(m) is torch.nn.Linear}
+    return sum(p.numel() for p in layers.parameters() if p.ndim == 2 and id(p) not in inside)
 
 
 def test_other_bits_are_refused_and_groups_divide_what_is_read():
