@@ -1,8 +1,9 @@
 """Named problem sets with disjoint splits: the generated laptop suite and published benchmarks.
 
 `load(name, split)` reads the frozen suite in data/problems, or a published set from the hub at
-an enforced commit, or a local file in the published layout. Training rows that nearly duplicate
-a held-out row are dropped and counted; malformed rows are listed with file, line and reason.
+an enforced commit, or a local file, in the published layout or of one's own (`sources.OWN`).
+Training rows that nearly duplicate a held-out row are dropped and counted; malformed rows are
+listed with file, line and reason.
 `generated` makes the file of the laptop suite.
 """
 
@@ -80,12 +81,15 @@ def load(
 ) -> ProblemSet:
     """One split of a named set, cut down to `levels`, `families` and at most `n` problems.
 
-    `path` is a local file (JSONL, parquet or CSV) in the published layout, read instead of the
+    `name` may also be a file of one's own, read as its test split, or a folder of files train.* and
+    test.*. `path` is a local file, of a published set in the published layout, read instead of the
     hub; for train and validation it is the training file, and `test_path` the file whose rows
-    it must not repeat. The `n` problems are a sample stratified by family and level; it depends on
-    `seed`, not on file order, and a smaller `n` gives a subset of a larger one.
+    it must not repeat. `levels` and `families` take all if they are empty. The `n` problems are a
+    sample stratified by family and level; it depends on `seed`, not on file order, and a smaller
+    `n` gives a subset of a larger one.
     ValueError for an unknown name, split, level or family, or if no row is usable.
     """
+    name, path, test_path = _own_files(name, split, path, test_path)
     _check_names(name, split, path)
     if name == "laptop":
         problems, rejects, dropped, revision = *_read_laptop(split), 0, _laptop_revision()
@@ -100,16 +104,37 @@ def load(
     return ProblemSet(name, split, sample, tuple(rejects), dropped, revision)
 
 
+def _own_files(name: str, split: str, path, test_path) -> tuple:
+    """Name, file and test file where `name` is a file or folder of one's own; else as given."""
+    place = Path(name)
+    if path is not None or name == "laptop" or name in SOURCES or not place.exists():
+        return name, path, test_path
+    if place.is_dir():
+        files = {half: min(place.glob(f"{half}.*"), default=None) for half in ("train", "test")}
+        path = files["test" if split == "test" else "train"]
+        if path is None:
+            half = "test" if split == "test" else "train"
+            raise ValueError(f"{name} has no file {half}.*, for example {half}.jsonl")
+        return f"own-{place.resolve().name}", path, files["test"]
+    if split != "test":
+        raise ValueError(f"{name} is one file, read for testing only; for {split!r} give a folder "
+                         f"with files train.* and test.*")  # fmt: skip
+    return f"own-{place.name.partition('.')[0]}", place, None
+
+
 def _check_names(name: str, split: str, path) -> None:
-    if name != "laptop" and name not in SOURCES:
-        raise ValueError(f"no problem set {name!r}; there are laptop, {', '.join(SOURCES)}")
+    if name != "laptop" and name not in SOURCES and path is None:
+        raise ValueError(f"no problem set {name!r}; there are laptop, {', '.join(SOURCES)}, and "
+                         f"files of your own by their path")  # fmt: skip
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     if name == "laptop" and path is not None:
         raise ValueError("laptop is read from data/problems; path is for published sets")
-    if name != "laptop" and split != "test" and "train" not in SOURCES[name].files:
+    if name not in SOURCES:
+        return
+    if split != "test" and "train" not in SOURCES[name].files:
         raise ValueError(f"{name} is published for testing only: ask for split 'test'")
-    if name != "laptop" and split == "test" and "test" not in SOURCES[name].files:
+    if split == "test" and "test" not in SOURCES[name].files:
         raise ValueError(f"{name} is published for training only: ask for split 'train'")
 
 
@@ -137,7 +162,7 @@ def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
             f"{file} is not the file {manifest_file.name} describes: restore both from git, or "
             "freeze anew with `python -m kit freeze-problems`"
         )
-    rows = [json.loads(line) for line in raw.decode().splitlines()]
+    rows = [json.loads(line) for line in raw.decode().rstrip("\n").split("\n")]
     fields = ("id", "question", "answer", "family", "level")
     problems = [
         Problem(
@@ -202,10 +227,10 @@ def _read_half(
 
 
 def _only(problems: list[Problem], field: str, wanted: Iterable | None, name: str) -> list[Problem]:
-    """Problems whose `field` is among `wanted`; each wanted value must occur."""
-    if wanted is None:
+    """Problems whose `field` is among `wanted`, or all; each wanted value must occur."""
+    if not (wanted := set(wanted or ())):
         return problems
-    wanted, there = set(wanted), {getattr(p, field) for p in problems}
+    there = {getattr(p, field) for p in problems}
     if unknown := sorted(wanted - there):
         raise ValueError(f"{name} has no {field} {unknown}; it has {sorted(there)}")
     return [p for p in problems if getattr(p, field) in wanted]

@@ -1,7 +1,8 @@
 """Published benchmarks: their files on the hub, and how a row of each becomes a problem.
 
-`SOURCES` is the table; `read_rows` turns a JSONL, parquet or CSV file in the published layout
-into problems and rejects (file, line, reason): a malformed row never loses the others. Splits and
+`SOURCES` is the table, `OWN` the layout of any other file: columns by their usual names.
+`read_rows` turns a file (JSONL, a JSON array, parquet, CSV or TSV, also packed as .gz) into
+problems and rejects (file, line, reason): a malformed row never loses the others. Splits and
 samples are made in `problems`.
 
 File names were checked against stored pages of the hub, not the live hub; those of gpqa and of
@@ -10,7 +11,10 @@ reads them.
 """
 
 import csv
+import gzip
+import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -207,9 +211,71 @@ SOURCES = {
 }
 
 
+# Columns of a file of one's own, the first that a row has; upper case is as good.
+QUESTION = ("question", "problem", "prompt", "query", "content", "input")
+ANSWER = ("answer", "final_answer", "gold", "target", "label", "correct", "output", "solution")
+OPTIONS = ("options", "choices")
+FAMILY = ("family", "subject", "type", "category", "topic")
+
+
+def _own(row: Row) -> tuple:
+    """Question, gold, family and level of a row whose columns have usual names. With options the
+    gold is a letter: given as such, as a number counted from 0, or as the text of an option."""
+    row = {name.casefold(): value for name, value in row.items()}
+    question, answer, options, family = (
+        next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+        for names in (QUESTION, ANSWER, OPTIONS, FAMILY)
+    )
+    if question is None or answer is None:
+        what, names = ("question", QUESTION) if question is None else ("answer", ANSWER)
+        raise BadRow(f"no {what}; the columns are {', '.join(row)}: name one {' or '.join(names)}")
+    if isinstance(row.get("body"), str):  # ASDiv, SVAMP: the story apart from the question
+        question = f"{row['body'].strip()} {question}"
+    question = _text({"question": question}, "question")
+    family = _slug(family) if isinstance(family, str) and family.strip() else "own"
+    level = str(row.get("level", "")).removeprefix("Level ")
+    level = int(level) if level in {"1", "2", "3", "4", "5"} else 0
+    if options is not None:
+        lines, gold = _choices(options, answer)
+        return "\n".join([question, "", *lines]), gold, family, level
+    return question, _own_gold(answer), family, level
+
+
+def _choices(options, answer) -> tuple[list[str], str]:
+    """The options as lines "A) ...", and the letter of the right one."""
+    if isinstance(options, str):
+        lines = options.splitlines()
+    else:
+        texts = options.values() if isinstance(options, dict) else options
+        plain = [re.sub(r"^\(?[A-J][).:]\s*", "", str(text).strip()) for text in texts]
+        lines = [f"{letter}) {text}" for letter, text in zip("ABCDEFGHIJ", plain)]
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(lines):
+            return lines, "ABCDEFGHIJ"[answer]
+        if str(answer).strip() in plain:
+            return lines, "ABCDEFGHIJ"[plain.index(str(answer).strip())]
+    if not re.fullmatch("[A-J]", letter := str(answer).strip("() .").upper()):
+        raise BadRow(f"field 'answer' is {answer!r}, none of the options")
+    return lines, letter
+
+
+def _own_gold(answer) -> str:
+    """The gold answer: what stands after #### or in the last box of a solution, several joined, a
+    number without the unit in parentheses that ASDiv adds."""
+    if isinstance(answer, list):
+        return ", ".join(map(_own_gold, answer))
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal):
+        raise BadRow(f"field 'answer' is {type(answer).__name__}, not a text or a number")
+    text = str(answer).rpartition("####")[2]
+    gold = last_boxed(text) or text.strip().strip("$")
+    return _text({"answer": re.sub(r"^([-\d.,/%]+) \([^()\d]+\)$", r"\1", gold)}, "answer")
+
+
+OWN = Source("", {}, _own, "")
+
+
 def read_rows(path: Path, name: str) -> tuple[list[Problem], list[Reject]]:
-    """Problems and rejects of one file in the published layout of the set `name`."""
-    source, problems, rejects, lines = SOURCES[name], [], [], {}
+    """Problems and rejects of one file in the published layout of the set `name`, or in `OWN`."""
+    source, problems, rejects, lines = SOURCES.get(name, OWN), [], [], {}
     for line, row in _rows(path):
         try:
             if isinstance(row, Exception):
@@ -245,27 +311,43 @@ def _reason(error: Exception) -> str:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row | Exception]]:
-    """(line, row) of a file, or (line, error) for a malformed line."""
-    if path.suffix == ".parquet":
+    """(line, row) of a file, or (line, error) for a malformed line; in an array, the number of the
+    row."""
+    raw, kinds = path.read_bytes(), [suffix.lower() for suffix in path.suffixes]
+    if raw.startswith(b"version https://git-lfs."):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, not the file; fetch it by `git lfs pull`"
+        )
+    if kinds[-1:] == [".gz"]:
+        raw, kinds = gzip.decompress(raw), kinds[:-1]
+    if kinds[-1:] == [".parquet"]:
         try:
-            yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
+            yield from enumerate(pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist(), start=1)
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is no readable parquet file: {error}") from None
-    elif path.suffix == ".csv":
+    elif kinds[-1:] in ([".csv"], [".tsv"]):
         # A byte that is not UTF-8 becomes a lone surrogate, which _text refuses in its own row.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.DictReader(file)
-            try:
-                for row in reader:
-                    whole = None not in row and None not in row.values()
-                    shifted = BadRow("not as many fields as the header; quote texts with commas")
-                    yield reader.line_num, row if whole else shifted
-            except csv.Error as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        text = raw.decode("utf-8-sig", errors="surrogateescape")
+        header = text.partition("\n")[0]
+        reader = csv.DictReader(
+            io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count)
+        )
+        try:
+            for row in reader:
+                whole = None not in row and None not in row.values()
+                shifted = BadRow("not as many fields as the header; quote texts with commas")
+                yield reader.line_num, row if whole else shifted
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    elif kinds[-1:] == [".json"] and raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        whole = _json(raw)
+        if isinstance(whole, Exception):
+            raise ValueError(f"{path} is no JSON array: {_reason(whole)}")
+        yield from enumerate(whole, start=1)
     else:
-        for line, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-            if raw.strip():
-                yield line, _json(raw)
+        for line, text in enumerate(raw.split(b"\n"), start=1):
+            if text.strip():
+                yield line, _json(text)
 
 
 def _json(raw: bytes) -> Row | Exception:

@@ -1,6 +1,7 @@
 """Problem sets: real files, planted overlaps, malformed rows, a local hub, the frozen suite."""
 
 import ast
+import gzip
 import io
 import itertools
 import json
@@ -176,6 +177,77 @@ def test_each_malformed_row_is_named_and_the_rest_loads(tmp_path):
         assert reject.file == "rows.jsonl" and re.search(rows[reject.line][1], reject.reason)
     assert "11 rows rejected" in found.describe()
     assert "rows.jsonl, line 2: not JSON" in found.describe()
+
+
+OWN = {  # name of the file -> what stands in it, and question, gold, family and level of its row
+    "a.csv": ("question,answer\n\"What is 1, plus 2?\",3\n", "What is 1, plus 2?", "3", "own", 0),
+    "b.CSV": ("Question;Answer\nWhat?;3\n", "What?", "3", "own", 0),
+    "c.tsv": ("problem\tanswer\nWhat, now?\t3\n", "What, now?", "3", "own", 0),
+    "d.json": ('[\n {"problem": "What?", "answer": 3,\n  "subject": "Algebra", "level": 2}]',
+               "What?", "3", "algebra", 2),
+    "e.jsonl": ('{"prompt": "What?", "solution": "so \\\\boxed{3}"}', "What?", "3", "own", 0),
+    "f.jsonl": ('{"question": "What?", "answer": "1+2=3\\n#### 3"}', "What?", "3", "own", 0),
+    "g.jsonl": ('{"body": "One and two.", "question": "Sum?", "answer": "3 (apples)"}',
+                "One and two. Sum?", "3", "own", 0),
+    "h.jsonl": ('{"content": "What?", "answer": ["1", "$2$"], "type": null}', "What?", "1, 2",
+                "own", 0),
+    "i.jsonl": ('{"question": "Q?", "choices": ["x", "y"], "answer": 1}', "Q?\n\nA) x\nB) y", "B",
+                "own", 0),
+    "j.jsonl": ('{"question": "Q?", "options": ["A)x", "B)y"], "correct": "B"}',
+                "Q?\n\nA) x\nB) y", "B", "own", 0),
+    "k.jsonl": ('{"question": "Q?", "options": {"A": "x", "B": "y"}, "label": "B"}',
+                "Q?\n\nA) x\nB) y", "B", "own", 0),
+    "l.jsonl": ('{"question": "Q?", "options": "A) x\\nB) y", "Answer": "(B)"}',
+                "Q?\n\nA) x\nB) y", "B", "own", 0),
+    "m.jsonl": ('{"question": "Q?", "options": ["x", "y"], "answer": "y"}', "Q?\n\nA) x\nB) y",
+                "B", "own", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_file_of_ones_own_is_a_test_set(tmp_path, name):
+    text, *expected = OWN[name]
+    (tmp_path / name).write_text(text)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    for file in (name, f"{name}.gz"):
+        found = load(str(tmp_path / file), levels=[])
+        (problem,) = found.problems
+        assert [problem.question, problem.answer, problem.family, problem.level] == expected
+        assert problem.source == found.name == f"own-{name[0]}" and not found.rejects
+    assert load("mine", path=tmp_path / name).problems[0].source == "mine"
+
+
+def test_a_folder_of_ones_own_has_a_training_half(tmp_path):
+    rows = [{"question": f"What is {i} plus {i * i}?", "answer": i + i * i} for i in range(60)]
+    write_jsonl(tmp_path / "train.jsonl", rows[:50] + rows[50:52])
+    write_jsonl(tmp_path / "test.jsonl", rows[50:])
+    parts = {split: load(str(tmp_path), split) for split in ("train", "validation", "test")}
+    assert len(parts["test"]) == 10 and len(parts["validation"]) > 0
+    assert sum(len(p) + p.dropped for p in parts.values()) == 62
+    assert not {p.question for p in parts["train"].problems} & {r["question"] for r in rows[50:]}
+    with pytest.raises(
+        ValueError, match="is one file, read for testing only; for 'train' give a fo"
+    ):
+        load(str(tmp_path / "test.jsonl"), "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"Frage": "What?", "answer": 3}', "no question; the columns are frage, answer: name one"),
+        ('{"question": "What?", "antwort": 3}', "no answer; the columns are question, antwort: na"),
+        ('{"question": "Q?", "options": ["x", "y"], "answer": "z"}', "'z', none of the options"),
+        ('{"question": "Q?", "answer": true}', "is bool, not a text or a number"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid",
+            "is a pointer of Git LFS, not the file",
+        ),
+    ],
+)
+def test_what_a_file_of_ones_own_lacks_is_named(tmp_path, text, words):
+    (tmp_path / "own.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load(str(tmp_path / "own.jsonl"))
 
 
 def test_nothing_usable_is_an_error(tmp_path):
