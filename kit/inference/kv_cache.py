@@ -168,6 +168,11 @@ class SlotCache:
         self.capacity, self.quantized = capacity, quantized
         # Scores and sums are at least float32, as in fused attention kernels.
         self.precise = torch.promote_types(self.dtype, torch.float32)
+        if not hasattr(config, "num_key_value_heads"):  # GPT-2, GPT-NeoX, OPT, Falcon
+            raise ValueError(
+                f"{type(model).__name__} is not supported: its config names no key-value heads "
+                f"(num_key_value_heads); take a model that is built as Llama or Qwen is"
+            )
         self.heads = config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads

@@ -45,9 +45,8 @@ def _names(file: Path) -> tuple[str, ...]:
 @cache
 def imported(text: str, package: str = "kit") -> tuple[str, ...]:
     """Dotted names under `kit` that a source of `package` imports, anywhere in it."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))]
     names = []
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    for node in ast.walk(parsed(text)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -55,3 +54,13 @@ def imported(text: str, package: str = "kit") -> tuple[str, ...]:
             base = ".".join([*above, node.module] if node.module else above)
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
     return tuple(name for name in names if name.split(".")[0] == "kit")
+
+
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a cell; magics, `!` and `?` of IPython become calls, as in a notebook."""
+    try:
+        return ast.parse(text)
+    except SyntaxError:
+        from IPython.core.inputtransformer2 import TransformerManager
+
+        return ast.parse(TransformerManager().transform_cell(text))

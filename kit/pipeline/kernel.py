@@ -63,6 +63,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.tick = tick
         self.cell, self.source = 0, ""
+        self.injected = 0  # cells of papermill before it
         self.peak_bytes = 0
         self.exit_code: int | None = None
         self.kernel: psutil.Process | None = None
@@ -110,6 +111,8 @@ def execute(
             try:
                 _papermill(notebook, output, parameters, root, watch, manager)
             except PapermillExecutionError as error:
+                # Not the last cell started, where one tagged raises-exception let the run go on.
+                watch.cell, watch.source = error.cell_index + 1 - watch.injected, error.source
                 problem = f"cell {watch.cell} raised {error.ename}: {_first_line(error.evalue)}"
                 detail = _tail("\n".join(error.traceback))
             except (RuntimeError, CellTimeoutError) as error:  # DeadKernelError is the former
@@ -194,11 +197,10 @@ def _manager(folder: Path, env: dict, watch: Watch, log: TextIO) -> type[AsyncKe
 
 def _follow(watch: Watch) -> Callable:
     """A hook for papermill that tells the watch which cell of the source notebook runs."""
-    state = {"injected": 0}
 
     def on_cell_start(cell, cell_index: int) -> None:
-        state["injected"] += "injected-parameters" in cell.metadata.get("tags", [])
-        watch.cell, watch.source = cell_index + 1 - state["injected"], cell.source
+        watch.injected += "injected-parameters" in cell.metadata.get("tags", [])
+        watch.cell, watch.source = cell_index + 1 - watch.injected, cell.source
 
     return on_cell_start
 

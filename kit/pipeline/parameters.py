@@ -3,6 +3,8 @@
 import ast
 from datetime import date, datetime, time
 
+from kit.pipeline import imports
+
 DATES = (date, datetime, time)  # TOML has them, JSON and the notebooks do not
 
 
@@ -13,7 +15,7 @@ class Expression(str):
 def assignments(source: str) -> dict:
     """Name -> value of each assignment in a cell, an Expression where that is no literal."""
     values = {}
-    for node in ast.parse(source).body:
+    for node in imports.parsed(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
             if isinstance(target, ast.Name) and node.value is not None:

@@ -239,13 +239,13 @@ def incomplete(stages: Sequence[Stage]) -> str:
 
 def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
     cells = _read_cells(file)
-    try:
-        for source in _code(cells):
-            imports.imported(source)
-        tagged = [source for _, source, is_tagged in cells if is_tagged]
-        defaults = parameters.assignments(tagged[0]) if tagged else {}
-    except SyntaxError as error:
-        raise Refused(f"{file.name} has a cell that is not valid Python: {error}") from error
+    for number, (kind, source, _) in enumerate(cells, 1):
+        try:
+            imports.imported(source if kind == "code" else "")
+        except SyntaxError as error:
+            raise Refused(f"{file.name}, cell {number} is not valid Python: {error}") from error
+    tagged = [source for _, source, is_tagged in cells if is_tagged]
+    defaults = parameters.assignments(tagged[0]) if tagged else {}
     for key in table:
         if key not in defaults:
             raise Refused(f"{profile}.toml, table {file.stem}: the parameters cell does not name "

@@ -12,6 +12,7 @@ never requested again in another format.
 Interface: `dspy.lm15` of DSPy 3.4 (Request in, Response out), https://dspy.ai.
 """
 
+import asyncio
 import json
 import logging
 import re
@@ -24,6 +25,7 @@ from contextvars import copy_context
 import dspy
 from dspy.lm15 import Message, Request, Response, TextPart, Usage, response_to_events
 
+from kit.evaluation import extract
 from kit.evaluation.evaluate import Memory
 from kit.inference import decode
 from kit.models.load import Model
@@ -31,6 +33,7 @@ from kit.schema import Problem, Prompt, Sampling, digest
 
 GATHER_S = 0.02  # seconds that a call outside `run_batched` waits for others
 logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)  # `Engine.truncated` counts them
+VERDICT = re.compile(r"\b(yes|no)\b(?=\W*(?:$|[,.;:!*\n]))", re.IGNORECASE)  # not "no errors"
 REFUSED = ("response_format", "reasoning", "frequency_penalty", "presence_penalty")
 
 
@@ -200,9 +203,27 @@ class Engine:
         )
 
 
+class AsyncEngine:
+    """The engine for `acall` of DSPy: each request waits in a thread, so that all share batches."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    async def complete(self, request: Request) -> Response:
+        return await asyncio.to_thread(self.engine.complete, request)
+
+    async def stream(self, request: Request):
+        for event in response_to_events(await self.complete(request)):
+            yield event
+
+    async def aclose(self) -> None:
+        """Nothing to close: the engine borrows the model."""
+
+
 def language_model(engine: Engine, **settings) -> dspy.LM:
     """`dspy.LM` over the engine; `settings` as temperature and max_tokens are its defaults."""
-    return dspy.LM(engine.name, engine=engine, **{"cache": False, "num_retries": 0} | settings)
+    both = {"engine": engine, "async_engine": AsyncEngine(engine)}
+    return dspy.LM(engine.name, **both | {"cache": False, "num_retries": 0} | settings)
 
 
 class Lines(dspy.Adapter):
@@ -258,11 +279,14 @@ def _text(value) -> str:
 
 
 def _read(completion: str, kind):
-    text = completion.strip()
+    """The reply as `kind`, None where it says none or several; what was thought is no reply."""
     if kind == (bool | None):
-        found = re.search(r"\b(yes|no)\b", text, re.IGNORECASE)
-        return found and found[1].lower() == "yes"
+        text = extract.after_thinking(completion)
+        found = [*VERDICT.finditer(text)] or [*re.finditer(r"^\W*(yes|no)\b", text, re.IGNORECASE)]
+        return found[-1][1].lower() == "yes" if found else None
     if kind == (int | None):
-        found = re.search(r"\d+", text)
-        return found and int(found[0])
-    return text or None
+        text = extract.after_thinking(completion)
+        first, numbers = re.match(r"\W*(\d{1,9})\b", text), {*re.findall(r"\d+", text)}
+        number = first[1] if first else numbers.pop() if len(numbers) == 1 else ""
+        return int(number) if 0 < len(number) < 10 else None
+    return completion.strip() or None

@@ -64,7 +64,9 @@ class RetrievalResult:
 def read(file: Path) -> list[Strategy]:
     """Strategies from a file of JSON lines, fields as in Strategy; ValueError names the row."""
     strategies = []
-    for number, line in enumerate(Path(file).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             strategies.append(Strategy(**{k: v for k, v in row.items() if k not in RETIRED}))
