@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from kit.analysis import stats
+from kit.analysis import pareto, stats
 
 MEASURES = ("accuracy", "compliance", "finished", "accuracy_given_finished", "boxed", "majority")
 FILTERS = {  # key of a contrast to the column of the records that it restricts
@@ -246,7 +246,7 @@ def _table(rows: pd.DataFrame, measure: str, within: int | None) -> pd.DataFrame
         finished &= rows["prompt_tokens"] + rows["new_tokens"] <= within
     correct = rows["correct"].astype(bool) & (finished | (within is None))
     if measure == "majority":
-        rows = _majority(rows.assign(correct=correct))
+        rows = _majority(rows.assign(counted=correct))
     else:
         value = {
             "accuracy": correct,
@@ -261,14 +261,14 @@ def _table(rows: pd.DataFrame, measure: str, within: int | None) -> pd.DataFrame
 
 
 def _majority(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per problem and training: whether the majority vote over its samples is correct."""
+    """One row per problem and training: whether the majority vote over its samples is correct;
+    answers that the grader calls equal are one."""
     votes = []
     rows = rows[rows["temperature"] > 0]
     for where, samples in rows.sort_values(SAMPLE).groupby([*PROBLEM, TRAINING]):
         if len(samples) >= MIN_VOTES:
-            answers = samples["extracted"].str.strip()
-            winner = answers == stats.majority(answers)
-            votes.append((*where, 0, 0, float(samples["correct"][winner].iloc[0])))
+            winner = pareto.majority(samples["extracted"].tolist(), samples["correct"].tolist())
+            votes.append((*where, 0, 0, float(samples["counted"].iloc[max(winner, 0)])))
     return pd.DataFrame(votes, columns=[*PROBLEM, TRAINING, *SAMPLE, "value"])
 
 

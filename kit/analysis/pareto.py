@@ -10,12 +10,12 @@ and a bootstrap draws problems for all configurations alike. No decoding and no 
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from math import comb
-from operator import eq
 
 import numpy as np
 import pandas as pd
 
 from kit.analysis import stats
+from kit.evaluation.grader import same
 
 SUBSETS = 2_000  # of a problem's samples: up to so many are enumerated, else so many drawn
 
@@ -210,18 +210,37 @@ def _resamples(n: int, rng: np.random.Generator, draws: int):
 # Votes: what a width of parallel samples would answer
 
 
-def representatives(answers: Sequence[str], equal: Callable[[str, str], bool] = eq) -> list[str]:
-    """Each answer replaced by the earliest that equals it; "" stands for no answer."""
-    found: list[str] = []
-    for answer in (answer.strip() for answer in answers):
-        earlier = (other for other in dict.fromkeys(found) if other and equal(other, answer))
-        found.append(next(earlier, answer) if answer else "")
-    return found
+def classes(
+    answers: Sequence[str],
+    correct: Sequence[bool] | None = None,
+    equal: Callable[[str, str], bool] = same,
+) -> np.ndarray:
+    """For each answer the place of the earliest that equals it, -1 for no answer (""): int [k].
+
+    With `correct`, correct answers equal each other and no wrong one, which may have their value in
+    another form than was asked for.
+    """
+    texts = [answer.strip() for answer in answers]
+    right = [False] * len(texts) if correct is None else [bool(hit) for hit in correct]
+    found: list[int] = []
+    for place, (text, hit) in enumerate(zip(texts, right, strict=True)):
+        alike = (
+            other
+            for other in dict.fromkeys(found)
+            if other >= 0 and right[other] == hit and (hit or equal(texts[other], text))
+        )
+        found.append(next(alike, place) if text else -1)
+    return np.array(found, dtype=int)
 
 
-def majority(answers: Sequence[str], equal: Callable[[str, str], bool] = eq) -> str:
-    """Most frequent answer under `equal`, ties to the earliest; "" only if all are ""."""
-    return stats.majority(representatives(answers, equal))
+def majority(
+    answers: Sequence[str],
+    correct: Sequence[bool] | None = None,
+    equal: Callable[[str, str], bool] = same,
+) -> int:
+    """Place of the earliest answer of the largest class, ties to the earliest; -1 if all are ""."""
+    found = [place for place in classes(answers, correct, equal).tolist() if place >= 0]
+    return max(found, key=found.count, default=-1)
 
 
 def votes(records: pd.DataFrame, width: int, rng: np.random.Generator | None = None) -> list[float]:
@@ -238,7 +257,7 @@ def vote_accuracy(
     correct: Sequence[bool],
     width: int,
     rng: np.random.Generator,
-    equal: Callable[[str, str], bool] = eq,
+    equal: Callable[[str, str], bool] = same,
 ) -> float:
     """Probability that the majority of `width` of one problem's samples is correct.
 
@@ -252,9 +271,8 @@ def vote_accuracy(
         raise ValueError(
             f"no vote of width {width} among {k} answers, {len(correct)} of them judged"
         )
-    found = representatives(answers, equal)
-    labels = np.array([found.index(answer) for answer in found])
-    voting = np.array([bool(answer) for answer in found])
+    labels = classes(answers, correct, equal)
+    voting = labels >= 0
     if comb(k, width) <= SUBSETS:
         subsets = np.array(list(combinations(range(k), width)))
     else:

@@ -9,7 +9,6 @@ since a lucky one answers many of them better, and with several the interval cov
 Whatever is random takes a numpy Generator. Effects are fractions, not percent. No tables here.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
@@ -67,19 +66,27 @@ def wilson(correct: int, n: int, level: float = 0.95) -> Interval:
 
 def unpaired(treatment: tuple[int, int], control: tuple[int, int]) -> Comparison:
     """Two independent proportions, each (correct, n): Agresti and Caffo's interval and test."""
+    if not all(0 <= correct <= n and n for correct, n in (treatment, control)):
+        raise ValueError(
+            f"{treatment} against {control}: give (correct, n) with n above 0 for both"
+        )
     # statsmodels' score interval finds no root for some counts, 32/40 against 25/40 is one
     counts, how = (*treatment, *control), {"compare": "diff", "method": "agresti-caffo"}
     low, high = proportion.confint_proportions_2indep(*counts, **how)
     test = proportion.test_proportions_2indep(*counts, **how)
     estimate = treatment[0] / treatment[1] - control[0] / control[1]
     smaller = min(treatment[1], control[1])
-    interval = Interval(estimate, float(low), float(high), smaller, "Agresti-Caffo")
+    low, high = max(float(low), -1.0), min(float(high), 1.0)  # the interval overshoots near an end
+    interval = Interval(estimate, low, high, smaller, "Agresti-Caffo")
     return Comparison(interval, float(test.pvalue), "Agresti-Caffo, unpaired")
 
 
 def welch(treatment: tuple[float, float], control: tuple[float, float], runs: int) -> Comparison:
     """Two means over `runs` runs each, given as (mean, sd): Welch's t. Covers run noise only."""
     (mean1, sd1), (mean0, sd0) = treatment, control
+    if runs < 2 or not sd1 + sd0 > 0:
+        raise ValueError(f"Welch's t needs two runs or more that differ; there are {runs}, with "
+                         f"standard deviations {sd1:g} and {sd0:g}")  # fmt: skip
     v1, v0 = sd1**2 / runs, sd0**2 / runs
     freedom = (v1 + v0) ** 2 / ((v1**2 + v0**2) / (runs - 1))
     half = float(stats.t.ppf(0.975, freedom)) * sqrt(v1 + v0)
@@ -399,12 +406,6 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
         raise ValueError(f"pass@{k} needs {k} samples per problem; one has {samples.min()}")
     # no right answer among k drawn without replacement, which stays finite for many samples
     return float(np.mean(1 - stats.hypergeom.pmf(0, samples, right, k)))
-
-
-def majority(answers: Sequence[str]) -> str:
-    """Most frequent answer, ties to the earliest; no answer ("") never wins over an answer."""
-    votes = Counter(answer.strip() for answer in answers if answer.strip())
-    return votes.most_common(1)[0][0] if votes else ""
 
 
 def best_of_optimism(p: float, n: int, m: int) -> float:

@@ -21,11 +21,20 @@ _BASE = re.compile(r"(-?[0-9A-Z.]*[0-9][0-9A-Z.]*)_(?:([0-9]+)|\{ ?([0-9]+) ?\})
 _CLOCK = re.compile(r":[0-9]{2} ?[ap]m$")
 _WORDS = re.compile(r"\(?([A-Za-z][A-Za-z .'\-]*)\)?")
 _SET_LIKE = re.compile(r"[<>]|\\(?:le|leq|lt|ge|geq|gt|in|cup|cap|setminus|mathbb)(?![a-z])")
-_COMMA = re.compile(r"(-?(?:[0-9]{1,3}(?:\.[0-9]{3})+|[0-9]+)),([0-9]{1,2}|[0-9]{4,9})")
+_COMMA = re.compile(r"(-?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-9]{1,2}|[0-9]{4,9})")
+_DOTS = re.compile(r"-?[0-9]{1,3}(?:\.[0-9]{3}){2,6}")
 _RATIO = re.compile(r"[0-9]{1,9}(?: ?: ?[0-9]{1,9}){2,8}")
-_BUILDER = re.compile(r"\\\{ ?[a-z] ?(?:\\mid|\\vert|\||:) ?(.*?) ?\\\}")
+_BUILDER = re.compile(
+    r"\\\{ ?[a-z] ?(?:\\in ?\\mathbb ?\{? ?R ?\}? ?)?(?:\\mid|\\vert|\||:) ?(.*?) ?\\\}"
+)
 _MEMBER = re.compile(r"[a-zA-Z] ?\\in ?(.*)")
-_HALF = re.compile(r"[a-z] ?(<|>|\\[lg]e(?:q|qslant)?(?![a-z])) ?([^<>=,a-z]{1,40})")
+_END = r"((?:\\(?:frac|sqrt|pi)(?![a-z])|[^<>=,a-z\\]){1,40}?)"
+_RELATION = r" ?(<|>|\\[lg]e(?:q|qslant)?(?![a-z])) ?"
+_HALF = re.compile(rf"[a-z]{_RELATION}{_END}|{_END}{_RELATION}[a-z]")
+_EVERY = re.compile(r"(?:x is )?(?:all|any|every) reals?(?: numbers?)?|all reals", re.IGNORECASE)
+_NONE = re.compile(r"no (?:real )?solutions?|(?:the )?empty set", re.IGNORECASE)
+_FRENCH = re.compile(r"([\[\]]) ?([^\[\]]*,[^\[\]]*?) ?([\[\]])")
+_ROWS = re.compile(r"\[ ?(\[[^\[\]]*\](?: ?, ?\[[^\[\]]*\])*) ?\]")
 _EQUALS = re.compile(r"(?<![\\<>!:])=")
 
 
@@ -78,9 +87,11 @@ def _equal_numbers(gold: latex.Number, answer: latex.Number) -> bool:
 
 
 def _decimal_point(text: str) -> str:
-    """`3,14` and `1.234,5` with a decimal point: the notation of many languages."""
+    """`3,14`, `1.234,5` and `1.234.567` with a decimal point: the notation of many languages."""
+    if _DOTS.fullmatch(text):
+        return text.replace(".", "")
     match = _COMMA.fullmatch(text)
-    return f"{match[1].replace('.', '')}.{match[2]}" if match else ""
+    return f"{re.sub('[. ]', '', match[1])}.{match[2]}" if match else ""
 
 
 def _equal_ratios(gold: list[str], answer: list[str]) -> bool:
@@ -92,17 +103,33 @@ def _equal_ratios(gold: list[str], answer: list[str]) -> bool:
 
 
 def _upwards(text: str) -> str:
-    r"""A chain of inequalities read from small to large, the condition of `\{x \mid ...\}` and the
-    set of `x \in ...` by themselves, `x < a or x > b` as a union."""
+    r"""Sets and relations in one notation: a chain of inequalities from small to large, the
+    condition of `\{x \mid ...\}` and the set of `x \in ...` by themselves, `x < a or x > b` as a
+    union, `a < x and x < b` and `]a, b[` as an interval, `[[1, 2], [3, 4]]` as a matrix."""
+    if _EVERY.fullmatch(text):
+        return r"\mathbb{R}"
+    if _NONE.fullmatch(text):
+        return r"\emptyset"
+    if match := _ROWS.fullmatch(text):
+        rows = [row.replace(",", " & ") for row in re.findall(r"\[([^\[\]]*)\]", match[1])]
+        return r"\begin{pmatrix}" + r" \\ ".join(rows) + r"\end{pmatrix}"
+    if (match := _MEMBER.fullmatch(text)) and match[1][0] in "\\{[(]":
+        text = match[1]
+    if (match := _FRENCH.fullmatch(text)) and (match[1], match[3]) != ("[", "]"):
+        return f"{'(' if match[1] == ']' else '['}{match[2]}{')' if match[3] == '[' else ']'}"
     if not _SET_LIKE.search(text):
         return text
     if match := _BUILDER.fullmatch(text):
-        text = match[1]
-    if (match := _MEMBER.fullmatch(text)) and match[1][0] in "\\{[(":
-        text = match[1]
-    parts = [part.strip() for part in re.split(r"(?<![a-z\\])or(?![a-z])", text)]
-    if 1 < len(parts) <= 8 and all(rays := [_ray(part) for part in parts]):
-        return r" \cup ".join(rays)
+        return _upwards(match[1])
+    for word in ("or", "and"):
+        parts = [part.strip() for part in re.split(rf"(?<![a-z\\]){word}(?![a-z])", text)]
+        if 1 < len(parts) <= 8 and all(bounds := [_bound(part) for part in parts]):
+            if word == "or":
+                return r" \cup ".join(f"{left}, {right}" for left, right in bounds)
+            lefts = [left for left, _ in bounds if "infty" not in left]
+            rights = [right for _, right in bounds if "infty" not in right]
+            if len(lefts) == len(rights) == 1:
+                return f"{lefts[0]}, {rights[0]}"
     sides = re.split(r" ?(>|\\ge(?:q|qslant)?(?![a-z])) ?", text)
     if len(sides) >= 5 and not re.search(r"<|\\l(?:e|eq|t)(?![a-z])", text):
         return " ".join({">": "<"}.get(x, r"\le" if i % 2 else x) for i, x in
@@ -110,15 +137,15 @@ def _upwards(text: str) -> str:
     return text
 
 
-def _ray(part: str) -> str:
-    r"""`x < 2` as `(-\infty, 2)`; "" for what is no such inequality."""
+def _bound(part: str) -> tuple[str, str] | None:
+    r"""Both ends of the interval of `x < 2` or `2 > x`: `(-\infty` and `2)`."""
     if not (match := _HALF.fullmatch(part)):
-        return ""
-    relation, end = match[1], match[2]
-    less, closed = relation[:2] in ("<", r"\l"), relation not in "<>"
-    if less:
-        return rf"(-\infty, {end}{']' if closed else ')'}"
-    return rf"{'[' if closed else '('}{end}, \infty)"
+        return None
+    relation, end = (match[1], match[2]) if match[1] else (match[4], match[3])
+    upper, closed = (relation[:2] in ("<", r"\l")) == bool(match[1]), relation not in "<>"
+    if upper:
+        return r"(-\infty", f"{end}{']' if closed else ')'}"
+    return f"{'[' if closed else '('}{end}", r"\infty)"
 
 
 def _based(text: str) -> tuple[str, int] | None:

@@ -12,19 +12,26 @@ from kit.evaluation import latex
 
 BELOW = 20  # lines after an unfinished answer line that may belong to it
 
-_HEAD = r"(?:answer|antwort|réponse|respuesta|resposta|risposta|ответ|答案|答え|回答|정답)"
-_COLON = re.compile(
-    rf"[^\w\\]*+(?:(?:the|my|so,?|final|correct)\s++){{0,3}}+{_HEAD}\s*+[*_]*+\s*+[:：=]",
+_HEAD = (
+    r"(?:answer|ans\.?|antwort|réponse|respuesta|resposta|risposta|ответ|答案|答え|回答|答|정답|답"
+    r"|उत्तर|जवाब|الجواب|الإجابة)"
+)
+_LEAD = r"(?:[^\w\\<]|_|[0-9]{1,2}[.)]\s|\\(?:text|math)(?:bf|it|rm)?\{)*+"
+_ADJECTIVES = r"(?:(?:the|my|so,?|final|correct)\s++){0,3}+"
+_COLON = re.compile(rf"{_LEAD}{_ADJECTIVES}{_HEAD}\s*+[*_]*+\s*+(?:[:：=]|[-–—]\s)", re.IGNORECASE)
+_HEADING = re.compile(rf"{_LEAD}{_ADJECTIVES}{_HEAD}[^\w\\$]*+$", re.IGNORECASE)
+_IS = re.compile(
+    r"\banswer(?:\s+to\s[^.:\n]{1,80}?)?\s+(?:is|(?:would|must|should|will)\s+be|equals|comes\s+to)"
+    r"\b\s*:?|\bréponse\s+est\b|\brespuesta\s+es\b|\bresposta\s+é\b|\brisposta\s+è\b"
+    r"|\bantwort\s+(?:ist|lautet)\b:?|答案(?:是|为|為)[:：]?|答えは",
     re.IGNORECASE,
 )
-_HEADING = re.compile(
-    rf"[^\w\\<]*+(?:(?:the|my|final|correct)\s++){{0,3}}+{_HEAD}[^\w\\$]*+$", re.IGNORECASE
-)
-_IS = re.compile(r"\banswer\s+is\b\s*:?", re.IGNORECASE)
+_SAYS = re.compile(r"answer|réponse|respuesta|resposta|risposta|antwort|答", re.IGNORECASE)
 _HASHES = re.compile(r"\s*+####\s*+(\S*[0-9]\S*)\s*$")
-_TAG = re.compile(r"<answer>\s*+([^<]{1,2000}+)</answer>", re.IGNORECASE)
+_TAG = re.compile(r"<(?:final[_ ]?)?answer>\s*+([^<]{1,2000}+)</", re.IGNORECASE)
 _JSON = re.compile(
-    r'"(?:final[_ ]?)?answer"\s*+:\s*+(?:"((?:[^"\\]|\\.){1,2000}+)"|([^,}"\n\s]{1,200}+))',
+    r"""["'](?:final[_ ]?)?answer["']\s*+:\s*+"""
+    r"""(?:"((?:[^"\\]|\\.){1,2000}+)"|'([^'\n]{1,200}+)'|([^,}"'\n\s]{1,200}+))""",
     re.IGNORECASE,
 )
 _NEXT_TURN = re.compile(r"^[ \t]*+(?:question|problem|q|human|user)[ \t]*+:", re.I | re.M)
@@ -34,23 +41,34 @@ _LAST_NUMBER = re.compile(
     r"(?:/[0-9]++)?+(?:\s?\\?%)?+"
 )
 _LETTER = re.compile(
-    r"(?:\b(?:option|choice|answer)\b(?:\s+is)?[\s:*$(]*+([A-J])\b(?!['’])"
+    r"(?:\b(?i:option|choice|answer|choose|pick|select|think)\b(?:\s+is|\s+it\s+is)?[\s:*$(]*+"
+    r"([A-J])\b(?!['’])"
+    r"|(?<!\w)([A-J])\)?\**\s(?i:is|seems|must\s+be)\s(?:the\s)?(?:(?:correct|right|best)\b|answer\b)"
+    r"|\b(?i:so|thus|hence|therefore)\b,?\s[\s:*$(]*+([A-J])\W*+$"
     r"|\(([A-J])\)|^\W*+([A-J])[).]?\W*+$)",
     re.MULTILINE,
 )
-_OPTION = re.compile(r"[\W_]*+(?:\\text(?:bf|it|rm)?\{\W*+)?([A-J])(?:\W*+$|\)|[.:]\s)")
-_SENTENCE_END = re.compile(r"[.!]\s+(?=[A-Z])")
+_OPTION = re.compile(
+    r"[^\w\\]*+_?(?:\\(?:text|math)(?:bf|it|rm)?\{\W*+)?([A-J])(?:\W*+$|\)|[.:]\s|\s[-–—]\s)"
+)
+_SENTENCE_END = re.compile(r"[.!]\s+(?=[A-Z]|[0-9]{1,9}\s[A-Za-zé]{3})|。")
 _EXPLAINED = re.compile(
     r"(?:[,;]\s{1,9}|\s[-–—]\s|\s{1,9}\(?)(?:because|since|as|which|whereas|where|so|that|meaning"
     r"|i\.e\.|after|when|while|given|assuming)\b"
-    r"|[,;]\s{1,9}(?:it|this|and\s(?:it|this|that))\b"
-    r"|\s{1,9}\((?!mod)(?=[A-Za-z ,'’-]{1,80}\)\W*$)",
+    r"|[,;]\s{1,9}(?:it|this|the|an?|and\s(?:it|this|that))\s"
+    r"|\s{1,9}\((?!mod)(?=[A-Za-z ,'’-]{1,80}\)\W*$)"
+    r"|(?<=[a-z]{3})(?<!mod)\s{1,9}\((?=[^()]{1,80}\)\W*$)",
     re.IGNORECASE,
 )
 _MATH_FIRST = re.compile(r"(?:\$([^$]{1,200})\$|\\\((.{1,200}?)\\\))(?=\s*+[,.;(]|\s++[a-z])")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}+(?![({])")
 _COPULA = re.compile(r"\b(?:is|are|was|were|equals?|becomes?)\b:?\s++(?=\S)", re.IGNORECASE)
 _ARTICLE = re.compile(r"(?:the|an?|exactly|approximately|about|only|simply)\s++", re.IGNORECASE)
+_NOUN = re.compile(
+    r"(?:the\s)?(?:set|pair|ordered\spair|point|interval|value|number)\s(?=\W*[-0-9(\[{\\])", re.I
+)
+_NOT_BUT = re.compile(r"\bnot\s[^,;.]{1,60}?,?\sbut\s", re.IGNORECASE)
+_NOT_OTHER = re.compile(r"(?:,\s?(?:and\s)?not|\srather\sthan|\sinstead\sof)\s[^,;.]{1,60}$", re.I)
 _ORDINAL = re.compile(r"([0-9]{1,99})(?:st|nd|rd|th)")
 _NEGATION = re.compile(
     r"\b(?:not|no|never|neither|nor|without|except|unlike|instead|rather)\b|n['’]t\b", re.IGNORECASE
@@ -123,15 +141,17 @@ def _answer_line(text: str) -> tuple[str, int, bool] | None:
         line, start = lines[at], end - len(lines[at])
         end = start
         if tag and tag.start() >= start:
-            return next(filter(None, tag.groups())).strip(), start, True
+            return strip(next(filter(None, tag.groups()))), start, True
         if hashes := _HASHES.match(line):
             return hashes[1], start, True
         heads, form = [_COLON.match(line) or _HEADING.match(line)], True
         if not heads[0]:
-            heads, form = ([*_IS.finditer(line)] if "answer" in line.lower() else []), False
+            heads, form = ([*_IS.finditer(line)] if _SAYS.search(line) else []), False
         if not heads:
             continue
         content, below = line[heads[-1].end() :], at + 1
+        if "{" in heads[-1][0]:
+            content = content.lstrip(" }")  # \textbf{Answer: } 5
         while below < min(len(lines), at + BELOW) and (not strip(content) or _open(content)):
             content, below = content + lines[below], below + 1
         if content := strip(_SENTENCE_END.split(content, maxsplit=1)[0]):
@@ -140,9 +160,8 @@ def _answer_line(text: str) -> tuple[str, int, bool] | None:
 
 
 def _open(content: str) -> bool:
-    return content.count("{") > content.count("}") or content.count(r"\begin") > content.count(
-        r"\end"
-    )
+    pairs = ("{", "}"), (r"\begin", r"\end"), (r"\[", r"\]")
+    return any(content.count(left) > content.count(right) for left, right in pairs)
 
 
 def strip(content: str) -> str:
@@ -167,6 +186,7 @@ def value(content: str) -> str:
         content = rest
     if len(content) > latex.LONGEST:
         return content
+    content = _NOUN.sub("", asserted(content), count=1)
     if (math := _MATH_FIRST.match(content)) and _explains(content[math.end() :]):
         return (math[1] or math[2]).strip()
     if (cut := _EXPLAINED.search(content)) and (head := strip(content[: cut.start()])):
@@ -175,6 +195,11 @@ def value(content: str) -> str:
     if ordinal := _ORDINAL.fullmatch(_ARTICLE.sub("", content, count=1)):
         return ordinal[1]
     return _predicate(content) if len(_WORD.findall(content)) >= 3 else content
+
+
+def asserted(sentence: str) -> str:
+    """The sentence without what it denies beside what it says: "not 5 but 6", "Ti, not Tin"."""
+    return _NOT_OTHER.sub("", _NOT_BUT.sub("", sentence, count=1), count=1)
 
 
 def _explains(rest: str) -> bool:
@@ -199,15 +224,23 @@ def _option(text: str, answer: str) -> str:
     """The option letter that an answer starts with, else the last one in the text."""
     if match := _OPTION.match(answer):
         return match[1]
-    named = [*_LETTER.finditer(text)] if not answer.strip() else []
-    return next(filter(None, named[-1].groups())) if named else ""
+    if answer.strip():
+        return ""
+    if named := [*_LETTER.finditer(text)]:
+        return next(filter(None, named[-1].groups()))
+    whole = _OPTION.match(text) if "\n" not in text.strip() else None  # "C) 25 J"
+    return whole[1] if whole else ""
 
 
 def names(gold: str, sentence: str) -> bool:
     """Whether a sentence gives the worded `gold` as its answer: it contains the words and neither a
-    negation nor alternatives. Up to three letters (a symbol) must be its last word, case included.
+    negation, unless the gold is one, nor alternatives. Up to three letters (a symbol) must be its
+    last word, case included.
     """
-    if _NEGATION.search(sentence) or re.search(r"\bor\b|\beither\b", sentence, re.IGNORECASE):
+    sentence = asserted(sentence)
+    if _NEGATION.search(sentence) and not _NEGATION.search(gold):
+        return False
+    if re.search(r"\bor\b|\beither\b", sentence, re.IGNORECASE):
         return False
     words, wanted = re.findall(r"[^\W_]+", sentence), re.findall(r"[^\W_]+", gold)
     if not wanted or len(words) <= len(wanted):
@@ -216,4 +249,14 @@ def names(gold: str, sentence: str) -> bool:
         return words[-len(wanted) :] == wanted
     folded, wanted = [w.casefold() for w in words], [w.casefold() for w in wanted]
     spans = range(len(folded) - len(wanted) + 1)
-    return any(folded[at : at + len(wanted)] == wanted for at in spans)
+    found = [at for at in spans if folded[at : at + len(wanted)] == wanted]
+    return bool(found) and not any(_listed(words, at, at + len(wanted)) for at in found)
+
+
+def _listed(words: list[str], start: int, end: int) -> bool:
+    """Whether words[start:end] is one of several names: "Paris and Lyon"."""
+    before, after = words[max(start - 2, 0) : start], words[end : end + 2]
+    return any(
+        len(pair) == 2 and pair[joint].casefold() == "and" and pair[1 - joint][0].isupper()
+        for pair, joint in ((before, 1), (after, 0))
+    )

@@ -8,6 +8,7 @@ format is reported apart from correctness. The rules of equality are the table i
 tests/evaluation/test_grader.py.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from kit.schema import ASKS, Grade
 
 # Part of every record's key. Raise it by one when a verdict on the same text may differ: records
 # that were stored under another version are graded again, not decoded.
-GRADE_VERSION = 1
+GRADE_VERSION = 2
 FORMS = ("boxed", "answer line", "any")
 
 _COMPLIANT_LINE = re.compile(r"^[ \t]*+answer:[ \t]*+\S", re.IGNORECASE | re.MULTILINE)
@@ -81,6 +82,8 @@ def in_form(answer: str, asks: str, gold: str) -> bool:
     if asks not in ASKS:
         raise ValueError(f"asks is {asks!r}; choose one of {', '.join(map(repr, ASKS))}")
     value, gold = latex.tidy(answer).rpartition("=")[2].strip(), latex.tidy(gold)
+    if latex.squeeze(value) == latex.squeeze(gold):
+        return True
     number, wanted = latex.number(value), latex.number(gold)
     if asks == "evaluated":
         return number is not None and (number.places >= 0 or not wanted or wanted.places < 0)
@@ -88,12 +91,34 @@ def in_form(answer: str, asks: str, gold: str) -> bool:
         terms = [int(term) for term in re.findall(r"[0-9]+", value)[-2:]]
         whole = number is not None and number.places == 0
         return whole or (number is not None and number.places < 0 and math.gcd(*terms) == 1)
-    return asks == "any" or len(latex.terms(value)) == 1
+    return asks == "any" or _factors(value) >= _factors(gold)
+
+
+def _factors(text: str) -> int:
+    """Factors in parentheses of a product, (x-1)^2 counted twice; 0 for a sum and for a number."""
+    while (inside := latex.brackets(text)) and inside[0] == "()":
+        text = inside[1]
+    if len(latex.terms(text)) > 1:
+        return 0
+    factors = re.findall(r"\([^()]*\)(?: ?\^ ?\{? ?([0-9]{1,2}))?", text)
+    return sum(int(power or 1) for power in factors)
 
 
 def option(gold: str) -> bool:
     """Whether the gold answer is the letter of an option."""
     return bool(_OPTION.fullmatch(latex.tidy(gold[:LONGEST])))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def same(first: str, second: str) -> bool:
+    """Whether two extracted answers are equal by the rules of `grade`, each held against the other:
+    3100 and (3,100) are not, which as an answer to 3100 would be a thousands sign."""
+    found = [settle(first, extract.Extraction(second, ""))]
+    if found[0] == ("different",):
+        return False
+    found.append(settle(second, extract.Extraction(first, "")))
+    reasons = sandbox.compare([verdict for verdict in found if len(verdict) == 2])
+    return all((reasons.get(verdict) or verdict[0]) == "equal" for verdict in found)
 
 
 def settle(gold: str, extracted: extract.Extraction) -> tuple[str, ...]:

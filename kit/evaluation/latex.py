@@ -15,33 +15,42 @@ _SYMBOLS = {
     **dict.fromkeys("−–", "-"),
     **{"×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt "},
     **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "≈": r"\approx ", "°": r"^\circ "},
-    **{"<=": r"\le ", ">=": r"\ge ", "**": "^", "±": r"\pm ", "⁄": "/"},
+    **{"<=": r"\le ", ">=": r"\ge ", "**": "^", "±": r"\pm ", "⁄": "/", "’": "'"},
     **{"、": ",", "或": " or ", "和": " and ", "。": ".", "⩽": r"\le ", "⩾": r"\ge "},
+    **{"∛": r"\sqrt[3] ", r"\yen": "", r"\pounds": "", r"\euro": ""},
     **{r"\langle": "(", r"\rangle": ")", r"\varnothing": r"\emptyset", r"\{\}": r"\emptyset"},
 }
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_WIDE = {code: unicodedata.normalize("NFKC", chr(code)) for code in
+         (*range(0xFF01, 0xFF5F), *range(0xFE50, 0xFE6C))}  # fmt: skip
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _VULGAR = {
     char: unicodedata.normalize("NFKD", char).split("\u2044") for char in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 }
-_TEXT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it))\s*\{([^{}]*)\}"
+_UPRIGHT = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it)|bm|boldsymbol|underline|num)\s*"
+_TEXT = _UPRIGHT + r"\{([^{}]*)\}"
 _NOT_UNITS = (
     r"(?:[ap]\.?m|and|or|\w*illion|thousand|hundred|dozen|hal(?:f|ves)|thirds?|fourths?|quarters?"
     r"|fifths?|tenths?|percent|times|plus|minus|over|squared|cubed|sqrt|root|base|mod|modulo"
     r"|choose|factorial|infinity)\b"
 )
-_UNIT = re.compile(
-    rf"(?<=[0-9a-z}})%])\s*(?!\\[a-z]+\s*\{{\s*{_NOT_UNITS}){_TEXT}(?:\^\{{?[0-9]\}}?)?\.?$"
+_UNIT = re.compile(  # \text{ cm}^2, \mathrm{m\,s^{-1}}
+    rf"(?<=[0-9a-z}})%])\s*(?!\\[a-z]+\s*\{{\s*{_NOT_UNITS}){_UPRIGHT}"
+    r"\{(?:[^{}]|\{[^{}]*\})*\}(?:\^\{?-?[0-9]\}?)?\.?$"
 )
-_SHORT_UNITS = r"(?:[cmk]m|k?g|ft|in|mi|yd|lbs?|oz|mph|hrs?|min|sec|days?|sq)\.?"
+_CURRENCY = r"(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|Rs)"
+_SHORT_UNITS = (
+    r"(?:[cmkn]m|[mk]?g|ft|in|mi|yd|lbs?|oz|mph|hrs?|min|m?sec|[mn]s|days?|sq|[kMG]?Hz|mL|k?Pa"
+    rf"|[kMG]?eV|mol|rad|k[JWN]|k?cal|(?-i:[JNWVL])|{_CURRENCY})\.?"
+)
 _NUMBER = (
-    r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}"
+    r"(?:[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?:\.[0-9]+)?"
+    r"|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}"
     r"|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 )
 _WORD_UNIT = re.compile(
-    rf"(?<=[0-9])\s+(?!(?:\w+ )*{_NOT_UNITS})(?:{_SHORT_UNITS}|[A-Za-z]{{4,}})"
-    r"(?: [A-Za-z]{2,}\.?){0,6}(?:\^\{?[0-9]\}?)?$",
+    rf"(?<=[0-9}}])(?:\s+(?!(?:\w+ )*{_NOT_UNITS})(?:{_SHORT_UNITS}|[A-Za-z]{{4,}})"
+    r"(?: [A-Za-z]{2,}\.?){0,6}(?:\^\{?-?[0-9]\}?)?|\s*(?:\\mu ?m|\\Omega))$",
     re.IGNORECASE,
 )
 _WORDED = r"\\(?:text|mathrm) ?\{[^{}]{1,9}\}"
@@ -55,7 +64,17 @@ _CJK_UNIT = re.compile(
 )
 _ENVIRONMENT = r"\\(?:begin|end) ?\{(?:aligned|align\*?|split|gathered|equation\*?)\}"
 _CASES = re.compile(r"\\begin ?\{cases\}([^&]*)\\end ?\{cases\}")
-_ARRAY = re.compile(r"[(\[] ?\\begin ?\{array\} ?(?:\{[^{}]*\})?(.*?)\\end ?\{array\} ?[)\]]")
+_ARRAY = re.compile(r"[(\[] ?\\begin ?\{(array|matrix)\} ?(?:\{[^{}]*\})?(.*?)\\end ?\{\1\} ?[)\]]")
+_LAST = re.compile(
+    r"(?:\s|\\\\|\\(?:qed|blacksquare|square|checkmark)(?![a-z])|\\label ?\{[^{}]*\})+$"
+)
+_BEFORE = re.compile(
+    rf"^\s*(?:(?:about|approximately|approx\.?|roughly|exactly)\s+(?=[-0-9.\\])"
+    rf"|(?:US|AU|NZ|HK|[AC])(?=\\?\$ ?[0-9])|{_CURRENCY}\.?\s*(?=[0-9]))",
+    re.IGNORECASE,
+)
+_FUNCTION = re.compile(r"(?<![a-zA-Z\\])\\?(sqrt|cbrt|abs) ?\(([^()]*)\)")
+_WRITTEN = {"sqrt": r"\sqrt{%s}", "cbrt": r"\sqrt[3]{%s}", "abs": "|%s|"}
 _TRIG = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
@@ -67,17 +86,21 @@ def tidy(latex: str) -> str:
     `\text` wrappers, a final full stop. Decimal digits of any script become ASCII digits;
     superscripts and circled digits do not. Kept: percent signs, bases, brackets, a.m. and p.m.
     """
-    text = ascii_signs(latex)
+    text = _LAST.sub("", _BEFORE.sub("", ascii_signs(latex)))
     text = re.sub(r"(?<=[0-9])(?:, ?\\!|\{, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", "", text)
     text = re.sub(r"(?<=[0-9])\{, ?\}(?=[0-9])", ".", text)  # a decimal comma
-    text = re.sub(
-        r"\\(?:text)?color ?\{[^{}]*\}|\\tag\*? ?\{[^{}]*\}|\\(?:pounds|euro)(?![a-z])", "", text
-    )
+    text = re.sub(r"\\(?:text)?color ?\{[^{}]*\}|\\tag\*? ?\{[^{}]*\}", "", text)
     text = re.sub(r"\\!|\\?\$|[£€¥₹₩¢]|(?<!\\)\\[()\[\]]|\\(?:display|text)style", "", text)
-    text = re.sub(r"\\(?:left|right)(?:\.|(?![a-zA-Z]))", "", text)
+    text = re.sub(r"\\(?:left|right|[bB]igg?[lr]?)(?:\.|(?![a-zA-Z]))", "", text)
     text = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\s", " ", text)
     text = _SYMBOL.sub(lambda m: _SYMBOLS[m[0]], text)
     text = re.sub(r"\\(?:[dtc]|nice|s)frac", r"\\frac", text)
+    text = re.sub(r"\\operatorname\*? ?\{ ?(ln|log|exp|(?:arc)?(?:sin|cos|tan)) ?\}", r"\\\1 ",
+                  text)  # fmt: skip
+    text = re.sub(r"\\binom ?([0-9]) ?([0-9])", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\^ ?(-[0-9]+(?:\.[0-9]+)?|[0-9]+\.[0-9]+)", r"^{\1}", text)
+    text = re.sub(r"(\\sqrt ?\[[0-9]\]) ?([0-9a-zA-Z])", r"\1{\2}", text)
+    text = _FUNCTION.sub(lambda m: _WRITTEN[m[1]] % m[2], text)
     text = _structures(text) if r"\begin" in text or r"\choose" in text else text
     text = re.sub(r"\\frac ?(\\pi|[0-9a-zA-Z])", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\{[^{}]*\}) ?(\\pi|[0-9a-zA-Z])", r"\1{\2}", text)
@@ -89,13 +112,12 @@ def tidy(latex: str) -> str:
     text = re.sub(rf"(?<=[0-9]) ?(?:{degrees}){scale}", "", text)
     text = re.sub(degrees, "", text)
     text = re.sub(r" +", " ", text).rstrip(" .,;:").lstrip(" ,;:")
-    unit = _UNIT.search(text)
-    if unit and re.search(r"[0-9]|\\pi", text[: unit.start()]):
-        text = text[: unit.start()]
+    while (unit := _UNIT.search(text)) and re.search(r"[0-9]|\\pi", text[: unit.start()]):
+        text = re.sub(r"(?: |\\cdot|/)+$", "", text[: unit.start()])
     text = _RATE.sub("", text)
     text = re.sub(r" +(?=[_^])", "", re.sub(_TEXT, r" \1 ", text))
     text = re.sub(r"(?<=[0-9]) *([AaPp])\.? ?[Mm]\b\.?", lambda m: m[1].lower() + "m", text)
-    text = re.sub(r"(?<![a-zA-Z\\])(pi|ln)(?![a-zA-Z])", r"\\\1", text)
+    text = re.sub(r"(?<![a-zA-Z\\])(pi|ln|log|exp)(?![a-zA-Z])", r"\\\1", text)
     text = re.sub(r" +", " ", text).rstrip(" .,;:").lstrip(" ,;:")
     if len(text) >= 100:
         return text
@@ -106,7 +128,7 @@ def _structures(text: str) -> str:
     """Environments and infix commands in a canonical form: alignments and cases as lists, a
     bracketed array as a matrix, `n \\choose k` as a binomial."""
     text = re.sub(r"\{? ?([0-9a-z]{1,9}) ?\\choose ?([0-9a-z]{1,9}) ?\}?", r"\\binom{\1}{\2}", text)
-    text = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", text)
+    text = _ARRAY.sub(r"\\begin{pmatrix}\2\\end{pmatrix}", text)
     text = _CASES.sub(lambda m: m[1].replace(r"\\", ", "), text)
     plain = re.sub(_ENVIRONMENT, "", text)
     return plain.replace("&", "") if plain != text and r"\begin" not in plain else text
@@ -117,7 +139,7 @@ def ascii_signs(text: str) -> str:
     punctuation, vulgar fractions, raised digits, narrow spaces between groups of three digits."""
     if text.isascii():
         return text
-    text = ascii_digits(text).translate(_FULL_WIDTH)
+    text = ascii_digits(text).translate(_WIDE)
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
     for char in set(text) & _VULGAR.keys():
         top, bottom = _VULGAR[char]
@@ -150,12 +172,14 @@ class Number:
 _BRACED = rf"(?:\{{ ?([-+]?{_NUMBER}) ?\}}|([0-9]))"
 _PLAIN = re.compile(rf"([-+]?) ?({_NUMBER})")
 _FRACTION = re.compile(rf"([-+]?) ?(?:([0-9]+) ?)?\\frac ?{_BRACED} ?{_BRACED}")
-_SLASH = re.compile(rf"([-+]?) ?(?:([0-9]+) )?({_NUMBER}) ?[/:] ?({_NUMBER})")
+_SLASH = re.compile(rf"([-+]?) ?(?:([0-9]+) )?({_NUMBER}) ?(?:[/:]|to) ?({_NUMBER})")
 
 
 _TEN = r" ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]{1,3}) ?\}|([-+]?[0-9]{1,3}))"
 _SCIENTIFIC = re.compile(rf"([-+]?) ?({_NUMBER})(?:[eE]([-+]?[0-9]{{1,3}})|{_TEN})")
-_REPEATING = re.compile(r"([-+]?) ?([0-9]*)\.([0-9]*)\\(?:overline|bar) ?\{? ?([0-9]+) ?\}?")
+_REPEATING = re.compile(
+    r"([-+]?) ?([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?|\(([0-9]+)\))"
+)
 
 
 def number(text: str) -> Number | None:
@@ -169,27 +193,31 @@ def number(text: str) -> Number | None:
     percent = text.endswith("%")
     text = text.rstrip("% ")
     if match := _PLAIN.fullmatch(text):
-        written = match[2].replace(",", "")
+        written = _ungrouped(match[2])
         places = len(written.partition(".")[2])
         digits = len(written.replace(".", "").lstrip("0"))
         value, whole = Fraction(written.rstrip(".")), 0
     elif match := _FRACTION.fullmatch(text) or _SLASH.fullmatch(text):
-        over = [Fraction(x.replace(",", "").rstrip(".")) for x in match.groups()[2:] if x]
+        over = [Fraction(_ungrouped(x).rstrip(".")) for x in match.groups()[2:] if x]
         if over[1] == 0:
             return None
         value, whole, places, digits = over[0] / over[1], int(match[2] or 0), -1, 0
     elif match := _SCIENTIFIC.fullmatch(text):
         power = int(next(filter(None, match.groups()[2:])))
-        value = Fraction(match[2].replace(",", "").rstrip(".")) * Fraction(10) ** power
+        value = Fraction(_ungrouped(match[2]).rstrip(".")) * Fraction(10) ** power
         whole, places, digits = 0, -1, 0
     elif match := _REPEATING.fullmatch(text):
-        fixed, cycle = match[3], match[4]
+        fixed, cycle = match[3], match[4] or match[5]
         nines = 10 ** len(fixed) * (10 ** len(cycle) - 1)
         value = Fraction(int(fixed + cycle) - int(fixed or 0), nines)
         whole, places, digits = int(match[2] or 0), -1, 0
     else:
         return None
     return Number((whole + value) * (-1 if match[1] == "-" else 1), percent, places, digits)
+
+
+def _ungrouped(digits: str) -> str:
+    return digits.replace(",", "").replace(" ", "")
 
 
 _OPEN, _CLOSE = "([{", ")]}"

@@ -292,21 +292,6 @@ def test_avg_at_k_is_the_mean_over_problems():
     assert stats.avg_at_k(correct, 3) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("answers", "winner"),
-    [
-        (["4", "5", "5"], "5"),
-        (["7", "4", "4", "7"], "7"),  # a tie goes to the earliest
-        (["", "", "", "3"], "3"),  # no answer never wins over an answer
-        (["", " "], ""),
-        ([" 12", "12 ", "7"], "12"),
-        ([], ""),
-    ],
-)
-def test_majority(answers, winner):
-    assert stats.majority(answers) == winner
-
-
 def test_best_of_optimism_equals_enumeration():
     n, p, m = 3, 0.4, 2
     chance = [comb(n, x) * p**x * (1 - p) ** (n - x) for x in range(n + 1)]

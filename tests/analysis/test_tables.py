@@ -88,6 +88,15 @@ def test_majority_is_the_vote_and_not_the_mean():
     assert (row["problems"], row["samples"]) == (3, 9)
 
 
+def test_answers_that_are_equal_are_one_vote():
+    votes = [('"1."', False), ('"1"', True), ("1", True)]
+    rows = [
+        {"sample": i, "correct": hit, "extracted": answer} for i, (answer, hit) in enumerate(votes)
+    ]
+    (row,) = tables.arms(frame(*rows)).to_dict("records")
+    assert row["majority"][0] == 100
+
+
 def test_the_same_id_in_two_problem_sets_is_two_problems():
     (row,) = tables.arms(frame({"source": "math"}, {"source": "gsm8k"})).to_dict("records")
     assert row["problems"] == 2

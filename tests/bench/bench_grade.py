@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kit.data.boxed import last_boxed
 from kit.evaluation import sandbox
+from kit.evaluation.extract import Extraction
 from kit.evaluation.grader import grade_many, settle
 from kit.paths import ROOT
 
@@ -60,7 +61,8 @@ def run() -> dict:
             continue
         rates.append(len(asked) / (time.perf_counter() - start))
         n += len(asked)
-        slow += sum(len(settle(*pair)) == 2 for pair in mismatched + rewritten)
+        slow += sum(len(settle(gold, Extraction(answer, "boxed"))) == 2
+                    for gold, answer in mismatched + rewritten)  # fmt: skip
         missed += sum(not verdict.correct for verdict in verdicts[len(mismatched) :])
     against = f"300 asked; {slow / n:.0%} of pairs to math-verify, {missed} rewritings missed"
     spread = [round(min(rates), 1), round(max(rates), 1)]

@@ -135,6 +135,13 @@ SAME = {
         (r"2\sqrt{3}", "2√3"),
         (r"25\pi", "25 pi"),
         (r"-\pi", "−π"),
+        ("-5", "﹣5"),
+        ("5", r"\bm{5} \\"),
+        ("5", r"5 \qed"),
+        (r"\ln 2", r"\operatorname{ln} 2"),
+        (r"\sqrt[3]2", "∛2"),
+        (r"|x-1|", "abs(x-1)"),
+        ("10", r"\binom52"),
     ],
     "numbers": [
         ("2.5", r"\frac52"),
@@ -150,6 +157,17 @@ SAME = {
         ("6", "3!"),
         ("10", r"\binom{5}{2}"),
         (r"2^{100}-2", "2(2^{99}-1)"),
+        (r"\frac13", r"0.\dot{3}"),
+        ("1/6", "0.1(6)"),
+        ("4.5e33", r"4.5 \cdot 10^{33}"),
+        ("1e-5", "0.00001"),
+        ("6.02e23", r"6.02\times 10^{23}\text{ mol}^{-1}"),
+        ("1.5e-4", r"\num{1.5e-4}"),
+        ("1234567", "1 234 567"),  # groups of three
+        ("1234567", "1.234.567"),
+        ("1234.5", "1 234,5"),
+        ("1/2", "1 to 2"),
+        ("5", "about 5"),
     ],
     "percent, money, degrees, units": [
         (r"10\%", "10"),
@@ -165,6 +183,16 @@ SAME = {
         ("5", "5 dollars"),
         (r"20 \text{ sq. units}", r"20\text{ square units}"),
         (r"\approx 8.24 \text{ mph}", "8.24"),
+        ("5", "USD 5"),
+        ("5", r"A\$5"),
+        ("5", "Rs. 5"),
+        ("100", r"\yen 100"),
+        ("5", r"5\ \mathrm{m\,s^{-1}}"),
+        ("5", r"5\;\text{kg}\cdot\text{m}"),
+        ("5", r"5\,\Omega"),
+        ("5", "5 Hz"),
+        ("0.5", r"\frac{1}{2} cm"),
+        ("1.26e-21", "1.26e-21 J"),
     ],
     "words, letters, times": [
         (r"\text{(C)}", "C"),
@@ -204,6 +232,15 @@ SAME = {
         (r"(-\infty,2)", "x<2"),
         (r"[1,3]", r"x \in [1,3]"),
         (r"(-\infty,\infty)", r"\mathbb{R}"),
+        (r"(-\infty,\infty)", r"\text{all reals}"),
+        (r"\emptyset", r"\text{no solution}"),
+        (r"(2,\infty)", r"\{x\in\mathbb{R}\mid x>2\}"),
+        (r"(-\infty,-1)\cup(\frac12,\infty)", r"x<-1 \text{ or } x>\frac12"),
+        (r"(-\infty,-1)\cup(2,\infty)", r"2<x \text{ or } x<-1"),
+        ("[1,3]", r"1 \le x \text{ and } x \le 3"),
+        (r"[2,\infty)", r"[2,+\infty["),
+        ("(1,2)", r"x \in ]1,2["),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"),
     ],
     "bases": [("2516_8", "2516_{8}"), (r"\text{A5}_{11}", "A5_{11}")],
 }
@@ -222,6 +259,8 @@ NOT_SAME = {
         ("x^2+1", "x^2 + 1 ) foo"),
         ("3t", "3"),
         ("20", "20 days x"),
+        ("5", "5 s"),  # as the m above
+        ("5", "5 thousand"),
         ("12", "1 2"),
     ],
     "numbers": [
@@ -260,6 +299,8 @@ NOT_SAME = {
         ("1,2", "1,2,3"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
         (r"\emptyset", "0"),
+        ("(1,3)", r"x>1 \text{ or } x<3"),
+        ("[1,2]", "]1,2["),
     ],
     "bases": [("2516_8", "2516"), ("2516_8", "1358"), ("2516_8", "2516_9"), ("2516", "2516_8")],
 }
@@ -274,19 +315,11 @@ def test_table_of_decided_cases():
     assert {v.reason for v in verdicts} == {"equal", "different"}
 
 
-CASES = [
-    json.loads(line) for line in (ROOT / "tests/grade_cases.jsonl").read_text().split("\n")[:-1]
+CASES = [  # run by test_field_cases.py
+    case
+    for case in map(json.loads, (ROOT / "tests/field_cases.jsonl").read_text().split("\n")[:-1])
+    if case["call"] == "graded"
 ]
-
-
-def test_what_people_reported_of_other_graders():
-    """Kinds of trouble from public bug reports, each with its thread; `why` where we differ."""
-    asks = [case.get("asks", "any") for case in CASES]
-    verdicts = grade_many([c["text"] for c in CASES], [c["gold"] for c in CASES], "any", asks)
-    wrong = [(c, v) for c, v in zip(CASES, verdicts, strict=True) if v.correct != c["correct"]]
-    assert wrong == [] and len(CASES) == 160
-
-
 SENTENCES = [
     ("Answer: It was not Mark Twain.", "Mark Twain", False),
     ("Answer: Mark Twain wrote it, I think.", "Mark Twain", True),
@@ -302,6 +335,32 @@ SENTENCES = [
     ("Answer: $x$ and $y$", "x", False),
     ("Answer: the 12th", "12", True),
     ("Answer: A car costs 5.", "A", False),
+    ("Answer: The capital is Paris, not Lyon.", "Paris", True),
+    ("Answer: The capital is Lyon, not Paris.", "Paris", False),
+    ("Answer: Paris and Lyon", "Paris", False),
+    ("Answer: not 5 but 6", "6", True),
+    ("Answer: not 5 but 6", "5", False),
+    ("Answer: There is no solution.", "no solution", True),
+    ("Answer: 12 apples (3 + 9)", "12", True),
+    ("Answer: (1, 2), the intersection", "(1,2)", True),
+    ("Answer: the set {1, 2}", r"\{1,2\}", True),
+    ("The answer to the question is 5.\n2 steps.", "5", True),
+    ("The answer would be 5.\n2 steps.", "5", True),
+    ("The final answer is\n\\[\n5\n\\]\nin 2 steps", "5", True),
+    ("1. _Answer:_ 5\n2 steps", "5", True),
+    ("\\textbf{Answer: } 5\n2 steps", "5", True),
+    ("{'answer': 5, 'steps': 2}", "5", True),
+    ("<final_answer>5</final_answer> in 2 steps", "5", True),
+    ("答案是 5。共2步", "5", True),
+    ("La respuesta es 5. 2 pasos", "5", True),
+    ("الجواب: 5\n2", "5", True),
+    ("Option B", "B", True),
+    ("A is wrong. B is wrong. So C.", "C", True),
+    ("Answer: C - 25 J", "C", True),
+    ("C) 25 J", "C", True),
+    ("So D is the correct answer.", "D", True),
+    ("$\\boxed{\\text{C) 25 J}}$", "C", True),
+    ("Answer: A or B", "A", False),
 ]
 
 
@@ -326,6 +385,11 @@ ASKED = [
     ("evaluated", "1/3", "1/3", True),
     ("factored", "(x-1)(x+1)", "x^2-1", False),
     ("factored", "(x-1)(x+1)", "(x+1)(x-1)", True),
+    ("factored", "(x-1)(x+1)", "(x^2-1)", False),
+    ("factored", "(x-1)(x+1)", "1(x^2-1)", False),
+    ("factored", "(x-1)^2", "(x-1)(x-1)", True),
+    ("simplified", r"2\sqrt{3}", r"\sqrt{12}", False),
+    ("simplified", r"2\sqrt{3}", r"2\sqrt{3}", True),
     ("any", "7", "7", True),  # the largest of 3, 5 and 7 stands in its question
 ]
 
@@ -524,7 +588,7 @@ HOSTILE = {
     "nested roots": (box("\\sqrt{" * 100 + "x" + "}" * 100), "different"),
     "nested parentheses": (box("(" * 900 + "x" + ")" * 900), "different"),
     "nested thinking": ("<think>" * 10**5 + "</think>" * 10**5 + "6", "different"),
-    "regular expression bomb": (box("a" * 800 + "!"), "different"),
+    "regular expression bomb": (box("a" * 600 + "!"), "different"),
     "spaces": (box("1" + " " * 1900 + "x"), "different"),
     "backslashes": ("\\" * 10**6, "no answer"),
     "stars": ("*" * 10**6, "no answer"),
