@@ -129,8 +129,9 @@ def leak_reason(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
 
 
 def leaks_answer(text: str, answer: str) -> bool:
-    """Whether `text` contains `answer`, spaces aside, or the same number written otherwise:
-    anywhere, or, for an answer of one or two characters, only where a result is stated."""
+    """Whether `text` contains `answer`, or the same number or formula written otherwise: anywhere,
+    or, for an answer of one or two characters, only where a result is stated."""
+    answer = latex.tidy(answer) if r"\text" in answer else answer
     characters = "".join(answer.split())
     if not characters:
         return False
@@ -139,8 +140,17 @@ def leaks_answer(text: str, answer: str) -> bool:
     flags = re.IGNORECASE if len(characters) > 1 else 0  # "A" is an answer, "a" a word
     if re.search(rf"{lead}(?<![\w.]){spaced}(?!\w|\.\d)", text, flags):
         return True
+    written = _notation(answer)
+    formula = rf"(?<![0-9.]){re.escape(written)}(?![0-9])"
+    if "\\" in written and len(written) > 3 and re.search(formula, _notation(text)):
+        return True
     gold = latex.number(latex.tidy(answer))
     return gold is not None and any(
         (other := latex.number(latex.tidy(found[1]))) and other.value == gold.value
         for found in re.finditer(rf"{lead}(?<![\w.])({FRACTION}|{NUMBER})(?!\w|\.\d)", text)
     )
+
+
+def _notation(text: str) -> str:
+    r"""The text without spaces, formulas in one notation: \dfrac, √ and π as \frac, \sqrt, \pi."""
+    return latex.squeeze(re.sub(r"\\sqrt ?([0-9a-z])", r"\\sqrt{\1}", latex.tidy(text)))

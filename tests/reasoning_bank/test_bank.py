@@ -42,6 +42,10 @@ ANSWERS = [  # text, answer, whether it is given away
     ("so total = 1,234", "1234", True),  # the same number, written otherwise
     (r"it equals \frac{1}{2}", "1/2", True),
     ("it equals 0.5 of that", r"\frac{1}{2}", True),
+    (r"so we get \dfrac{\sqrt3}{2} there", r"\frac{\sqrt{3}}{2}", True),  # the same formula
+    ("the area is 25π square feet", r"25\pi", True),
+    ("the area is 125π square feet", r"25\pi", False),
+    ("it was Evelyn who won", r"\text{Evelyn}", True),
     ("steps 1, 2 and 3", "123", False),
     ("the sum is 7.0", "7", True),
     ("use 7.0 litres", "7", False),
