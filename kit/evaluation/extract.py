@@ -21,8 +21,8 @@ _ADJECTIVES = r"(?:(?:the|my|so,?|final|correct)\s++){0,3}+"
 _COLON = re.compile(rf"{_LEAD}{_ADJECTIVES}{_HEAD}\s*+[*_]*+\s*+(?:[:：=]|[-–—]\s)", re.IGNORECASE)
 _HEADING = re.compile(rf"{_LEAD}{_ADJECTIVES}{_HEAD}[^\w\\$]*+$", re.IGNORECASE)
 _IS = re.compile(
-    r"\banswer(?:\s+to\s[^.:\n]{1,80}?)?\s+(?:is|(?:would|must|should|will)\s+be|equals|comes\s+to)"
-    r"\b\s*:?|\bréponse\s+est\b|\brespuesta\s+es\b|\bresposta\s+é\b|\brisposta\s+è\b"
+    r"\banswer(?:\s+to\s[^.:\n]{1,80}?)?\s+(?:is|equals"
+    r"|(?:(?:would|must|should|will)\s+be|comes\s+to)(?=[^\n]{0,80}[0-9$\\]))\b\s*:?|\bréponse\s+est\b|\brespuesta\s+es\b|\bresposta\s+é\b|\brisposta\s+è\b"
     r"|\bantwort\s+(?:ist|lautet)\b:?|答案(?:是|为|為)[:：]?|答えは",
     re.IGNORECASE,
 )
@@ -41,10 +41,10 @@ _LAST_NUMBER = re.compile(
     r"(?:/[0-9]++)?+(?:\s?\\?%)?+"
 )
 _LETTER = re.compile(
-    r"(?:\b(?i:option|choice|answer|choose|pick|select|think)\b(?:\s+is|\s+it\s+is)?[\s:*$(]*+"
-    r"([A-J])\b(?!['’])"
+    r"(?:\b(?i:option|choice|answer)\b(?:\s+is)?[\s:*$(]*+([A-J])\b(?!['’])"
+    r"|\b(?i:choose|pick|select|think)\b(?:\s+it\s+is)?[\s:*$(]*+([A-HJ])\b(?!['’]|\s+[a-z])"
     r"|(?<!\w)([A-J])\)?\**\s(?i:is|seems|must\s+be)\s(?:the\s)?(?:(?:correct|right|best)\b|answer\b)"
-    r"|\b(?i:so|thus|hence|therefore)\b,?\s[\s:*$(]*+([A-J])\W*+$"
+    r"|\b(?i:so|thus|hence|therefore)\b,?\s[\s:*$(]*+([A-J])(?:\W*+$|[.!]\s)"
     r"|\(([A-J])\)|^\W*+([A-J])[).]?\W*+$)",
     re.MULTILINE,
 )
@@ -56,10 +56,12 @@ _EXPLAINED = re.compile(
     r"(?:[,;]\s{1,9}|\s[-–—]\s|\s{1,9}\(?)(?:because|since|as|which|whereas|where|so|that|meaning"
     r"|i\.e\.|after|when|while|given|assuming)\b"
     r"|[,;]\s{1,9}(?:it|this|the|an?|and\s(?:it|this|that))\s"
-    r"|\s{1,9}\((?!mod)(?=[A-Za-z ,'’-]{1,80}\)\W*$)"
-    r"|(?<=[a-z]{3})(?<!mod)\s{1,9}\((?=[^()]{1,80}\)\W*$)",
+    r"|\s{1,9}\((?!mod)(?=[A-Za-z ,'’-]{1,80}\)\W*$)",
     re.IGNORECASE,
 )
+_MEASURED = re.compile(
+    r"([-0-9.,/$]{1,40} [A-Za-z]{3,20}) \((?<!mod \()[^()]{1,80}\)\W*"
+)  # 12 apples (3 + 9)
 _MATH_FIRST = re.compile(r"(?:\$([^$]{1,200})\$|\\\((.{1,200}?)\\\))(?=\s*+[,.;(]|\s++[a-z])")
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}+(?![({])")
 _COPULA = re.compile(r"\b(?:is|are|was|were|equals?|becomes?)\b:?\s++(?=\S)", re.IGNORECASE)
@@ -187,6 +189,8 @@ def value(content: str) -> str:
     if len(content) > latex.LONGEST:
         return content
     content = _NOUN.sub("", asserted(content), count=1)
+    if measured := _MEASURED.fullmatch(content):
+        content = measured[1]
     if (math := _MATH_FIRST.match(content)) and _explains(content[math.end() :]):
         return (math[1] or math[2]).strip()
     if (cut := _EXPLAINED.search(content)) and (head := strip(content[: cut.start()])):

@@ -361,6 +361,11 @@ SENTENCES = [
     ("So D is the correct answer.", "D", True),
     ("$\\boxed{\\text{C) 25 J}}$", "C", True),
     ("Answer: A or B", "A", False),
+    ("So B. I think I am right.", "B", True),
+    ("I choose A car. So D.", "D", True),
+    ("The answer must be an integer.\nSo x is 5.", "5", True),
+    ("Answer: log (x+1)", r"\log(x+1)", True),
+    ("Answer: 5 mod (7)", "5", False),
 ]
 
 
