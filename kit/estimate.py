@@ -28,8 +28,8 @@ FACTORS = {"00_tour": 1.0, "01_baseline": 0.95, "02_strategies": 1.35, "03_dms":
 
 def measured(*profiles: str) -> dict:
     """`rates` of this machine, and by profile and stage its `seconds` and the claims that it
-    `decides` of `all`; from a process of its own, which leaves neither torch nor a model behind.
-    {} where that fails: no run waits for its estimate."""
+    `decides` of `all`, with those for which it is `weak`; from a process of its own, which leaves
+    neither torch nor a model behind. {} where that fails: no run waits for its estimate."""
     command = [sys.executable, "-m", "kit", "estimate", *profiles]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
@@ -160,6 +160,39 @@ WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # tokens 
 }
 
 
+ITEMS = {"aime24": 30, "amc23": 40, "minerva": 272, "math500": 500, "olympiad": 675}  # benchmarks
+WHOLE = {"plain", "format", "format-only", "retrieved"}  # arms of 02 on all problems
+
+
+def problems(stage: Stage, claim) -> int | None:
+    """How many problems of a stage the contrast of a claim (`kit.analysis.claims.Claim`) is over;
+    None where no arms are compared by their answers, or the parameters do not say."""
+    if "measure" not in claim.contrast:
+        return None
+    given, control = SimpleNamespace(**stage.parameters), claim.contrast.get("control", [])
+    arms = {claim.contrast["arm"], *([control] if isinstance(control, str) else control)}
+    if stage.name == "02_strategies":
+        return (given.TEST if arms <= WHOLE else given.FURTHER) or None
+    if stage.name == "04_phase2":
+        return ITEMS.get(claim.contrast.get("source"), given.PROBLEMS[2])
+    if stage.name == "05_parametric":
+        from kit.parametric.facts import TELL
+
+        families = len(given.FACTS.get("families", TELL)) if "family" in claim.contrast else 1
+        return given.QUESTIONS // families
+    return given.PROBLEMS[1] if stage.name == "06_memory_budget" else given.PROBLEMS
+
+
+def _weak(stage: Stage, claims: Iterable) -> list[tuple[str, int, float]]:
+    """Claims that this many problems can hardly bear out though they were true: id, problems,
+    percent of power."""
+    from kit.analysis import calibration
+
+    sized = ((claim, problems(stage, claim)) for claim in claims)
+    found = [(claim.id, n, calibration.power(claim, n)) for claim, n in sized if n]
+    return [row for row in found if row[2] is not None and row[2] < calibration.WEAK]
+
+
 def estimates(profiles: Iterable[str]) -> dict:
     """What `measured` returns, measured in this process."""
     from kit.analysis import claims
@@ -169,7 +202,7 @@ def estimates(profiles: Iterable[str]) -> dict:
         found[profile] = {}
         for stage in load_stages(profile):
             mine = [claim for claim in published if claim.notebook == stage.name]
-            decides = sum(claim.decided_by(profile) for claim in mine)
-            row = {"seconds": seconds(stage, speed), "decides": decides, "all": len(mine)}
-            found[profile][stage.name] = row
+            decided = [claim for claim in mine if claim.decided_by(profile)]
+            row = {"seconds": seconds(stage, speed), "decides": len(decided), "all": len(mine)}
+            found[profile][stage.name] = row | {"weak": _weak(stage, decided)}
     return {"rates": speed, "profiles": found}

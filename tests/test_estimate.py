@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from kit import estimate
+from kit.analysis import claims
 from kit.pipeline.stages import load_stages
 
 OLD = {"start": 8.0, "decoded": 108.0, "trained": 200.0}  # two old cores in float32, see LOG.md
@@ -62,4 +63,19 @@ def test_the_rates_of_this_machine_make_the_times():
     for name, spent in minutes("tour", found["rates"]).items():
         assert rows[name]["seconds"] == pytest.approx(60 * spent)
     assert sum(row["decides"] for row in rows.values()) == 21
+    assert not any(row["weak"] for row in rows.values())
     assert rows["06_memory_budget"]["decides"] == 13
+
+
+def test_claims_that_a_profile_is_too_small_for_are_known_before_it_runs():
+    published = {claim.id: claim for claim in claims.load()}
+    by_name = {stage.name: stage for stage in load_stages("laptop")}
+    sizes = {"dms-short-context-loss": 28, "rbslm-memory-compliance": 147, "rb-k1-against-k0": 42,
+             "hier-memory-over-rag": 120, "hier-late-over-early": 40, "rbslm-format-accuracy": 112,
+             "openrs-sober-rs1-amc23": 40, "nab-weights-4b-4bit": None}  # fmt: skip
+    for name, n in sizes.items():
+        claim = published[name]
+        assert estimate.problems(by_name[claim.notebook], claim) == n, name
+    weak = estimate._weak(by_name["03_dms"], published.values())
+    assert [row[:2] for row in weak if row[0].startswith("dms")] == [("dms-short-context-loss", 28)]
+    assert all(power < 20 for *_, power in weak)

@@ -8,6 +8,7 @@ that the claim names; `kit.analysis.verdicts` judges it. No torch, no store, no 
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 
@@ -82,6 +83,17 @@ class Claim:
     def published(self) -> float | None:
         """The number a measurement is held against: the value, or value minus baseline."""
         return self.value if self.baseline is None else self.value - self.baseline
+
+    @cached_property
+    def published_interval(self) -> stats.Interval | None:
+        """The published number with its own sampling error, in the claim's unit; None where no
+        counts are published."""
+        found, scale = (None, 1) if impossible(self) else _from_counts(self)
+        if found is None:
+            return None
+        interval = found if isinstance(found, stats.Interval) else found.difference
+        low, high, estimate = (scale * x for x in (interval.low, interval.high, interval.estimate))
+        return replace(interval, low=low, high=high, estimate=estimate)
 
 
 @dataclass(frozen=True)
@@ -159,16 +171,15 @@ def audit(claim: Claim) -> Audit:
     if odd := impossible(claim):
         reading = f"{' and '.join(odd)} is no share of {claim.n} items, so the counts are unknown"
         return Audit(claim.id, None, None, None, reading)
-    found, needed, units, scale = _from_counts(claim)
-    if found is None:
+    interval = claim.published_interval
+    if interval is None:
         return Audit(claim.id, None, None, None, "no counts published")
-    interval = found if isinstance(found, stats.Interval) else found.difference
-    low, high, estimate = (scale * x for x in (interval.low, interval.high, interval.estimate))
-    interval = replace(interval, low=low, high=high, estimate=estimate)
+    found, low, high = _from_counts(claim)[0], interval.low, interval.high
     unit = "points" if claim.unit == "percent" else claim.unit
     if isinstance(found, stats.Interval):
         reading = f"{low:.1f} to {high:.1f} {claim.unit} from n = {interval.n}"
         return Audit(claim.id, interval, None, None, reading)
+    needed, units = _needed(claim)
     p = f"p = {found.p:.2g}" if found.p >= 0.001 else "p < 0.001"
     if found.p < 0.05:
         reading = f"{p}: the counts bear a difference of {low:.1f} to {high:.1f} {unit}"
@@ -198,24 +209,38 @@ def impossible(claim: Claim) -> list[str]:
     return odd
 
 
-def _from_counts(claim: Claim):
-    """(Interval, Comparison or None; n for 80% power; what n counts; factor to the claim's unit)"""
+def _from_counts(claim: Claim) -> tuple[stats.Interval | stats.Comparison | None, int]:
+    """What the published counts come to, and the factor to the claim's unit."""
+    if claim.pairs:
+        return stats.paired(*claim.pairs), 100
+    if claim.sds:
+        arms = (claim.value, claim.sds[0]), (claim.baseline, claim.sds[1])
+        return stats.welch(*arms, claim.runs), 1
+    arm, control = _arms(claim)
+    if arm and control:
+        return stats.unpaired(arm, control), 100
+    return (stats.wilson(*arm) if arm and not claim.is_contrast else None), 100
+
+
+def _needed(claim: Claim) -> tuple[int | None, str]:
+    """How many of what are needed for 80% power at the published difference."""
     if claim.pairs:
         n, (_, wins, losses, _) = sum(claim.pairs), claim.pairs
-        needed = stats.pairs_needed(wins / n, losses / n) if wins != losses else None
-        return stats.paired(*claim.pairs), needed, "pairs", 100
+        return stats.pairs_needed(wins / n, losses / n) if wins != losses else None, "pairs"
     if claim.sds:
-        found = stats.welch((claim.value, claim.sds[0]), (claim.baseline, claim.sds[1]), claim.runs)
+        units, power = "runs per arm", TTestIndPower()
         effect = abs(claim.published) / (sum(sd**2 for sd in claim.sds) / 2) ** 0.5
-        needed = TTestIndPower().solve_power(effect, power=0.8, alpha=0.05) if effect else None
-        return found, needed and ceil(needed), "runs per arm", 1
+    else:
+        units, power = "items per arm", NormalIndPower()
+        effect = proportion_effectsize(*(right / n for right, n in _arms(claim)))
+    needed = power.solve_power(effect, power=0.8, alpha=0.05) if effect else None
+    return needed and ceil(needed), units
+
+
+def _arms(claim: Claim) -> list[tuple[int, int] | None]:
+    """Counts of the arm and of its control."""
     shares = (claim.value, claim.counts), (claim.baseline, claim.baseline_counts)
-    arm, control = (_counts(claim, share, counts) for share, counts in shares)
-    if arm and control:
-        effect = proportion_effectsize(arm[0] / arm[1], control[0] / control[1])
-        needed = NormalIndPower().solve_power(effect, power=0.8, alpha=0.05) if effect else None
-        return stats.unpaired(arm, control), needed and ceil(needed), "items per arm", 100
-    return (stats.wilson(*arm) if arm and not claim.is_contrast else None), None, "", 100
+    return [_counts(claim, share, counts) for share, counts in shares]
 
 
 def _counts(claim: Claim, share: float | None, counts: tuple | None) -> tuple[int, int] | None:

@@ -13,7 +13,6 @@ from math import ceil, hypot
 
 import pandas as pd
 
-from kit.analysis import stats
 from kit.analysis.claims import PROFILES, Claim, audit, impossible, measure
 from kit.analysis.contrasts import Measurement
 
@@ -167,16 +166,10 @@ def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
     return outcome, reason
 
 
-def published_interval(claim: Claim) -> stats.Interval | None:
-    """The published number with its own sampling error, in the claim's unit; None where no counts
-    are published."""
-    return audit(claim).interval
-
-
 def _gap(claim: Claim, m: Measurement) -> tuple[float, float, bool]:
     """Ends of the 95% interval of measured minus published, and whether the published sampling
     error is in it: two independent estimates, by their own intervals (Newcombe 1998, method 10)."""
-    there = published_interval(claim)
+    there = claim.published_interval
     value = claim.published if there is None else there.estimate
     below, above = (value, value) if there is None else (there.low, there.high)
     gap = m.estimate - value
@@ -205,7 +198,7 @@ def _direction(claim: Claim, m: Measurement) -> tuple[int, str]:
         if effect is None:
             return HOLDS, f"{reason}; no size was published"
         off = _differs(claim, m)
-        if off and published_interval(claim):
+        if off and claim.published_interval:
             return SMALLER, f"direction holds, size does not: {off}"
         return HOLDS, f"{reason}; {off}" if off else f"{reason} and agrees with the published size"
     if not effect:

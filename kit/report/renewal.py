@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kit.analysis import effects, pareto, plots, tables
+from kit.analysis import calibration, effects, pareto, plots, tables
 from kit.analysis.plots import Picture
 from kit.budget.plots import budget_frontier
 from kit.dms import plots as dms_plots
@@ -87,7 +87,10 @@ def judge(folder: Path) -> None:
             every = f"results/{stage}.json" == VERDICTS
             mine = {claim.id for claim in run.published if every or claim.notebook == stage}
             found["verdicts"] = rows[rows["claim"].isin(mine)].to_dict("records")
-            found |= {"headline": verify.headline(run, judged)} if every else {}
+            if every:
+                found["headline"] = verify.headline(run, judged)
+                chance = calibration.by_chance(run.published, judged.to_dict("records"))
+                found["by_chance"] = chance
             write_json(folder / "results" / f"{stage}.json", exhibits.plain(found, stage))
 
 

@@ -37,6 +37,8 @@ def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
     for stage in todo:
         row = rows[stage.name]
         say(f"  {stage.name:18} {clock(row['seconds']):>8}   {_decides(row)}".rstrip())
+        for claim, n, power in row["weak"]:
+            say(f"      too small for {claim}: {power:.0f}% power at n = {n}")
     if speed["device"] == "cuda" and profile != LARGEST:
         say(f"a GPU is here: PROFILE={LARGEST} is the published size, {_on_a_gpu()}")
     return {name: row["seconds"] for name, row in rows.items()}
@@ -80,7 +82,8 @@ def larger(profile: str) -> None:
 
 
 def saved_verdicts(profile: str) -> dict:
-    """What notebook 07 saved: `verdicts`, a row per claim, and `headline`; {} before it ran."""
+    """What notebook 07 saved: `verdicts`, a row per claim, `headline`, and how many would hold
+    `by_chance`; {} before it ran."""
     file = run_dir(profile) / "results" / "07_verdicts.json"
     return read_json(file) if file.is_file() else {}
 
@@ -101,7 +104,8 @@ def print_verdicts(saved: Mapping) -> None:
         print(tabulate(rows, columns, maxcolwidths=[30, 14, 14, 14, 14, 40], disable_numparse=True))
     if others:
         print("Not measured here: " + ", ".join(f"{n} {on}" for on, n in others.most_common()))
-    print("\n" + "\n".join(["Verdicts:", *(f"  {line}" for line in saved.get("headline", []))]))
+    said = [*saved.get("headline", []), saved.get("by_chance", "")]
+    print("\n" + "\n".join(["Verdicts:", *(f"  {line}" for line in said if line)]))
 
 
 def print_reference(profile: str, published: Path = PUBLISHED) -> None:

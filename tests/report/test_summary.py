@@ -26,7 +26,12 @@ def stages(tmp_path):
 def found(profiles=("quick", "laptop", "workstation"), device="cpu") -> dict:
     """As `estimate.measured`: a stage takes as many minutes as its number says."""
     rows = {
-        stage.name: {"seconds": 60 * int(stage.number), "decides": 1, "all": 9}
+        stage.name: {
+            "seconds": 60 * int(stage.number),
+            "decides": 1,
+            "all": 9,
+            "weak": [["one-claim", 28, 3.5]] if stage.number == "02" else [],
+        }
         for stage in load_stages("quick")
     }
     speed = {"start": 5, "decoded": 120, "trained": 210, "device": device, "dtype": "float32"}
@@ -41,6 +46,7 @@ def test_before_it_starts_a_run_says_minutes_and_claims(monkeypatch, tmp_path, c
     assert times["02_strategies"] == 120
     assert "about 3 minutes at 120 tokens a second decoded and 210 trained (float32, cpu)" in said
     assert "  02_strategies          2:00   decides 1 of 9 claims" in said and "03_dms" not in said
+    assert said.count("too small for one-claim: 4% power at n = 28") == 1
     assert "GPU" not in said
     monkeypatch.setattr(estimate, "measured", lambda *profiles: found(profiles, "cuda"))
     summary.estimated("quick", stages)
