@@ -22,7 +22,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from kit.evaluation.equivalence import equal, symbolic
 
-CPU_SECONDS = 1.3  # of a worker, per pair: does not depend on how busy the machine is
+CPU_SECONDS = 1.0  # of a worker, per pair: does not depend on how busy the machine is
 WALL_SECONDS = 60.0  # per pair, against a worker that sleeps
 MEMORY_BYTES = 2 << 30  # address space of a worker, on Linux
 WORKERS = max(1, min(os.cpu_count() or 1, 8))
