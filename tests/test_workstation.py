@@ -179,6 +179,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
         "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
         "KIT_CACHE": str(cache),
+        "KIT_DATA": "",
         "KIT_DTYPE": "bfloat16",
         "KIT_OUTPUTS": str(outputs),
         "KIT_NOTEBOOKS": str(shortened(tmp_path / "notebooks")),

@@ -1,10 +1,9 @@
-"""Named problem sets with disjoint splits: the generated laptop suite and published benchmarks.
+"""Problem sets with disjoint splits: the laptop suite, published benchmarks, the reader's own.
 
-`load(name, split)` reads the frozen suite in data/problems, or a published set from the hub at
-an enforced commit, or a local file, in the published layout or of one's own (`sources.OWN`).
-Training rows that nearly duplicate a held-out row are dropped and counted; malformed rows are
-listed with file, line and reason.
-`generated` makes the file of the laptop suite.
+`load(name, split)` reads the frozen suite in data/problems, or a published set from the folder
+KIT_DATA or from the hub at an enforced commit, or a file of the reader's own (see `own`). Training
+rows that nearly duplicate a held-out row are dropped and counted; malformed rows are listed with
+file, line and reason. `generated` makes the file of the laptop suite.
 """
 
 import hashlib
@@ -15,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import hub, paths
+from kit.data import own
 from kit.data.dedup import near_duplicates
-from kit.data.sources import SOURCES, Reject, read_rows
+from kit.data.rows import Reject
+from kit.data.sources import SOURCES, local_files, read_rows, same_gold
 from kit.schema import Problem, digest
 
 SPLITS = ("train", "validation", "test")
@@ -79,19 +80,22 @@ def load(
     path: Path | str | None = None,
     test_path: Path | str | None = None,
 ) -> ProblemSet:
-    """One split of a named set, cut down to `levels`, `families` and at most `n` problems.
+    """One split of a set, cut down to `levels`, `families` and at most `n` problems.
 
-    `name` may also be a file of one's own, read as its test split, or a folder of files train.* and
-    test.*. `path` is a local file, of a published set in the published layout, read instead of the
-    hub; for train and validation it is the training file, and `test_path` the file whose rows
-    it must not repeat. `levels` and `families` take all if they are empty. The `n` problems are a
-    sample stratified by family and level; it depends on `seed`, not on file order, and a smaller
-    `n` gives a subset of a larger one.
+    `name` is a built-in one or the path of the reader's own: a file, a folder or a TOML, see `own`.
+    Empty `levels` or `families` take all. `path` is a local file (see `rows`) in the published
+    layout, read instead of the hub; for train and validation it is the training file, and
+    `test_path` the file whose rows it must not repeat. The `n` problems are a sample stratified by
+    family and level; it depends on `seed`, not on file order, and a smaller `n` gives a subset of a
+    larger one.
     ValueError for an unknown name, split, level or family, or if no row is usable.
     """
-    name, path, test_path = _own_files(name, split, path, test_path)
-    _check_names(name, split, path)
-    if name == "laptop":
+    mine = None if name == "laptop" or name in SOURCES else own.find(name, split, path, test_path)
+    _check_names(name, split, path, mine)
+    if mine:
+        problems, rejects, dropped, revision = _read_own(mine, split)
+        name = mine.name
+    elif name == "laptop":
         problems, rejects, dropped, revision = *_read_laptop(split), 0, _laptop_revision()
     else:
         problems, rejects, dropped, revision = _read_published(name, split, path, test_path)
@@ -104,37 +108,19 @@ def load(
     return ProblemSet(name, split, sample, tuple(rejects), dropped, revision)
 
 
-def _own_files(name: str, split: str, path, test_path) -> tuple:
-    """Name, file and test file where `name` is a file or folder of one's own; else as given."""
-    place = Path(name)
-    if path is not None or name == "laptop" or name in SOURCES or not place.exists():
-        return name, path, test_path
-    if place.is_dir():
-        files = {half: min(place.glob(f"{half}.*"), default=None) for half in ("train", "test")}
-        path = files["test" if split == "test" else "train"]
-        if path is None:
-            half = "test" if split == "test" else "train"
-            raise ValueError(f"{name} has no file {half}.*, for example {half}.jsonl")
-        return f"own-{place.resolve().name}", path, files["test"]
-    if split != "test":
-        raise ValueError(f"{name} is one file, read for testing only; for {split!r} give a folder "
-                         f"with files train.* and test.*")  # fmt: skip
-    return f"own-{place.name.partition('.')[0]}", place, None
-
-
-def _check_names(name: str, split: str, path) -> None:
-    if name != "laptop" and name not in SOURCES and path is None:
-        raise ValueError(f"no problem set {name!r}; there are laptop, {', '.join(SOURCES)}, and "
-                         f"files of your own by their path")  # fmt: skip
+def _check_names(name: str, split: str, path, mine: own.Own | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if mine is None and name != "laptop" and name not in SOURCES:
+        raise ValueError(
+            f"no problem set {name!r}; there are laptop, {', '.join(SOURCES)}, and files of your "
+            "own by their path (docs/problems.md)"
+        )
     if name == "laptop" and path is not None:
         raise ValueError("laptop is read from data/problems; path is for published sets")
-    if name not in SOURCES:
-        return
-    if split != "test" and "train" not in SOURCES[name].files:
+    if name in SOURCES and split != "test" and "train" not in SOURCES[name].files:
         raise ValueError(f"{name} is published for testing only: ask for split 'test'")
-    if split == "test" and "test" not in SOURCES[name].files:
+    if name in SOURCES and split == "test" and "test" not in SOURCES[name].files:
         raise ValueError(f"{name} is published for training only: ask for split 'train'")
 
 
@@ -176,6 +162,37 @@ def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
     return problems, []
 
 
+def _read_own(mine: own.Own, split: str) -> tuple[list[Problem], list[Reject], int, str]:
+    """As `_read_published`. Without validation rows, those of train are split as there."""
+    found, rejects = own.read(mine, split)
+    if split != "test" and not (validation := own.read(mine, "validation")[0]):
+        train, rejects = own.read(mine, "train")
+        validation = {line: p for line, p in train.items() if _is_validation(p)}
+        found = {line: p for line, p in train.items() if _is_validation(p) == (split != "train")}
+    file = mine.files.get(split) or mine.files.get("file") or mine.files.get("train")
+    here = found or rejects or not mine.whole
+    if file is None or not here or (split == "test" and not {"test", "file"} & {*mine.files}):
+        files = ", ".join(f"{of} in {file.name}" for of, file in mine.files.items())
+        raise ValueError(
+            f"{mine.name} has no {split} rows, only {files}; write a TOML that names the file of "
+            "each split, or one file to be shared out (docs/problems.md)"
+        )
+    revision = f"{file.name} sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    if split == "test":
+        return [*found.values()], rejects, 0, revision
+    held_out = [*own.read(mine, "test")[0].values()]
+    if not held_out:
+        revision += ", not checked against a test split"
+    held_out += validation.values() if split == "train" else ()
+    lines, repeated = {p.id: line for line, p in found.items()}, set()
+    for one, other, score in near_duplicates([*found.values()], held_out):
+        repeated.add(one.id)
+        if score == 1 and not same_gold(one.answer, other.answer):
+            reason = f"another gold than a held-out row: {one.answer!r}, not {other.answer!r}"
+            rejects.append(Reject(file.name, lines[one.id], reason))
+    return [p for p in found.values() if p.id not in repeated], rejects, len(repeated), revision
+
+
 def _read_published(
     name: str, split: str, path: Path | str | None, test_path: Path | str | None
 ) -> tuple[list[Problem], list[Reject], int, str]:
@@ -210,6 +227,11 @@ def _read_half(
         checksum = hashlib.sha256(path.read_bytes()).hexdigest()
         return *read_rows(path, name), f"{path.name} sha256 {checksum[:12]}"
     source, problems, rejects, commit = SOURCES[name], [], [], ""
+    if local := local_files(name, half):
+        for file in local:
+            rows, malformed = read_rows(file, name)
+            problems, rejects = problems + rows, rejects + malformed
+        return problems, rejects, f"{local[0].name} sha256 {hub.hash_files(local)[:12]} (KIT_DATA)"
     for file in source.files[half]:
         try:
             local, commit = hub.fetch(source.repo, file, "dataset")
@@ -227,12 +249,12 @@ def _read_half(
 
 
 def _only(problems: list[Problem], field: str, wanted: Iterable | None, name: str) -> list[Problem]:
-    """Problems whose `field` is among `wanted`, or all; each wanted value must occur."""
-    if not (wanted := set(wanted or ())):
+    """Problems whose `field` is among `wanted`; each wanted value must occur."""
+    if not wanted:
         return problems
-    there = {getattr(p, field) for p in problems}
+    wanted, there = set(wanted), {getattr(p, field) for p in problems}
     if unknown := sorted(wanted - there):
-        raise ValueError(f"{name} has no {field} {unknown}; it has {sorted(there)}")
+        raise ValueError(f"{name} has no {field} {unknown}; it has {sorted(there)}, [] takes all")
     return [p for p in problems if getattr(p, field) in wanted]
 
 

@@ -1,60 +1,29 @@
 """Published benchmarks: their files on the hub, and how a row of each becomes a problem.
 
-`SOURCES` is the table, `OWN` the layout of any other file: columns by their usual names.
-`read_rows` turns a file (JSONL, a JSON array, parquet, CSV or TSV, also packed as .gz) into
-problems and rejects (file, line, reason): a malformed row never loses the others. Splits and
-samples are made in `problems`.
+`SOURCES` is the table; `read_rows` turns a file in the published layout into problems and rejects
+(file, line, reason): a malformed row never loses the others. Splits and samples are made in
+`problems`.
 
 File names were checked against stored pages of the hub, not the live hub; those of gpqa and of
 the training halves of math and gsm8k, and the columns of open-rs, were taken from public code that
 reads them.
 """
 
-import csv
-import gzip
-import io
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
-import pyarrow.parquet
-
+from kit import paths
+from kit.data import rows
 from kit.data.boxed import last_boxed
+from kit.data.rows import BadRow, Reject, Row
+from kit.data.rows import text as _text
 from kit.schema import Problem, digest
 
-Row = dict
 
-
-class BadRow(ValueError):
-    """A malformed row; the message says what is wrong."""
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A malformed row and why it was rejected."""
-
-    file: str
-    line: int  # counted from 1; the row number in parquet files
-    reason: str
-
-
-def _text(row: Row, field: str) -> str:
-    """A non-empty text field; raises BadRow if it is none."""
-    if field not in row:
-        raise BadRow(f"field {field!r} is missing")
-    value = row[field]
-    if not isinstance(value, str):
-        raise BadRow(f"field {field!r} is {type(value).__name__}, not text")
-    if not value.strip():
-        raise BadRow(f"field {field!r} is empty")
-    value.encode()  # UnicodeEncodeError for a lone surrogate
-    return value.strip()
-
-
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return "_".join(text.casefold().replace("&", "and").split())
 
 
@@ -74,11 +43,11 @@ def _boxed_gold(row: Row) -> str:
 
 
 def _math(row: Row) -> tuple:
-    return _text(row, "problem"), _boxed_gold(row), _slug(_text(row, "type")), _level(row)
+    return _text(row, "problem"), _boxed_gold(row), slug(_text(row, "type")), _level(row)
 
 
 def _math500(row: Row) -> tuple:
-    gold, family = _text(row, "answer"), _slug(_text(row, "subject"))
+    gold, family = _text(row, "answer"), slug(_text(row, "subject"))
     return _text(row, "problem"), gold, family, _level(row)
 
 
@@ -109,7 +78,10 @@ def _amc(row: Row) -> tuple:
 
 
 def _minerva(row: Row) -> tuple:
-    return _text(row, "question"), _text(row, "answer"), "minerva", 0
+    """`question` and `answer`, or `problem` and the box of its `solution`."""
+    if "question" in row:
+        return _text(row, "question"), _text(row, "answer"), "minerva", 0
+    return _text(row, "problem"), _boxed_gold(row), "minerva", 0
 
 
 def _olympiad(row: Row) -> tuple:
@@ -129,7 +101,7 @@ def _gpqa(row: Row) -> tuple:
     order = sorted(range(4), key=lambda i: digest([question, i]))
     lines = [f"{letter}) {options[i]}" for letter, i in zip("ABCD", order, strict=True)]
     gold = "ABCD"[order.index(0)]
-    return "\n".join([question, "", *lines]), gold, _slug(_text(row, "High-level domain")), 0
+    return "\n".join([question, "", *lines]), gold, slug(_text(row, "High-level domain")), 0
 
 
 def _open_rs(row: Row, family: str) -> tuple:
@@ -210,90 +182,62 @@ SOURCES = {
     "gpqa": Source("Idavidrein/gpqa", _test("gpqa_diamond.csv"), _gpqa, "CC-BY-4.0", gated=True),
 }
 
-
-# Columns of a file of one's own, the first that a row has; upper case is as good.
-QUESTION = ("question", "problem", "prompt", "query", "content", "input")
-ANSWER = ("answer", "final_answer", "gold", "target", "label", "correct", "output", "solution")
-OPTIONS = ("options", "choices")
-FAMILY = ("family", "subject", "type", "category", "topic")
-
-
-def _own(row: Row) -> tuple:
-    """Question, gold, family and level of a row whose columns have usual names. With options the
-    gold is a letter: given as such, as a number counted from 0, or as the text of an option."""
-    row = {name.casefold(): value for name, value in row.items()}
-    question, answer, options, family = (
-        next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
-        for names in (QUESTION, ANSWER, OPTIONS, FAMILY)
-    )
-    if question is None or answer is None:
-        what, names = ("question", QUESTION) if question is None else ("answer", ANSWER)
-        raise BadRow(f"no {what}; the columns are {', '.join(row)}: name one {' or '.join(names)}")
-    if isinstance(row.get("body"), str):  # ASDiv, SVAMP: the story apart from the question
-        question = f"{row['body'].strip()} {question}"
-    question = _text({"question": question}, "question")
-    family = _slug(family) if isinstance(family, str) and family.strip() else "own"
-    level = str(row.get("level", "")).removeprefix("Level ")
-    level = int(level) if level in {"1", "2", "3", "4", "5"} else 0
-    if options is not None:
-        lines, gold = _choices(options, answer)
-        return "\n".join([question, "", *lines]), gold, family, level
-    return question, _own_gold(answer), family, level
-
-
-def _choices(options, answer) -> tuple[list[str], str]:
-    """The options as lines "A) ...", and the letter of the right one."""
-    if isinstance(options, str):
-        lines = options.splitlines()
-    else:
-        texts = options.values() if isinstance(options, dict) else options
-        plain = [re.sub(r"^\(?[A-J][).:]\s*", "", str(text).strip()) for text in texts]
-        lines = [f"{letter}) {text}" for letter, text in zip("ABCDEFGHIJ", plain)]
-        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(lines):
-            return lines, "ABCDEFGHIJ"[answer]
-        if str(answer).strip() in plain:
-            return lines, "ABCDEFGHIJ"[plain.index(str(answer).strip())]
-    if not re.fullmatch("[A-J]", letter := str(answer).strip("() .").upper()):
-        raise BadRow(f"field 'answer' is {answer!r}, none of the options")
-    return lines, letter
-
-
-def _own_gold(answer) -> str:
-    """The gold answer: what stands after #### or in the last box of a solution, several joined, a
-    number without the unit in parentheses that ASDiv adds."""
-    if isinstance(answer, list):
-        return ", ".join(map(_own_gold, answer))
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal):
-        raise BadRow(f"field 'answer' is {type(answer).__name__}, not a text or a number")
-    text = str(answer).rpartition("####")[2]
-    gold = last_boxed(text) or text.strip().strip("$")
-    return _text({"answer": re.sub(r"^([-\d.,/%]+) \([^()\d]+\)$", r"\1", gold)}, "answer")
-
-
-OWN = Source("", {}, _own, "")
+ALIASES = {  # how others name these sets
+    "math500": ("math_500",),
+    "aime24": ("aime_24",),
+    "aime25": ("aime_2025", "aime_25"),
+    "minerva": ("minerva_math",),
+    "olympiad": ("olympiadbench", "OlympiadBench"),
+}
 
 
 def read_rows(path: Path, name: str) -> tuple[list[Problem], list[Reject]]:
-    """Problems and rejects of one file in the published layout of the set `name`, or in `OWN`."""
-    source, problems, rejects, lines = SOURCES.get(name, OWN), [], [], {}
-    for line, row in _rows(path):
+    """Problems and rejects of one file in the published layout of the set `name`."""
+    source = SOURCES[name]
+    made, rejects = collect(path.name, rows.read(path), lambda row: _problem(row, name, source))
+    return [*made.values()], rejects
+
+
+def collect(
+    file: str, found: Iterable[tuple[int, Row | Exception]], make: Callable[[Row], Problem]
+) -> tuple[dict[int, Problem], list[Reject]]:
+    """What `make` does of each row, by line, and the rows for which it raises ValueError.
+
+    Of rows with the same id the first is taken, and none where their golds differ.
+    """
+    made, first, rejects = {}, {}, []
+    for line, row in found:
         try:
             if isinstance(row, Exception):
                 raise row
-            problem = _problem(row, name, source)
-            if problem.id in lines:
-                raise BadRow(f"same id as line {lines[problem.id]}: {problem.id}")
+            if not isinstance(row, dict):
+                raise BadRow(f"the row is {type(row).__name__}, not an object")
+            problem = make(row)
+            at, gold = first.setdefault(problem.id, (line, problem.answer))
+            if at == line:
+                made[line] = problem
+            elif same_gold(gold, problem.answer):
+                raise BadRow(f"repeats line {at} (id {problem.id})")
+            else:
+                if made.pop(at, None):
+                    reason = f"another gold than line {line}: {gold!r}, not {problem.answer!r}"
+                    rejects.append(Reject(file, at, reason))
+                raise BadRow(f"another gold than line {at}: {problem.answer!r}, not {gold!r}")
         except (ValueError, RecursionError) as error:
-            rejects.append(Reject(path.name, line, _reason(error)))
-        else:
-            lines[problem.id] = line
-            problems.append(problem)
-    return problems, rejects
+            rejects.append(Reject(file, line, rows.reason(error)))
+    return made, sorted(rejects, key=lambda reject: reject.line)
+
+
+def same_gold(a: str, b: str) -> bool:
+    """Whether two golds are the same text but for spaces, dollars and case, or one number."""
+    a, b = ("".join(gold.replace("$", "").split()).casefold() for gold in (a, b))
+    try:
+        return a == b or Fraction(a) == Fraction(b)
+    except (ValueError, ZeroDivisionError):
+        return False
 
 
 def _problem(row: Row, name: str, source: Source) -> Problem:
-    if not isinstance(row, dict):
-        raise BadRow(f"the row is {type(row).__name__}, not an object")
     question, gold, family, level = source.read(row)
     if source.id_field is None:
         own = digest(question, 12)
@@ -302,56 +246,23 @@ def _problem(row: Row, name: str, source: Source) -> Problem:
     return Problem(f"{name}-{own}", question, gold, family, level, name)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeError):
-        return f"not UTF-8: {error.reason}"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
-    return "nested too deep" if isinstance(error, RecursionError) else str(error)
+def local_files(name: str, half: str) -> list[Path]:
+    """The files of a published split in the folder KIT_DATA; [] if it is unset or has none.
 
-
-def _rows(path: Path) -> Iterator[tuple[int, Row | Exception]]:
-    """(line, row) of a file, or (line, error) for a malformed line; in an array, the number of the
-    row."""
-    raw, kinds = path.read_bytes(), [suffix.lower() for suffix in path.suffixes]
-    if raw.startswith(b"version https://git-lfs."):
-        raise ValueError(
-            f"{path} is a pointer of Git LFS, not the file; fetch it by `git lfs pull`"
-        )
-    if kinds[-1:] == [".gz"]:
-        raw, kinds = gzip.decompress(raw), kinds[:-1]
-    if kinds[-1:] == [".parquet"]:
-        try:
-            yield from enumerate(pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist(), start=1)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is no readable parquet file: {error}") from None
-    elif kinds[-1:] in ([".csv"], [".tsv"]):
-        # A byte that is not UTF-8 becomes a lone surrogate, which _text refuses in its own row.
-        text = raw.decode("utf-8-sig", errors="surrogateescape")
-        header = text.partition("\n")[0]
-        reader = csv.DictReader(
-            io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count)
-        )
-        try:
-            for row in reader:
-                whole = None not in row and None not in row.values()
-                shifted = BadRow("not as many fields as the header; quote texts with commas")
-                yield reader.line_num, row if whole else shifted
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    elif kinds[-1:] == [".json"] and raw.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        whole = _json(raw)
-        if isinstance(whole, Exception):
-            raise ValueError(f"{path} is no JSON array: {_reason(whole)}")
-        yield from enumerate(whole, start=1)
-    else:
-        for line, text in enumerate(raw.split(b"\n"), start=1):
-            if text.strip():
-                yield line, _json(text)
-
-
-def _json(raw: bytes) -> Row | Exception:
-    try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return error
+    Taken are math_test.jsonl, math/test.jsonl, or the files of the repository in a folder of its
+    name; of sets for testing only also aime24.jsonl. The names of `ALIASES` do as well, and every
+    suffix of `rows.KINDS`.
+    """
+    if paths.READER is None:
+        return []
+    source = SOURCES[name]
+    names = [name, source.repo.split("/")[1], *ALIASES.get(name, ())]
+    for place in names:
+        files = [paths.READER / place / file for file in source.files[half]]
+        if all(file.is_file() for file in files):
+            return files
+    stems = [f"{place}{mark}{half}" for place in names for mark in "_-/"]
+    stems += [place for place in names if len(source.files) == 1]
+    suffixes = [suffix + end for suffix in rows.KINDS for end in ("", ".gz")]
+    every = [paths.READER / f"{stem}{suffix}" for stem in stems for suffix in suffixes]
+    return [file for file in every if file.is_file()][:1]

@@ -48,6 +48,23 @@ def math_row(problem="What is $1+1$?", solution=r"It is $\boxed{2}$.", **more) -
     return {"problem": problem, "level": "Level 1", "type": "Algebra", "solution": solution} | more
 
 
+def one_row(name: str) -> tuple[dict, str]:
+    """A row in the published columns of a set, and the gold answer it must give."""
+    long = "one, two, three " * 5
+    return {
+        "math500": (
+            {"problem": "Q?", "answer": r"\frac{1}{2}", "solution": "", "subject": "Geometry"}
+            | {"level": 4, "unique_id": "test/geometry/1.json"},
+            r"\frac{1}{2}",
+        ),
+        "aime24": ({"id": 60, "problem": long, "answer": "073", "solution": ""}, "73"),
+        "aime25": ({"id": "0", "problem": long, "answer": "588"}, "588"),
+        "amc23": ({"id": 0, "question": long, "answer": 27.0, "url": ""}, "27"),
+        "minerva": ({"question": long, "answer": "4.5e33"}, "4.5e33"),
+        "olympiad": ({"question": long, "final_answer": ["$2$", r"$\sqrt{3}$"]}, r"2, \sqrt{3}"),
+    }[name]
+
+
 def write_jsonl(path: Path, rows: list) -> Path:
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -167,7 +184,7 @@ def test_each_malformed_row_is_named_and_the_rest_loads(tmp_path):
         10: (math_row(level="Level ?"), r"level unknown: 'Level \?'"),
         11: (math_row(problem="lone \ud800"), "not UTF-8: surrogates"),
         12: (b"[" * 100_000, "nested too deep|not JSON"),
-        13: (good[0], "same id as line 1"),
+        13: (good[0], "repeats line 1"),
     }
     lines = [good[0], rows[2][0], good[1], *(rows[k][0] for k in range(4, 14)), b"", good[2]]
     found = load("math", path=write_jsonl(tmp_path / "rows.jsonl", lines))
@@ -180,27 +197,27 @@ def test_each_malformed_row_is_named_and_the_rest_loads(tmp_path):
 
 
 OWN = {  # name of the file -> what stands in it, and question, gold, family and level of its row
-    "a.csv": ("question,answer\n\"What is 1, plus 2?\",3\n", "What is 1, plus 2?", "3", "own", 0),
-    "b.CSV": ("Question;Answer\nWhat?;3\n", "What?", "3", "own", 0),
-    "c.tsv": ("problem\tanswer\nWhat, now?\t3\n", "What, now?", "3", "own", 0),
+    "a.csv": ("question,answer\n\"What is 1, plus 2?\",3\n", "What is 1, plus 2?", "3", None, 0),
+    "b.CSV": ("Question;Answer\nWhat?;3\n", "What?", "3", None, 0),
+    "c.tsv": ("problem\tanswer\nWhat, now?\t3\n", "What, now?", "3", None, 0),
     "d.json": ('[\n {"problem": "What?", "answer": 3,\n  "subject": "Algebra", "level": 2}]',
                "What?", "3", "algebra", 2),
-    "e.jsonl": ('{"prompt": "What?", "solution": "so \\\\boxed{3}"}', "What?", "3", "own", 0),
-    "f.jsonl": ('{"question": "What?", "answer": "1+2=3\\n#### 3"}', "What?", "3", "own", 0),
+    "e.jsonl": ('{"prompt": "What?", "solution": "so \\\\boxed{3}"}', "What?", "3", None, 0),
+    "f.jsonl": ('{"question": "What?", "answer": "1+2=3\\n#### 3"}', "What?", "3", None, 0),
     "g.jsonl": ('{"body": "One and two.", "question": "Sum?", "answer": "3 (apples)"}',
-                "One and two. Sum?", "3", "own", 0),
+                "One and two. Sum?", "3", None, 0),
     "h.jsonl": ('{"content": "What?", "answer": ["1", "$2$"], "type": null}', "What?", "1, 2",
-                "own", 0),
+                None, 0),
     "i.jsonl": ('{"question": "Q?", "choices": ["x", "y"], "answer": 1}', "Q?\n\nA) x\nB) y", "B",
-                "own", 0),
+                None, 0),
     "j.jsonl": ('{"question": "Q?", "options": ["A)x", "B)y"], "correct": "B"}',
-                "Q?\n\nA) x\nB) y", "B", "own", 0),
+                "Q?\n\nA) x\nB) y", "B", None, 0),
     "k.jsonl": ('{"question": "Q?", "options": {"A": "x", "B": "y"}, "label": "B"}',
-                "Q?\n\nA) x\nB) y", "B", "own", 0),
+                "Q?\n\nA) x\nB) y", "B", None, 0),
     "l.jsonl": ('{"question": "Q?", "options": "A) x\\nB) y", "Answer": "(B)"}',
-                "Q?\n\nA) x\nB) y", "B", "own", 0),
+                "Q?\n\nA) x\nB) y", "B", None, 0),
     "m.jsonl": ('{"question": "Q?", "options": ["x", "y"], "answer": "y"}', "Q?\n\nA) x\nB) y",
-                "B", "own", 0),
+                "B", None, 0),
 }  # fmt: skip
 
 
@@ -212,8 +229,11 @@ def test_a_file_of_ones_own_is_a_test_set(tmp_path, name):
     for file in (name, f"{name}.gz"):
         found = load(str(tmp_path / file), levels=[])
         (problem,) = found.problems
+        expected[2] = (
+            expected[2] or name[0]
+        )  # the family, which without a column is the file's name
         assert [problem.question, problem.answer, problem.family, problem.level] == expected
-        assert problem.source == found.name == f"own-{name[0]}" and not found.rejects
+        assert problem.source == found.name == file and not found.rejects
     assert load("mine", path=tmp_path / name).problems[0].source == "mine"
 
 
@@ -225,22 +245,25 @@ def test_a_folder_of_ones_own_has_a_training_half(tmp_path):
     assert len(parts["test"]) == 10 and len(parts["validation"]) > 0
     assert sum(len(p) + p.dropped for p in parts.values()) == 62
     assert not {p.question for p in parts["train"].problems} & {r["question"] for r in rows[50:]}
-    with pytest.raises(
-        ValueError, match="is one file, read for testing only; for 'train' give a fo"
-    ):
+    with pytest.raises(ValueError, match="test.jsonl has no train rows, only test in test.jsonl"):
         load(str(tmp_path / "test.jsonl"), "train")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"Frage": "What?", "answer": 3}', "no question; the columns are frage, answer: name one"),
-        ('{"question": "What?", "antwort": 3}', "no answer; the columns are question, antwort: na"),
-        ('{"question": "Q?", "options": ["x", "y"], "answer": "z"}', "'z', none of the options"),
-        ('{"question": "Q?", "answer": true}', "is bool, not a text or a number"),
+        ('{"Frage": "What?", "answer": 3}', r"no column for the question \(.*has Frage, answer"),
+        (
+            '{"question": "What?", "antwort": 3}',
+            r"no column for the answer \(.*has question, antwort",
+        ),
+        (
+            '{"question": "Q?", "options": ["x", "y"], "answer": "z"}',
+            "'z' is not the letter of an option",
+        ),
         (
             "version https://git-lfs.github.com/spec/v1\noid",
-            "is a pointer of Git LFS, not the file",
+            "is a pointer of Git LFS, not the data",
         ),
     ],
 )
@@ -270,14 +293,61 @@ def test_nothing_usable_is_an_error(tmp_path):
         ({"name": "aime24", "split": "train"}, "aime24 is published for testing only"),
         ({"name": "open-rs", "split": "test"}, "open-rs is published for training only"),
         ({"name": "laptop", "path": "x"}, "path is for published sets"),
+        ({"name": "mine.csv"}, "there is no file mine.csv, here or in "),
         ({"name": "laptop", "levels": [1, 9]}, r"no level \[9\]; it has \[1, 2"),
         ({"name": "laptop", "families": ["sudoku"]}, r"no family \['sudoku'\]; it has \["),
         ({"name": "laptop", "n": 0}, "n=0"),
     ],
 )
 def test_wrong_arguments_are_named(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
         load(**call)
+
+
+def test_an_empty_choice_takes_all():
+    assert load("laptop", levels=[], families=[]).fingerprint == load("laptop").fingerprint
+
+
+@needs_data
+def test_published_sets_are_read_from_the_readers_folder(monkeypatch):
+    """Ids, golds and the guard as from the hub, in every layout that `local_files` names."""
+    monkeypatch.setattr(paths, "READER", DATA)
+    found = load("math", "train")
+    assert (
+        found.fingerprint == load("math", "train", path=MATH_TRAIN, test_path=MATH_TEST).fingerprint
+    )
+    assert (
+        found.dropped == 48 and found.revision == "math_train.jsonl sha256 c33696e0cca7 (KIT_DATA)"
+    )
+    assert (len(load("gsm8k")), len(load("aime24"))) == (1319, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "rows"),
+    [
+        ("math", "math/test.jsonl", [math_row()]),
+        ("math500", "MATH-500/test.jsonl", [one_row("math500")[0]]),
+        ("math500", "math500_test.json", [one_row("math500")[0]]),
+        ("gsm8k", "gsm8k_test.jsonl", [{"question": "Q?", "answer": "#### 5"}]),
+        ("aime24", "aime24.jsonl", [one_row("aime24")[0]]),
+        ("aime25", "aime25/test.jsonl", [one_row("aime25")[0]]),
+        ("olympiad", "olympiadbench/test.jsonl", [one_row("olympiad")[0]]),
+        ("minerva", "minerva.jsonl", [one_row("minerva")[0]]),
+        ("minerva", "minerva_math/test.jsonl", [math_row()]),
+    ],
+)
+def test_sets_lie_in_the_readers_folder_as_others_name_them(
+    tmp_path, monkeypatch, name, file, rows
+):
+    monkeypatch.setattr(paths, "READER", tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    write = (
+        write_jsonl if file.endswith("l") else lambda path, all: path.write_text(json.dumps(all))
+    )
+    write(tmp_path / file, rows)
+    found = load(name)
+    assert (len(found), found.problems[0].source) == (1, name)
+    assert found.revision.startswith(Path(file).name)
 
 
 # ---- the hub, in a local cache --------------------------------------------------------------
@@ -303,8 +373,9 @@ GPQA_CSV = (
 
 
 @pytest.fixture
-def cache(hub_cache):
+def cache(hub_cache, monkeypatch):
     """Put tiny files under the real names of one set into an otherwise empty hub cache."""
+    monkeypatch.setattr(paths, "READER", None)
 
     def put(name: str, make: dict[str, bytes]) -> None:
         build_cache(hub_cache, "dataset", SOURCES[name].repo, make, COMMIT)
@@ -328,23 +399,6 @@ def test_large_integers_keep_their_digits(tmp_path):
     found = load("aime24", path=write_jsonl(tmp_path / "own.jsonl", rows))
     said = {p.question: p.answer for p in found.problems}
     assert list(dict(sorted(said.items())).values()) == [str(large), str(large), "73", "27"]
-
-
-def one_row(name: str) -> tuple[dict, str]:
-    """A row in the published columns of a set, and the gold answer it must give."""
-    long = "one, two, three " * 5
-    return {
-        "math500": (
-            {"problem": "Q?", "answer": r"\frac{1}{2}", "solution": "", "subject": "Geometry"}
-            | {"level": 4, "unique_id": "test/geometry/1.json"},
-            r"\frac{1}{2}",
-        ),
-        "aime24": ({"id": 60, "problem": long, "answer": "073", "solution": ""}, "73"),
-        "aime25": ({"id": "0", "problem": long, "answer": "588"}, "588"),
-        "amc23": ({"id": 0, "question": long, "answer": 27.0, "url": ""}, "27"),
-        "minerva": ({"question": long, "answer": "4.5e33"}, "4.5e33"),
-        "olympiad": ({"question": long, "final_answer": ["$2$", r"$\sqrt{3}$"]}, r"2, \sqrt{3}"),
-    }[name]
 
 
 @pytest.mark.parametrize("name", ["math500", "aime24", "aime25", "amc23", "minerva", "olympiad"])
