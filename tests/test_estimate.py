@@ -62,7 +62,7 @@ def test_the_rates_of_this_machine_make_the_times():
     rows = found["profiles"]["tour"]
     for name, spent in minutes("tour", found["rates"]).items():
         assert rows[name]["seconds"] == pytest.approx(60 * spent)
-    assert sum(row["decides"] for row in rows.values()) == 21
+    assert sum(row["decides"] for row in rows.values()) == 15
     assert not any(row["weak"] for row in rows.values())
     assert rows["06_memory_budget"]["decides"] == 13
 

@@ -46,7 +46,7 @@ class Claim:
     statement: str  # one sentence
     metric: str
     unit: str  # "percent" for shares, "points" for differences published without their arms
-    source: str  # paper and table, or repository and file
+    source: str  # paper and table, or repository and file; begins with a name of [sources]
     grade: str  # of evidence, as in GRADES
     notebook: str
     profiles: tuple[str, ...]  # where it can be decided, smallest first; empty: beyond any profile
@@ -68,6 +68,7 @@ class Claim:
     margin: float | None = None
     tolerance: float | None = None
     scope: str = ""  # what a verdict here does not cover, or why none is possible
+    link: str = ""  # of the source
 
     def decided_by(self, profile: str) -> bool:
         """Whether a run of this profile is large enough for a verdict; "any" decides in all."""
@@ -110,17 +111,21 @@ class Audit:
 def load(path: Path = DATA / "claims.toml") -> list[Claim]:
     """All claims of a file; ValueError names the claim and the field that is wrong."""
     try:
-        rows = tomllib.loads(path.read_text(encoding="utf-8"))["claim"]
+        read = tomllib.loads(path.read_text(encoding="utf-8"))
+        rows, links = read["claim"], read["sources"]
     except (tomllib.TOMLDecodeError, KeyError) as error:
-        raise ValueError(f"{path.name} is no TOML file with [[claim]] tables: {error}") from error
-    claims = [_claim(row, str(row.get("id", f"number {i}"))) for i, row in enumerate(rows, 1)]
+        raise ValueError(
+            f"{path.name} is no TOML file with [sources] and [[claim]] tables: {error}"
+        ) from error
+    names = [str(row.get("id", f"number {number}")) for number, row in enumerate(rows, 1)]
+    claims = [_claim(row, name, links) for row, name in zip(rows, names, strict=True)]
     ids = pd.Series([claim.id for claim in claims])
     if not ids.is_unique:
         raise ValueError(f"claim {ids[ids.duplicated()].iloc[0]}: id is used twice")
     return claims
 
 
-def _claim(row: dict, name: str) -> Claim:
+def _claim(row: dict, name: str, links: Mapping[str, str]) -> Claim:
     def check(good: bool, key: str, what: str) -> None:
         if not good:
             raise ValueError(f"claim {name}: {key} {what}")
@@ -137,6 +142,9 @@ def _claim(row: dict, name: str) -> Claim:
         check(len(row.get(key, range(length))) == length, key, f"must hold {length} numbers")
     check(set(row["profiles"]) <= set(PROFILES), "profiles", f"may hold {', '.join(PROFILES)}")
     check(bool(row["profiles"] or row.get("scope")), "scope", "must say why no profile decides it")
+    named = [source for source in links if row["source"].startswith(source)]
+    check(bool(named), "source", f"must begin with one of [sources]: {', '.join(links)}")
+    row = row | {"link": links[max(named, key=len)]}
     claim = Claim(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()})
     if claim.profiles and claim.rule not in ("arithmetic", "quoted"):
         check(bool(claim.model), "model", "must name the published models, as a list")

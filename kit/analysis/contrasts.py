@@ -48,7 +48,7 @@ class Measurement:
     def texts(self) -> tuple[str, str]:
         """Estimate with its unit, and interval ("" of what is exact), as a table shows them."""
         digits = ".0f" if abs(self.estimate) >= 10_000 else ".4g"
-        digits = ".1f" if self.unit in ("percent", "points") else digits
+        digits = "z.1f" if self.unit in ("percent", "points") else digits
         estimate, low, high = (f"{x:{digits}}" for x in (self.estimate, self.low, self.high))
         interval = "" if self.low == self.high else f"{low} to {high}"
         return f"{estimate} {self.unit}", interval

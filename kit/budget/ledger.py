@@ -223,7 +223,7 @@ def published(contrast: Mapping) -> tuple[float, str] | None:
     """The ledger's number for what a claim about bytes says, and its unit; None for other claims.
 
     `value` is weights_gib (of `model` at `bits`), kv_gib or kv_gb (of `model`, `tokens`, `width`),
-    all as in table 1, or effective_bits (`bits`, `group`, `scale_bits`, `zero_bits`).
+    all as in table 1.
     """
     kind = contrast.get("value")
     if kind == "weights_gib":
@@ -233,9 +233,6 @@ def published(contrast: Mapping) -> tuple[float, str] | None:
         each = keys_and_values(QWEN3[contrast["model"]], contrast["tokens"])
         unit = GIB if kind == "kv_gib" else GB
         return contrast["width"] * each / unit, "GiB" if kind == "kv_gib" else "GB"
-    if kind == "effective_bits":
-        more = contrast["scale_bits"] + contrast["zero_bits"]
-        return contrast["bits"] + more / contrast["group"], "bits"
     return None
 
 

@@ -141,7 +141,7 @@ def test_alt_text_says_the_overall_numbers():
         "Accuracy by problem family and level. Over all problems: "
         "plain 25% (20% to 30%); format 80% (75% to 85%)."
     )
-    audits = audits_of_all().query("claim in ['rbslm-memory-gain', 'rbslm-format-compliance']")
+    audits = audits_of_all().query("claim in ['rbslm-memory-gain', 'rbslm-memory-compliance']")
     alt = plots.published_effects(audits).alt
     assert alt.startswith("Of 2 published differences") and alt.endswith("of 1 includes it.")
     assert "of 1 excludes zero" in alt

@@ -35,11 +35,15 @@ def made(tmp_path_factory, tiny):
     return folder, shape, blocks
 
 
-def test_parameters_are_those_of_the_paper():
-    """160M anchor: width 512, 35 layers; 18.06M fetched of 4.62B (section 4.1)."""
-    shape = ffn_memory.Shape(3 * 512, tuple(range(35)), (256, 64, 16, 0), 16)
-    assert shape.fetched == 18_063_360
-    assert shape.parameters == 4_624_220_160
+@pytest.mark.parametrize("width, layers, sizes, fetched, bank", [
+    (512, 35, (256, 64, 16, 0), "18M", "4.6B"),  # the 160M anchor
+    (1024, 24, (512, 128, 32, 0), "50M", "12.7B"),  # 410M; 49.5M
+    (2048, 24, (768, 256, 16, 0), "153M", "21.1B"),  # 1.4B
+])  # fmt: skip
+def test_parameters_are_those_that_the_paper_prints(width, layers, sizes, fetched, bank):
+    shape = ffn_memory.Shape(3 * width, tuple(range(layers)), sizes, 16)
+    assert f"{shape.fetched / 1e6:.0f}M" == fetched
+    assert f"{shape.parameters / 1e9:.1f}B" == bank
     assert shape.nodes == (16, 256, 4096, 65536)
 
 

@@ -119,7 +119,7 @@ def test_thinned_caches():
 
 
 def test_parametric_memory():
-    arms = {"plain": 1, "fetched": 3, "generic": 2}
+    arms = {"plain": 1, "fetched": 3, "generic": 2, "shared": 3}
     options = {arm: trained(arm, 0.9 - 0.1 * len(arm), seeds) for arm, seeds in arms.items()}
     free = {arm: trained(f"{arm} free", 0.3, seeds) for arm, seeds in arms.items()}
     records, keys = stored(*options.values(), *free.values())
