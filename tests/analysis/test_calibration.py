@@ -86,7 +86,7 @@ def test_a_claim_that_its_size_cannot_decide_has_no_power():
     loss = CLAIMS["dms-short-context-loss"]
     assert calibration.power(loss, 28) == pytest.approx(10, abs=1)  # by a lucky gain alone
     assert calibration.power(loss, 5_000) == 100
-    for benchmark, n in (("openrs-sober-rs3-aime24", 30), ("openrs-sober-rs1-amc23", 40)):
+    for benchmark, n in (("openrs-sober-rs2-aime24", 30), ("openrs-sober-rs3-amc23", 40)):
         assert calibration.power(CLAIMS[benchmark], n) == 0
     gain = CLAIMS["rbslm-memory-gain"]
     assert calibration.power(gain, 28) < 20 < 75 < calibration.power(gain, 292)
