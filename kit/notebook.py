@@ -13,6 +13,7 @@ import pandas as pd
 
 from kit.analysis.plots import Picture
 from kit.paths import run_dir
+from kit.pipeline import declared
 from kit.pipeline.provenance import FINGERPRINT_MIME, collect, write_json
 from kit.report import exhibits
 
@@ -100,5 +101,7 @@ def save_results(
     """
     if verdicts is not None:
         results = results | {"verdicts": verdicts.drop(columns="n").to_dict("records")}
+    if claimed := declared.first(run_dir(profile), stage):
+        results = results | {"declared": claimed}
     exhibits.save(run_dir(profile) / "exhibits" / stage, tables or {}, figures or {})
     write_json(run_dir(profile) / "results" / f"{stage}.json", exhibits.plain(results, stage))

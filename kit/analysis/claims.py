@@ -19,6 +19,7 @@ from statsmodels.stats.proportion import proportion_effectsize
 from kit.analysis import contrasts, stats
 from kit.analysis.contrasts import Measurement
 from kit.paths import DATA
+from kit.pipeline import declared
 
 NEEDS = {  # fields that a rule needs
     "direction": (),
@@ -69,6 +70,7 @@ class Claim:
     tolerance: float | None = None
     scope: str = ""  # what a verdict here does not cover, or why none is possible
     link: str = ""  # of the source
+    declared: str = ""  # digest of what decides its verdict, see kit.pipeline.declared
 
     def decided_by(self, profile: str) -> bool:
         """Whether a run of this profile is large enough for a verdict; "any" decides in all."""
@@ -125,6 +127,11 @@ def load(path: Path = DATA / "claims.toml") -> list[Claim]:
     return claims
 
 
+def primary(path: Path = DATA / "claims.toml") -> dict[str, dict]:
+    """The one contrast that a stage declares for itself, whatever was published, by stage."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))["primary"]
+
+
 def _claim(row: dict, name: str, links: Mapping[str, str]) -> Claim:
     def check(good: bool, key: str, what: str) -> None:
         if not good:
@@ -144,7 +151,7 @@ def _claim(row: dict, name: str, links: Mapping[str, str]) -> Claim:
     check(bool(row["profiles"] or row.get("scope")), "scope", "must say why no profile decides it")
     named = [source for source in links if row["source"].startswith(source)]
     check(bool(named), "source", f"must begin with one of [sources]: {', '.join(links)}")
-    row = row | {"link": links[max(named, key=len)]}
+    row = row | {"link": links[max(named, key=len)], "declared": declared.digest_of(row)}
     claim = Claim(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()})
     if claim.profiles and claim.rule not in ("arithmetic", "quoted"):
         check(bool(claim.model), "model", "must name the published models, as a list")

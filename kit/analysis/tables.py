@@ -16,6 +16,7 @@ from kit.analysis import contrasts, stats
 from kit.analysis.claims import Claim, audit
 from kit.analysis.contrasts import Measurement
 from kit.analysis.verdicts import as_published, measured_table
+from kit.pipeline import declared
 from kit.schema import digest
 
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
@@ -219,7 +220,12 @@ def verdicts(published: list[Claim], results: dict, records: dict, profile: str)
         mine = [claim for claim in published if claim.notebook == stage]
         said = results.get(stage, {}).get("measurements", {})
         given = {name: Measurement(**numbers) for name, numbers in said.items()}
-        parts.append(measured_table(mine, records.get(stage, pd.DataFrame()), profile, given))
+        rows = measured_table(mine, records.get(stage, pd.DataFrame()), profile, given)
+        first = results.get(stage, {}).get("declared", {})
+        late = [bool(first) and first.get(claim.id) != claim.declared for claim in mine]
+        late &= (rows["measured"] != "").to_numpy()
+        rows.loc[late, "reason"] = f"{declared.CHANGED}; " + rows.loc[late, "reason"]
+        parts.append(rows)
     return pd.concat(parts, ignore_index=True)
 
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS
-from kit.pipeline import provenance
+from kit.pipeline import declared, provenance
 from kit.pipeline.provenance import GIB
 from kit.pipeline.refusals import Refused, read_json
 from kit.pipeline.stages import TOUR, Stage, freshness, inputs, load_stages, select, store_files
@@ -102,6 +102,7 @@ def _execute(stage: Stage, earlier: list[Stage], line: "Line") -> int:
     from kit.pipeline import kernel  # papermill: 1.5 s that a run with nothing to do saves
 
     before, started = inputs(stage, earlier), _now()
+    declared.first(stage.folder, stage.name)
     for file in (stage.executed, stage.status_file):  # what cannot be is told before the hours
         file.parent.mkdir(parents=True, exist_ok=True)
     env = {"KIT_OUTPUTS": str(stage.folder.parent)}

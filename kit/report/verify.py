@@ -19,6 +19,7 @@ from kit import paths
 from kit.analysis import claims, tables
 from kit.analysis.contrasts import Measurement
 from kit.analysis.verdicts import headline as headline_of
+from kit.pipeline import declared
 from kit.pipeline.refusals import Refused
 from kit.report import bundle, exhibits, html, recompute, regrading
 from kit.report.bundle import FOLDERS, RECORDS, SUMS, VERDICTS, Damaged, Run
@@ -60,7 +61,7 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Che
     try:
         tell(f"{len(run.every):,} records, {len(run.published)} claims")
         wrong += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
-        left += _other_claims(run)
+        left += _other_claims(run) + _declared(run)
         tell("grading the answers again")
         otherwise, untold = regrading.check(run.every)
         wrong += [f"{RECORDS}: {line}" for line in otherwise]
@@ -157,11 +158,24 @@ def _other_claims(run: Run) -> list[str]:
     there = {claim.id: asdict(claim) for claim in run.published}
     differ = [f"{name} not in both" for name in sorted({*here} ^ {*there})]
     for name in sorted({*here} & {*there}):
-        fields = [key for key in here[name] if here[name][key] != there[name][key]]
+        fields = [key for key in here[name]
+                  if key != "declared" and here[name][key] != there[name][key]]  # fmt: skip
         differ += [f"{name} ({', '.join(fields)})"] * bool(fields)
     return [f"judged by its own claims.toml, other than this kit's: {'; '.join(differ)}"] * bool(
         differ
     )
+
+
+def _declared(run: Run) -> list[str]:
+    """Stages that ran before declarations were kept, and those whose primary contrast changed."""
+    stages = [stage for stage in run.results if stage in claims.NOTEBOOKS]
+    unknown = [stage for stage in stages if not run.results[stage].get("declared")]
+    lines = [f"when the claims of {', '.join(unknown)} were declared: not recorded"] * bool(unknown)
+    for stage in stages:
+        first = run.results[stage].get("declared", {}).get(declared.PRIMARY)
+        if first and first != declared.now(stage).get(declared.PRIMARY):
+            lines.append(f"{stage}: its primary contrast was {declared.CHANGED}")
+    return lines
 
 
 def _tables(run: Run, stage: str, wrong: list[str], left: list[str]) -> int:
