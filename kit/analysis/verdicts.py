@@ -253,7 +253,9 @@ def measured_table(
     """One row per claim; `given` holds by claim id what other stages measured outside records."""
     rows = []
     for claim in claims:
-        m = (given or {}).get(claim.id) or measure(claim, records)
+        m = (given or {}).get(claim.id)
+        if m is None and "probe" not in claim.contrast:  # which the stage alone can tell apart
+            m = measure(claim, records)
         found = verdict(claim, m, profile)
         row = (
             claim.id,
