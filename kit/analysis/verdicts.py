@@ -149,9 +149,12 @@ def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
     """What came out by the rule, and why; what could not move is at its floor or ceiling."""
     if m.failed:
         return FLOOR, m.failed
-    rules = {"direction": _direction, "equivalence": _equivalence}
-    rules |= {"non_inferiority": _non_inferiority}
-    outcome, reason = rules.get(claim.rule, _size)(claim, m)  # a threshold is a size
+    rule = {
+        "direction": _direction,
+        "equivalence": _equivalence,
+        "non_inferiority": _non_inferiority,
+    }.get(claim.rule, _size)  # a threshold is a size
+    outcome, reason = rule(claim, m)
     moved = m.low > 0 or m.high < 0
     for end, edge in ((FLOOR, max), (CEILING, lambda sides: 100 - min(sides))):
         if m.sides and edge(m.sides) <= EDGE and not moved:
@@ -166,23 +169,23 @@ def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
     return outcome, reason
 
 
-def _gap(claim: Claim, m: Measurement) -> tuple[float, float, bool]:
-    """Ends of the 95% interval of measured minus published, and whether the published sampling
-    error is in it: two independent estimates, by their own intervals (Newcombe 1998, method 10)."""
+def _gap(claim: Claim, m: Measurement) -> tuple[float, float]:
+    """Ends of the 95% interval of measured minus published, with the published sampling error where
+    it is known: two independent estimates, by their own intervals (Newcombe 1998, method 10)."""
     there = claim.published_interval
     value = claim.published if there is None else there.estimate
     below, above = (value, value) if there is None else (there.low, there.high)
     gap = m.estimate - value
     low = gap - hypot(m.estimate - m.low, above - value)
-    return low, gap + hypot(m.high - m.estimate, value - below), there is not None
+    return low, gap + hypot(m.high - m.estimate, value - below)
 
 
 def _differs(claim: Claim, m: Measurement) -> str:
     """In what words the measured size differs from the published one; "" where it does not."""
-    low, high, both = _gap(claim, m)
+    low, high = _gap(claim, m)
     if low <= 0 <= high:
         return ""
-    if not both:
+    if claim.published_interval is None:
         return f"the published {claim.published:g} lies outside (its own error is not known)"
     return f"{low:.1f} to {high:.1f} {m.unit} off the published {claim.published:.3g}"
 

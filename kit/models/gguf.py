@@ -12,7 +12,6 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kit import paths
 from kit.hub import hash_files
 from kit.paths import atomic
 
@@ -24,13 +23,6 @@ class GGUFError(ValueError):
 def is_whole(folder: Path) -> bool:
     """Whether `folder` holds dequantized weights: their hash is written last."""
     return (folder / "weights.sha256").is_file()
-
-
-def own(file: Path) -> Path:
-    """The folder of the dequantized weights of any GGUF file, named by its hash."""
-    folder = paths.MODELS / f"gguf-{hash_files([file])[:16]}"
-    dequantize(file, folder)
-    return folder
 
 
 def dequantize(file: Path, folder: Path, dtype: str = "") -> None:

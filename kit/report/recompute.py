@@ -55,7 +55,7 @@ def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | 
     if (stage, caption) == ("02_strategies", "Every arm of the strategy study"):
         return tables.arms(records).drop(columns="model")
     if (stage, caption) == ("02_strategies", "Retrieved strategies against each control"):
-        return _against(stage, records, {*records["arm"]})
+        return against(stage, records, {*records["arm"]}).drop(columns="primary")
     if (stage, caption) == ("03_dms", "Accuracy with a thinned cache"):
         made = tables.arms(records.assign(arm=records["policy"]))
         return made.drop(columns=["model", "compliance"])
@@ -74,7 +74,7 @@ def taught(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFr
     """Phase 2's declared arm minus every other one, on the families trained on."""
     records = pd.concat(frames.values(), ignore_index=True)
     records = records[records["family"].isin(families)]
-    return _against("04_phase2", records, frames)
+    return against("04_phase2", records, frames).drop(columns="primary")
 
 
 def _told(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
@@ -95,14 +95,15 @@ def _told(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
 
 def fetched(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Fetched blocks minus every other arm."""
-    return _against("05_parametric", pd.concat(frames.values()), frames)
+    every = pd.concat(frames.values())
+    return against("05_parametric", every, frames).drop(columns="primary")
 
 
-def _against(stage: str, records: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
+def against(stage: str, records: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
     """The stage's declared arm minus every other one, its declared control first."""
     own = claims.primary()[stage]
     controls = sorted({*arms} - {own["arm"]})
-    return tables.against(records, own["arm"], controls, own["control"]).drop(columns="primary")
+    return tables.against(records, own["arm"], controls, own["control"])
 
 
 def _swept(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:

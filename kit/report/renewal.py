@@ -113,7 +113,8 @@ def _entries(stage: str, found: Mapping, shown: Mapping[str, pd.DataFrame], run:
         arms = tables.arms(records).itertuples()
         made["accuracy"] = {f"{row.model} {row.arm}": row.accuracy for row in arms}
     if stage == "02_strategies":
-        made["contrasts"] = _strategies(records).to_dict("records")
+        differences = recompute.against(stage, records, {*records["arm"]})
+        made["contrasts"] = differences.to_dict("records")
     if stage == "06_memory_budget" and "frames" in found:
         rows = pd.DataFrame(found["scenarios"])
         outcomes = recompute.outcomes(found, "scenarios", records)
@@ -135,11 +136,6 @@ def _measurements(stage: str, found: Mapping, run: Run) -> tuple[dict, list[str]
     exact = {name for name, value in said.items() if value["low"] == value["high"]}
     left = [f"measurement of {name}" for name in sorted({*said} - {*again} - exact)]
     return said | {name: vars(value) for name, value in again.items()}, left
-
-
-def _strategies(records: pd.DataFrame) -> pd.DataFrame:
-    controls = sorted({*records["arm"]} - {"retrieved"})
-    return tables.against(records, "retrieved", controls, "format-only")
 
 
 def figure(

@@ -73,7 +73,7 @@ def test_a_verdict_says_what_was_changed_after_the_run():
 def test_the_primary_contrasts_are_those_of_the_tables_and_a_change_is_said():
     for stage, own in claims.primary().items():
         frame = pd.DataFrame({"arm": [own["arm"], own["control"]]})
-        assert recompute._against(stage, frame.iloc[:0].assign(temperature=0), []).empty
+        assert recompute.against(stage, frame.iloc[:0].assign(temperature=0), []).empty
         results = {stage: {"declared": declared.now(stage) | {declared.PRIMARY: "another"}}}
         run = Run({})
         run.__dict__["results"] = results | {"03_dms": {}}
