@@ -576,6 +576,7 @@ def test_memory_is_bounded():
     still_grades()
 
 
+SLOW = "different", "timeout"  # about a second of CPU: a slower machine kills the worker
 HOSTILE = {
     "million characters": ("a" * 10**6, "no answer"),
     "million digits": ("1 " * 500_000, "different"),
@@ -589,11 +590,11 @@ HOSTILE = {
     "1,900 digits": (box("7" * 1900), "different"),
     "nul in a box": (box("5\0"), "different"),
     "nuls": ("\0" * 10**6, "no answer"),
-    "nested fractions": (box("\\frac{1}{" * 150 + "2" + "}" * 150), "different"),
-    "nested roots": (box("\\sqrt{" * 100 + "x" + "}" * 100), "different"),
+    "nested fractions": (box("\\frac{1}{" * 150 + "2" + "}" * 150), SLOW),
+    "nested roots": (box("\\sqrt{" * 100 + "x" + "}" * 100), SLOW),
     "nested parentheses": (box("(" * 900 + "x" + ")" * 900), "different"),
     "nested thinking": ("<think>" * 10**5 + "</think>" * 10**5 + "6", "different"),
-    "regular expression bomb": (box("a" * 600 + "!"), "different"),
+    "regular expression bomb": (box("a" * 600 + "!"), SLOW),
     "spaces": (box("1" + " " * 1900 + "x"), "different"),
     "backslashes": ("\\" * 10**6, "no answer"),
     "stars": ("*" * 10**6, "no answer"),
@@ -611,7 +612,8 @@ def test_hostile_text_is_graded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, (text, reason) in HOSTILE.items():
         verdict = grade(text, "5")
-        assert (verdict.correct, verdict.reason) == (False, reason), name
+        assert not verdict.correct, name
+        assert verdict.reason in (reason if reason is SLOW else (reason,)), (name, verdict.reason)
         assert len(verdict.extracted) <= LONGEST, name
     still_grades()
     assert not list(tmp_path.iterdir())
