@@ -443,9 +443,7 @@ def grpo(
             changes = {name: value for name, value in changes.items() if value is not None}
             chosen = replace(_named(RECIPES, recipe, "recipe"), **changes)
             every = load(problems, "train").problems
-            asked = prompts.build(
-                prompts.format_only, mix_difficulties(every, *mix) if mix else every
-            )
+            asked = prompts.build(chosen.arm, mix_difficulties(every, *mix) if mix else every)
             policy = DMS(load_evictor(evictor, load_model(model))) if evictor else Full()
             bar = tqdm(total=chosen.steps, unit="step", disable=not speaks)
 

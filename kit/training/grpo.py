@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 
 from kit import paths
+from kit.data import prompts
+from kit.inference.decode import tokenize
 from kit.inference.policies import Full
 from kit.models.load import Model, collect, load
 from kit.schema import Problem, Prompt, digest
@@ -47,8 +49,17 @@ from kit.training.sft import (
 
 DDP = paths.DATA / "launch" / "ddp.yaml"
 MAX_WEIGHT = 2.0  # truncates an importance weight, as TRL 0.23 did
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 ROLLOUTS = ("kit", "transformers", "vllm", "vllm-server")
-ENGLISH = "Reply in English only, do not use other languages"  # the prompt of experiment 3
+# The system prompt of recipes/grpo.yaml, whose last sentence is what experiment 3 adds.
+OPEN_RS_SYSTEM = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer, and put your final answer within \\boxed{{}} . The reasoning process "
+    "and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+)
+ENGLISH = " Note that respond by English, NOT use other languages."
 
 
 @dataclass(frozen=True)
@@ -64,16 +75,26 @@ class GRPOConfig:
     learning_rate: float = 1e-5
     warmup: float = 0.1  # fraction of the steps
     schedule: str = "constant_with_warmup"
+    schedule_steps: int = 0  # after which the schedule would end; 0: steps
+    loss: str = "grpo"  # mean of the means of sequences; "bnpo": of a micro_batch's tokens
+    tempered: bool = True  # the loss is of the distribution that is sampled, logits / temperature
+    corrected: bool = True  # by importance weights, where the sampler is not the trained policy
     beta: float = 0.04  # weight of the KL divergence from the initial model
     rewards: tuple[str, ...] = ("accuracy", "compliance")  # functions of kit.training.rewards
     weights: tuple[float, ...] = (1.0, 0.2)
     longest: int = 64  # length limit of the cosine reward: tokens, or characters as published
-    suffix: str = ""  # added to the instruction
+    system: str = ""  # system message of every prompt
+    max_prompt_tokens: int = 0  # longer prompts are left out; 0: none
     lora_rank: int = 0
     rollouts: str = "kit"
     save_every: int = 10
     keep_every: int = 10  # steps between two saved models, see sft.SFTConfig
     seed: int = 0
+
+    @property
+    def arm(self) -> Callable[..., Prompt]:
+        """How a problem is asked: with the format instruction if the format is rewarded."""
+        return prompts.format_only if "compliance" in self.rewards else prompts.plain
 
     @property
     def completions(self) -> int:
@@ -93,18 +114,27 @@ class GRPOConfig:
                 f"rollouts is {self.rollouts!r}, rewards {self.rewards}: rollouts is one of "
                 f"{ROLLOUTS}, rewards are functions of kit.training.rewards."
             )
+        if self.loss not in LOSSES or 0 < self.schedule_steps < self.steps:
+            raise ValueError(
+                f"loss is {self.loss!r}, steps {self.steps}, schedule_steps {self.schedule_steps}: "
+                f"loss is one of {LOSSES}, and a schedule is not shorter than the training."
+            )
 
 
-# 12 problems x 6 completions a step: 3 processes x 6 x 4 accumulated, as published.
+# As the code that Open-RS pins ran: see the table of docs/training.md. A step has 12 problems x 6
+# completions, by 3 processes x 6 x 4 accumulated; its loss is over the tokens of each six.
 OPEN_RS_1 = GRPOConfig(
     steps=500, groups=12, size=6, micro_batch=6, max_new_tokens=4096, temperature=0.7,
-    learning_rate=1e-6, schedule="cosine_with_min_lr", rewards=("accuracy", "think"),
-    weights=(1.0, 1.0), longest=4096, rollouts="vllm", save_every=50, keep_every=50, seed=42,
+    learning_rate=1e-6, schedule="cosine_with_min_lr", schedule_steps=500, loss="bnpo",
+    tempered=False, corrected=False, rewards=("anchored", "think"), weights=(1.0, 1.0),
+    longest=4096, system=OPEN_RS_SYSTEM, max_prompt_tokens=512, rollouts="vllm", save_every=50,
+    keep_every=50, seed=42,
 )  # fmt: skip
 OPEN_RS_2 = dataclasses.replace(OPEN_RS_1, max_new_tokens=3584, longest=3584)
 OPEN_RS_3 = dataclasses.replace(
-    OPEN_RS_2, rewards=("cosine_published", "think"), weights=(2.0, 1.0), suffix=ENGLISH
-)
+    OPEN_RS_2, rewards=("cosine_published", "think"), weights=(2.0, 1.0),
+    system=OPEN_RS_SYSTEM + ENGLISH,
+)  # fmt: skip
 RECIPES = {"laptop": GRPOConfig(), "open-rs-1": OPEN_RS_1}
 RECIPES |= {"open-rs-2": OPEN_RS_2, "open-rs-3": OPEN_RS_3}
 
@@ -159,10 +189,16 @@ def importance_weight(
 
 def corrected_trainer() -> type:
     """TRL's GRPOTrainer, whose advantages are multiplied with `importance_weight` where the sampler
-    is not the trained policy. Defined in a function since importing TRL takes seconds."""
+    is not the trained policy, and whose schedule may be longer than the training. Defined in a
+    function since importing TRL takes seconds."""
     from trl import GRPOTrainer
 
     class CorrectedTrainer(GRPOTrainer):
+        schedule_steps = 0
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            return super().create_scheduler(self.schedule_steps or num_training_steps, optimizer)
+
         def _generate_and_score_completions(self, inputs):
             batch = super()._generate_and_score_completions(inputs)
             if self.use_vllm or "sampling_per_token_logps" not in batch:
@@ -200,27 +236,32 @@ def grpo(
     `report` receives the metrics of each step, which `history.json` stores: reward and its
     components, length, fraction finished, fraction of groups with equal rewards, KL, gradient norm,
     seconds, peak memory. A finished training is returned as it is; a killed one continues.
-    ValueError for fewer problems than groups, and for a gold answer that the grader cannot read.
+    ValueError for fewer problems than groups, for a gold answer that the grader cannot read, and
+    for rollouts under DMS that the recipe leaves uncorrected.
     """
     import datasets  # these take seconds to import
     import trl
 
     rewards.check_golds([prompt.problem for prompt in asked])
+    if type(policy) is not Full and not (config.corrected and config.tempered):
+        raise ValueError(
+            f"Rollouts under {policy.name} are not of the policy that is trained; set corrected "
+            f"and tempered to true, or take full attention."
+        )
+    model = load(base, dtype="float32", device=device)
+    asked = _short_enough(model, [_with_system(p, config.system) for p in asked], config)
     if len(asked) < config.groups:
         raise ValueError(f"{len(asked)} problems are fewer than the {config.groups} of a step.")
-    model = load(base, dtype="float32", device=device)
     data = digest([[p.id, p.problem.answer, p.problem.asks] for p in asked], 12)
     parts = ["grpo", model.weights_hash, data, identity(config), policy.key]
+    parts += [config.micro_batch] if config.loss == "bnpo" else []  # over whose tokens it averages
     parts += [compute_dtype(model), VERSIONS]
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
     if not model.weights.config.architectures:
         _name_architecture(model, place / f"reference-{os.environ.get('RANK', 0)}")
-    rows = [
-        {"prompt": _chat(p, config.suffix), "gold": p.problem.answer, "asks": p.problem.asks}
-        for p in asked
-    ]
+    rows = [{"prompt": p.chat, "gold": p.problem.answer, "asks": p.problem.asks} for p in asked]
     sampler = rollouts.Sampler(model, config, policy)
     trainer = corrected_trainer()(
         model.weights,
@@ -232,6 +273,10 @@ def grpo(
         rollout_func=sampler if config.rollouts == "kit" else None,
         callbacks=[MetricsCallback(report, place)],
     )
+    trainer.schedule_steps = config.schedule_steps
+    if not config.tempered:  # the loss took the trainer's temperature, 1, when it was made
+        kind = "vllm_generation" if config.rollouts.startswith("vllm") else "generation_config"
+        getattr(trainer, kind).temperature = config.temperature
     card = {"base": base, "data": data, "problems": len(asked)}
     return train(trainer, model, place, config, card)
 
@@ -263,24 +308,31 @@ def _settings(config: GRPOConfig, model: Model, place: Path) -> dict:
         gradient_accumulation_steps=mine // at_once,
         num_generations=config.size,
         max_completion_length=config.max_new_tokens,
-        temperature=config.temperature,
+        temperature=config.temperature if config.tempered else 1.0,
         lr_scheduler_type=config.schedule,
         lr_scheduler_kwargs={"min_lr_rate": 0.1} if "min_lr" in config.schedule else {},
-        warmup_steps=round(config.warmup * config.steps),
+        warmup_steps=round(config.warmup * (config.schedule_steps or config.steps)),
         beta=config.beta,
-        loss_type="grpo",
+        loss_type=config.loss,
         use_bias_correction_kl=False,  # off as in Open-RS; TRL's default weights the KL term
         reward_weights=list(config.weights),
         use_vllm=config.rollouts.startswith("vllm"),
+        vllm_importance_sampling_correction=config.corrected,
         vllm_mode="server" if config.rollouts == "vllm-server" else "colocate",
     )
 
 
-def _chat(prompt: Prompt, suffix: str) -> list[dict]:
-    messages = prompt.chat
-    if suffix:
-        messages[-1]["content"] += f"\n{suffix}"
-    return messages
+def _with_system(prompt: Prompt, system: str) -> Prompt:
+    messages = (("system", system), *prompt.messages) if system else prompt.messages
+    return dataclasses.replace(prompt, messages=messages)
+
+
+def _short_enough(model: Model, asked: list[Prompt], config: GRPOConfig) -> list[Prompt]:
+    """The prompts of at most `max_prompt_tokens` tokens. TRL cut the beginning off longer ones at
+    the commit that Open-RS pins, and no longer does."""
+    if not config.max_prompt_tokens:
+        return asked
+    return [p for p in asked if len(tokenize(model, p)) <= config.max_prompt_tokens]
 
 
 def _reward(name: str, longest: int):

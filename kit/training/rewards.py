@@ -1,6 +1,7 @@
 r"""Rewards of GRPO: pure functions of texts, one number per completion.
 
     accuracy           1 where the grader finds the answer correct
+    anchored           the same, and the answer stands in a box or after "answer", as in Open-RS
     compliance, think  1 where the answer has the format of the kit, or of Open-RS
     cosine_published   cosine of the length as coded in Open-RS: characters, unclipped, so periodic
     cosine             the same as its docstring describes it: tokens, clipped
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 
 from kit.data.prompts import FORM
 from kit.evaluation import grader
-from kit.schema import Problem
+from kit.schema import Grade, Problem
 
 CORRECT, WRONG = (0.5, 1.0), (-0.5, 0.0)  # range of the cosine reward, as published
 SYMBOLS = {"GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "PLANCK", "OHM", "MICRO"}
@@ -30,6 +31,12 @@ SYMBOLS = {"GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "PLANCK", "OHM", 
 def accuracy(completions: Sequence, gold: Sequence[str], asks=None, **_) -> list[float]:
     """1.0 where the grader finds `gold` in the form `asks`, see schema.ASKS, else 0.0."""
     return [float(verdict.correct) for verdict in _graded(completions, gold, asks)]
+
+
+def anchored(completions: Sequence, gold: Sequence[str], asks=None, **_) -> list[float]:
+    """1.0 where the grader finds `gold` in a box or after an answer phrase: the last number of a
+    text is not enough. Open-RS requires the same (`try_extract_without_anchor=False`)."""
+    return [float(_anchored(verdict)) for verdict in _graded(completions, gold, asks)]
 
 
 def compliance(completions: Sequence, **_) -> list[float]:
@@ -46,13 +53,14 @@ def think(completions: Sequence, **_) -> list[float]:
 def cosine_published(
     completions: Sequence, gold: Sequence[str], longest: int = 1000, asks=None, **_
 ) -> list[float]:
-    """The cosine reward as coded: L / `longest` counts characters and is not clipped.
+    """The cosine reward as coded: L / `longest` counts characters and is not clipped, and what is
+    right is `anchored`.
 
     It has period 2 x `longest` characters, and up to `longest` a longer wrong answer costs more.
     """
     graded, texts = _graded(completions, gold, asks), _texts(completions)
     return [
-        _between(CORRECT if verdict.correct else WRONG, len(text) / longest)
+        _between(CORRECT if _anchored(verdict) else WRONG, len(text) / longest)
         for verdict, text in zip(graded, texts, strict=True)
     ]
 
@@ -121,6 +129,10 @@ def _between(ends: tuple[float, float], part: float) -> float:
     """The upper end at 0, the lower end at 1, along half a cosine."""
     least, most = ends
     return least + 0.5 * (most - least) * (1 + math.cos(math.pi * part))
+
+
+def _anchored(verdict: Grade) -> bool:
+    return verdict.correct and verdict.method in ("boxed", "answer line")
 
 
 def _graded(completions, gold, asks):

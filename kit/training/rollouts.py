@@ -116,7 +116,7 @@ class Sampler:
         seed = int(digest(mark, 7), 16)
         sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)
         model = replace(self.model, weights=self._weights(trained))
-        differs = model.weights is not trained
+        differs = config.corrected and model.weights is not trained
         return completions(model, asked, sampling, self.policy, differs)
 
     @torch.no_grad()

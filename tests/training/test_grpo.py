@@ -5,10 +5,12 @@ Without a dtype of its own a test runs in that of the machine."""
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 
+from kit import paths
 from kit.data import prompts
 from kit.dms import evictor
 from kit.inference.decode import Request, decode
@@ -98,7 +100,7 @@ def trainer(tiny, tmp_path, **settings):
     from datasets import Dataset
 
     config = trl.GRPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False, report_to=[], num_generations=2, loss_type="grpo",
+        str(tmp_path), use_cpu=True, bf16=False, report_to=[], num_generations=2,
         per_device_train_batch_size=2, gradient_checkpointing=False, epsilon=0.2,
         use_bias_correction_kl=False, **settings,
     )  # fmt: skip
@@ -107,9 +109,11 @@ def trainer(tiny, tmp_path, **settings):
     return make(tiny.weights, [odd], config, train_dataset=data, processing_class=tiny.tokenizer)
 
 
-def test_loss_clipping_kl_and_mask_by_hand(tiny, tmp_path):
-    """DeepSeekMath, equations 3 and 4, per sequence and then the mean."""
-    made = trainer(tiny, tmp_path, beta=0.04)
+@pytest.mark.parametrize("loss", ["grpo", "bnpo"])
+def test_loss_clipping_kl_and_mask_by_hand(tiny, tmp_path, loss):
+    """DeepSeekMath, equations 3 and 4: per sequence and then the mean; or, as the TRL that Open-RS
+    pins has it, over all tokens."""
+    made = trainer(tiny, tmp_path, beta=0.04, loss_type=loss)
     made.current_gradient_accumulation_steps = 1
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 4_000, (2, 9), generator=draw)
@@ -128,7 +132,7 @@ def test_loss_clipping_kl_and_mask_by_hand(tiny, tmp_path):
     tiny.weights.train()
     found = made._compute_loss(tiny.weights, inputs)
     tiny.weights.eval()
-    per_sequence = []
+    sequences = []
     for i in range(2):
         terms = []
         for t in range(int(mask[i].sum())):
@@ -137,8 +141,10 @@ def test_loss_clipping_kl_and_mask_by_hand(tiny, tmp_path):
             gain = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
             d = float(reference[i, t] - now[i, t])
             terms.append(gain - 0.04 * (torch.tensor(d).exp().item() - d - 1))
-        per_sequence.append(sum(terms) / len(terms))
-    assert float(found) == pytest.approx(-sum(per_sequence) / 2, rel=1e-4)
+        sequences.append(terms)
+    means = [sum(terms) / len(terms) for terms in sequences]
+    wanted = {"grpo": sum(means) / 2, "bnpo": sum(map(sum, sequences)) / sum(map(len, sequences))}
+    assert float(found) == pytest.approx(-wanted[loss], rel=1e-4)
 
 
 def test_importance_weights_are_ratios_truncated_at_two():
@@ -389,9 +395,58 @@ def test_easy_and_hard_problems_are_mixed_in_the_numbers_asked_for():
         grpo.mix_difficulties(made, 11, 0)
 
 
-def test_open_rs_is_as_published():
-    """recipes/grpo.yaml of https://github.com/knoveleng/open-rs: 72 completions of 12 problems."""
-    assert grpo.OPEN_RS_1.completions == 36_000
-    for recipe in (grpo.OPEN_RS_1, grpo.OPEN_RS_2, grpo.OPEN_RS_3):
-        assert recipe.groups * recipe.size == 72 and recipe.beta == 0.04 and recipe.steps == 500
-    assert grpo.OPEN_RS_3.weights == (2.0, 1.0) and grpo.OPEN_RS_3.max_new_tokens == 3584
+PUBLISHED = (grpo.OPEN_RS_1, grpo.OPEN_RS_2, grpo.OPEN_RS_3)
+
+
+def test_the_table_of_settings_is_that_of_the_recipes():
+    """docs/training.md, each row against each recipe; a setting that differs from the laptop's is
+    in it."""
+    page = (paths.ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \| (.*) \| (.*) \|$", page, re.MULTILINE)
+    names = {field.name for field in dataclasses.fields(GRPOConfig)}
+    shown = {name: cells for name, *cells in rows if name in names}
+    for name, cells in shown.items():
+        values = [getattr(recipe, name) for recipe in PUBLISHED]
+        assert cells == [f"`{value}`" for value in values], name
+    for name in names - set(shown) - {"system", "seed", "save_every", "keep_every", "lora_rank"}:
+        values = {getattr(recipe, name) for recipe in PUBLISHED}
+        assert values == {getattr(GRPOConfig(), name)}, f"{name} is not in the table"
+    assert {recipe.completions for recipe in PUBLISHED} == {36_000}
+    assert grpo.OPEN_RS_3.system == grpo.OPEN_RS_2.system + grpo.ENGLISH
+
+
+def test_open_rs_trains_as_the_code_that_it_pins(tiny_folder, tmp_path, monkeypatch):
+    """Logits are not divided by the temperature, the schedule is of 500 steps, prompts are short
+    ones behind the system prompt, and nothing is reweighted."""
+    made = []
+    monkeypatch.setattr(grpo, "train", lambda trainer, *_: made.append(trainer) or tmp_path)
+    recipe = dataclasses.replace(
+        grpo.OPEN_RS_3, steps=2, groups=2, size=2, micro_batch=2, rollouts="transformers"
+    )
+    long = Problem("long", "What is 1 + 1? " * 200, "2", "sums", 1, "t")
+    problems = [*asked(3), prompts.plain(long)]
+    grpo.grpo(str(tiny_folder), problems, recipe, tmp_path)
+    (trainer,) = made
+    chats = trainer.train_dataset["prompt"]
+    assert [len(chats), {chat[0]["content"] for chat in chats}] == [3, {recipe.system}]
+    assert [chat[-1] for chat in chats] == [prompt.chat[-1] for prompt in asked(3)]
+    assert trainer.generation_config.temperature == 0.7
+
+    trainer.create_optimizer()
+    rates = trainer.create_scheduler(2)
+    assert rates.lr_lambdas[0](50) == 1 and rates.lr_lambdas[0](500) == pytest.approx(0.1)
+    assert rates.lr_lambdas[0](2) == pytest.approx(2 / 50)
+
+    ids = torch.randint(3, 4_000, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = trainer.model.eval()
+    with torch.no_grad():
+        found, *_ = trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 5)
+        logits = load(str(tiny_folder), dtype="float32").weights(ids).logits[:, 3:-1]
+    wanted = logits.log_softmax(-1).gather(-1, ids[:, 4:, None])[..., 0]
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)  # under autocast
+
+
+def test_uncorrected_rollouts_under_dms_are_refused(tiny, tiny_folder, tmp_path):
+    evicting = DMS(evictor.Evictor(tiny.weights, evictor.LAPTOP, tiny.weights_hash))
+    with pytest.raises(ValueError, match="set corrected and tempered to true"):
+        grpo.grpo(str(tiny_folder), asked(), grpo.OPEN_RS_2, tmp_path, policy=evicting)

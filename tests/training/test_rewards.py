@@ -37,6 +37,24 @@ def test_accuracy_and_compliance(text, gold, accuracy, compliance):
 @pytest.mark.parametrize(
     "text, value",
     [
+        (GOOD, 1),
+        (BAD, 0),
+        ("<think>4 4 4</think>\n\\boxed{4}", 1),
+        ("The answer is $4$.", 1),
+        ("so 4", 0),
+        ("1 2 3 4", 0),
+        ("4 4 4 4", 0),
+    ],
+)
+def test_open_rs_pays_for_an_anchored_answer_alone(text, value):
+    assert rewards.anchored([text], ["4"]) == [value]
+    (cosine,) = rewards.cosine_published([text], ["4"], longest=10**6)
+    assert cosine == pytest.approx(1.0 if value else 0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
         ("a\n</think>\nb", 1),
         ("a</think>b", 0),
         ("a\n</think>\nb\n</think>\nc", 0),
