@@ -101,16 +101,17 @@ def _strategies(given) -> tuple[float, float]:
 
 def _dms(given) -> tuple[float, float]:
     kinds, longest = 1 + len(given.COMPRESSIONS), max(given.MAX_NEW_TOKENS)
-    decoded = 2 * given.TEXTS * answer(longest)
+    decoded = 2 * given.TEXTS[0] * answer(longest)
     decoded += 4 * given.PROBLEMS * kinds * sum(map(answer, given.MAX_NEW_TOKENS))
-    decoded += 4 * given.PROBLEMS * 4 * answer(longest)  # the rivals
-    decoded += (1 + 5 * len(given.COMPRESSIONS)) * given.HELD_OUT * given.CONTEXT
+    decoded += 4 * given.PROBLEMS * len(given.RIVALS) * answer(longest)
+    compared = 1 + (1 + len(given.RIVALS)) * len(given.COMPRESSIONS)
+    decoded += compared * given.TEXTS[1] * given.CONTEXT
     steps = log2(max(given.COMPRESSIONS)) * given.RAMP_STEPS + 2
     return decoded, len(given.VARIANTS) * steps * given.CONTEXT
 
 
 def _phase2(given) -> tuple[float, float]:
-    from kit.training.expert_iteration import ARMS, Plan
+    from kit.training.expert_iteration import Plan
     from kit.training.grpo import RECIPES
     from kit.training.sft import SFTConfig
 
@@ -123,11 +124,11 @@ def _phase2(given) -> tuple[float, float]:
     train, validation, test = given.PROBLEMS
     each = answer(plan.max_new_tokens)
     rolled = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
-    exams = 2 + len(ARMS) * sft.seeds + reinforced.seeds
+    exams = 2 + len(sft.arms) * sft.seeds + reinforced.seeds
     decoded = train * plan.samples * (1 + given.ROUNDS) * each
     decoded += (1.5 * exams + 2 * given.ROUNDS) * test * each + exams * validation * each
     decoded += rolled * answer(reinforced.max_new_tokens)
-    trainings = len(ARMS) * sft.seeds + given.ROUNDS - 1
+    trainings = len(sft.arms) * sft.seeds + given.ROUNDS - 1
     return decoded, trainings * sft.steps * sft.batch * 2 * each + rolled * 2 * each
 
 

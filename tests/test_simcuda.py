@@ -116,12 +116,12 @@ def test_sampling_on_other_networks_says_what_the_cpu_says(seen, family):
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_quality_of_a_policy_and_what_it_keeps_are_shown(seen, name):
     """As 03_dms does it, whose held-out ids lie on the CPU."""
-    ids, found = tokens(2, 24), []
+    ids, found = tokens(2, 16), []
     for model in pair():
         policy = POLICIES[name](model)
         kept = fidelity.kept_positions(model, ids[0], policy, prompt=10)
-        assert plots.kept_heatmap(kept, 24).alt
-        text = plots.kept_text([f"{i}" for i in range(24)], kept)
+        assert plots.kept_heatmap(kept, 16).alt
+        text = plots.kept_text([f"{i}" for i in range(16)], kept)
         found.append((text, fidelity.teacher_forced_kl(model, ids, policy, prompt=10)))
     (here, measured), (there, on_device) = found
     assert here == there

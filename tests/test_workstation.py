@@ -109,10 +109,11 @@ def benchmark_rows() -> dict[str, tuple[dict, ...]]:
 
 
 SHORT = {
-    "03_dms": {"RAMP_STEPS": 2, "CONTEXT": 64, "HELD_OUT": 2, "PROBLEMS": 14},
+    "03_dms": {"RAMP_STEPS": 2, "CONTEXT": 64, "TEXTS": "[2000, 2]", "PROBLEMS": 14},
     "04_phase2": {
         "PROBLEMS": "[14, 7, 14]",
-        "SFT": "{ seeds = 2, steps = 2, batch = 2, micro_batch = 1, keep_every = 1 }",
+        "SFT": "{ arms = ['own', 'kept', 'internalised', 'unfiltered'], seeds = 2, steps = 2, "
+        "batch = 2, micro_batch = 1, keep_every = 1 }",
         "GRPO": "{ seeds = 2, steps = 2, groups = 2, size = 3, micro_batch = 3, keep_every = 1 }",
     },
     "06_memory_budget": {

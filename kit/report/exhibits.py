@@ -16,7 +16,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from kit.analysis import tables
 from kit.analysis.plots import STYLE, Picture
 from kit.paths import run_dir
 from kit.pipeline.provenance import write_json, write_text
@@ -140,6 +139,8 @@ def load_results(profile: str) -> dict[str, dict]:
 
 def as_table(caption: str, frame: pd.DataFrame) -> Table:
     """`frame` as `kit.analysis.tables.text` shows it."""
+    from kit.analysis import tables  # and scipy: a second that who only loads results saves
+
     texts = tables.text(frame)
     words = tuple(number for number, name in enumerate(frame) if tables.is_words(frame[name]))
     return Table(caption, [*texts.columns], texts.to_numpy().tolist(), words)
