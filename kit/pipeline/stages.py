@@ -2,8 +2,9 @@
 
 A stage is one notebook under one profile. It is fresh when everything that decides its
 result is what it was at its last complete run: notebook source, the kit modules it imports,
-data/, parameters, requirements.lock and the results of earlier stages. Reads and hashes only;
-running is `kit.pipeline.run`. Imports nothing heavy: a run with nothing to do ends at once.
+data/, parameters and the files they name, requirements.lock and the results of earlier stages.
+Reads and hashes only; running is `kit.pipeline.run`. Imports nothing heavy: a run with nothing to
+do ends at once.
 """
 
 import json
@@ -19,6 +20,7 @@ from kit.pipeline.provenance import file_hash, files_hash
 from kit.pipeline.refusals import Refused, file_in_the_way, read_json
 from kit.schema import DTYPES, digest
 
+WEIGHTS = (".safetensors", ".gguf")
 TOUR = "tour"  # the profile that is the parameters cells themselves
 PREFLIGHT = "preflight"  # the one table of a profile that is not a notebook's
 INPUTS = {
@@ -26,6 +28,7 @@ INPUTS = {
     "kit": "the kit modules it imports",
     "data": "data/",
     "parameters": "its parameters",
+    "files": "a file that its parameters name",
     "lock": "requirements.lock",
     "upstream": "the results of an earlier stage",
 }
@@ -190,9 +193,43 @@ def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
         "kit": files_hash(root, modules),
         "data": files_hash(root, data),
         "parameters": digest(stage.overrides),
+        "files": digest([_stamp(file) for file in named_files(stage.parameters, stage.root)]),
         "lock": file_hash(root / "requirements.lock"),
         "upstream": digest([[s.name, file_hash(s.results_file)] for s in earlier if stage.judges]),
     }
+
+
+def named_files(value: object, root: Path) -> list[Path]:
+    """Files of the reader's own, outside data/, that parameters name: a file, those of a folder,
+    those that a TOML names."""
+    if isinstance(value, dict | list):
+        each = value.values() if isinstance(value, dict) else value
+        return [file for one in each for file in named_files(one, root)]
+    if not isinstance(value, str) or not value:
+        return []
+    places = [Path(value).expanduser(), root / value]
+    try:
+        found = [place.absolute() for place in places if place.exists()][:1]
+    except OSError:  # a text that is too long for a name
+        return []
+    if found and found[0].is_dir():
+        found = sorted(file for file in found[0].iterdir() if file.is_file())
+    elif found and found[0].suffix == ".toml":
+        try:
+            table = tomllib.loads(found[0].read_text(encoding="utf-8"))
+        except ValueError:  # what reads it says so
+            table = {}
+        found += [file for one in table.values() if isinstance(one, str)
+                  if (file := found[0].parent / one).is_file()]  # fmt: skip
+    return [file for file in found if not file.is_relative_to(root / "data")]
+
+
+def _stamp(file: Path) -> list:
+    """Name and content of a file; of weights, which take seconds a GB to read, size and time."""
+    about = file.stat()
+    if file.suffix in WEIGHTS:
+        return [file.name, about.st_size, about.st_mtime_ns]
+    return [file.name, file_hash(file)]
 
 
 def freshness(stage: Stage, earlier: list[Stage]) -> tuple[str, str]:

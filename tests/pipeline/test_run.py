@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -150,6 +151,32 @@ def test_what_makes_a_stage_stale(project, name):
             assert (word, ("an earlier stage" if upstream else why) in reason) == ("stale", True)
         else:
             assert (word, reason) == ("fresh", "")
+
+
+def test_a_changed_file_of_the_readers_own_makes_stale_what_names_it(tmp_path):
+    """A file, one that a TOML names, those of a folder, and weights."""
+    (tmp_path / "notebooks").mkdir()
+    sources = ["PROBLEM_SET, MODELS, GRID = '', [], {}"]
+    write_notebook(tmp_path / "notebooks" / "01_first.ipynb", sources)
+    (stage,) = stages.load_stages("tour", tmp_path / "notebooks", tmp_path / "outputs")
+    mine = ["mine.csv", "rows.csv", "set.toml", "folder/test.jsonl", "weights/model.safetensors",
+            "data/rows.csv"]  # fmt: skip
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    (tmp_path / "set.toml").write_text("file = 'rows.csv'\n")
+    named = {
+        "PROBLEM_SET": "mine.csv",
+        "MODELS": [f"{tmp_path}/set.toml", "weights"],
+        "GRID": {"sets": [str(tmp_path / "folder"), "data/rows.csv", "", "x" * 9000]},
+    }
+    stage = replace(stage, overrides=named)
+    assert stages.inputs(stage, [])["files"] == (before := stages.inputs(stage, [])["files"])
+    for name in mine:
+        (tmp_path / name).write_text("another")
+        changed = stages.inputs(stage, [])["files"] != before
+        assert changed == (name != "data/rows.csv"), name  # hashed with data/, where it is one
+        before = stages.inputs(stage, [])["files"]
 
 
 def test_new_results_reach_later_stages_and_equal_ones_do_not(project):
