@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy
 import torch
-from jinja2 import TemplateError
 
 from kit.inference import energy, prefix_sharing
 from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
@@ -45,29 +44,9 @@ class Request:
 
 
 def tokenize(model: Model, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of chat messages by the model's own template, with the generation prompt.
-
-    For a template that refuses a system message, its text begins the user's. ValueError for a model
-    without a template.
-    """
-    if getattr(model.tokenizer, "chat_template", "") is None:
-        raise ValueError(
-            f"{model.name} has no chat template, so it cannot be asked by messages; take an "
-            f"instruction-tuned model, or give its tokenizer a chat_template"
-        )
-    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    """Token ids of chat messages by the model's own template, with the generation prompt."""
     how = dict(add_generation_prompt=True, return_dict=False, enable_thinking=prompt.thinking)
-    try:
-        return tuple(model.tokenizer.apply_chat_template(messages, **how))
-    except TemplateError as error:
-        (system, *rest) = messages
-        if system["role"] != "system" or not rest or rest[0]["role"] != "user":
-            raise ValueError(
-                f"{model.name}: its chat template refuses the messages: {error}"
-            ) from error
-        text = f"{system['content']}\n\n{rest[0]['content']}"
-        merged = [{"role": "user", "content": text}, *rest[1:]]
-        return tuple(model.tokenizer.apply_chat_template(merged, **how))
+    return tuple(model.tokenizer.apply_chat_template(prompt.chat, **how))
 
 
 @dataclass

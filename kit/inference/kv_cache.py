@@ -24,6 +24,7 @@ from kit.inference.eviction import Delayed, Keep, Lowest, Ring
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Budgeted, Full, Window
 from kit.inference.prefill_attention import prompt_attention
+from kit.models.attention import layer_windows
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ class SlotCache:
             first = last
         pool.reserve(group.table.used[group.plane(layer)])
         pool.write(torch.cat([slots for _, slots in group.stored]), *map(torch.cat, zip(*rows)))
-        return torch.cat(out, 1).transpose(0, 1).unsqueeze(0)
+        return torch.cat(out, 1).transpose(0, 1).contiguous().unsqueeze(0)
 
     def read(self, sequence: int) -> Saved:
         """Copy of one sequence, for `restore`."""
@@ -398,20 +399,6 @@ class SlotCache:
     def nbytes(self) -> int:
         """Allocated bytes of all pools, used or not, and of the block tables."""
         return sum(x.nbytes() for x in [*self.pools, *self.layer_groups])
-
-
-def layer_windows(config) -> list[int | None]:
-    """Sliding window of each layer, None for full attention. Of a config without `layer_types`
-    (Mistral, Mixtral, Phi-3) every layer slides where it names a window."""
-    slides = getattr(config, "sliding_window", None) is not None
-    kind = "sliding_attention" if slides else "full_attention"
-    kinds = getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ValueError(
-            f"{config.model_type} has layers of kind {sorted(unknown)}; not supported."
-        )
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):

@@ -4,16 +4,26 @@ The weights are those of the quantized file, not of the model that it was made f
 and the gguf package know the kinds of blocks (Q4_1, Q4_K, Q6_K, ...) and the architectures.
 """
 
-import struct
+import shutil
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
+from kit import paths
 from kit.hub import hash_files
 from kit.paths import atomic
+
+# Fields of a GGUF file, by parts of their names, that change what a model computes and that
+# transformers passes over: scaled RoPE, windows, capped scores, multipliers.
+WEIGHTY = ("rope.scaling", "sliding_window", "softcapping", "_scale", ".scale", "alibi")
+PASSED_OVER = (
+    "which transformers passes over: take the folder or hub:ORG/NAME that the file was made from."
+)
 
 
 class GGUFError(ValueError):
@@ -25,44 +35,102 @@ def is_whole(folder: Path) -> bool:
     return (folder / "weights.sha256").is_file()
 
 
+def weights(file: Path) -> tuple[Path, str]:
+    """The folder of the dequantized weights of any GGUF file, made once for each content, and what
+    provenance says of it. Raises GGUFError as `dequantize` does."""
+    if not file.is_file():
+        raise GGUFError(f"There is no file {file}; give the path of a GGUF file.")
+    sha256 = hash_files([file])
+    folder = paths.MODELS / f"{file.stem}-{sha256[:12]}"
+    if not is_whole(folder):
+        dequantize(file, folder)
+    return folder, f"{file.name}, SHA-256 {sha256[:12]} (quantized as published, dequantized)"
+
+
 def dequantize(file: Path, folder: Path, dtype: str = "") -> None:
     """Write the GGUF file as safetensors with config and tokenizer to `folder`, once.
 
     `dtype` is that of the written weights: if not given, float32 or float16 where all of the file
-    is, else bfloat16. Two processes at once write once. Raises GGUFError for a damaged file, and
-    for an architecture that transformers does not read.
+    is, else bfloat16. Two processes at once write once. Raises GGUFError for a damaged file, for
+    one that transformers does not read, or not whole, and for a full disk.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # one process dequantizes, others wait
         if is_whole(folder):
             return
         size = file.stat().st_size / 1e6
-        print(f"Dequantizing {file.name} ({size:,.0f} MB) to {folder}, once ...", flush=True)
         try:
+            kind, need = _check(file, dtype)
+            _check_room(folder, need)
+            print(f"Dequantizing {file.name} ({size:,.0f} MB) to {folder}, once ...", flush=True)
             with atomic(folder) as part:
-                _write(file, part, dtype or _dtype(file))
-        except (ValueError, KeyError, IndexError, TypeError, struct.error, RuntimeError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+                _write(file, part, kind)
+        except GGUFError:
+            raise
+        except Exception as error:  # whatever a damaged file makes of its readers
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            if isinstance(error, SafetensorError) or getattr(error, "errno", None):
+                raise GGUFError(
+                    f"Cannot write {folder} ({why}); make room and run again, or set KIT_CACHE to "
+                    f"a folder on another disk."
+                ) from error
             raise GGUFError(
                 f"Cannot read {file} ({why}); it is damaged, or of a kind that transformers does "
                 f"not read: take another file."
             ) from error
 
 
-def _dtype(file: Path) -> str:
-    """The dtype that holds all weights of a file, bfloat16 if they are quantized."""
+def _check(file: Path, dtype: str) -> tuple[str, int]:
+    """The dtype in which to write a file, as in `dequantize`, and how many bytes that makes;
+    GGUFError for what transformers would pass over in silence."""
     from gguf import GGUFReader
 
-    kinds = {each.tensor_type.name for each in GGUFReader(file).tensors}
-    return "float32" if kinds == {"F32"} else "float16" if kinds <= {"F16", "F32"} else "bfloat16"
+    reader = GGUFReader(file)
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.")
+    }
+    architecture = fields["general.architecture"]
+    if fields.get("split.count", 1) > 1:
+        raise GGUFError(
+            f"{file} is one of {fields['split.count']} parts; join them (llama-gguf-split --merge)."
+        )
+    known = GGUF_CONFIG_MAPPING.get(architecture, {})
+    for name in fields:
+        own = name.removeprefix(f"{architecture}.")
+        plain = own == "rope.scaling.type" and fields[name] == "none"
+        if own not in known and own != name and any(w in own for w in WEIGHTY) and not plain:
+            raise GGUFError(f"{file}: {name} is {fields[name]}, {PASSED_OVER}")
+    if odd := [t.name for t in reader.tensors if t.name.startswith("rope_")]:
+        raise GGUFError(f"{file}: it has {odd[0]}, {PASSED_OVER}")
+    kinds = {each.tensor_type.name for each in reader.tensors}
+    plain = "float32" if kinds == {"F32"} else "float16" if kinds <= {"F16", "F32"} else "bfloat16"
+    kind = dtype or plain
+    numbers = sum(int(each.n_elements) for each in reader.tensors)
+    return kind, numbers * getattr(torch, kind).itemsize
+
+
+def _check_room(folder: Path, need: int) -> None:
+    room = shutil.disk_usage(folder.parent).free
+    if room < need:
+        raise GGUFError(
+            f"{folder} needs {need / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free; make room, or "
+            f"set KIT_CACHE to a folder on another disk."
+        )
 
 
 def _write(file: Path, folder: Path, dtype: str) -> None:
     source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
-    weights = AutoModelForCausalLM.from_pretrained(**source, dtype=getattr(torch, dtype))
+    weights, report = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    if report["missing_keys"]:  # transformers would initialize them at random
+        raise ValueError(f"it lacks {min(report['missing_keys'])}")
     tokenizer = AutoTokenizer.from_pretrained(**source)
     # The GGUF converter reports <|im_start|> as end of text; the model config has it right.
     if (end := weights.config.eos_token_id) is not None:
+        end = end[0] if isinstance(end, list) else end
         tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation
     del weights.config.quantization_config  # the saved weights are plain

@@ -2,12 +2,13 @@
 
     bundled:smollm2-135m           real weights by hash, no account (see `bundled` for the others)
     hub:Qwen/Qwen3-1.7B[@commit]   the first commit used is recorded and enforced afterwards
-    path/to/folder                 a local folder written by save_pretrained
+    path/to/folder                 a local folder written by save_pretrained, or a LoRA adapter
+    path/to/file.gguf              dequantized once, see `gguf`
     random:llama | random:config/  a real architecture with random weights, no download
 
 `load` returns a frozen Model, whose hash is part of every record; `save` writes trained weights to
-a folder that `load` reads. Weights are safetensors, never pickle; of GGUF files only the bundled
-one is read. Remote code is never run.
+a folder that `load` reads. Weights are safetensors or GGUF, never pickle. Remote code is never run.
+A model that the slot cache cannot serve (`attention`) or that has no chat template is refused.
 """
 
 import copy
@@ -22,6 +23,8 @@ from weakref import WeakSet
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,10 +41,11 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kit import hub, paths
 from kit.hub import hash_files
-from kit.models import gguf
+from kit.models import adapter, gguf
+from kit.models.attention import unserved
 from kit.models.bundled import MODELS, SMOLLM2, fetch
 from kit.paths import atomic
-from kit.schema import DTYPES
+from kit.schema import DTYPES, digest
 
 transformers.utils.logging.disable_progress_bar()  # loading takes seconds; notebooks stay quiet
 
@@ -71,6 +75,19 @@ RANDOM = {
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
 }
+
+# Put before a template without a system role: the system's text begins the user's.
+_FOLD = (
+    "{%- if messages[1:] and messages[0]['role'] == 'system' and messages[1]['role'] == 'user' %}"
+    "{%- set messages = [{'role': 'user', 'content': "
+    "messages[0]['content'] + '\n\n' + messages[1]['content']}] + messages[2:] %}{%- endif %}"
+)
+
+# What transformers raises for files that are damaged or do not belong together.
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 _PLAIN: WeakSet[PreTrainedModel] = WeakSet()  # models that `check_head` has let pass
 
@@ -205,19 +222,70 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
     elif name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
         folder, revision = hub.snapshot(repo, commit or None)
+    elif name.lower().endswith(".gguf") and not Path(name).is_dir():
+        folder, revision = gguf.weights(Path(name))
     else:
         folder, revision = Path(name), name
+    if (folder / "adapter_config.json").is_file():
+        return _merged(name, folder, dtype, device)
     return _from_folder(name, folder, revision, kind, where)
+
+
+def _merged(name: str, folder: Path, dtype: str, device: str) -> Model:
+    """The model that an adapter folder names, with the adapter merged into it."""
+    files = [adapter.weights_file(folder), folder / "adapter_config.json"]
+    named = adapter.base(folder)
+    try:
+        model = load(named, dtype, device)
+    except (ValueError, hub.HubError) as error:
+        raise ModelError(
+            f"{name!r} is an adapter, and its model {named!r} cannot be loaded: {error} (Or put a "
+            f"folder into base_model_name_or_path of its adapter_config.json.)"
+        ) from error
+    weights = adapter.merge(model.weights, folder).requires_grad_(False).eval()
+    tokenizer = model.tokenizer
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = _tokenizer(name, folder)
+    parts = [model.weights_hash, hash_files(files)]
+    revision = f"{name} merged into {named} ({model.revision}, {model.weights_hash})"
+    return Model(name, weights, tokenizer, digest(parts, 12), revision)
+
+
+def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, with a chat template that takes a system message.
+
+    Where the template refuses or drops one, its text begins the user's. ModelError for a model
+    without a template, and for one that leaves out what the user says.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{name!r} has no chat template, so it cannot be asked by messages; take an "
+            f"instruction-tuned model, or put a chat_template.jinja into its folder."
+        )
+    templates = tokenizer.chat_template
+    plain = templates if isinstance(templates, str) else templates["default"]
+    for tokenizer.chat_template in (plain, _FOLD + plain):
+        why = _refusal(tokenizer)
+        if not why:
+            return tokenizer
+    raise ModelError(f"The chat template of {name!r} {why}; mend it, or take another model.")
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a chat template does with a system message and a user's, if it does not say both."""
+    said = {"system": "Answer briefly", "user": "How many"}
+    messages = [{"role": role, "content": text} for role, text in said.items()]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        return f"fails ({str(error).splitlines()[0].rstrip('.')})"
+    lost = [role for role, words in said.items() if words not in text]
+    return f"leaves out what the {lost[-1]} says" if lost else ""
 
 
 def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
     """Load safetensors and tokenizer from a local folder, without remote code."""
-    if folder.suffix.lower() == ".gguf":
-        raise ModelError(f"{name!r} is a GGUF file, which is not read; convert it to safetensors, "
-                         f"or take the folder or hub:ORG/NAME that it was made from.")  # fmt: skip
-    if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{name!r} is an adapter (LoRA) without its model; merge it into that by "
-                         f"merge_and_unload of peft, and save the whole.")  # fmt: skip
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"No model at {name!r}: {folder} has no config.json; give a folder written by "
@@ -239,13 +307,15 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
             trust_remote_code=False,  # if unset, transformers asks on the terminal
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _tokenizer(name, folder)
     except ImportError as error:  # of the package that reads a GPTQ or AWQ checkpoint
         raise ModelError(
             f"Cannot load {name!r}: {str(error).splitlines()[0]} (not part of the kit: pip install "
             f"it into the environment, on a machine with a GPU)."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except ModelError:
+        raise
+    except UNREADABLE as error:
         raise _unreadable(name, folder, error) from error
     if report["missing_keys"]:  # transformers would initialize them at random
         raise ModelError(
@@ -253,12 +323,25 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
             f"config.json asks for, first {min(report['missing_keys'])}; fetch or save it again."
         )
     weights.config.use_cache = True  # off in some published checkpoints: 200x slower
-    return Model(name, weights.to(device).eval(), tokenizer, weights_hash[:12], revision)
+    weights = _served(name, weights.to(device).eval())
+    return Model(name, weights, tokenizer, weights_hash[:12], revision)
+
+
+def _served(name: str, weights: PreTrainedModel) -> PreTrainedModel:
+    """ModelError unless the slot cache can serve these weights."""
+    if why := unserved(weights):
+        raise ModelError(
+            f"{name!r} ({weights.config.model_type}) is of a kind that the KV cache of the kit "
+            f"cannot serve: {why}; take one that is built as Llama, Qwen or Gemma 3 is."
+        )
+    return weights
 
 
 def _unreadable(name: str, folder, error: Exception) -> ModelError:
-    """A ModelError from the first line of a transformers error."""
-    why = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    """A ModelError from the first line of a transformers error; of a wrong field in a config, from
+    the last."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    why = lines[-1 if isinstance(error, StrictDataclassError) else 0].strip()
     return ModelError(f"Cannot load {name!r} from {folder} ({why}); fetch or save it again.")
 
 
@@ -270,7 +353,7 @@ def _random(name: str, dtype, device, seed: int) -> Model:
     elif (Path(shape) / "config.json").is_file():
         try:
             config = AutoConfig.from_pretrained(shape, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except UNREADABLE as error:
             raise _unreadable(name, shape, error) from error
     else:
         raise ModelError(
@@ -283,7 +366,8 @@ def _random(name: str, dtype, device, seed: int) -> Model:
     text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
     drawn = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA sample differently
     weights_hash = hashlib.sha256(drawn.encode()).hexdigest()
-    return Model(name, weights.eval(), None, weights_hash[:12], f"seed {seed}")
+    weights = _served(name, weights.eval())
+    return Model(name, weights, None, weights_hash[:12], f"seed {seed}")
 
 
 def _check_sidecar(folder: Path, weights_hash: str) -> None:

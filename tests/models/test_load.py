@@ -12,12 +12,15 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     LlamaConfig,
     Qwen3Config,
 )
 
 from kit import hub, paths
+from kit.inference.decode import tokenize
 from kit.models import gguf
 from kit.models.bundled import SMOLLM2
 from kit.models.load import (
@@ -31,6 +34,7 @@ from kit.models.load import (
     set_dtype,
     twin,
 )
+from kit.schema import Problem, Prompt
 from tests.fake_hub import build_cache, serve
 
 
@@ -170,6 +174,78 @@ def test_a_folder_that_cannot_be_read_is_one_sentence(folder):
     says(ModelError, "no config.json", str(folder))
 
 
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"use_cache": None}, "'use_cache' expected bool, got NoneType"),
+        ({"max_position_embeddings": None}, "'max_position_embeddings' expected int, got NoneType"),
+        ({"num_attention_heads": None}, "'num_attention_heads' expected int, got NoneType"),
+        ({"pad_token_id": 9999}, "Padding_idx must be within"),
+    ],
+)
+def test_a_field_of_a_config_that_says_nothing_is_named(folder, changed, words):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    says(ModelError, f"Cannot load .*{words}", str(folder))
+
+
+@pytest.mark.parametrize("field", ["num_key_value_heads", "head_dim", "pad_token_id"])
+def test_a_null_that_transformers_fills_in_loads(folder, field):
+    config = folder / "config.json"
+    shape = {"num_attention_heads": 2, "hidden_size": 32, "num_key_value_heads": 2, "head_dim": 16}
+    shape |= {"layer_types": None, field: None}
+    settings = json.loads(config.read_text()) | shape
+    config.write_text(json.dumps(settings))
+    weights = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=torch.float32)
+    weights.save_pretrained(folder)
+    config.write_text(json.dumps(settings))
+    assert load(str(folder)).weights.config.num_key_value_heads == 2
+
+
+USER = "{% for m in messages if m['role'] == 'user' %}U: {{ m['content'] }}\n{% endfor %}A:"
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+
+
+def ask(model, *messages: tuple[str, str]) -> str:
+    prompt = Prompt(Problem("", "", "", "", 0, ""), "plain", messages)
+    return model.tokenizer.decode(tokenize(model, prompt))
+
+
+@pytest.mark.parametrize("template", [USER, STRICT + USER])
+def test_a_template_without_a_system_role_says_the_text_in_the_first_user_turn(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+    model = load(str(folder))
+    said = ask(model, ("system", "Be brief."), ("user", "How many?"), ("user", "Well?"))
+    assert said == "U: Be brief.\n\nHow many?\nU: Well?\nA:"
+    assert ask(model, ("user", "How many?")) == "U: How many?\nA:"
+
+
+def test_a_template_that_says_the_system_text_is_left_alone(folder, tiny):
+    before = tiny.tokenizer.chat_template
+    assert load(str(folder)).tokenizer.chat_template == before
+
+
+def test_a_template_that_cannot_be_asked_is_one_sentence_at_load(folder):
+    template = folder / "chat_template.jinja"
+    for text, words in (
+        ("{{ messages[0]['content'] }", "fails .*unexpected"),
+        ("Hello", "leaves out what the user says"),
+        ("{{ raise_exception('Not today.') }}", r"fails \(Not today\)"),
+    ):
+        template.write_text(text)
+        says(ModelError, f"The chat template of .* {words}.*; mend it", str(folder))
+    template.unlink()
+    says(ModelError, "has no chat template, so it cannot be asked", str(folder))
+
+
+def test_a_kind_that_the_cache_cannot_serve_is_one_sentence_at_load(folder, tmp_path):
+    shape = dict(vocab_size=4096, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
+    words = r"\(gpt2\) is of a kind that the KV cache of the kit cannot serve: its config names no"
+    says(ModelError, words, str(folder))
+    says(ModelError, words, f"random:{folder}")
+
+
 def test_pickled_weights_are_not_read(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
@@ -237,6 +313,7 @@ def test_a_half_written_folder_is_made_again_once(cached, folder, monkeypatch):
 
     (paths.MODELS / "model.gguf").write_bytes(b"quantized")
     monkeypatch.setattr("kit.models.load.fetch", lambda *_: [paths.MODELS / "model.gguf"])
+    monkeypatch.setattr(gguf, "_check", lambda _, dtype: (dtype, 0))
     monkeypatch.setattr(gguf, "_write", write)
     (cached / "weights.sha256").unlink()
     (cached / "model.safetensors").write_bytes(b"half")
@@ -330,7 +407,10 @@ def test_a_copy_in_fewer_bits_keeps_what_is_no_parameter():
         (LlamaConfig, {}),
         (GraniteConfig, {"logits_scaling": 8.0}),
         (CohereConfig, {"logit_scale": 0.0625}),
-        (Gemma2Config, {"final_logit_softcapping": 30.0, "head_dim": 16}),
+        (
+            Gemma2Config,
+            {"final_logit_softcapping": 30.0, "attn_logit_softcapping": None, "head_dim": 16},
+        ),  # fmt: skip
     ],
 )
 def test_a_head_that_does_more_than_its_matrix_is_refused(kind, does, tmp_path):

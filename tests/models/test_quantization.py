@@ -89,7 +89,9 @@ def test_the_bundled_model_at_four_bits_loses_less_than_by_plain_rounding(bundle
 @pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig])
 def test_a_mixture_of_fused_experts_is_refused_under_the_name_of_fewer_bits(kind, tmp_path):
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=256)
-    experts = dict(num_local_experts=4, num_experts=4, moe_intermediate_size=64)
+    experts = dict(
+        num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    )
     kind(**shape, **experts, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path)
     model = load(f"random:{tmp_path}", "float32")
     layers = model.weights.base_model.layers
