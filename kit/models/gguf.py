@@ -5,8 +5,11 @@ and the gguf package know the kinds of blocks (Q4_1, Q4_K, Q6_K, ...) and the ar
 """
 
 import shutil
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
+import gguf
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -60,10 +63,11 @@ def dequantize(file: Path, folder: Path, dtype: str = "") -> None:
             return
         size = file.stat().st_size / 1e6
         try:
-            kind, need = _check(file, dtype)
-            _check_room(folder, need)
             print(f"Dequantizing {file.name} ({size:,.0f} MB) to {folder}, once ...", flush=True)
-            with atomic(folder) as part:
+            # transformers reads a file four times, each time all words of its vocabulary.
+            with mock.patch("gguf.GGUFReader", cache(gguf.GGUFReader)), atomic(folder) as part:
+                kind, need = _check(file, dtype)
+                _check_room(folder, need)
                 _write(file, part, kind)
         except GGUFError:
             raise
@@ -83,9 +87,7 @@ def dequantize(file: Path, folder: Path, dtype: str = "") -> None:
 def _check(file: Path, dtype: str) -> tuple[str, int]:
     """The dtype in which to write a file, as in `dequantize`, and how many bytes that makes;
     GGUFError for what transformers would pass over in silence."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
+    reader = gguf.GGUFReader(str(file))
     fields = {
         name: field.contents()
         for name, field in reader.fields.items()
