@@ -16,8 +16,8 @@ from transformers import AutoConfig
 from kit import hub
 from kit.budget import ledger
 from kit.budget.ledger import QWEN3, Architecture, Configuration, Packing
-from kit.models import quantization
-from kit.models.load import BUNDLED, bundled
+from kit.models import adapter, quantization
+from kit.models.load import BUNDLED, local
 from kit.pipeline.refusals import read_json
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -73,9 +73,8 @@ def tokens(text: str) -> int:
 
 
 def sizes(name: str) -> Architecture:
-    """The architecture of a model by name, from its config.json without its weights; that of Qwen3
-    models is known without a network."""
-    folder = bundled(name) if name.startswith("bundled:") else Path(name)
+    """The architecture of a model by name, from its config.json; of one on the hub without its
+    weights, and that of Qwen3 models without a network. An adapter has that of its model."""
     if name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
         try:
@@ -86,6 +85,10 @@ def sizes(name: str) -> Architecture:
                 raise
             return QWEN3[max(known, key=len)]
         folder = file.parent
+    else:
+        folder, _ = local(name)
+    if (folder / "adapter_config.json").is_file():
+        return sizes(adapter.base(folder))
     if not (folder / "config.json").is_file():
         raise ValueError(f"no config.json in {name!r}; give a folder, hub:ORG/NAME or "
                          f"{BUNDLED}")  # fmt: skip

@@ -217,18 +217,26 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
     kind = default_dtype(where) if dtype == "auto" else _dtype(dtype, "dtype")
     if name.startswith("random:"):
         return _random(name, kind, where, seed)
-    if name.startswith("bundled:"):
-        folder, revision = bundled(name), MODELS[name].sources
-    elif name.startswith("hub:"):
+    if name.startswith("hub:"):
         repo, _, commit = name.removeprefix("hub:").partition("@")
         folder, revision = hub.snapshot(repo, commit or None)
-    elif name.lower().endswith(".gguf") and not Path(name).is_dir():
-        folder, revision = gguf.weights(Path(name))
     else:
-        folder, revision = Path(name), name
+        folder, revision = local(name)
     if (folder / "adapter_config.json").is_file():
         return _merged(name, folder, dtype, device)
     return _from_folder(name, folder, revision, kind, where)
+
+
+def local(name: str) -> tuple[Path, str]:
+    """Folder and provenance of a bundled model, a GGUF file, or a folder; a path is from here, or
+    from the project's folder. The first two are fetched and dequantized on first use."""
+    if name.startswith("bundled:"):
+        return bundled(name), MODELS[name].sources
+    place = Path(name).expanduser()
+    place = place if place.exists() else paths.ROOT / place
+    if place.suffix.lower() == ".gguf" and not place.is_dir():
+        return gguf.weights(place)
+    return place, name
 
 
 def _merged(name: str, folder: Path, dtype: str, device: str) -> Model:
@@ -289,7 +297,7 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"No model at {name!r}: {folder} has no config.json; give a folder written by "
-            f"save_pretrained, hub:ORG/NAME, random:llama or {BUNDLED}."
+            f"save_pretrained, a .gguf file, hub:ORG/NAME, random:llama or {BUNDLED}."
         )
     files = sorted(folder.glob("*.safetensors"))
     if not files:

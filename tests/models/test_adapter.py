@@ -9,6 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from kit.budget import advisor
 from kit.models.load import load
 
 MODULES = ["q_proj", "down_proj"]
@@ -60,6 +61,7 @@ def test_an_adapter_is_the_sum_of_the_products_and_of_the_model_it_names(lora, t
     assert model.weights_hash != tiny.weights_hash
     assert load(str(rewritten(lora, lora_alpha=4))).weights_hash != model.weights_hash
     assert model.tokenizer.chat_template == tiny.tokenizer.chat_template
+    assert advisor.sizes(str(lora)) == advisor.sizes(str(tiny_folder))
 
 
 def test_the_model_may_be_named_relative_to_the_adapter_by_the_hub_or_in_vain(
