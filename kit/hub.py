@@ -30,6 +30,7 @@ from kit.paths import atomic
 COMMIT_LENGTH = 40  # hexadecimal digits of a full commit hash
 PATIENCE_S = 5  # until the hub answers
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SMALL_FILES = (  # of a model, any of which a repository may lack
     "generation_config.json",
     "tokenizer.json",
@@ -137,17 +138,26 @@ def fetch(
 
 
 def snapshot(repo: str, revision: str | None = None) -> tuple[Path, str]:
-    """Folder and commit of a model: configuration, tokenizer and safetensors weights.
+    """Folder and commit of a model, or of an adapter: configuration, tokenizer and safetensors.
 
     Weights are fetched last, so a snapshot with all weights is complete and needs no network.
     HubError if the repository has no safetensors: pickled weights are never read.
     """
-    config, commit = fetch(repo, "config.json", "model", revision)
-    folder = config.parent
-    if not _has_weights(folder):
+    try:
+        config, commit = fetch(repo, "config.json", "model", revision)
+    except HubFileMissing as missing:
+        try:
+            config, commit = fetch(repo, ADAPTER_CONFIG, "model", revision)
+        except HubFileMissing:
+            raise missing from None
+    folder, whole = config.parent, config.name != ADAPTER_CONFIG
+    if not (_has_weights(folder) if whole else (folder / ADAPTER).exists()):
         for name in SMALL_FILES:
             with suppress(HubFileMissing):
                 fetch(repo, name, "model", commit)
+        if not whole:
+            fetch(repo, ADAPTER, "model", commit)
+            return folder, commit
         try:
             fetch(repo, WEIGHTS, "model", commit)
         except HubFileMissing:

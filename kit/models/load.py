@@ -223,7 +223,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
     else:
         folder, revision = local(name)
     if (folder / "adapter_config.json").is_file():
-        return _merged(name, folder, dtype, device)
+        return _merged(name, folder, revision, dtype, device)
     return _from_folder(name, folder, revision, kind, where)
 
 
@@ -239,7 +239,7 @@ def local(name: str) -> tuple[Path, str]:
     return place, name
 
 
-def _merged(name: str, folder: Path, dtype: str, device: str) -> Model:
+def _merged(name: str, folder: Path, revision: str, dtype: str, device: str) -> Model:
     """The model that an adapter folder names, with the adapter merged into it."""
     files = [adapter.weights_file(folder), folder / "adapter_config.json"]
     named = adapter.base(folder)
@@ -255,7 +255,7 @@ def _merged(name: str, folder: Path, dtype: str, device: str) -> Model:
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = _tokenizer(name, folder)
     parts = [model.weights_hash, hash_files(files)]
-    revision = f"{name} merged into {named} ({model.revision}, {model.weights_hash})"
+    revision = f"{revision} merged into {named} ({model.revision}, {model.weights_hash})"
     return Model(name, weights, tokenizer, digest(parts, 12), revision)
 
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kit.budget import advisor
+from kit.hub import HubError
 from kit.models.load import load
+from tests.fake_hub import serve
 
 MODULES = ["q_proj", "down_proj"]
 
@@ -33,8 +35,8 @@ def lora(tiny_folder, tmp_path) -> Path:
     return trained(tiny_folder, tmp_path / "lora", config)
 
 
-def refused(folder: Path, words: str) -> None:
-    with pytest.raises(ValueError, match=words) as caught:
+def refused(folder: Path | str, words: str) -> None:
+    with pytest.raises((ValueError, HubError), match=words) as caught:
         load(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -73,6 +75,18 @@ def test_the_model_may_be_named_relative_to_the_adapter_by_the_hub_or_in_vain(
                          ("../gone", "model '../gone' cannot be loaded: No model at"),
                          (None, "model '' cannot be loaded")):  # fmt: skip
         refused(rewritten(lora, base_model_name_or_path=named), f"is an adapter, and its {words}")
+
+
+def test_an_adapter_of_the_hub_is_merged_at_a_commit(lora, hub_cache, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    names, commit = ["adapter_config.json", "adapter_model.safetensors"], "a" * 40
+    files = {f"org/lora/{name}": (lora / name).read_bytes() for name in names}
+    with serve(files, {"main": commit, commit: commit}) as log:
+        monkeypatch.setenv("HF_ENDPOINT", log[0])
+        model = load("hub:org/lora")
+        refused("hub:org/none", "not on the hub, or private")
+    assert model.revision.startswith(f"{commit} merged into ")
+    assert model.weights_hash == load(str(lora)).weights_hash == load("hub:org/lora").weights_hash
 
 
 def test_an_adapter_that_is_not_whole_or_not_of_this_model_is_one_sentence(lora):
