@@ -8,13 +8,15 @@ see `kit.analysis.stats`. Knows nothing of published numbers or verdicts.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.stats import t
 
 from kit.analysis import pareto, stats
+from kit.data import prompts
+from kit.evaluation import grader
 
 MEASURES = ("accuracy", "compliance", "finished", "accuracy_given_finished", "boxed", "majority")
 FILTERS = {  # key of a contrast to the column of the records that it restricts
@@ -283,6 +285,26 @@ def pooled(arm: str, trainings: Mapping[int, pd.DataFrame]) -> pd.DataFrame:
         [frame.assign(training=seed, **whole) for seed, frame in trainings.items()],
         ignore_index=True,
     )
+
+
+def constant(base: pd.DataFrame, answers: Mapping[str, str]) -> pd.DataFrame:
+    """The control of one who gives the same answer to every problem of a family: the records of
+    `base` that have a family in `answers`, with that answer and its grade."""
+    base = base[base["family"].isin(answers)].reset_index(drop=True)
+    texts = [f"Answer: {answers[family]}" for family in base["family"]]
+    golds = base["answer"].tolist()
+    grades = grader.grade_many(texts, golds, prompts.FORM, base["asks"].tolist())
+    graded = pd.DataFrame([asdict(grade) for grade in grades])
+    return base.assign(arm="constant", text=texts, finish="stop", new_tokens=0, **graded)
+
+
+def commonest(records: pd.DataFrame) -> pd.DataFrame:
+    """The commonest answer to each family, empty ones included, and its share in percent."""
+    rows = []
+    for family, answers in records.groupby("family")["extracted"]:
+        counts = answers.value_counts()
+        rows.append((family, counts.index[0], 100 * counts.iloc[0] / len(answers)))
+    return pd.DataFrame(rows, columns=["family", "answer", "share"]).set_index("family")
 
 
 def spread(records: pd.DataFrame) -> tuple[float, float]:

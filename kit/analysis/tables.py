@@ -20,6 +20,7 @@ from kit.pipeline import declared
 from kit.schema import digest
 
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
+CUT = 5.0  # points in the share of ended answers, above which a length limit may make a difference
 COSTS = ("new_tokens", "kv_reads_tokens", "kv_peak_bytes", "seconds")  # mean over samples
 LABELS = {  # heading of a column, where its name does not do; units where they are not obvious
     "accuracy": "accuracy, %",
@@ -32,6 +33,7 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "kv_peak_bytes": "peak KV, mean",
     "seconds": "seconds, mean",
     "difference": "difference, points",
+    "equal finish": "at equal finish, points",
     "n_needed": "n needed",
     "compression_x": "compression, x",
     "live_tokens": "live tokens, mean",
@@ -41,6 +43,7 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "kv_bytes": "KV allocated, mean",
     "on_frontier": "on the frontier",
     "families held out": "families held out, %",
+    "one answer": "one answer, %",
     "joules": "energy, J",
     "held_bytes": "held",
     "read_bytes": "read per query",
@@ -101,7 +104,9 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
     """Accuracy of `arm` minus that of each control, in points, paired by problem.
 
     The interval decides; `p` is of the test that it inverts, and `holm` adjusts it over all rows
-    but that of `primary`, the one contrast declared beforehand, which stands first.
+    but that of `primary`, the one contrast declared beforehand, which stands first. Where the arms
+    differ in how many of their answers ended by more than CUT points, `equal finish` is the
+    difference over the answers that did.
     """
     rows = []
     for control in [primary, *(name for name in controls if name != primary)]:
@@ -110,13 +115,26 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
         if found is not None:
             row = {"arm": arm, "control": control, "difference": _numbers(found)}
             row |= {"p": contrasts.p_value(contrast, records), "problems": found.n}
+            row |= {"equal finish": _at_equal_finish(contrast, records)}
             rows.append(row | {"primary": control == primary})
-    table = pd.DataFrame(rows, columns=["arm", "control", "difference", "p", "problems", "primary"])
+    columns = ["arm", "control", "difference", "p", "problems", "equal finish", "primary"]
+    table = pd.DataFrame(rows, columns=columns)
     others = ~table["primary"].astype(bool)
     table["holm"] = table["p"].astype(float)
     if others.any():
         table.loc[others, "holm"] = stats.holm(table.loc[others, "p"].astype(float))
     return table
+
+
+def _at_equal_finish(contrast: dict, records: pd.DataFrame) -> tuple[float, float, float] | None:
+    ended = [
+        100 * (records.loc[records["arm"] == contrast[side], "finish"] == "stop").mean()
+        for side in ("arm", "control")
+    ]
+    if abs(ended[0] - ended[1]) <= CUT:
+        return None
+    found = contrasts.compute(contrast | {"measure": "accuracy_given_finished"}, records)
+    return found and _numbers(found)
 
 
 def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms") -> pd.DataFrame:
@@ -153,7 +171,8 @@ def answers(records: pd.DataFrame) -> pd.DataFrame:
 
 def trained(frames: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.DataFrame:
     """Phase 2: accuracy of each arm on the families it was trained on, with its least and best
-    training seed, and on those held out."""
+    training seed, and on those held out. `one answer`: the share of the commonest answer to a
+    family, mean over families; an arm that has learnt the prior alone has 100."""
     rows = []
     for arm, frame in frames.items():
         known = frame["family"].isin(families)
@@ -162,6 +181,7 @@ def trained(frames: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.D
         row = {"arm": arm, "accuracy": share(here), "least seed": least, "best seed": best}
         row |= {"families held out": share(there) if len(there) else None}
         row |= {name: share(here, name) for name in ("compliance", "finished")}
+        row |= {"one answer": contrasts.commonest(here)["share"].mean()}
         rows.append(row | {"new_tokens": here["new_tokens"].mean()})
     return pd.DataFrame(rows)
 

@@ -43,6 +43,9 @@ def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd
     frames = {name: contrasts.frames(at, found["keys"], records)
               for name, at in found["frames"].items()}  # fmt: skip
     if stage == "04_phase2":
+        if "constants" in found:
+            base = frames["arms"]["base"]
+            frames["arms"]["constant"] = contrasts.constant(base, found["constants"])
         return _trained(caption, found["families"], frames)
     if stage == "05_parametric":
         return _told(caption, found, frames)

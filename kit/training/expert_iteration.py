@@ -24,7 +24,8 @@ from kit.reasoning_bank.strategy import Strategy
 from kit.schema import Problem, Prompt, Sampling, digest
 from kit.training import checkpoint_selection, rejection_sampling, sft
 
-ARMS = ("own", "kept", "internalised", "unfiltered")  # names in stored records, see `training_set`
+# Names in stored records, see `training_set`.
+ARMS = ("own", "kept", "internalised", "unfiltered", "distilled")
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,28 @@ def training_set(
     own           rejection sampling fine-tuning (RFT): correct answers to the plain question
     kept          RFT with context: correct answers sampled with memory, after the few-shot prompts
     internalised  context distillation: the same answers after the plain question
-    unfiltered    its control: as many answers sampled with memory, correct or not
+    unfiltered    its control: of each problem as many answers sampled with memory, right or not
+    distilled     as own, where `plain` has the answers of another, better model
 
     `plain` and `with_memory` are graded records without and with memory, `asked` the few-shot
     prompts. ValueError for an unknown arm.
     """
     if arm not in ARMS:
         raise ValueError(f"No arm {arm!r}; there are {', '.join(ARMS)}.")
-    chosen = rejection_sampling.accept(plain if arm == "own" else with_memory, cap, seed)
+    source = plain if arm in ("own", "distilled") else with_memory
+    chosen = rejection_sampling.accept(source, cap, seed)
     if arm == "unfiltered":
-        chosen = rejection_sampling.sample_unfiltered(with_memory, len(chosen), seed)
+        chosen = rejection_sampling.sample_unfiltered(source, chosen, seed)
     bare = prompts.build(prompts.plain, [prompt.problem for prompt in asked])
     return rejection_sampling.training_sequences(model, chosen, asked if arm == "kept" else bare)
+
+
+def commonest_answers(problems: Sequence[Problem]) -> dict[str, str]:
+    """The gold answer that most of the problems of each family have; of several the first by text.
+
+    What a model that has learnt nothing but this earns is `contrasts.constant`."""
+    table = pandas.DataFrame([(p.family, p.answer) for p in problems], columns=["family", "answer"])
+    return table.groupby("family")["answer"].agg(lambda answers: answers.mode()[0]).to_dict()
 
 
 def run_rounds(

@@ -32,12 +32,15 @@ def accept(records: pandas.DataFrame, cap: int = 2, seed: int = 0) -> pandas.Dat
     return once.groupby("problem_id").head(cap)
 
 
-def sample_unfiltered(records: pandas.DataFrame, count: int, seed: int = 0) -> pandas.DataFrame:
-    """The control: `count` finished answers, correct or not, drawn by hash of `seed`."""
-    finished = records[records["finish"] == "stop"]
-    if len(finished) < count:
-        raise ValueError(f"{len(finished)} answers ended, {count} are asked for; sample more.")
-    return _shuffled(finished, seed).head(count)
+def sample_unfiltered(
+    records: pandas.DataFrame, accepted: pandas.DataFrame, seed: int = 0
+) -> pandas.DataFrame:
+    """The control of `accepted`, a part of `records`: as many ended answers of each problem, right
+    or wrong, drawn by hash of `seed`."""
+    counts = accepted["problem_id"].value_counts()
+    ended = records[(records["finish"] == "stop") & records["problem_id"].isin(counts.index)]
+    ended = _shuffled(ended, seed)
+    return ended[ended.groupby("problem_id").cumcount() < ended["problem_id"].map(counts)]
 
 
 def with_reward_variance(

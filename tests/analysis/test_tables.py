@@ -264,6 +264,23 @@ def test_holm_is_over_the_further_contrasts():
     assert found.loc["other0", "holm"] > found.loc["other0", "p"]
 
 
+def test_arms_that_differ_in_what_was_cut_are_shown_at_equal_finish():
+    """Of ten plain answers two are right and three, of the others, were cut."""
+    arms = {"trained": 10, "plain": 2}
+
+    def shown(cut: int) -> pd.Series:
+        rows = [
+            {"problem_id": f"p{number}", "arm": arm, "correct": number < right,
+             "finish": "length" if arm == "plain" and number >= 10 - cut else "stop"}
+            for arm, right in arms.items() for number in range(10)
+        ]  # fmt: skip
+        return tables.against(frame(*rows), "trained", ["plain"], "plain").iloc[0]
+
+    assert shown(3)["difference"][0] == shown(0)["difference"][0] == pytest.approx(80)
+    assert shown(3)["equal finish"][0] == pytest.approx(100 * 5 / 7)
+    assert shown(0)["equal finish"] is None
+
+
 def test_an_arm_that_was_not_run_has_no_row():
     found = tables.against(three_arms(), "format", ["nothing"], "plain")
     assert found["control"].tolist() == ["plain"]

@@ -26,8 +26,9 @@ def answers(arm: str, rate: float, seed: int = 0, samples: int = 1, n: int = 12)
              family=(*FAMILIES, "lcm")[number % 3], level=1 + number % 3, arm=arm, seed=seed,
              sample=sample, model=f"m{seed}", weights_hash=f"h{seed}", policy="full",
              temperature=0.6, finish="stop", method="boxed", compliant=True, correct=correct,
-             extracted="4" if correct else "5", prompt_tokens=20, new_tokens=5 + number,
-             kv_reads_tokens=9.0, kv_peak_bytes=100, seconds=0.1)
+             extracted="4" if correct else "5", answer="4", asks="any",
+             prompt_tokens=20, new_tokens=5 + number, kv_reads_tokens=9.0, kv_peak_bytes=100,
+             seconds=0.1)
         for number, sample in product(range(n), range(samples))
         for correct in [bool(rng.random() < rate)]
     ]  # fmt: skip
@@ -70,12 +71,14 @@ def test_frames_come_back_from_their_records_in_their_order():
 
 def test_phase_2():
     frames = {"base": trained("base", 0.2, 1), "internalised": trained("internalised", 0.6, 3)}
+    stored_frames, constants = dict(frames), {"gcd": "4", "sum": "5"}
+    frames["constant"] = contrasts.constant(frames["base"], constants)
     ways = {"without the bank": trained("w", 0.3, 3), "with the bank": trained("v", 0.5, 3)}
     ways["with the bank"] = ways["with the bank"].query("family in @FAMILIES")
-    records, keys = stored(*frames.values(), *ways.values())
-    parts = {"arms": frames, "rounds": ways}
+    records, keys = stored(*stored_frames.values(), *ways.values())
+    parts = {"arms": stored_frames, "rounds": ways}
     found = through_json({
-        "keys": keys, "families": FAMILIES,
+        "keys": keys, "families": FAMILIES, "constants": constants,
         "frames": {name: contrasts.places(part, keys) for name, part in parts.items()},
     })  # fmt: skip
     shown = {recompute.TRAINED: tables.trained(frames, FAMILIES),
@@ -95,7 +98,10 @@ def test_phase_2():
     assert rounds.groupby("way")["round"].apply(list).to_dict() == {
         way: [0, 1, 2] for way in ("without the bank", "with the bank", "families held out")
     }
-    assert [*shown[recompute.TAUGHT]["control"]] == ["base"]
+    assert [*shown[recompute.TAUGHT]["control"]] == ["base", "constant"]
+    constant = shown[recompute.TRAINED].set_index("arm").loc["constant"]
+    assert constant["accuracy"][0] == 50 and constant["one answer"] == 100
+    assert constant["families held out"] is None
 
 
 def test_thinned_caches():

@@ -12,7 +12,7 @@ from kit.evaluation.store import Store
 from kit.models.embedder import load as load_embedder
 from kit.models.load import BUNDLED
 from kit.reasoning_bank.bank import ReasoningBank
-from kit.schema import Sampling
+from kit.schema import Problem, Sampling
 from kit.training import expert_iteration, sft
 from kit.training.expert_iteration import Plan
 
@@ -87,7 +87,7 @@ def test_arms_differ_in_what_they_say_and_in_nothing_else(bundled, bank):
 
     said = {arm: [answer for _, answer in parts(arm)] for arm in made}
     assert all(text.startswith("plain") for text in said["own"])
-    assert said["kept"] == said["internalised"]
+    assert said["kept"] == said["internalised"] and said["distilled"] == said["own"]
     assert sum("nothing" in text for text in said["unfiltered"]) > 0
     assert not any("nothing" in text for arm in ("own", "kept") for text in said[arm])
     assert all(asks.count("<|im_start|>user") == 3 for asks, _ in parts("kept"))
@@ -95,6 +95,12 @@ def test_arms_differ_in_what_they_say_and_in_nothing_else(bundled, bank):
         assert all(asks.count("<|im_start|>user") == 1 for asks, _ in parts(arm)), arm
     with pytest.raises(ValueError, match="No arm 'other'; there are own, kept"):
         expert_iteration.training_set("other", bundled, *frames, asked, cap=1)
+
+
+def test_the_commonest_answer_of_a_family():
+    kinds = [("gcd", "1"), ("gcd", "1"), ("gcd", "6"), ("lcm", "12"), ("lcm", "4")]
+    made = [Problem(f"p{i}", "?", answer, kind, 1, "t") for i, (kind, answer) in enumerate(kinds)]
+    assert expert_iteration.commonest_answers(made) == {"gcd": "1", "lcm": "12"}
 
 
 def test_rounds_grow_the_bank_train_anew_and_go_on_after_a_kill(

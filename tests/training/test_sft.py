@@ -55,9 +55,16 @@ def test_nothing_to_learn_from_is_one_sentence():
         rejection_sampling.accept(RECORDS[~RECORDS["correct"] | (RECORDS["finish"] == "length")])
     with pytest.raises(ValueError, match="cap is 0"):
         rejection_sampling.accept(RECORDS, cap=0)
-    with pytest.raises(ValueError, match="10 answers ended, 99 are asked for"):
-        rejection_sampling.sample_unfiltered(RECORDS, 99)
-    assert not rejection_sampling.sample_unfiltered(RECORDS, 10)["correct"].all(), "right or wrong"
+
+
+def test_the_unfiltered_control_has_as_many_answers_of_each_problem():
+    accepted, drawn = rejection_sampling.accept(RECORDS, cap=2), []
+    for seed in range(9):
+        found = rejection_sampling.sample_unfiltered(RECORDS, accepted, seed)
+        assert found["problem_id"].value_counts().to_dict() == {"easy": 2, "hard": 1}
+        assert not found.duplicated("key").any() and set(found["finish"]) == {"stop"}
+        drawn.append(found.query("problem_id == 'hard'")["correct"].item())
+    assert set(drawn) == {True, False}, "right or wrong"
 
 
 def test_learnable_problems_are_neither_always_nor_never_solved():
