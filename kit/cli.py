@@ -180,6 +180,7 @@ def advise(
     memory: Annotated[str, Option(help="of the device: 24GiB, or 24GB")],
     model: ModelName,
     context: Annotated[str, Option(help="tokens of a question and its answer: 32k")],
+    explain: Annotated[bool, Option("--explain", help="the evidence behind each choice")] = False,
     profile: Profile = None,
     as_json: Json = False,
 ) -> None:
@@ -194,26 +195,34 @@ def advise(
         limit, tokens = advisor.size(memory), advisor.tokens(context)
         sizes = advisor.sizes(model)
         rows = advisor.load(run_dir(profile), model)
-        options = advisor.measured(sizes, tokens, rows) if rows else advisor.options(sizes, tokens)
+        options = advisor.candidates(sizes, tokens, rows)
         chosen, why = advisor.choose(options, limit)
     except (ValueError, hub.HubError) as error:
         raise Refused(str(error), 2) from error
     if as_json:
         totals = {each: each.configuration.total() for each in options}
         configurations = [
-            {"name": each.name, "bytes": total, "fits": total <= limit, "accuracy": each.accuracy}
+            {
+                "name": each.name,
+                "bytes": total,
+                "fits": total <= advisor.usable(limit),
+                "accuracy": each.accuracy,
+            }
             for each, total in totals.items()
         ]
-        print(
-            json.dumps({"run": chosen.name, "why": why, "configurations": configurations}, indent=1)
-        )
+        said = {"run": chosen.name, "why": why, "configurations": configurations}
+        print(json.dumps(said, indent=1))
         return
     print(f"{model} at {tokens:,} tokens in {ledger.text(limit)}\n")
-    shown = advisor.table(options if rows else advisor.narrow(options, chosen), limit)
+    known = chosen.accuracy is not None
+    shown = advisor.table(options if known else advisor.narrow(options, chosen), limit)
     heads = ["configuration", "GiB", "fits", "accuracy, percent"]
     print(tabulate(shown, heads, disable_numparse=True))
     print(f"\nRun: {chosen.name}\nWhy: {why}\n")
     print("\n".join(advisor.arithmetic(chosen)))
+    if explain and not known:
+        print("\n" + "\n".join(f"- {said}. {evidence}" for said, evidence in
+                               advisor.reasons(chosen, limit)))  # fmt: skip
 
 
 @app.command(**_example("estimate quick laptop"))

@@ -1,8 +1,10 @@
 """The advisor: which configurations of a model fit into a given memory, and which one to run.
 
 Bytes come from the ledger (`kit.budget.ledger`), accuracies from notebook 06 on this machine. Where
-it has not measured the model, the choice follows findings 1, 3 and 5 of
-https://arxiv.org/abs/2510.10964, and says so.
+it has not measured the model at such a length, the order is: the whole cache before an evicted one,
+8 bit or more before 4, first of the weights and then of the cache, and votes only when each keeps a
+cache of its own. `reasons` says what stands behind each step: https://arxiv.org/abs/2510.10964
+(findings 1 to 3), or what this kit measured.
 """
 
 import dataclasses
@@ -26,9 +28,11 @@ WIDTHS = (1, 4, 8, 16)
 KV_BITS, KEPT = (16, 8, 4), (1.0, 0.5, 0.25)
 SWITCH = sum(ledger.weights(QWEN3["Qwen3-4B"], Packing(8)).values())  # bytes: findings 1 and 3
 VOTES = ((16.4e9, 4), (28.9e9, 8))  # from so many bytes on so many votes pay: finding 3
-BELOW = "smaller than an 8-bit Qwen3-4B: bytes go to the weights, and votes do not pay"
-ABOVE = "as large as an 8-bit Qwen3-4B: 8 bit are enough, then come votes, up to {most} here"
-CACHE = "a cache is evicted before it is quantised (arXiv 2510.10964, findings 1, 3 and 5)"
+EVICTION = "TOVA"  # the policy meant by an evicted cache, `kit.inference.policies.TOVA`
+RESERVE = 0.1  # of the memory: runtime, activations, logits; as much as vLLM leaves by default
+NEAR = 2  # times the length that a sweep has measured, up to which it is believed
+PAPER = "published (arXiv 2510.10964, finding {})"
+HERE = "measured on the bundled model"
 
 
 class DoesNotFitError(ValueError):
@@ -48,7 +52,8 @@ class Option:
     def name(self) -> str:
         """Human-readable."""
         c = self.configuration
-        kept = self.policy or ("whole" if c.kept == 1 else f"evicted to {100 * c.kept:.0f}%")
+        evicted = f"evicted to {100 * c.kept:.0f}% by {EVICTION}"
+        kept = self.policy or ("whole" if c.kept == 1 else evicted)
         votes = f", {c.width} votes" if c.width > 1 else ""
         return f"weights {c.packing.bits}-bit, cache {kept} at {c.kv_bits}-bit{votes}"
 
@@ -138,21 +143,44 @@ def _kept(row: dict, context: int) -> float:
     return min(1.0, int(size) / context) if size.isdigit() else row["kept"]
 
 
+def candidates(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option]:
+    """What may be run at `context` tokens: what the sweep in `rows` measured, if it read sequences
+    at least 1/NEAR as long, else all configurations. ValueError where the model reads fewer
+    tokens."""
+    if 0 < a.context < context:
+        raise ValueError(
+            f"context is {context:,} tokens, and this model reads {a.context:,} at most by its "
+            f"config.json; ask for a shorter one, or for another model"
+        )
+    each = ledger.keys_and_values(a, 1)
+    whole = [row["kv_bytes"] / each / row["width"] for row in rows
+             if row["kv_bits"] == 16 and row["kept"] == 1]  # fmt: skip
+    near = context <= NEAR * max(whole, default=0)
+    return measured(a, context, rows) if near else options(a, context)
+
+
+def usable(memory: int) -> int:
+    """Bytes of `memory` that weights and caches may take: all but the RESERVE."""
+    return round((1 - RESERVE) * memory)
+
+
 def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
-    """The option to run within `memory` bytes, and why; DoesNotFitError where none fits.
+    """The option to run within the `usable` part of `memory` bytes, and why; DoesNotFitError where
+    none fits.
 
     Where accuracy was measured, the smallest within one standard error of the most accurate: the
     best of many is so in part by luck (the one-standard-error rule, Breiman et al. 1984, section
-    3.4.3). Else by the published findings.
+    3.4.3). Else in the order that `reasons` gives reasons for.
     """
-    fits = [option for option in found if option.configuration.total() <= memory]
+    room = usable(memory)
+    fits = [option for option in found if option.configuration.total() <= room]
     if not fits:
         least = min(found, key=lambda option: option.configuration.total())
         need = least.configuration.total()
         raise DoesNotFitError(
-            f"nothing fits into {ledger.text(memory)}: the smallest, {least.name}, needs "
-            f"{ledger.text(need)}, {ledger.text(need - memory)} more; take a smaller model or a "
-            f"shorter context"
+            f"nothing fits into {ledger.text(memory)}, of which {100 * RESERVE:.0f}% are reserved: "
+            f"the smallest, {least.name}, needs {ledger.text(need)}, {ledger.text(need - room)} "
+            f"more; take a smaller model or a shorter context"
         )
     if all(option.accuracy for option in fits):
         top = max(fits, key=lambda option: option.accuracy[0])
@@ -165,17 +193,54 @@ def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
             f"{len(close)} within one standard error of the most accurate of {len(fits)} that fit "
             f"({top.name}, {estimate:.1f} percent), whose lead is in part luck"
         )
-    a = fits[0].configuration.architecture
-    large = sum(ledger.weights(a, Packing(8)).values()) >= SWITCH
-    most = max([1, *(count for least, count in VOTES if large and memory >= least)])
+    most = paying_votes(fits[0].configuration.architecture, memory)
 
     def worth(option: Option) -> tuple:
         c = option.configuration
-        votes = -1 if c.width > most else c.width
-        return large and c.packing.bits == 8, c.packing.bits, votes, c.kv_bits, c.kept
+        votes = c.width if c.width <= most and c.kept == 1 else -c.width
+        return c.kept, c.packing.bits >= 8, c.kv_bits >= 8, votes, c.packing.bits, c.kv_bits
 
-    rule = ABOVE.format(most=most) if large else BELOW
-    return max(fits, key=worth), f"published, not measured here; {rule}; {CACHE}"
+    best = max(fits, key=worth)
+    return best, "not measured here; " + "; ".join(said for said, _ in reasons(best, memory))
+
+
+def paying_votes(a: Architecture, memory: int) -> int:
+    """Answers to vote over that pay, by finding 3: one below an 8-bit Qwen3-4B."""
+    large = sum(ledger.weights(a, Packing(8)).values()) >= SWITCH
+    return max([1, *(count for least, count in VOTES if large and memory >= least)])
+
+
+def reasons(option: Option, memory: int) -> list[tuple[str, str]]:
+    """Why a configuration that was not measured is advised: sentences, each with its evidence."""
+    c = option.configuration
+    made = []
+    if c.kept == 1:
+        made.append(
+            (
+                "the cache is whole, since bits cost less than tokens",
+                f"{HERE}: untrained "
+                f"eviction to 60% costs 0.24 nats a token, a 4-bit cache 0.01 (LOG.md)",
+            )
+        )
+    else:
+        made.append((f"the cache is evicted to {100 * c.kept:.0f}% as even 4 bit do not fit whole",
+                     f"{HERE}: {EVICTION} costs least of the untrained policies at a third of the "
+                     f"cache; a trained DMS evictor costs less still (notebook 03)"))  # fmt: skip
+    if c.packing.bits >= 8:
+        made.append((f"{c.packing.bits}-bit weights", f"{HERE}: 8 bit cost 0.001 nats a token, 4 "
+                     f"bit 0.31; and {PAPER.format(2)}: mathematics needs 8 bit"))  # fmt: skip
+    else:
+        made.append(("4-bit weights, since 8 bit do not fit", f"{PAPER.format(2)}: enough for "
+                     f"knowledge, not for mathematics"))  # fmt: skip
+    made.append((f"keys and values at {c.kv_bits} bit",
+                 f"{HERE}: 8 bit cost next to nothing, 4 bit 0.01 nats a token"))  # fmt: skip
+    most = paying_votes(c.architecture, memory)
+    few = f"votes pay from an 8-bit Qwen3-4B on, up to {most} in this memory"
+    said = f"{c.width} votes" if c.width > 1 else "one answer"
+    made.append((said, f"{PAPER.format(3)}: {few}; each with a cache of its own"))
+    reserve = ledger.text(memory - usable(memory))
+    made.append((f"{reserve} are left free", "assumed: runtime, activations and logits"))
+    return made
 
 
 def load(folder: Path, model: str) -> list[dict]:
@@ -207,8 +272,9 @@ def arithmetic(option: Option) -> list[str]:
 
 
 def table(found: Sequence[Option], memory: int) -> list[list]:
-    """Rows for display: configuration, GiB, whether it fits, accuracy; smallest first."""
-    rows = []
+    """Rows for display: configuration, GiB, whether it fits into the `usable` part of `memory`,
+    accuracy; smallest first."""
+    rows, memory = [], usable(memory)
     for option in sorted(found, key=lambda option: option.configuration.total()):
         total = option.configuration.total()
         fits = "yes" if total <= memory else f"{(total - memory) / ledger.GIB:.2f} GiB too much"

@@ -39,6 +39,7 @@ class Architecture:
     tied: bool  # one table for embeddings and head
     norms: int  # numbers in all norms
     windows: tuple[int | None, ...] = ()  # sliding window of each layer; () for none
+    context: int = 0  # tokens that it reads at most; 0 where that is not known
 
     @property
     def linear(self) -> tuple[tuple[int, int], ...]:
@@ -85,8 +86,16 @@ def architecture(config: PretrainedConfig) -> Architecture:
         layers, hidden, config.num_attention_heads, config.num_key_value_heads, head,
         config.intermediate_size, config.vocab_size, bool(config.tie_word_embeddings),
         layers * (each[family] + bias * (family == "qwen2")) + hidden,
-        tuple(layer_windows(config)),
+        tuple(layer_windows(config)), _longest(config),
     )  # fmt: skip
+
+
+def _longest(config: PretrainedConfig) -> int:
+    """Tokens that a config allows, with the factor by which its rotary embeddings are stretched."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or 0
+    stretched = round(original * (rope.get("factor") or 1))
+    return max(stretched, getattr(config, "max_position_embeddings", None) or 0)
 
 
 def _qwen3(layers: int, hidden: int, heads: int, intermediate: int, tied: bool) -> Architecture:
