@@ -64,10 +64,11 @@ class Architecture:
         """Parameters of the whole model."""
         return self.linear_parameters + self.embedding_parameters + self.norms
 
-    def kv_numbers(self, tokens: float) -> float:
-        """Numbers in the keys and values of one sequence of `tokens` live tokens."""
+    def kv_numbers(self, tokens: float, kept: float = 1.0) -> float:
+        """Numbers in the keys and values of one sequence of `tokens` tokens; the layers without a
+        sliding window keep the share `kept` of them, as policies leave the others alone."""
         windows = self.windows or (None,) * self.layers
-        live = sum(tokens if window is None else min(window, tokens) for window in windows)
+        live = sum(kept * tokens if window is None else min(window, tokens) for window in windows)
         return 2 * self.kv_heads * self.head_dim * live
 
 
@@ -168,14 +169,19 @@ def weights(a: Architecture, packing: Packing = Packing()) -> dict[str, int]:  #
 
 
 def keys_and_values(
-    a: Architecture, tokens: float, quantized: Quantized | None = None, native_bits: int = 16
+    a: Architecture,
+    tokens: float,
+    quantized: Quantized | None = None,
+    native_bits: int = 16,
+    kept: float = 1.0,
 ) -> float:
-    """Bytes of the keys and values of one sequence with `tokens` live tokens; what a quantised
-    cache keeps exact as well is counted twice, as it is stored."""
+    """Bytes of the keys and values of one sequence of `tokens` tokens, `kept` of them live, see
+    `Architecture.kv_numbers`; what a quantised cache keeps exact as well is counted twice, as it is
+    stored."""
     if quantized is None:
-        return a.kv_numbers(tokens) * native_bits / 8
+        return a.kv_numbers(tokens, kept) * native_bits / 8
     exact = a.kv_numbers(quantized.residual) * native_bits / 8
-    return a.kv_numbers(tokens) * quantized.bits_per_value / 8 + exact
+    return a.kv_numbers(tokens, kept) * quantized.bits_per_value / 8 + exact
 
 
 @dataclass(frozen=True)
@@ -205,10 +211,10 @@ class Configuration:
         length = self.tokens + self.strategies
 
         def live_bytes(tokens: float) -> float:
-            return keys_and_values(self.architecture, tokens, self.quantized, native)
+            return keys_and_values(self.architecture, tokens, self.quantized, native, self.kept)
 
-        live = self.width * live_bytes(self.kept * length)
-        without = self.width * live_bytes(self.kept * self.tokens)
+        live = self.width * live_bytes(length)
+        without = self.width * live_bytes(self.tokens)
         shared = {**weights(self.architecture, self.packing), "evictor": self.evictor}
         found = {name: count / batch for name, count in shared.items()}
         found["keys and values"] = without

@@ -220,7 +220,7 @@ def scenarios(
         frame = at(records, cut)
         spent = Configuration(
             sizes, packing, tokens=round(frame["prompt_tokens"].mean() + cut),
-            kept=_kept(frame), quantized=ledger.cache(sizes, run.kv_bits), **held,
+            kept=_kept(frame, sizes), quantized=ledger.cache(sizes, run.kv_bits), **held,
         )  # fmt: skip
         mean = frame[["kv_reads_tokens", "kv_peak_bytes", "seconds", "joules"]].mean()
         for width in grid.widths:
@@ -239,10 +239,15 @@ def at(records: pd.DataFrame, cut: int) -> pd.DataFrame:
     return records[records["arm"].str.endswith(f" at {cut}")]
 
 
-def _kept(frame: pd.DataFrame) -> float:
-    """Share of a sequence that its cache held at its peak, measured."""
+def _kept(frame: pd.DataFrame, a: Architecture) -> float:
+    """Share of a sequence that the layers without a sliding window held at their peak, measured."""
     whole = frame["prompt_tokens"] + frame["new_tokens"] - 1
-    return min(1.0, float((frame["kv_peak_tokens"] / whole).mean()))
+    windows = [window for window in a.windows if window is not None]
+    if len(windows) == a.layers:
+        return 1.0
+    sliding = sum(np.minimum(whole, window) for window in windows)  # `kv_peak_tokens` is a mean
+    live = (a.layers * frame["kv_peak_tokens"] - sliding) / (a.layers - len(windows))
+    return min(1.0, float((live / whole).mean()))
 
 
 def refused(

@@ -1,11 +1,12 @@
 """The ledger: table 1 of the paper, and formulas against allocated bytes."""
 
+import pandas as pd
 import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from kit.analysis import claims
-from kit.budget import ledger
+from kit.budget import ledger, sweep
 from kit.budget.ledger import GIB, QWEN3, Configuration, Packing
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Window
@@ -123,6 +124,17 @@ def test_sliding_layers_hold_their_window():
     native = 8 * model.dtype.itemsize
     found = ledger.measured_cache(model.weights, 2, 480)
     near(2 * ledger.keys_and_values(a, 480, native_bits=native), found)
+    thinned = ledger.measured_cache(model.weights, 2, 4800, Window(480), kept=0.1)
+    near(2 * ledger.keys_and_values(a, 4800, native_bits=native, kept=0.1), thinned)
+    c = ledger.Configuration(a, ledger.Packing(native_bits=native), tokens=4800, kept=0.1)
+    near(2 * c.parts()["keys and values"], thinned)
+
+
+def test_what_a_sweep_measured_is_kept_of_the_layers_that_a_policy_thins():
+    """Two layers of four slide over 24 tokens; the others hold a tenth of 480."""
+    a = ledger.architecture(RANDOM["gemma3"]())
+    frame = pd.DataFrame({"prompt_tokens": [81], "new_tokens": [400], "kv_peak_tokens": [36.0]})
+    assert sweep._kept(frame, a) == pytest.approx(0.1)
 
 
 def test_where_keys_and_values_weigh_as_much_as_the_weights(bundled):
