@@ -122,11 +122,11 @@ def _phase2(given) -> tuple[float, float]:
     plan, sft = Plan(**given.PLAN), of(SFTConfig(), given.SFT)
     reinforced = of(RECIPES[given.GRPO_ON[0]], given.GRPO)
     train, validation, test = given.PROBLEMS
-    each = answer(plan.max_new_tokens)
+    each, asked = answer(plan.max_new_tokens), answer(given.EXAM_TOKENS)
     rolled = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
     exams = 2 + len(sft.arms) * sft.seeds + reinforced.seeds
     decoded = train * plan.samples * (1 + given.ROUNDS) * each
-    decoded += (1.5 * exams + 2 * given.ROUNDS) * test * each + exams * validation * each
+    decoded += ((1.5 * test + validation) * exams + 2 * given.ROUNDS * test) * asked
     decoded += rolled * answer(reinforced.max_new_tokens)
     trainings = len(sft.arms) * sft.seeds + given.ROUNDS - 1
     return decoded, trainings * sft.steps * sft.batch * 2 * each + rolled * 2 * each

@@ -239,6 +239,7 @@ def grpo(
     ValueError for fewer problems than groups, for a gold answer that the grader cannot read, and
     for rollouts under DMS that the recipe leaves uncorrected.
     """
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is pinned with TRL
     import datasets  # these take seconds to import
     import trl
 
