@@ -122,7 +122,8 @@ def _phase2(given) -> tuple[float, float]:
     plan, sft = Plan(**given.PLAN), of(SFTConfig(), given.SFT)
     reinforced = of(RECIPES[given.GRPO_ON[0]], given.GRPO)
     train, validation, test = given.PROBLEMS
-    each, asked = answer(plan.max_new_tokens), answer(given.EXAM_TOKENS)
+    each = answer(plan.max_new_tokens)
+    asked = answer(min(given.EXAM_TOKENS, plan.max_new_tokens))  # few go on beyond that
     rolled = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
     exams = 2 + len(sft.arms) * sft.seeds + reinforced.seeds
     decoded = train * plan.samples * (1 + given.ROUNDS) * each

@@ -38,6 +38,7 @@ class Plan:
     cap: int = 2  # most training examples per problem
     max_new_tokens: int = 64
     temperature: float = 0.8
+    teacher: str = ""  # a better model, whose correct answers the arm "distilled" learns
 
     @property
     def sampling(self) -> Sampling:
