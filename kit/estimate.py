@@ -123,7 +123,7 @@ def _phase2(given) -> tuple[float, float]:
     reinforced = of(RECIPES[given.GRPO_ON[0]], given.GRPO)
     train, validation, test = given.PROBLEMS
     each = answer(plan.max_new_tokens)
-    asked = answer(min(given.EXAM_TOKENS, plan.max_new_tokens))  # few go on beyond that
+    asked = answer(min(plan.exam_tokens, plan.max_new_tokens))  # few go on beyond that
     rolled = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
     exams = 2 + len(sft.arms) * sft.seeds + reinforced.seeds
     decoded = train * plan.samples * (1 + given.ROUNDS) * each

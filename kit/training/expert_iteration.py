@@ -38,6 +38,7 @@ class Plan:
     cap: int = 2  # most training examples per problem
     max_new_tokens: int = 64
     temperature: float = 0.8
+    exam_tokens: int = 256  # where an answer of an exam is cut: 95% of those of every arm end
     teacher: str = ""  # a better model, whose correct answers the arm "distilled" learns
 
     @property
