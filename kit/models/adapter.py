@@ -40,6 +40,13 @@ def base(folder: Path) -> str:
     return named if known else f"hub:{named}"
 
 
+def talks(folder: Path) -> bool:
+    """Whether an adapter has a tokenizer with a chat template, for which it was trained."""
+    config = folder / "tokenizer_config.json"
+    inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+    return inside or (config.is_file() and (folder / "chat_template.jinja").is_file())
+
+
 def merge(weights: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`weights` with the adapter of a folder added to them, for good.
 

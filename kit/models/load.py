@@ -207,11 +207,18 @@ def _dtype(name: str, parameter: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) -> Model:
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    tokenizer: Path | None = None,
+) -> Model:
     """Resolve `name` to a Model in eval mode.
 
-    `dtype` is "auto" (see `default_dtype`) or one of DTYPES; `seed` is that of `random:` weights.
-    Raises ModelError, or hub.HubError if the hub cannot deliver.
+    `dtype` is "auto" (see `default_dtype`) or one of DTYPES; `seed` is that of `random:` weights;
+    `tokenizer` is a folder with another one than the model's own. Raises ModelError, or
+    hub.HubError if the hub cannot deliver.
     """
     where = default_device() if device == "auto" else torch.device(device)
     kind = default_dtype(where) if dtype == "auto" else _dtype(dtype, "dtype")
@@ -223,8 +230,9 @@ def load(name: str, dtype: str = "auto", device: str = "auto", seed: int = 0) ->
     else:
         folder, revision = local(name)
     if (folder / "adapter_config.json").is_file():
-        return _merged(name, folder, revision, dtype, device)
-    return _from_folder(name, folder, revision, kind, where)
+        talks = tokenizer or (folder if adapter.talks(folder) else None)
+        return _merged(name, folder, revision, dtype, device, talks)
+    return _from_folder(name, folder, revision, kind, where, tokenizer or folder)
 
 
 def local(name: str) -> tuple[Path, str]:
@@ -239,24 +247,21 @@ def local(name: str) -> tuple[Path, str]:
     return place, name
 
 
-def _merged(name: str, folder: Path, revision: str, dtype: str, device: str) -> Model:
+def _merged(name: str, folder: Path, revision: str, dtype, device, tokenizer: Path | None) -> Model:
     """The model that an adapter folder names, with the adapter merged into it."""
     files = [adapter.weights_file(folder), folder / "adapter_config.json"]
     named = adapter.base(folder)
     try:
-        model = load(named, dtype, device)
+        model = load(named, dtype, device, tokenizer=tokenizer)
     except (ValueError, hub.HubError) as error:
         raise ModelError(
             f"{name!r} is an adapter, and its model {named!r} cannot be loaded: {error} (Or put a "
             f"folder into base_model_name_or_path of its adapter_config.json.)"
         ) from error
     weights = adapter.merge(model.weights, folder).requires_grad_(False).eval()
-    tokenizer = model.tokenizer
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = _tokenizer(name, folder)
     parts = [model.weights_hash, hash_files(files)]
     revision = f"{revision} merged into {named} ({model.revision}, {model.weights_hash})"
-    return Model(name, weights, tokenizer, digest(parts, 12), revision)
+    return Model(name, weights, model.tokenizer, digest(parts, 12), revision)
 
 
 def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
@@ -269,7 +274,7 @@ def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
     if not tokenizer.chat_template:
         raise ModelError(
             f"{name!r} has no chat template, so it cannot be asked by messages; take an "
-            f"instruction-tuned model, or put a chat_template.jinja into its folder."
+            f"instruction-tuned model, or put a chat_template.jinja into {folder}."
         )
     templates = tokenizer.chat_template
     plain = templates if isinstance(templates, str) else templates["default"]
@@ -292,7 +297,7 @@ def _refusal(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"leaves out what the {lost[-1]} says" if lost else ""
 
 
-def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
+def _from_folder(name, folder: Path, revision: str, dtype, device, tokenizer: Path) -> Model:
     """Load safetensors and tokenizer from a local folder, without remote code."""
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -315,7 +320,7 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
             trust_remote_code=False,  # if unset, transformers asks on the terminal
             output_loading_info=True,
         )
-        tokenizer = _tokenizer(name, folder)
+        talks = _tokenizer(name, tokenizer)
     except ImportError as error:  # of the package that reads a GPTQ or AWQ checkpoint
         raise ModelError(
             f"Cannot load {name!r}: {str(error).splitlines()[0]} (not part of the kit: pip install "
@@ -332,7 +337,7 @@ def _from_folder(name, folder: Path, revision: str, dtype, device) -> Model:
         )
     weights.config.use_cache = True  # off in some published checkpoints: 200x slower
     weights = _served(name, weights.to(device).eval())
-    return Model(name, weights, tokenizer, weights_hash[:12], revision)
+    return Model(name, weights, talks, weights_hash[:12], revision)
 
 
 def _served(name: str, weights: PreTrainedModel) -> PreTrainedModel:

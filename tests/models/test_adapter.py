@@ -1,6 +1,7 @@
 """Adapter folders: merged into the model that they name, whole or not at all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_the_model_may_be_named_relative_to_the_adapter_by_the_hub_or_in_vain(
                          ("../gone", "model '../gone' cannot be loaded: No model at"),
                          (None, "model '' cannot be loaded")):  # fmt: skip
         refused(rewritten(lora, base_model_name_or_path=named), f"is an adapter, and its {words}")
+
+
+def test_a_base_model_learns_to_chat_by_its_adapter(lora, tiny, tiny_folder, tmp_path):
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    rewritten(lora, base_model_name_or_path=str(base))
+    refused(lora, "cannot be loaded: .*has no chat template")
+    tiny.tokenizer.save_pretrained(lora)
+    assert load(str(lora)).tokenizer.chat_template == tiny.tokenizer.chat_template
 
 
 def test_an_adapter_of_the_hub_is_merged_at_a_commit(lora, hub_cache, monkeypatch):
