@@ -510,24 +510,24 @@ def train_bank(
     print(trained or "These subtrees are done, others are not: the last to end makes the bank.")
 
 
-@app.command("freeze-problems", **_example("freeze-problems --families chain_sum,gcd --show"))
+@app.command("freeze-problems", **_example("freeze-problems school --families rates --show"))
 def freeze_problems(
+    suite: Annotated[str, Argument(help="laptop or school")],
     families: Annotated[
         str, Option(help="of problems, separated by commas", show_default="all")
     ] = "",
     seed: Annotated[int, Option(help="of the generators")] = 0,
     show: Annotated[bool, Option("--show", help="print examples, write nothing")] = False,
 ) -> None:
-    """Generate the problems of the laptop suite anew and write them to data/problems."""
+    """Generate the problems of a suite anew and write them to data/problems."""
     from kit.data import generated
-    from kit.data.generated import FAMILIES
 
-    names = families.split(",") if families else [*FAMILIES]
     with _in_one_sentence():
+        names = families.split(",") if families else generated.families_of(suite)
         if show:
-            generated.show(names, generated.PER_LEVEL["test"], seed)
+            generated.show(names, seed)
         else:
-            manifest = generated.freeze(names, generated.PER_LEVEL, seed=seed)
+            manifest = generated.freeze(suite, names, seed=seed)
             print(f"froze {manifest['counts']} problems, sha256 {manifest['sha256'][:12]}")
 
 

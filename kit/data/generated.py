@@ -1,34 +1,40 @@
-"""Generates the laptop suite, problems of seven reasoning-gym families, and freezes it to a file.
+"""Generates the suites laptop and school, and freezes them to files.
 
-    python -m kit freeze-problems                               writes data/problems/
-    python -m kit freeze-problems --families chain_sum --show   prints examples of every level
+    python -m kit freeze-problems school                          writes data/problems/school.*
+    python -m kit freeze-problems laptop --families gcd --show    prints examples of every level
 
-Generators change between versions, so runs read the frozen file (`problems.load("laptop")`), and
-this module is only needed to make a new one. A family is a reasoning-gym dataset: its settings from
-easy to hard, how an entry becomes one plain question without format instructions, and which entries
-are kept. Levels are easy on purpose: the bundled 135M model must solve between 15% and 50% of the
-suite, or it could not show any difference (LOG.md has the table of what was tried). Families whose
-gold answers an independent oracle does not confirm are left out.
+Generators change between versions, so runs read the frozen files (`problems.load("laptop")`), and
+this module is only needed to make new ones. A family of the laptop suite is a reasoning-gym
+dataset: its settings from easy to hard, how an entry becomes one plain question without format
+instructions, and which entries are kept. Its levels are easy on purpose: the bundled 135M model
+must solve between 15% and 50% of them, or it could not show any difference (LOG.md has the table of
+what was tried). Families whose gold answers an independent oracle does not confirm are left out.
+The school suite, for models that can solve more, is made in `school`.
 """
 
 import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import reasoning_gym
 
 from kit import paths
+from kit.data import school
 from kit.data.dedup import NEAR, ShingleSignature, check_disjoint, signature, similarity
-from kit.data.problems import LAPTOP_ASKS, SPLITS, ProblemSet
+from kit.data.problems import SPLITS, SUITES, ProblemSet
 from kit.schema import Problem, digest
 
-PER_LEVEL = {"train": 30, "validation": 10, "test": 25}  # problems per family and level
+SIZES = {  # problems of each split, spread evenly over families and levels
+    "laptop": {"train": 420, "validation": 140, "test": 350},
+    "school": {"train": 300, "validation": 200, "test": 400},
+}
 DRAWS_PER_PROBLEM = 200  # entries per problem before a family counts as exhausted
 
 Entry = dict  # of a reasoning-gym dataset: question, answer, metadata
@@ -121,17 +127,17 @@ class Seen:
         self.bags: set[tuple[str, ...]] = set()
         self.blocks: dict[tuple[str, ...], list[ShingleSignature]] = defaultdict(list)
 
-    def admit(self, question: str) -> bool:
-        """Accept the question unless it duplicates an accepted one.
+    def admit(self, question: str, numbers: tuple[str, ...] = ()) -> bool:
+        """Accept the question unless it duplicates an accepted one, or has its `numbers`.
 
         Duplicates have the same words in any order, so that 3 + 5 and 5 + 3 count once, or nearly
         the same words around the same numbers.
         """
         mark = signature(question)
         bag, block = tuple(sorted(mark.tokens)), self.blocks[mark.numbers]
-        if bag in self.bags or any(similarity(mark, other) >= NEAR for other in block):
+        if self.bags & {bag, numbers} or any(similarity(mark, other) >= NEAR for other in block):
             return False
-        self.bags.add(bag)
+        self.bags |= {bag, numbers} - {()}
         block.append(mark)
         return True
 
@@ -141,30 +147,20 @@ def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = Non
 
     ValueError if the family has too few.
     """
-    maker, seen = _maker(family), seen or Seen()
-    if not 1 <= level <= len(maker.levels):
-        raise ValueError(f"{family} has levels 1 to {len(maker.levels)}, not {level}")
+    seen, count = seen or Seen(), levels(family)
+    if not 1 <= level <= count:
+        raise ValueError(f"{family} has levels 1 to {count}, not {level}")
+    suite = "school" if family in school.FAMILIES else "laptop"
+    asks = SUITES[suite].get(family, "any")
     # Item i of a dataset is drawn with seed + i: neighbouring seeds share nearly all items.
     start, size = int(digest([family, level, seed], 7), 16), DRAWS_PER_PROBLEM * n
-    settings = maker.levels[level - 1]
     problems = []
-    for entry in reasoning_gym.create_dataset(family, size=size, seed=start, **settings):
+    for question, answer, numbers in _drawn(family, level, start, size):
         if len(problems) == n:
             break
-        question = maker.ask(entry)
-        if maker.keep(entry, level) and seen.admit(question):
+        if seen.admit(question, numbers):
             own = f"{family}-{level}-{digest(question, 8)}"
-            problems.append(
-                Problem(
-                    own,
-                    question,
-                    entry["answer"],
-                    family,
-                    level,
-                    "laptop",
-                    LAPTOP_ASKS.get(family, "any"),
-                )
-            )
+            problems.append(Problem(own, question, answer, family, level, suite, asks))
     if len(problems) < n:
         raise ValueError(
             f"{family} level {level} has {len(problems)} distinct problems in {size} draws, "
@@ -173,35 +169,77 @@ def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = Non
     return problems
 
 
-def _maker(family: str) -> Family:
+def _drawn(
+    family: str, level: int, start: int, size: int
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Question, answer and, for the school suite, what no other problem may have: family, level
+    and numbers, whatever the names and the wording."""
+    if family in school.FAMILIES:
+        for i in range(size):
+            question, core, answer = school.draw(family, level, Random(start + i))
+            yield question, answer, (family, str(level), *signature(core).numbers)
+        return
+    maker = FAMILIES[family]
+    settings = maker.levels[level - 1]
+    for entry in reasoning_gym.create_dataset(family, size=size, seed=start, **settings):
+        if maker.keep(entry, level):
+            yield maker.ask(entry), entry["answer"], ()
+
+
+def levels(family: str) -> int:
+    """How many levels a family has; ValueError if there is none of that name."""
+    if family in school.FAMILIES:
+        return school.LEVELS
     if family not in FAMILIES:
-        raise ValueError(f"no family {family!r}; there are {', '.join(FAMILIES)}")
-    return FAMILIES[family]
+        known = ", ".join([*FAMILIES, *school.FAMILIES])
+        raise ValueError(f"no family {family!r}; there are {known}")
+    return len(FAMILIES[family].levels)
 
 
-def make(families: Sequence[str], n_per_level: dict[str, int], seed: int) -> list[ProblemSet]:
-    """Train, validation and test sets of these families, checked to be disjoint."""
+def families_of(suite: str) -> list[str]:
+    """Names of the families of a suite; ValueError if there is none of that name."""
+    if suite not in SIZES:
+        raise ValueError(f"no suite {suite!r}; there are {', '.join(SIZES)}")
+    return [*(school.FAMILIES if suite == "school" else FAMILIES)]
+
+
+def make(
+    suite: str, families: Sequence[str], sizes: Mapping[str, int], seed: int
+) -> list[ProblemSet]:
+    """Train, validation and test sets of these families, checked to be disjoint.
+
+    `sizes` are those of the splits; what the families and levels cannot share evenly, the first
+    levels have more.
+    """
     splits: dict[str, list[Problem]] = {split: [] for split in SPLITS}
     seen = Seen()
-    for family in families:
-        for level in range(1, len(_maker(family).levels) + 1):
-            for k, split in enumerate(SPLITS):
-                own_seed = len(SPLITS) * seed + k
-                splits[split] += generate(family, level, n_per_level[split], own_seed, seen)
-    sets = [ProblemSet("laptop", k, tuple(v), (), 0, "generated") for k, v in splits.items()]
+    cells = sorted(
+        ((level, family) for family in families for level in range(1, levels(family) + 1)),
+        key=lambda cell: cell[0],
+    )
+    for at, (level, family) in enumerate(cells):
+        for k, split in enumerate(SPLITS):
+            n, own_seed = (sizes[split] + len(cells) - 1 - at) // len(cells), len(SPLITS) * seed + k
+            splits[split] += generate(family, level, n, own_seed, seen)
+    sets = [ProblemSet(suite, k, tuple(v), (), 0, "generated") for k, v in splits.items()]
     for one, other in combinations(sets, 2):
         check_disjoint(one, other)
     return sets
 
 
 def freeze(
-    families: Sequence[str],
-    n_per_level: dict[str, int] = PER_LEVEL,
+    suite: str,
+    families: Sequence[str] = (),
+    sizes: Mapping[str, int] | None = None,
     folder: Path = paths.DATA / "problems",
     seed: int = 0,
 ) -> dict:
-    """Write laptop.jsonl and its MANIFEST.json; returns the manifest."""
-    sets = make(families, n_per_level, seed)
+    """Write the problems of a suite and its manifest; returns the manifest.
+
+    Without `families` and `sizes` all of them, as many as in `SIZES`.
+    """
+    families = families or families_of(suite)
+    sets = make(suite, families, sizes or SIZES[suite], seed)
     rows = [
         {
             "id": p.id,
@@ -215,19 +253,25 @@ def freeze(
         for p in one.problems
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    generators = {
+        "laptop": f"reasoning-gym {version('reasoning_gym')}",
+        "school": "kit.data.school",
+    }
     manifest = {
-        "generator": f"reasoning-gym {version('reasoning_gym')}",
+        "generator": generators[suite],
         "licence": "Apache-2.0",
         "seed": seed,
-        "per_level": dict(n_per_level),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "counts": {one.split: len(one) for one in sets},
         "fingerprints": {one.split: one.fingerprint for one in sets},
-        "families": {family: list(FAMILIES[family].levels) for family in families},
+        "families": {
+            family: FAMILIES[family].levels if family in FAMILIES else school.LEVELS
+            for family in families
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "laptop.jsonl").write_text(text)
-    (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / f"{suite}.jsonl").write_text(text)
+    (folder / f"{suite}.manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
@@ -236,10 +280,10 @@ def guess_share(problems: Sequence[Problem]) -> float:
     return Counter(p.answer for p in problems).most_common(1)[0][1] / len(problems)
 
 
-def show(families: Sequence[str], n: int, seed: int) -> None:
+def show(families: Sequence[str], seed: int, n: int = 25) -> None:
     """Print three of `n` problems of every level, and what guessing scores on all of them."""
     for family in families:
-        for level in range(1, len(_maker(family).levels) + 1):
+        for level in range(1, levels(family) + 1):
             some = generate(family, level, n, seed)
             print(f"{family} level {level}: one constant answer scores {guess_share(some):.0%}")
             for problem in some[:3]:

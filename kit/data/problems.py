@@ -1,9 +1,9 @@
-"""Problem sets with disjoint splits: the laptop suite, published benchmarks, the reader's own.
+"""Problem sets with disjoint splits: generated suites, published benchmarks, the reader's own.
 
-`load(name, split)` reads the frozen suite in data/problems, or a published set from the folder
-KIT_DATA or from the hub at an enforced commit, or a file of the reader's own (see `own`). Training
-rows that nearly duplicate a held-out row are dropped and counted; malformed rows are listed with
-file, line and reason. `generated` makes the file of the laptop suite.
+`load(name, split)` reads a frozen suite in data/problems, laptop or school, or a published set from
+the folder KIT_DATA or from the hub at an enforced commit, or a file of the reader's own (see
+`own`). Training rows that nearly duplicate a held-out row are dropped and counted; malformed rows
+are listed with file, line and reason. `generated` makes the files of the suites.
 """
 
 import hashlib
@@ -22,11 +22,14 @@ from kit.schema import Problem, digest
 
 SPLITS = ("train", "validation", "test")
 VALIDATION_SHARE = 0.1  # of a published training file, split off by hash of the id
-# Required form of the answer by family of the laptop suite, one of schema.ASKS; else "any".
-LAPTOP_ASKS = {
-    "chain_sum": "evaluated",
-    "products": "evaluated",
-    "fraction_simplification": "simplified",
+# Generated suites, and by family the required form of the answer, one of schema.ASKS; else "any".
+SUITES = {
+    "laptop": {
+        "chain_sum": "evaluated",
+        "products": "evaluated",
+        "fraction_simplification": "simplified",
+    },
+    "school": {"equations": "evaluated", "fractions": "simplified"},
 }
 
 
@@ -90,13 +93,13 @@ def load(
     larger one.
     ValueError for an unknown name, split, level or family, or if no row is usable.
     """
-    mine = None if name == "laptop" or name in SOURCES else own.find(name, split, path, test_path)
+    mine = None if name in SUITES or name in SOURCES else own.find(name, split, path, test_path)
     _check_names(name, split, path, mine)
     if mine:
         problems, rejects, dropped, revision = _read_own(mine, split)
         name = mine.name
-    elif name == "laptop":
-        problems, rejects, dropped, revision = *_read_laptop(split), 0, _laptop_revision()
+    elif name in SUITES:
+        problems, rejects, dropped, revision = *_read_suite(name, split), 0, _suite_revision(name)
     else:
         problems, rejects, dropped, revision = _read_published(name, split, path, test_path)
     if not problems:
@@ -111,13 +114,13 @@ def load(
 def _check_names(name: str, split: str, path, mine: own.Own | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    if mine is None and name != "laptop" and name not in SOURCES:
+    if mine is None and name not in SUITES and name not in SOURCES:
         raise ValueError(
-            f"no problem set {name!r}; there are laptop, {', '.join(SOURCES)}, and files of your "
-            "own by their path (docs/problems.md)"
+            f"no problem set {name!r}; there are {', '.join([*SUITES, *SOURCES])}, and files of "
+            "your own by their path (docs/problems.md)"
         )
-    if name == "laptop" and path is not None:
-        raise ValueError("laptop is read from data/problems; path is for published sets")
+    if name in SUITES and path is not None:
+        raise ValueError(f"{name} is read from data/problems; path is for published sets")
     if name in SOURCES and split != "test" and "train" not in SOURCES[name].files:
         raise ValueError(f"{name} is published for testing only: ask for split 'test'")
     if name in SOURCES and split == "test" and "test" not in SOURCES[name].files:
@@ -127,34 +130,35 @@ def _check_names(name: str, split: str, path, mine: own.Own | None) -> None:
 # ---- reading --------------------------------------------------------------------------------
 
 
-def _laptop_files() -> tuple[Path, Path]:
-    return paths.DATA / "problems" / "laptop.jsonl", paths.DATA / "problems" / "MANIFEST.json"
+def _suite_files(suite: str) -> tuple[Path, Path]:
+    folder = paths.DATA / "problems"
+    return folder / f"{suite}.jsonl", folder / f"{suite}.manifest.json"
 
 
-def _laptop_revision() -> str:
-    manifest = json.loads(_laptop_files()[1].read_text())
+def _suite_revision(suite: str) -> str:
+    manifest = json.loads(_suite_files(suite)[1].read_text())
     return f"{manifest['generator']}, seed {manifest['seed']}, sha256 {manifest['sha256'][:12]}"
 
 
-def _read_laptop(split: str) -> tuple[list[Problem], list[Reject]]:
-    """The frozen suite, whose hash must match the manifest."""
-    file, manifest_file = _laptop_files()
+def _read_suite(suite: str, split: str) -> tuple[list[Problem], list[Reject]]:
+    """A frozen suite, whose hash must match the manifest."""
+    (file, manifest_file), again = _suite_files(suite), f"python -m kit freeze-problems {suite}"
     for needed in (file, manifest_file):
         if not needed.exists():
-            raise FileNotFoundError(f"{needed} is missing: run `python -m kit freeze-problems`")
+            raise FileNotFoundError(f"{needed} is missing: run `{again}`")
     raw = file.read_bytes()
     if hashlib.sha256(raw).hexdigest() != json.loads(manifest_file.read_text())["sha256"]:
         raise ValueError(
             f"{file} is not the file {manifest_file.name} describes: restore both from git, or "
-            "freeze anew with `python -m kit freeze-problems`"
+            f"freeze anew with `{again}`"
         )
     rows = [json.loads(line) for line in raw.decode().rstrip("\n").split("\n")]
     fields = ("id", "question", "answer", "family", "level")
     problems = [
         Problem(
             **{field: row[field] for field in fields},
-            source="laptop",
-            asks=LAPTOP_ASKS.get(row["family"], "any"),
+            source=suite,
+            asks=SUITES[suite].get(row["family"], "any"),
         )
         for row in rows
         if row["split"] == split

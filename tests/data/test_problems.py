@@ -288,7 +288,7 @@ def test_nothing_usable_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ({"name": "mathematics"}, "no problem set 'mathematics'; there are laptop, math"),
+        ({"name": "mathematics"}, "no problem set 'mathematics'; there are laptop, school, math"),
         ({"name": "math", "split": "dev"}, "no split 'dev'"),
         ({"name": "aime24", "split": "train"}, "aime24 is published for testing only"),
         ({"name": "open-rs", "split": "test"}, "open-rs is published for training only"),
@@ -598,27 +598,29 @@ def test_the_frozen_suite_has_right_golds_and_disjoint_splits():
 
 
 def test_the_frozen_suite_can_be_made_again_from_its_manifest():
-    manifest = json.loads((paths.DATA / "problems" / "MANIFEST.json").read_text())
+    manifest = json.loads((paths.DATA / "problems" / "laptop.manifest.json").read_text())
     if manifest["generator"] != f"reasoning-gym {version('reasoning_gym')}":
         pytest.skip("frozen with another version of the generator")
-    sizes = manifest["per_level"]
-    made = generated.make(list(manifest["families"]), sizes, manifest["seed"])
+    sizes = manifest["counts"]
+    assert sizes == generated.SIZES["laptop"]
+    made = generated.make("laptop", list(manifest["families"]), sizes, manifest["seed"])
     for one in made:
         assert one.fingerprint == load("laptop", one.split).fingerprint
 
 
 def test_freezing_writes_what_load_reads_and_a_changed_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
-    with pytest.raises(FileNotFoundError, match="laptop.jsonl is missing: run .*freeze"):
+    with pytest.raises(FileNotFoundError, match="laptop.jsonl is missing: run .*freeze.* laptop"):
         load("laptop")
-    sizes = {"train": 4, "validation": 2, "test": 3}
-    manifest = generated.freeze(["chain_sum", "gcd"], sizes, tmp_path / "problems", seed=9)
-    assert manifest["counts"] == {"train": 16, "validation": 8, "test": 12}
+    sizes = {"train": 16, "validation": 8, "test": 12}
+    folder = tmp_path / "problems"
+    manifest = generated.freeze("laptop", ["chain_sum", "gcd"], sizes, folder, seed=9)
+    assert manifest["counts"] == sizes
     assert load("laptop", "train").fingerprint == manifest["fingerprints"]["train"]
     assert load("laptop").revision.startswith("reasoning-gym 0.1.25, seed 9")
     file = tmp_path / "problems" / "laptop.jsonl"
     file.write_text(file.read_text().replace('"answer": "', '"answer": "1', 1))
-    with pytest.raises(ValueError, match="is not the file MANIFEST.json describes"):
+    with pytest.raises(ValueError, match="is not the file laptop.manifest.json describes"):
         load("laptop")
 
 
