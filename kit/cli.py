@@ -129,6 +129,7 @@ def reproduce(
     """Run every notebook whose result is not up to date, then print the verdicts."""
     profile = profile or default_profile()
     pipeline.say(f"profile {profile}")
+    summary.choose(profile)
     judged = False
 
     def start(chosen: list[stages.Stage], todo: list[stages.Stage]):
@@ -223,6 +224,23 @@ def advise(
     if explain and not known:
         print("\n" + "\n".join(f"- {said}. {evidence}" for said, evidence in
                                advisor.reasons(chosen, limit)))  # fmt: skip
+
+
+@app.command("choose-model", **_example("choose-model laptop"))
+def choose_model(profile: Annotated[str, Argument(metavar="PROFILE")]) -> None:
+    """Choose the largest model on which a profile fits into its hours on this machine, by measured
+    rates, and keep the choice for its runs. MODEL=NAME of `make reproduce` is another choice."""
+    from kit import estimate
+    from kit.pipeline.provenance import write_json
+
+    if stages.LARGER not in stages.read_profile(profile):
+        raise Refused(f"{profile} has no table [{stages.LARGER}]: its notebooks name their models")
+    file = run_dir(profile) / "model.json"
+    print(f"measuring which model {profile} runs on here ...", flush=True)
+    with _in_one_sentence():
+        found = estimate.choose(profile)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, found)
 
 
 @app.command(**_example("estimate quick laptop"))

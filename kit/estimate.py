@@ -1,7 +1,8 @@
 """How long the stages of a profile take on this machine: tokens counted, times rates measured.
 
 What a stage generates and trains follows from its parameters, as `WORK` counts it; how fast this
-machine does either is measured on the bundled model in a second or two. What is not counted
+machine does either is measured, on the bundled model in a second or two, and on others that are
+here; of those that are not it follows from their sizes. What is not counted
 (long prompts, answers that end early, figures) is in one factor per stage, see `FACTORS`.
 
     python -m kit estimate quick laptop     what `measured` returns, as JSON
@@ -16,10 +17,14 @@ from collections.abc import Callable, Iterable
 from math import log2
 from types import SimpleNamespace
 
+from kit.hub import HubError
 from kit.paths import ROOT
-from kit.pipeline.stages import Stage, load_stages
+from kit.pipeline.provenance import memory_limit_bytes
+from kit.pipeline.stages import LARGER, Stage, load_stages, read_profile
 
 BILLIONS = 0.135  # parameters of the bundled model, on which the rates are measured
+TRAINED_BYTES = 8  # of memory per parameter: weights in float32, and what a step computes
+SURELY = 1.5  # times its hours by size, a profile does not fit on a model
 # Seconds that a stage of the laptop profile took, over what its tokens make at the rates of that
 # machine; see the log book of 2026-11-26 for how well they fit another machine and profile.
 FACTORS = {"00_tour": 1.0, "01_baseline": 0.95, "02_strategies": 1.35, "03_dms": 1.8,
@@ -35,19 +40,25 @@ def measured(*profiles: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 
 
-def rates() -> dict:
-    """`start`, seconds until a model is loaded; tokens per second `decoded` in a batch and
-    `trained` (forward and backward); `device` and `dtype`."""
+def rates(models: Iterable[str] = ()) -> dict:
+    """`start`, seconds until the bundled model is loaded; its tokens per second `decoded` in a
+    batch and `trained` (forward and backward); both of `models` by name; `device` and `dtype`."""
     began = time.perf_counter()
-    import torch
-
-    from kit.inference import decode
     from kit.models.load import BUNDLED, load
     from kit.parametric import train  # noqa: F401 (the imports of a notebook)
-    from kit.schema import Sampling
 
     model = load(BUNDLED)
     start = time.perf_counter() - began
+    what = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
+    return {"start": start, **_rates(model), "models": {n: _rates(load(n)) for n in models}, **what}
+
+
+def _rates(model) -> dict[str, float]:
+    import torch
+
+    from kit.inference import decode
+    from kit.schema import Sampling
+
     asked = [decode.Request(tuple(range(100, 164)), f"{i}") for i in range(32)]
     decode.decode(model, asked, Sampling(2))
     began = time.perf_counter()
@@ -59,8 +70,7 @@ def rates() -> dict:
         began = time.perf_counter()
         model.weights(input_ids=ids, labels=ids).loss.backward()
         took.append(time.perf_counter() - began)
-    what = {"device": model.device.type, "dtype": str(model.dtype).removeprefix("torch.")}
-    return {"start": start, "decoded": decoded, "trained": ids.numel() / took[-1], **what}
+    return {"decoded": decoded, "trained": ids.numel() / took[-1]}
 
 
 def seconds(stage: Stage, speed: dict) -> float:
@@ -69,10 +79,18 @@ def seconds(stage: Stage, speed: dict) -> float:
         return 1.5 * speed["start"]
     given = SimpleNamespace(**stage.parameters)
     decoded, trained = WORK[stage.name](given)
-    spent = decoded / speed["decoded"] + trained / speed["trained"]
-    if stage.name != "01_baseline":  # which counts the sizes of its models itself
-        spent *= billions(getattr(given, "MODEL", "")) / BILLIONS
+    spent = 0
+    for model in stage.models:
+        rate = rate_of(model, speed)
+        spent += decoded / rate["decoded"] + trained / rate["trained"]
     return 1.5 * speed["start"] + FACTORS[stage.name] * spent
+
+
+def rate_of(model: str, speed: dict) -> dict[str, float]:
+    """Tokens per second `decoded` and `trained` by a model: measured, or by its size."""
+    if known := speed.get("models", {}).get(model):
+        return known
+    return {kind: speed[kind] * BILLIONS / billions(model) for kind in ("decoded", "trained")}
 
 
 def billions(model: str) -> float:
@@ -81,14 +99,51 @@ def billions(model: str) -> float:
     return float(found[1]) / (1000 if found[2] in "mM" else 1) if found else BILLIONS
 
 
+def choose(profile: str, say: Callable[[str], None] = print) -> dict:
+    """The first `model` of the profile's table [larger] on which all of the profile fits into its
+    hours here, "" where none does; `why`, a sentence for each that was considered; the `rates`.
+
+    A model that would not fit by its size is neither fetched nor measured.
+    """
+    larger, speed, why = read_profile(profile)[LARGER], rates(), []
+    for name in [*larger["models"], ""]:
+        fits, said = _considered(profile, name, larger["hours"], speed)
+        why.append(f"{name or 'the models of the notebooks'}: {said}{': taken' * fits}")
+        say(why[-1])
+        if fits:
+            return {"model": name, "why": why, "rates": speed}
+
+
+def _considered(profile: str, model: str, hours: float, speed: dict) -> tuple[bool, str]:
+    """Whether a profile fits on a model, and the arithmetic; its rates are put into `speed` where
+    it may fit. It always fits on "", the models of the notebooks."""
+    need, room = billions(model) * 1e9 * TRAINED_BYTES, memory_limit_bytes()
+    if need > room:
+        return False, f"needs {need / 1e9:.0f} GB of memory, of {room / 1e9:.0f}"
+    if model and _hours(profile, model, speed) <= SURELY * hours:
+        try:
+            speed["models"] |= rates([model])["models"]
+        except (ValueError, HubError) as error:  # it cannot be fetched, or not be loaded
+            return False, str(error)
+    took, rate = _hours(profile, model, speed), rate_of(model, speed)
+    known = "measured" if model in ("", *speed["models"]) else "by its size"
+    return took <= hours or not model, (
+        f"{took:.1f} hours for all notebooks, of {hours:g} ({rate['decoded']:.0f} tokens a second "
+        f"decoded, {rate['trained']:.0f} trained, {known})"
+    )
+
+
+def _hours(profile: str, model: str, speed: dict) -> float:
+    return sum(seconds(stage, speed) for stage in load_stages(profile, model=model)) / 3600
+
+
 def answer(limit: int) -> float:
     """Tokens of a mean answer that may have `limit`."""
     return limit / 2 + 16
 
 
 def _baseline(given) -> tuple[float, float]:
-    weight = sum(billions(model) / BILLIONS for model in given.MODELS)
-    return weight * given.PROBLEMS * 2 * given.SAMPLES * answer(given.MAX_NEW_TOKENS), 0
+    return given.PROBLEMS * 2 * given.SAMPLES * answer(given.MAX_NEW_TOKENS), 0
 
 
 def _strategies(given) -> tuple[float, float]:
@@ -138,7 +193,7 @@ def _parametric(given) -> tuple[float, float]:
     share = given.SEEDS * (banks + ("generic" in given.ARMS) / (given.LAYOUT["branching"] + 1))
     trained = (share + 1 / given.LAYOUT["branching"]) * (15 * given.TOLD[0] + 150 * given.TOLD[1])
     asked = 1 + given.SEEDS * (1 + len(given.ARMS)) + 2 * len(given.PASSAGES) + 3
-    return given.QUESTIONS * asked * 20 + given.ELSEWHERE[0] * 2 * answer(96), trained
+    return given.QUESTIONS * asked * 20 + given.ELSEWHERE[1] * 2 * answer(96), trained
 
 
 def _budget(given) -> tuple[float, float]:
@@ -146,12 +201,11 @@ def _budget(given) -> tuple[float, float]:
 
     runs, tokens = len(Grid(**given.GRID).runs) + 2, given.GRID["tokens"]
     each = answer(max(tokens)) + 8 * len(tokens)  # forced answers
-    weight = sum(billions(model) / BILLIONS for model in given.MODELS)
     told = 40 * given.EXAMPLES[1] * given.RECIPE.get("epochs", 1) * 2
-    return weight * runs * given.PROBLEMS[1] * given.SAMPLES * each, weight * told * 60
+    return runs * given.PROBLEMS[1] * given.SAMPLES * each, told * 60
 
 
-WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # tokens decoded, trained
+WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # decoded, trained by a model
     "00_tour": lambda given: (3 * answer(given.MAX_NEW_TOKENS) * 4, 0),  # three at a time
     "01_baseline": _baseline,
     "02_strategies": _strategies,
@@ -198,8 +252,14 @@ def _weak(stage: Stage, claims: Iterable) -> list[tuple[str, int, float]]:
 def estimates(profiles: Iterable[str]) -> dict:
     """What `measured` returns, measured in this process."""
     from kit.analysis import claims
+    from kit.models import gguf
+    from kit.models.bundled import MODELS
+    from kit.models.load import BUNDLED
 
-    speed, published, found = rates(), claims.load(), {}
+    ran = {name for profile in profiles for stage in load_stages(profile)
+           for name in stage.models if name in MODELS and name != BUNDLED}  # fmt: skip
+    here = [name for name in sorted(ran) if gguf.is_whole(MODELS[name].folder)]
+    speed, published, found = rates(here), claims.load(), {}
     for profile in profiles:
         found[profile] = {}
         for stage in load_stages(profile):

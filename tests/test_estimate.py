@@ -12,8 +12,9 @@ from kit.pipeline.stages import load_stages
 OLD = {"start": 8.0, "decoded": 108.0, "trained": 200.0}  # two old cores in float32, see LOG.md
 
 
-def minutes(profile: str, speed: dict = OLD) -> dict[str, float]:
-    return {stage.name: estimate.seconds(stage, speed) / 60 for stage in load_stages(profile)}
+def minutes(profile: str, speed: dict = OLD, model: str = "") -> dict[str, float]:
+    every = load_stages(profile, model=model)
+    return {stage.name: estimate.seconds(stage, speed) / 60 for stage in every}
 
 
 def test_the_laptop_profile_takes_about_what_it_took():
@@ -56,6 +57,67 @@ def test_a_model_says_its_size_by_its_name(model, size):
     assert estimate.billions(model) == size
 
 
+SMALL, LARGE = "bundled:qwen2.5-coder-0.5b", "bundled:qwen2.5-coder-1.5b"
+
+
+def test_a_measured_rate_of_a_model_outranks_its_size():
+    by_size = estimate.rate_of(LARGE, OLD)
+    assert by_size["decoded"] == pytest.approx(108 * 0.135 / 1.5)
+    twice = OLD | {"models": {LARGE: {name: 2 * rate for name, rate in by_size.items()}}}
+    slow, fast = (minutes("laptop", speed, LARGE)["02_strategies"] for speed in (OLD, twice))
+    fixed = 1.5 * OLD["start"] / 60
+    assert (slow - fixed) / (fast - fixed) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("speed", "large", "chosen", "measured"),
+    [
+        (1, 1, "", []),  # both would take days by their size
+        (10, 0.1, SMALL, [LARGE, SMALL]),
+        (10, 10, LARGE, [LARGE]),
+        (60, None, LARGE, [LARGE]),
+        (60, 0, SMALL, [LARGE, SMALL]),  # it cannot be fetched
+    ],
+)
+def test_the_largest_model_on_which_a_profile_fits_into_its_hours_is_chosen(
+    monkeypatch, speed, large, chosen, measured
+):
+    """`speed` is that of this machine over an old one, `large` that of the larger model over what
+    its size says."""
+    asked = []
+
+    def rates(models=()):
+        asked.extend(models)
+        if LARGE in models and large == 0:
+            raise ValueError("no network")
+        bundled = OLD | {name: OLD[name] * speed for name in ("decoded", "trained")}
+        factor = {LARGE: large or 1, SMALL: 1}
+        own = {name: {kind: rate * factor[name] for kind, rate in
+                      estimate.rate_of(name, bundled).items()} for name in models}  # fmt: skip
+        return bundled | {"models": own}
+
+    monkeypatch.setattr(estimate, "rates", rates)
+    said = []
+    found = estimate.choose("laptop", said.append)
+    assert found["model"] == chosen and asked == measured
+    hours = sum(minutes("laptop", found["rates"], chosen).values()) / 60
+    assert said == found["why"] and said[-1].startswith(chosen or "the models of the notebooks")
+    assert f": {hours:.1f} hours for all" in said[-1] and said[-1].endswith(": taken")
+    assert hours <= 2 or not chosen
+    words = "no network" if large == 0 else "measured" if LARGE in measured else "by its size"
+    assert words in said[0]
+
+
+def test_a_model_without_room_in_memory_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(estimate, "memory_limit_bytes", lambda: 10_000_000_000)
+    monkeypatch.setattr(estimate, "rates", lambda models=(): {
+        "start": 1.0, "decoded": 1e5, "trained": 1e5,
+        "models": {name: {"decoded": 1e5, "trained": 1e5} for name in models}})  # fmt: skip
+    found = estimate.choose("laptop", lambda line: None)
+    assert found["model"] == SMALL
+    assert found["why"][0] == f"{LARGE}: needs 12 GB of memory, of 10"
+
+
 def test_the_rates_of_this_machine_make_the_times():
     found = json.loads(json.dumps(estimate.measured("tour")))
     assert found["rates"]["decoded"] > 0 and found["rates"]["trained"] > 0
@@ -69,7 +131,7 @@ def test_the_rates_of_this_machine_make_the_times():
 
 def test_claims_that_a_profile_is_too_small_for_are_known_before_it_runs():
     published = {claim.id: claim for claim in claims.load()}
-    by_name = {stage.name: stage for stage in load_stages("laptop")}
+    by_name = {stage.name: stage for stage in load_stages("laptop", model="")}
     sizes = {"dms-short-context-loss": 28, "rbslm-memory-compliance": 147, "rb-k1-against-k0": 42,
              "hier-memory-over-rag": 120, "hier-late-over-early": 40, "rbslm-format-accuracy": 112,
              "openrs-sober-rs1-amc23": 40, "nab-weights-4b-4bit": None}  # fmt: skip

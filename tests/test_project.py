@@ -22,6 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("*.toml"))
 KIT = sorted((ROOT / "kit").rglob("*.py"))
 NOT_A_NOTEBOOK = "preflight"  # the table of a profile that says what it will need
+LARGER = "larger"  # that of what some notebooks run with on a larger model
 HEADINGS = "Claim, Question, Parameters, Inputs, One example, Run, Table, Figure, Verdict, Limits"
 
 
@@ -426,7 +427,10 @@ def test_a_profile_names_only_notebooks_and_their_parameters(books, subtests):
         with subtests.test(path.name):
             tables = tomllib.loads(path.read_text())
             tables.pop(NOT_A_NOTEBOOK, None)
-            for table, values in tables.items():
+            larger = tables.pop(LARGER, {})
+            own = [each for each in larger.items() if isinstance(each[1], dict)]
+            assert {*larger} - {name for name, _ in own} <= {"models", "hours"}
+            for table, values in [*tables.items(), *own]:
                 assert table in knobs, f"there is no notebook {table}"
                 assert values.keys() <= knobs[table], f"{table}: {values.keys() - knobs[table]}"
                 assert values.get("PROFILE", path.stem) == path.stem

@@ -131,7 +131,7 @@ SHORT = {
         "ARMS": '["wrong", "generic", "flat", "continued", "co-trained", "lora-vo", "kv", '
         '"fetched-early", "fetched-middle"]',
         "LAYOUT": "{ branching = 8, sizes = [256, 128], layers = 1 }",
-        "ELSEWHERE": "[2, 4]",
+        "ELSEWHERE": '["laptop", 2, 4]',
     },
 }
 

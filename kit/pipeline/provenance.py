@@ -177,6 +177,7 @@ def as_markdown(stamp: dict) -> str:
         "lock": f"`{stamp['lock_sha256']}`",
         "kit source": f"`{stamp['kit_sha256']}`",
         "parameters": ", ".join(f"`{k}={v!r}`" for k, v in stamp["parameters"].items()),
+        "model": stamp.get("why this model") or None,
         "seed": stamp["seed"],
         **{f"fingerprint of {k}": f"`{v}`" for k, v in stamp["fingerprints"].items()},
         "hardware": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['ram_gib']} GiB; "

@@ -112,6 +112,7 @@ def _execute(stage: Stage, earlier: list[Stage], line: "Line") -> int:
         "stage": stage.name,
         "profile": stage.profile,
         "parameters": stage.parameters,
+        "why this model": stage.why,
         "seed": stage.parameters.get("SEED"),
         "wall_seconds": round(outcome.seconds, 2),
         "peak_memory_bytes": outcome.peak_bytes,

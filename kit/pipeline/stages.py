@@ -11,7 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS, ROOT
@@ -22,7 +22,8 @@ from kit.schema import DTYPES, digest
 
 WEIGHTS = (".safetensors", ".gguf")
 TOUR = "tour"  # the profile that is the parameters cells themselves
-PREFLIGHT = "preflight"  # the one table of a profile that is not a notebook's
+PREFLIGHT = "preflight"  # a table of a profile that is not a notebook's, as is
+LARGER = "larger"  # what some stages run with on a larger model, see `choice`
 INPUTS = {
     "notebook": "the notebook",
     "kit": "the kit modules it imports",
@@ -44,6 +45,7 @@ class Stage:
     defaults: dict  # parameters cell: name -> value (its source text if not a literal)
     overrides: dict  # from the profile, and PROFILE and KIT_DTYPE where the cell names them
     cells: tuple[tuple[str, str, bool], ...]  # (type, source, tagged "parameters")
+    why: str = ""  # it runs on this model, where a profile lets the machine decide
 
     @property
     def name(self) -> str:
@@ -89,6 +91,12 @@ class Stage:
     def parameters(self) -> dict:
         """Every parameter with the value it runs with."""
         return self.defaults | self.overrides
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models that it runs on, one after the other."""
+        given = self.parameters
+        return given.get("MODELS", [given["MODEL"]] if "MODEL" in given else [])
 
     @property
     def judges(self) -> bool:
@@ -148,8 +156,13 @@ def read_profile(profile: str, notebooks: Path = NOTEBOOKS) -> dict[str, dict]:
     return tables
 
 
-def load_stages(profile: str, notebooks: Path = NOTEBOOKS, outputs: Path = OUTPUTS) -> list[Stage]:
-    """All stages of a profile in running order, every key of the profile checked."""
+def load_stages(
+    profile: str, notebooks: Path = NOTEBOOKS, outputs: Path = OUTPUTS, model: str | None = None
+) -> list[Stage]:
+    """All stages of a profile in running order, every key of the profile checked.
+
+    `model` is that of the stages in the table [larger]; without it the one that was chosen.
+    """
     tables = read_profile(profile, notebooks)
     if refusal := file_in_the_way(outputs / profile):
         raise refusal
@@ -157,11 +170,37 @@ def load_stages(profile: str, notebooks: Path = NOTEBOOKS, outputs: Path = OUTPU
     names = [file.stem for file in files]
     if not files:
         raise Refused(f"there is no notebook NN_*.ipynb in {notebooks}")
-    for table in tables:
+    larger = tables.pop(LARGER, {})
+    chosen, why = (model, "") if model is not None else choice(profile, larger, outputs)
+    own = {name: table for name, table in larger.items() if isinstance(table, dict)}
+    for table in [*tables, *own]:
         if table not in [*names, PREFLIGHT]:
             raise Refused(f"{profile}.toml names the notebook {table}, which does not exist; "
                           f"there are: {', '.join(names) or 'none'}")  # fmt: skip
-    return [_load(file, profile, tables.get(file.stem, {}), outputs / profile) for file in files]
+    made, folder = [], outputs / profile
+    for file in files:
+        table = tables.get(file.stem, {})
+        stage = _load(file, profile, table, folder)
+        if file.stem in own:  # checked also where it is not taken
+            kind = {"MODELS": [chosen]} if "MODELS" in stage.defaults else {"MODEL": chosen}
+            other = _load(file, profile, table | own[file.stem] | kind, folder)
+            stage = replace(other if chosen not in ("", *stage.models) else stage, why=why)
+        made.append(stage)
+    return made
+
+
+def choice(profile: str, larger: dict, outputs: Path = OUTPUTS) -> tuple[str, str]:
+    """On which model the stages in the table [larger] of a profile run, and why: the one that
+    MODEL names (KIT_MODEL), or that was chosen before the first run; ("", "") where none is."""
+    wanted = os.environ.get("KIT_MODEL", "")
+    if wanted and not larger:
+        raise Refused(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
+                      f"write the model into a profile of your own")  # fmt: skip
+    file = outputs / profile / "model.json"
+    if wanted:
+        return wanted, f"MODEL={wanted}"
+    kept = read_json(file) if larger and file.is_file() else {"model": "", "why": []}
+    return kept["model"], "; ".join(kept["why"])
 
 
 def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Stage]:

@@ -3,20 +3,38 @@
 Prints what `kit.estimate` measures and what notebooks saved. Imports nothing heavy.
 """
 
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kit import estimate
-from kit.paths import PUBLISHED, run_dir
+from kit.paths import PUBLISHED, ROOT, run_dir
 from kit.pipeline.provenance import write_json
 from kit.pipeline.refusals import read_json
 from kit.pipeline.run import clock, say, short
-from kit.pipeline.stages import PREFLIGHT, Stage, read_profile
+from kit.pipeline.stages import LARGER, PREFLIGHT, Stage, read_profile
 
 LARGEST = "workstation"  # the published size
 SIZES = ("quick", "laptop", LARGEST)
+
+
+def choose(profile: str) -> None:
+    """Say and keep on which model a profile runs whose table [larger] leaves that to the machine,
+    before its first run; MODEL decides otherwise. In a process of its own, see `estimate.measured`.
+    """
+    if LARGER not in read_profile(profile) or os.environ.get("KIT_MODEL"):
+        return
+    file = run_dir(profile) / "model.json"
+    if file.is_file():
+        say(f"{short(file)} has the model of some notebooks: {read_json(file)['model'] or 'none'}")
+        return
+    command = [sys.executable, "-m", "kit", "choose-model", profile]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        say("no model could be chosen: the notebooks run on theirs; MODEL=NAME names another")
 
 
 def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:

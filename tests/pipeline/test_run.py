@@ -220,6 +220,30 @@ def test_kit_dtype_reaches_the_notebooks_that_name_it_before_the_profile(project
         dtypes("tour")
 
 
+def test_some_stages_of_a_profile_run_on_the_model_that_was_chosen(tmp_path, monkeypatch):
+    model, on = "bundled:qwen2.5-coder-0.5b", ["01", "02", "04", "06"]
+
+    def of(profile="laptop"):
+        return {s.number: s for s in stages.load_stages(profile, outputs=tmp_path)}
+
+    small = of()
+    provenance.write_json(tmp_path / "laptop" / "model.json", {"model": model, "why": ["it fits"]})
+    large = of()
+    assert [number for number in large if large[number].models == [model]] == on
+    assert [number for number in large if large[number].why] == on
+    assert (
+        large["01"].parameters["PROBLEM_SET"] == large["06"].parameters["PROBLEMS"][0] == "school"
+    )
+    assert {number: s for number, s in large.items() if number not in on} == {
+        number: s for number, s in small.items() if number not in on
+    }
+    monkeypatch.setenv("KIT_MODEL", "bundled:smollm2-135m")
+    assert of()["02"].parameters == small["02"].parameters
+    assert of()["02"].why == "MODEL=bundled:smollm2-135m"
+    with pytest.raises(Refused, match="MODEL is for profiles with a table .larger., which quick"):
+        of("quick")
+
+
 def test_from_only_and_force(project, capsys):
     assert run(project, only="01") == 0
     assert trace(project) == []

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +56,23 @@ def test_before_it_starts_a_run_says_minutes_and_claims(monkeypatch, tmp_path, c
     assert "PROFILE=workstation: about 50 hours on a GPU of 48 GB; decides" in (
         capsys.readouterr().out
     )
+
+
+def test_a_model_is_chosen_once_and_not_where_one_is_named(monkeypatch, tmp_path, capsys):
+    asked = []
+    failed = SimpleNamespace(returncode=2)
+    monkeypatch.setattr(summary, "run_dir", lambda profile: tmp_path)
+    monkeypatch.setattr(summary.subprocess, "run", lambda c, **_: asked.append(c[-1]) or failed)
+    summary.choose("quick")
+    summary.choose("laptop")
+    assert asked == ["laptop"] and "MODEL=NAME names another" in capsys.readouterr().out
+    (tmp_path / "model.json").write_text('{"model": "m", "why": []}')
+    summary.choose("laptop")
+    assert "model.json has the model of some notebooks: m" in capsys.readouterr().out
+    (tmp_path / "model.json").unlink()
+    monkeypatch.setenv("KIT_MODEL", "m")
+    summary.choose("laptop")
+    assert asked == ["laptop"]
 
 
 def test_no_run_waits_for_its_estimate(monkeypatch, tmp_path, capsys, stages):
