@@ -13,19 +13,19 @@ import torch
 
 DIVERGENCES = ("student||teacher", "teacher||student")
 ROWS = 256  # tokens per chunk
+COLUMNS = 4096  # of the vocabulary, per cast
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, head, teacher_head, divergence):
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        wide, teacher_head = _precise(head), _precise(teacher_head)
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        head_grad = torch.zeros_like(wide) if ctx.needs_input_grad[2] else None
+        head_grad = torch.zeros_like(_precise(head)) if ctx.needs_input_grad[2] else None
         for first in range(0, len(student), ROWS):
             rows = slice(first, first + ROWS)
-            ours = (_precise(student[rows]) @ wide.T).log_softmax(-1)
-            theirs = (_precise(teacher[rows]) @ teacher_head.T).log_softmax(-1)
+            ours = _logits(student[rows], head).log_softmax(-1)
+            theirs = _logits(teacher[rows], teacher_head).log_softmax(-1)
             if divergence == "teacher||student":
                 p = theirs.exp()
                 total += (p * (theirs - ours)).sum(dtype=torch.float64)
@@ -78,16 +78,26 @@ def compare(student, teacher, head, teacher_head, targets) -> dict[str, torch.Te
     Probabilities are float64: a small KL is the difference of sums that are nearly equal.
     """
     out = {"kl": [], "nats": [], "full_nats": []}
-    head, teacher_head = _precise(head), _precise(teacher_head)
     for first in range(0, len(student), ROWS):
         rows = slice(first, first + ROWS)
-        ours = (_precise(student[rows]) @ head.T).double().log_softmax(-1)
-        theirs = (_precise(teacher[rows]) @ teacher_head.T).double().log_softmax(-1)
+        ours = _logits(student[rows], head).double().log_softmax(-1)
+        theirs = _logits(teacher[rows], teacher_head).double().log_softmax(-1)
         out["kl"].append((theirs.exp() * (theirs - ours)).sum(-1))
         word = targets[rows, None]
         out["nats"].append(-ours.gather(1, word).squeeze(1))
         out["full_nats"].append(-theirs.gather(1, word).squeeze(1))
     return {name: torch.cat(parts) for name, parts in out.items()}
+
+
+def _logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Logits [N, V], at least float32, without gradients. A copy of the whole head in float32 would
+    take longer to allocate than to multiply."""
+    states = _precise(states)
+    logits = states.new_empty(len(states), len(head))
+    for first in range(0, len(head), COLUMNS):
+        part = slice(first, first + COLUMNS)
+        torch.mm(states, head[part].to(states.dtype).T, out=logits[:, part])
+    return logits
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:
