@@ -113,12 +113,13 @@ def option(gold: str) -> bool:
 def same(first: str, second: str) -> bool:
     """Whether two extracted answers are equal by the rules of `grade`, each held against the other:
     3100 and (3,100) are not, which as an answer to 3100 would be a thousands sign."""
-    found = [settle(first, extract.Extraction(second, ""))]
-    if found[0] == ("different",):
-        return False
-    found.append(settle(second, extract.Extraction(first, "")))
-    reasons = sandbox.compare([verdict for verdict in found if len(verdict) == 2])
-    return all((reasons.get(verdict) or verdict[0]) == "equal" for verdict in found)
+    for gold, answer in ((first, second), (second, first)):
+        verdict = settle(gold, extract.Extraction(answer, ""))
+        if len(verdict) == 2:
+            verdict = (sandbox.compare([verdict])[verdict],)
+        if verdict != ("equal",):
+            return False
+    return True
 
 
 def settle(gold: str, extracted: extract.Extraction) -> tuple[str, ...]:
