@@ -20,7 +20,7 @@ import pytest
 from kit import paths
 
 LOST = 75  # EX_TEMPFAIL of sysexits.h
-SLICE = 5.0  # seconds between two looks at whether the kernel lives
+SLICE = 1.0  # seconds between two looks at whether the kernel lives
 LOG = Path(paths.OUTPUTS) / "nbval-kernels.log"
 lost: list[str] = []
 

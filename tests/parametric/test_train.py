@@ -15,6 +15,7 @@ from kit.parametric.train import (
     BankTraining,
     MemoryTrainConfig,
     completion_loss,
+    encode_sentence,
     pack_rows,
     train_bank,
 )
@@ -218,7 +219,10 @@ def test_the_bundled_model_learns_cities_by_heart_from_its_cluster(bundled, tmp_
         [tuple(path) for path in tree.assign(vectors).tolist()], 64,
     )  # fmt: skip
     recipe = MemoryTrainConfig(batch=1, context=64, learning_rate=3e-3, epochs=2)
-    folder = train_bank(bundled, tree, shape, data, recipe, tmp_path, minilm.fingerprint)
+    sentences = [tuple(encode_sentence(bundled, s.context, s.completion)[0]) for s in told]
+    prefix = ActivationCache(bundled, 26, sentences)
+    name = minilm.fingerprint
+    folder = train_bank(bundled, tree, shape, data, recipe, tmp_path, name, prefix=prefix)
     asked = facts.ask(known, 12)
     offered = [facts.options(problem, facts.load(["cities"])) for problem in asked]
     store = Store(tmp_path / "store")
