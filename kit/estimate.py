@@ -146,7 +146,8 @@ def _baseline(given) -> tuple[float, float]:
 
 def _strategies(given) -> tuple[float, float]:
     each, lesson = answer(given.MAX_NEW_TOKENS), 160
-    decoded = given.TRAIN * (each + lesson) + given.TEST * 9 * each
+    decoded = given.TRAIN * (each + lesson) + given.TEST * 10 * each
+    decoded += (given.CONTROLS[0] + 2 * given.CONTROLS[1]) * 5 * each  # the controls before
     if given.FURTHER:  # 12 more arms, checks and samples, a loop; banks and a solver of their own
         decoded += given.FURTHER * (19 * each + lesson) + given.TRAIN * (6 * each + lesson)
     return decoded, 0

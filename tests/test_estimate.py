@@ -21,6 +21,10 @@ def test_the_laptop_profile_takes_about_what_it_took():
     known = {"01_baseline": 8, "02_strategies": 41, "03_dms": 43, "04_phase2": 115,
              "05_parametric": 67, "06_memory_budget": 24}  # fmt: skip
     found = minutes("laptop")
+    before = {"CONTROLS": [0, 0], "MAX_NEW_TOKENS": 96}  # which 02 had when it was timed
+    one = next(each for each in load_stages("laptop") if each.name == "02_strategies")
+    timed = replace(one, overrides=one.overrides | before)
+    found["02_strategies"] = estimate.seconds(timed, OLD) / 60
     assert {name: found[name] for name in known} == pytest.approx(known, rel=0.2)
 
 

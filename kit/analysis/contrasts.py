@@ -274,6 +274,25 @@ def _majority(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(votes, columns=[*PROBLEM, TRAINING, *SAMPLE, "value"])
 
 
+def twins(records: pd.DataFrame, first: Iterable[str] = ()) -> dict[str, str]:
+    """Arms that asked nothing of their own, each with the arm whose prompts they repeat, problem by
+    problem, with as many samples at the same temperature. Those in `first` are never repeats."""
+    first, asked = [*first], {}
+    for arm, rows in records.groupby("arm"):
+        keys = rows[[*PROBLEM, "prompt_id", "temperature", *SAMPLE]]
+        asked[arm] = {tuple(key) for key in keys.itertuples(index=False)}
+    problems = {arm: {key[:2] for key in keys} for arm, keys in asked.items()}
+    order = sorted(asked, key=lambda arm: (arm not in first, -len(problems[arm]), arm))
+    found: dict[str, str] = {}
+    for arm in order:
+        for other in order[: order.index(arm)]:
+            same = {key for key in asked[other] if key[:2] in problems[arm]} == asked[arm]
+            if same and arm not in first and other not in found:
+                found[arm] = other
+                break
+    return found
+
+
 # Frames: the records of an arm, over the seeds of its training
 
 

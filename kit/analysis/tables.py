@@ -34,6 +34,7 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "seconds": "seconds, mean",
     "difference": "difference, points",
     "equal finish": "at equal finish, points",
+    "of_control": "of the control, %",
     "n_needed": "n needed",
     "compression_x": "compression, x",
     "live_tokens": "live tokens, mean",

@@ -14,7 +14,7 @@ import pandas
 
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.build import solve_prompt
-from kit.reasoning_bank.dspy_backend import Lines, chat_messages
+from kit.reasoning_bank.dspy_backend import chat_messages
 from kit.reasoning_bank.programs import (
     EXPRESSED,
     Choose,
@@ -28,24 +28,27 @@ from kit.reasoning_bank.programs import (
 from kit.reasoning_bank.strategy import RetrievalResult, Strategy, leak_reason
 from kit.schema import Problem, Prompt, digest
 
+DECLARED = ("format-only", "retrieved")  # the arms of the declared contrast
 BUDGET = 1500  # most tokens of memory in a prompt
 COSTS = ["prompt_tokens", "new_tokens", "seconds", "joules"]  # summed over samples, as the peaks
 COSTS += ["kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes"]  # are, since samples share a batch
 
 
 def random_retrieval(
-    bank: ReasoningBank, problems, k: int = 2, seed: int = 0, arm: str = "random"
+    bank: ReasoningBank, problems, k: int = 2, seed: int = 0, place: str = "system"
 ) -> list[Prompt]:
     """Up to `k` strategies drawn at random for each problem, leaks filtered."""
     items, prompts = bank.strategies(), []
     for problem in problems:
         order = random.Random(f"{seed} {problem.id}").sample(items, len(items))
         result = _filter(order, problem, k)
-        prompts.append(solve_prompt(problem, arm, shown(result.strategies), result))
+        prompts.append(solve_prompt(problem, "random", shown(result.strategies), result, place))
     return prompts
 
 
-def shuffled(bank: ReasoningBank, problems, k: int = 2, seed: int = 0, **how) -> list[Prompt]:
+def shuffled(
+    bank: ReasoningBank, problems, k: int = 2, seed: int = 0, place: str = "system", **how
+) -> list[Prompt]:
     """The strategies retrieved for another problem, of another family if there is one."""
     results = {problem.id: bank.retrieve(problem, k, **how) for problem in problems}
     prompts = []
@@ -55,27 +58,27 @@ def shuffled(bank: ReasoningBank, problems, k: int = 2, seed: int = 0, **how) ->
         ]
         other = random.Random(f"{seed} {problem.id}").choice(others or [problem])
         result = _filter(results[other.id].strategies, problem, k)
-        prompts.append(solve_prompt(problem, "shuffled", shown(result.strategies), result))
+        prompts.append(solve_prompt(problem, "shuffled", shown(result.strategies), result, place))
     return prompts
 
 
-def irrelevant(like: Sequence[Prompt], text: str, tokenizer) -> list[Prompt]:
+def irrelevant(like: Sequence[Prompt], text: str, tokenizer, place: str = "system") -> list[Prompt]:
     """Unrelated prose from `text`, of as many tokens as the memory of each prompt in `like`."""
     ids, prompts = tokenizer(text, add_special_tokens=False)["input_ids"], []
     for each in like:
-        bare = solve_prompt(each.problem, "irrelevant")
-        memory = each.messages[0][1].removeprefix(bare.messages[0][1]).strip()
-        count = len(tokenizer(memory, add_special_tokens=False)["input_ids"])
+        count = memory_tokens(each, tokenizer)
         start = int(digest(each.problem.id, 8), 16) % max(1, len(ids) - count)
         words = tokenizer.decode(ids[start : start + count]).strip()
-        prompts.append(solve_prompt(each.problem, "irrelevant", words))
+        prompts.append(solve_prompt(each.problem, "irrelevant", words, place=place))
     return prompts
 
 
-def oracle_hint(problems: Sequence[Problem]) -> list[Prompt]:
-    """The gold answer in the prompt: an upper bound for any memory."""
+def oracle_hint(
+    problems: Sequence[Problem], place: str = "system", arm: str = "gold-hint"
+) -> list[Prompt]:
+    """The gold answer as memory: an upper bound for any memory, and so the positive control."""
     text = "A note says that the answer is {}."
-    return [solve_prompt(p, "gold-hint", text.format(p.answer)) for p in problems]
+    return [solve_prompt(p, arm, text.format(p.answer), place=place) for p in problems]
 
 
 def expressions(problems: Sequence[Problem]) -> list[Prompt]:
@@ -86,14 +89,16 @@ def expressions(problems: Sequence[Problem]) -> list[Prompt]:
     ]
 
 
-def revisions(records: pandas.DataFrame, prompts: Sequence[Prompt]) -> list[Prompt]:
+def revisions(
+    records: pandas.DataFrame, prompts: Sequence[Prompt], place: str = "system"
+) -> list[Prompt]:
     """Sequential MaTTS (self-refinement): prompts to check and rewrite the answers in `records` to
-    `prompts`."""
+    `prompts`, whose memory stays in the prompt."""
     answers = dict(zip(records["problem_id"], records["text"], strict=True))
     revised = []
     for each in prompts:
-        first = answers[each.problem.id].strip()
-        messages = chat_messages(Revise, question=each.problem.question, solution=first)
+        shown = {"solution": answers[each.problem.id].strip(), "strategies": memory_of(each)}
+        messages = chat_messages(Revise, place=place, question=each.problem.question, **shown)
         revised.append(replace(each, arm="matts-sequential", messages=messages))
     return revised
 
@@ -111,10 +116,9 @@ def choices(samples: pandas.DataFrame, problems: Sequence[Problem]) -> list[Prom
 def chosen_samples(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pandas.DataFrame:
     """The rows of `samples` that `replies` to `choices` name, the first where a reply names none;
     each carries the costs of all samples and of the choice."""
-    choice, parse, rows = replies.set_index("problem_id"), Lines().parse, []
+    choice, rows = replies.set_index("problem_id"), []
     for problem, attempts in samples.sort_values("sample").groupby("problem_id"):
-        number = parse(Choose, choice["text"][problem])["number"]
-        best = attempts.iloc[picked(number, len(attempts))].to_dict()
+        best = attempts.iloc[picked(choice["text"][problem], len(attempts))].to_dict()
         costs = attempts[COSTS].sum() + choice.loc[problem, COSTS]
         rows.append(best | costs.to_dict())
     return pandas.DataFrame(rows).astype(samples.dtypes)
@@ -159,14 +163,52 @@ def harmful(treated: pandas.DataFrame, control: pandas.DataFrame) -> list[str]:
     return table.loc[table["points"] < 0, "id"].tolist()
 
 
+def distinct(
+    prompts: Sequence[Prompt], before: Sequence[Prompt] = ()
+) -> tuple[list[Prompt], list[str]]:
+    """The prompts without arms that only repeat the prompts of another one, also of one in
+    `before`; and a sentence about each arm left out.
+
+    The two arms of the declared contrast are never left out, but said to be one.
+    """
+    asked: dict[str, dict[str, str]] = {}
+    for each in (*before, *prompts):
+        asked.setdefault(each.arm, {})[each.problem.id] = each.id
+    new = dict.fromkeys(each.arm for each in prompts)
+    left, said = set(), []
+    for arm in sorted(new, key=lambda arm: arm not in DECLARED):
+        names = (*DECLARED, *asked)
+        others = [name for name in names if name in asked and name != arm and name not in left]
+        same = [name for name in others if asked[arm].items() <= asked[name].items()]
+        if same and arm in DECLARED:
+            if arm == DECLARED[1] and DECLARED[0] in same:
+                said.append(f"{arm} asks what {DECLARED[0]} asks: no memory was found.")
+        elif same:
+            left.add(arm)
+            said.append(f"{arm} is left out: its prompts are those of {same[0]}.")
+    return [each for each in prompts if each.arm not in left], said
+
+
+def memory_of(prompt: Prompt) -> str:
+    """The memory in a prompt of `solve_prompt`, "" of the plain arm."""
+    if prompt.messages[0][0] != "system":
+        return ""
+    (_, system), (_, user) = solve_prompt(prompt.problem, prompt.arm).messages
+    said = [text for _, text in prompt.messages]
+    if len(said) > 2:
+        return said[2]  # RECALL and an answer to it lie between
+    return (said[0].removeprefix(system) + said[1].removeprefix(user).removesuffix(user)).strip()
+
+
+def memory_tokens(prompt: Prompt, tokenizer) -> int:
+    """Tokens of `memory_of` a prompt."""
+    return len(tokenizer(memory_of(prompt), add_special_tokens=False)["input_ids"])
+
+
 def check_token_budget(prompts: Sequence[Prompt], tokenizer, tokens: int = BUDGET) -> list[Prompt]:
     """The same prompts; ValueError naming the first whose memory is longer than `tokens`."""
     for each in prompts:
-        if each.messages[0][0] != "system":
-            continue  # the plain arm
-        bare = solve_prompt(each.problem, each.arm).messages[0][1]
-        memory = each.messages[0][1].removeprefix(bare)
-        count = len(tokenizer(memory, add_special_tokens=False)["input_ids"])
+        count = memory_tokens(each, tokenizer)
         if count > tokens:
             raise ValueError(
                 f"Arm {each.arm!r} gives problem {each.problem.id} {count} tokens of memory, the "

@@ -3,7 +3,8 @@
 Retrieval never returns a strategy that was extracted from the problem being solved or from a
 near-duplicate of it, or whose text contains the answer; a result lists what this leakage guard
 filtered. Every write is one commit, so a killed writer leaves whole additions, and the state of the
-bank at a tag can be opened again.
+bank at a tag can be opened again. After a write small files are put together and new rows indexed,
+so that no search has to wait for either.
 
 Sources: ReasoningBank, https://arxiv.org/abs/2509.25140, Section 3.2: retrieval by past question;
 reasoning-bank-slm: retrieval by the text of a strategy. Reciprocal rank fusion: Cormack et al.,
@@ -18,7 +19,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import lancedb
-import numpy
 import pandas
 import pyarrow
 from lancedb.index import FTS, IvfHnswSq
@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # a process that only writes to a bank need not import torch
 EXACT_ROWS = 10_000  # from this size on an approximate index is used
 FUSION = 60  # the constant of reciprocal rank fusion
 SEEN_AFTER = timedelta(seconds=5)  # until writes of another process are visible
+FRAGMENTS = 16  # files of rows from which they are put together
+UNTAGGED = timedelta(minutes=10)  # for which states without a tag are kept
+NEIGHBOURS, QUERIES = 1000, 256  # of one strategy, and searched for together, when merging
 SAME = 0.9  # cosine similarity from which two strategies count as the same
 METHODS = ("vector", "text", "hybrid")
 
@@ -53,7 +56,7 @@ class ReasoningBank:
 
     def __init__(self, uri, embedder: "Embedder", storage_options: dict | None = None):
         self.uri, self.embedder = str(uri), embedder
-        self._options, self._read_only, self._indexed = storage_options, False, {}
+        self._options, self._read_only, self._indexed = storage_options, False, set()
         self.database = lancedb.connect(
             self.uri, storage_options=storage_options, read_consistency_interval=SEEN_AFTER
         )
@@ -104,7 +107,24 @@ class ReasoningBank:
             return 0
         rows = self._rows(list(fresh.values()))
         merge = self._table.merge_insert("id").when_not_matched_insert_all()
-        return merge.execute(rows).num_inserted_rows
+        added = merge.execute(rows).num_inserted_rows
+        self._settle()
+        return added
+
+    def _settle(self) -> None:
+        """Put small files together and index new rows, after a write; the content stays."""
+        if len(self) >= EXACT_ROWS:
+            self._index("vector", IvfHnswSq(distance_type="cosine"))
+        files = self._table.stats()["fragment_stats"]["num_fragments"]
+        names = [index.name for index in self._table.list_indices()]
+        new = any(self._table.index_stats(name).num_unindexed_rows for name in names)
+        if files <= FRAGMENTS and not new:
+            return
+        try:
+            self._table.optimize(cleanup_older_than=UNTAGGED)
+        except (RuntimeError, OSError) as error:
+            if "conflict" not in str(error):  # with another writer, who does the same
+                raise
 
     def _rows(self, items: list[Strategy]) -> pyarrow.Table:
         columns = {name: [getattr(item, name) for item in items] for name in _names()}
@@ -188,14 +208,12 @@ class ReasoningBank:
         return _sorted([row | {"score": row.pop("_score")} for row in rows])
 
     def _index(self, column: str, config) -> None:
-        """Build the index of `column`, again once there are rows that it does not cover."""
-        if self._read_only or self._indexed.get(column) == self._table.version:
+        """Build the index of `column` where there is none; `_settle` keeps it up to date."""
+        if self._read_only or column in self._indexed:
             return
-        stats = self._table.index_stats(f"{column}_idx")
-        slack = 0 if isinstance(config, FTS) else 0.1 * len(self)  # the rest is compared row by row
-        if stats is None or stats.num_unindexed_rows > slack:
+        if self._table.index_stats(f"{column}_idx") is None:
             self._table.create_index(column, config=config)
-        self._indexed[column] = self._table.version
+        self._indexed.add(column)
 
     def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, key: str):
         """The first `k` rows that pass the guard, and whether there are as many."""
@@ -222,6 +240,7 @@ class ReasoningBank:
         self._check_writable()
         if ids:
             self._table.delete(f"id IN ({_quoted(ids)})")
+            self._settle()
 
     def merge(self) -> list[tuple[str, str]]:
         """Merge near-duplicates of one kind: pairs (kept id, dropped id).
@@ -231,21 +250,28 @@ class ReasoningBank:
         """
         self._check_writable()
         frame = self.table().sort_values(["step", "id"], ignore_index=True)
-        vectors = numpy.stack(frame["vector"]) if len(frame) else numpy.zeros((0, 1))
-        kept, pairs = [], []
-        for i in range(len(frame)):
-            same = [j for j in kept if frame["kind"][j] == frame["kind"][i]]
-            near = vectors[same] @ vectors[i] if same else numpy.zeros(0)
-            if len(near) and near.max() >= SAME:
-                j = same[int(near.argmax())]
-                pairs.append((frame["id"][j], frame["id"][i]))
-            else:
-                kept.append(i)
-        if pairs:
-            schema = self._table.schema
-            rows = pyarrow.Table.from_pandas(frame.loc[kept], schema, preserve_index=False)
-            self._table.add(rows, mode="overwrite")
+        kind, kept, pairs = dict(zip(frame["id"], frame["kind"], strict=True)), {}, []
+        for start in range(0, len(frame), QUERIES):
+            part = frame.iloc[start : start + QUERIES]
+            for own, near in zip(part["id"], self._alike([*part["vector"]]), strict=True):
+                alike = [(distance, kept[other], other) for distance, other in near
+                         if other in kept and kind[other] == kind[own]]  # fmt: skip
+                if alike:
+                    pairs.append((min(alike)[2], own))
+                else:
+                    kept[own] = len(kept)
+        self.forget([dropped for _, dropped in pairs])
         return pairs
+
+    def _alike(self, vectors: list) -> list[list[tuple[float, str]]]:
+        """For each vector distance and id of the NEIGHBOURS that are nearest to it, up to SAME."""
+        query = self._table.search(vectors, vector_column_name="vector").distance_type("cosine")
+        query = query.bypass_vector_index() if len(self) < EXACT_ROWS else query.nprobes(20)
+        query = query.distance_range(upper_bound=1 - SAME).select(["id", "_distance"])
+        found: list[list[tuple[float, str]]] = [[] for _ in vectors]
+        for row in query.limit(NEIGHBOURS).to_list():
+            found[row.get("query_index", 0)].append((row["_distance"], row["id"]))
+        return found
 
     def tag(self, name: str) -> None:
         """Name the present state; ValueError where the name is taken."""

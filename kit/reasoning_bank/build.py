@@ -8,10 +8,16 @@ bank holds the cost and the judgements of each step.
 Offline, as in reasoning-bank-slm: no retrieval, judged by the gold answers, one pass over training
 problems, then frozen. Streaming, as in ReasoningBank (https://arxiv.org/abs/2509.25140, Section
 3.2): judged by the model itself, each group solved with the strategies of the groups before it.
+
+Whoever writes the bank need not be who reads it: the teacher, who judges and extracts, is the
+solver's engine, that of another model, or any `dspy.LM`, such as a server.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -23,19 +29,23 @@ from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.inference.decode import DECODE_VERSION
 from kit.models.embedder import Embedder
+from kit.models.load import load
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.dspy_backend import Engine, Lines, chat_messages, language_model
-from kit.reasoning_bank.programs import Extractor, SelfJudge, Solve, lessons, shown
+from kit.reasoning_bank.programs import ITEMS, Extractor, SelfJudge, Solve, fault, shown
 from kit.reasoning_bank.strategy import RetrievalResult, Strategy
 from kit.schema import Problem, Prompt, Sampling, digest
 
 JUDGES = ("gold", "self")
+Teacher = Engine | dspy.BaseLM
+CALLS = 8  # of a dspy.LM at once
 WIDTH = 3  # default number of trajectories, or of revisions, of MaTTS
 STEP = pyarrow.schema(
     [
         ("step", pyarrow.int64()),
         ("lessons", pyarrow.int64()),
         ("unread", pyarrow.int64()),  # replies that could not be parsed
+        ("rejected", pyarrow.list_(pyarrow.string())),  # why, of each lesson not kept
         ("prompt_tokens", pyarrow.int64()),
         ("new_tokens", pyarrow.int64()),
         ("seconds", pyarrow.float64()),
@@ -51,11 +61,13 @@ class BankBuildConfig:
     judge: str = "gold"  # "gold": the grader; "self": the model's own opinion, without labels
     k: int = 0  # strategies retrieved while building; 0 is offline
     key: str = "question"  # what retrieval compares, see ReasoningBank.retrieve
+    place: str = "system"  # of retrieved strategies in a prompt, see `Lines`
     width: int = 1  # trajectories per problem; 2 or more are contrasted (parallel MaTTS)
     temperature: float = 0.7  # of solving
     solve_tokens: int = 128
     extract_temperature: float = 0.7
     extract_tokens: int = 160
+    judge_tokens: int = 160  # of a judgement with its reasons
     group: int = 32  # problems between two commits
 
     def __post_init__(self):
@@ -73,14 +85,16 @@ def build_bank(
     problems: Sequence[Problem],
     store: Store,
     config: BankBuildConfig,
+    teacher: Teacher | None = None,
 ) -> tuple[ReasoningBank, pandas.DataFrame]:
     """The bank of `config`, in a subfolder of `folder` named by a hash of all that determines it,
     and the records that `fill_bank` returns."""
     programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
     parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(config), *programs]
+    parts += [_name(teacher)] if teacher else []
     name = digest([*parts, [problem.id for problem in problems]], 12)
     bank = ReasoningBank(f"{folder}/{name}", embedder)
-    return bank, fill_bank(bank, engine, problems, store, config)
+    return bank, fill_bank(bank, engine, problems, store, config, teacher=teacher)
 
 
 def fill_bank(
@@ -90,35 +104,90 @@ def fill_bank(
     store: Store,
     config: BankBuildConfig = BankBuildConfig(),  # noqa: B008 (frozen)
     report: Callable[[str], None] = print,
+    teacher: Teacher | None = None,
 ) -> pandas.DataFrame:
     """Fill `bank` from `problems`; returns the graded records of the attempts.
 
-    Their column `judged` is True, False, or None where the judgement could not be parsed.
+    `engine` solves, `teacher` judges and extracts, by default the same. The column `judged` is
+    True, False, or None where there was no verdict: such an attempt teaches nothing.
     """
-    adapter, frames = Lines(), []
+    frames, teacher = [], teacher or engine
     groups = [problems[i : i + config.group] for i in range(0, len(problems), config.group)]
-    with dspy.context(lm=language_model(engine, temperature=config.temperature), adapter=adapter):
-        if "start" not in bank.tags():
-            bank.tag("start")
-        judgements, tags = steps(bank).set_index("step")["judged"].to_dict(), bank.tags()
-        for step, group in enumerate(groups):
-            start, tokens, unparsed = time.perf_counter(), _tokens(engine), len(adapter.failed)
-            past = bank.checkout(_tag(step - 1)) if config.k else bank
-            frame = _solve(past, engine, group, store, config)
-            frames.append(frame)
-            if _tag(step) in tags:
-                frame["judged"] = list(judgements[step])
-                continue
-            frame["judged"] = _judge(engine, frame, config)
-            new = bank.add(_extract(engine, group, frame, config, step))
-            cost = {"seconds": time.perf_counter() - start}
-            cost |= {"unread": len(adapter.failed) - unparsed}
-            cost |= {name: now - tokens[name] for name, now in _tokens(engine).items()}
-            _note(bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost)
-            bank.tag(_tag(step))
-            rest = f", {cost['unread']} replies unread" if cost["unread"] else ""
-            report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{rest}")
+    if "start" not in bank.tags():
+        bank.tag("start")
+    judgements, tags = steps(bank).set_index("step")["judged"].to_dict(), bank.tags()
+    for step, group in enumerate(groups):
+        start = time.perf_counter()
+        past = bank.checkout(_tag(step - 1)) if config.k else bank
+        frame = _solve(past, engine, group, store, config)
+        frames.append(frame)
+        if _tag(step) in tags:
+            frame["judged"] = list(judgements[step])
+            continue
+        judge, extractor, rejected = SelfJudge(config.judge_tokens), Extractor(), []
+        with _taught(teacher, config) as tokens:
+            frame["judged"] = _judge(teacher, judge, frame, config)
+            found = _extract(teacher, extractor, group, frame, config, step, rejected)
+        new = bank.add(found)
+        unread = len(judge.unread) + len(extractor.unread)
+        cost = {"seconds": time.perf_counter() - start, "unread": unread, "rejected": rejected}
+        _note(
+            bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost | tokens
+        )
+        bank.tag(_tag(step))
+        rest = f", {len(rejected)} rejected" if rejected else ""
+        rest += f", {unread} replies unread" if unread else ""
+        report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{rest}")
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+
+
+def teacher(name: str) -> Teacher:
+    """A teacher by name: an engine of a model that `load` knows, or a server that DSPy knows, as
+    "openai/gpt-5-mini" (its address and key in the variables that its provider reads)."""
+    return Engine(load(name)) if ":" in name.partition("/")[0] else dspy.LM(name)
+
+
+def _name(teacher: Teacher) -> str:
+    """Who wrote a lesson, as the bank says it."""
+    if isinstance(teacher, Engine):
+        return f"{teacher.model.name}@{teacher.model.weights_hash}"
+    return teacher.model
+
+
+@contextmanager
+def _taught(teacher: Teacher, config: BankBuildConfig) -> Iterator[dict[str, int]]:
+    """The DSPy context in which the teacher answers; the dictionary has its tokens afterwards.
+
+    A kit engine is asked by `Lines`, a dspy.LM by the adapter that DSPy is configured with.
+    """
+    how = dict(temperature=config.extract_temperature, max_tokens=config.extract_tokens)
+    tokens = {"prompt_tokens": 0, "new_tokens": 0}
+    if isinstance(teacher, Engine):
+        before = {name: getattr(teacher, name) for name in tokens}
+        with dspy.context(lm=language_model(teacher, **how), adapter=Lines()):
+            yield tokens
+        tokens |= {name: getattr(teacher, name) - count for name, count in before.items()}
+    else:
+        adapter = dspy.settings.adapter or dspy.ChatAdapter()
+        with dspy.context(lm=teacher.copy(**how), adapter=adapter), dspy.track_usage() as used:
+            yield tokens
+        for usage in used.get_total_tokens().values():
+            tokens["prompt_tokens"] += usage.get("prompt_tokens") or 0
+            tokens["new_tokens"] += usage.get("completion_tokens") or 0
+
+
+def _together(teacher: Teacher, calls: Sequence[Callable[[], object]]) -> list:
+    """The results of all calls, in order; the first exception is raised."""
+    if isinstance(teacher, Engine):
+        outcomes = teacher.run_batched([*calls])
+    else:
+        with ThreadPoolExecutor(CALLS) as pool:
+            running = [pool.submit(copy_context().run, call) for call in calls]
+        outcomes = [each.exception() or each.result() for each in running]
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
 
 
 def solve_prompt(
@@ -126,13 +195,15 @@ def solve_prompt(
     arm: str,
     memory: str = "",
     retrieval: RetrievalResult = RetrievalResult((), (), {}),  # noqa: B008
+    place: str = "system",
 ) -> Prompt:
-    """The question under the instructions of `programs.Solve`, with `memory` below them.
+    """The question under the instructions of `programs.Solve`, with `memory` at one of
+    `dspy_backend.PLACES`.
 
     `retrieval` is where `memory` comes from: its ids and the number that the leakage guard filtered
     stand in the prompt.
     """
-    messages = chat_messages(Solve, strategies=memory, question=problem.question)
+    messages = chat_messages(Solve, place=place, strategies=memory, question=problem.question)
     ids = tuple(item.id for item in retrieval.strategies)
     return Prompt(problem, arm, messages, retrieved=ids, refused=len(retrieval.filtered))
 
@@ -143,13 +214,18 @@ def format_only(problems: Sequence[Problem]) -> list[Prompt]:
 
 
 def retrieved(
-    bank: ReasoningBank, problems: Sequence[Problem], k: int = 2, arm: str = "retrieved", **how
+    bank: ReasoningBank,
+    problems: Sequence[Problem],
+    k: int = 2,
+    arm: str = "retrieved",
+    place: str = "system",
+    **how,
 ) -> list[Prompt]:
     """Prompts with the strategies of `bank.retrieve(problem, k, **how)`."""
     prompts = []
     for problem in problems:
         retrieval = bank.retrieve(problem, k, **how)
-        prompts.append(solve_prompt(problem, arm, shown(retrieval.strategies), retrieval))
+        prompts.append(solve_prompt(problem, arm, shown(retrieval.strategies), retrieval, place))
     return prompts
 
 
@@ -167,10 +243,6 @@ def _note(bank: ReasoningBank, row: dict) -> None:
     table.add(pyarrow.Table.from_pylist([row], schema=STEP))
 
 
-def _tokens(engine: Engine) -> dict[str, int]:
-    return {"prompt_tokens": engine.prompt_tokens, "new_tokens": engine.new_tokens}
-
-
 def _tag(step: int) -> str:
     return f"step-{step:04}" if step >= 0 else "start"
 
@@ -179,7 +251,7 @@ def _solve(
     bank: ReasoningBank, engine: Engine, group, store: Store, config: BankBuildConfig
 ) -> pandas.DataFrame:
     if config.k:
-        prompts = retrieved(bank, group, config.k, arm="streaming", key=config.key)
+        prompts = retrieved(bank, group, config.k, "streaming", config.place, key=config.key)
     else:
         prompts = format_only(group)
     sampling = Sampling(config.solve_tokens, config.temperature, top_p=0.95)
@@ -189,17 +261,21 @@ def _solve(
     )  # fmt: skip
 
 
-def _judge(engine: Engine, frame: pandas.DataFrame, config: BankBuildConfig) -> list[bool | None]:
+def _judge(
+    teacher: Teacher, judge: SelfJudge, frame: pandas.DataFrame, config: BankBuildConfig
+) -> list[bool | None]:
     if config.judge == "gold":
         return frame["correct"].tolist()
-    judge = SelfJudge()
     calls = [partial(judge, question=r.question, solution=r.text) for r in frame.itertuples()]
-    return [_result(outcome).correct for outcome in engine.run_batched(calls)]
+    return [outcome.correct for outcome in _together(teacher, calls)]
 
 
-def _extract(engine: Engine, group, frame, config: BankBuildConfig, step: int) -> list[Strategy]:
-    """The strategies extracted from each problem of the group whose judgement could be parsed."""
-    extractor, calls, sources = Extractor(), [], []
+def _extract(
+    teacher: Teacher, extractor: Extractor, group, frame, config, step: int, rejected: list[str]
+) -> list[Strategy]:
+    """The strategies extracted from each problem of the group on which there was a verdict; why
+    others are not kept goes to `rejected`."""
+    calls, sources, kept = [], [], []
     for problem in group:
         rows = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
         attempts = [(row.text, bool(row.judged)) for row in rows.itertuples()]
@@ -207,31 +283,22 @@ def _extract(engine: Engine, group, frame, config: BankBuildConfig, step: int) -
             calls.append(partial(extractor, problem.question, attempts, seed=step))
             sources.append((problem, any(correct for _, correct in attempts)))
     fingerprint = digest([extractor.dump_state(), config.extract_tokens], 12)
-    with dspy.context(
-        lm=language_model(
-            engine, temperature=config.extract_temperature, max_tokens=config.extract_tokens
-        )
-    ):
-        outcomes = engine.run_batched(calls)
-    return [
-        Strategy(
-            **lesson,
-            kind="success" if correct else "failure",
-            problem_id=problem.id,
-            family=problem.family,
-            level=problem.level,
-            question=problem.question,
-            model=f"{engine.model.name}@{engine.model.weights_hash}",
-            extractor=fingerprint,
-            step=step,
-        )
-        for (problem, correct), outcome in zip(sources, outcomes, strict=True)
-        for lesson in lessons(_result(outcome).lessons)
-    ]
-
-
-def _result(outcome):
-    """A program's result; its exception is raised."""
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
+    for (problem, correct), outcome in zip(sources, _together(teacher, calls), strict=True):
+        for lesson in (outcome.lessons or [])[:ITEMS]:
+            if reason := fault(lesson, problem):
+                rejected.append(reason)
+                continue
+            kept.append(
+                Strategy(
+                    **lesson.model_dump(),
+                    kind="success" if correct else "failure",
+                    problem_id=problem.id,
+                    family=problem.family,
+                    level=problem.level,
+                    question=problem.question,
+                    model=_name(teacher),
+                    extractor=fingerprint,
+                    step=step,
+                )
+            )
+    return kept

@@ -5,9 +5,9 @@ once every program that still runs waits for one, so that a hundred programs tak
 as one of them makes calls, and the batches do not depend on the clock. DSPy's own cache knows only
 the name of the model, so the name contains weights, dtype and memory.
 
-`Lines` renders a signature as plain chat messages: instructions and retrieved strategies in the
-system message, the other inputs in the user message. A reply that cannot be parsed is counted and
-never requested again in another format.
+`Lines` renders a signature as plain chat messages: instructions in the system message, the inputs
+in the user message, and retrieved strategies at one of PLACES. A reply that cannot be parsed is
+never requested again in another format; `programs.Program` counts it.
 
 Interface: `dspy.lm15` of DSPy 3.4 (Request in, Response out), https://dspy.ai.
 """
@@ -21,9 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
+from itertools import chain
+from typing import get_args, get_origin
 
 import dspy
+from dspy.adapters.utils import parse_value
 from dspy.lm15 import Message, Request, Response, TextPart, Usage, response_to_events
+from dspy.utils.exceptions import AdapterParseError
 
 from kit.evaluation import extract
 from kit.evaluation.evaluate import Memory
@@ -33,6 +37,10 @@ from kit.schema import Problem, Prompt, Sampling, digest
 
 GATHER_S = 0.02  # seconds that a call outside `run_batched` waits for others
 logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)  # `Engine.truncated` counts them
+# Where retrieved strategies stand: below the instructions, in the user message before or after the
+# question, or as an earlier turn of the chat.
+PLACES = ("system", "before", "after", "turns")
+RECALL = "What do you know that may help with the next problem?"  # asks for them in "turns"
 VERDICT = re.compile(r"\b(yes|no)\b(?=\W*(?:$|[,.;:!*\n]))", re.IGNORECASE)  # not "no errors"
 REFUSED = ("response_format", "reasoning", "frequency_penalty", "presence_penalty")
 
@@ -227,42 +235,97 @@ def language_model(engine: Engine, **settings) -> dspy.LM:
 
 
 class Lines(dspy.Adapter):
-    """Renders a signature with one output field as plain chat messages.
+    """Renders a signature as plain chat messages, and reads plain replies.
 
-    `failed` holds the completions that could not be parsed as the type of the field; the field is
-    then None, and there is no second request.
+    A reply to several output fields names each on a line of its own. Where one cannot be read as
+    its type, AdapterParseError is raised, as by DSPy's own adapters, and nothing is asked again.
+    `place` is where strategies stand, one of PLACES.
     """
 
-    def __init__(self):
+    def __init__(self, place: str = "system"):
         super().__init__()
-        self.failed: list[str] = []
+        if place not in PLACES:
+            raise ValueError(f"No place {place!r} for strategies; it is one of {PLACES}.")
+        self.place = place
 
     def format(self, signature, demos, inputs) -> list[dict]:
-        """System: instructions, then strategies. Demos as earlier turns. User: the other inputs."""
-        if len(signature.output_fields) != 1:
-            raise ValueError(f"{signature.__name__} has several output fields; Lines reads one.")
-        system = signature.instructions.strip()
+        """System: instructions. Demos as earlier turns. User: the inputs. Strategies at `place`."""
+        outputs, recalled = signature.output_fields, []
+        system = "\n\n".join([signature.instructions.strip(), *_forms(outputs)])
+        user = _user(signature, inputs)
         if strategies := inputs.get("strategies"):
-            system += f"\n\n{strategies}"
-        (output,) = signature.output_fields
-        messages = [{"role": "system", "content": system}]
-        for demo in demos:
-            messages.append({"role": "user", "content": _user(signature, demo)})
-            messages.append({"role": "assistant", "content": _text(demo[output])})
-        return [*messages, {"role": "user", "content": _user(signature, inputs)}]
+            if self.place == "system":
+                system += f"\n\n{strategies}"
+            elif self.place == "before":
+                user = f"{strategies}\n\n{user}"
+            elif self.place == "after":
+                user += f"\n\n{strategies}"
+            else:
+                recalled = [("user", RECALL), ("assistant", strategies)]
+        whole = [demo for demo in demos if {*outputs} <= {*demo.keys()}]
+        shown = [(("user", _user(signature, demo)), ("assistant", _reply(outputs, demo)))
+                 for demo in whole]  # fmt: skip
+        turns = [("system", system), *chain(*shown), *recalled, ("user", user)]
+        return [{"role": role, "content": content} for role, content in turns]
 
     def parse(self, signature, completion: str) -> dict:
-        """The output field parsed as its type, None where that is impossible."""
-        ((name, field),) = signature.output_fields.items()
-        value = _read(completion, field.annotation)
-        if value is None:
-            self.failed.append(completion)
-        return {name: value}
+        """The output fields, each read as its type."""
+        fields = signature.output_fields
+        parts = _parts([*fields], completion)
+        values = {name: _read(parts.get(name, ""), field.annotation)
+                  for name, field in fields.items()}  # fmt: skip
+        if None in values.values():
+            raise AdapterParseError("Lines", signature, completion)
+        return values
 
 
-def chat_messages(signature, *demos, **inputs) -> tuple[tuple[str, str], ...]:
+def _forms(outputs) -> list[str]:
+    """What to write, where that is not one plain text."""
+    written = [_model(field.annotation).FORM for field in outputs.values()
+               if _model(field.annotation)]  # fmt: skip
+    if len(outputs) > 1:
+        lines = "\n".join(f"{_label(name)}: <{name}>" for name in outputs)
+        return [f"Write\n\n{lines}", *written]
+    return [f"Write\n\n{form}" for form in written]
+
+
+def _model(kind):
+    """The type of the items of a list field that has a plain form: FORM and `read`."""
+    items = get_args(kind) if get_origin(kind) is list else ()
+    return items[0] if items and hasattr(items[0], "FORM") else None
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _parts(names: list[str], completion: str) -> dict[str, str]:
+    """The text of each field: all of it for one, else what follows its label. What precedes every
+    label belongs to the first field."""
+    if len(names) == 1:
+        return {names[0]: completion}
+    labels = "|".join(re.escape(_label(name)) for name in names)
+    found = re.split(rf"^\W*({labels})\W*:", completion, flags=re.MULTILINE | re.IGNORECASE)
+    parts = {names[0]: found[0]} if found[0].strip() else {}
+    for label, text in zip(found[1::2], found[2::2], strict=True):
+        (name,) = [name for name in names if _label(name).lower() == label.lower()]
+        parts[name] = text.strip(" *\n")
+    return parts
+
+
+def _reply(outputs, demo) -> str:
+    """The reply of a worked example."""
+    texts = {name: _text(demo[name], field.annotation) for name, field in outputs.items()}
+    if len(texts) == 1:
+        return texts.popitem()[1]
+    return "\n".join(f"{_label(name)}: {text}" for name, text in texts.items())
+
+
+def chat_messages(
+    signature, *demos, place: str = "system", **inputs
+) -> tuple[tuple[str, str], ...]:
     """The messages that `Lines` renders of a signature, as (role, text) pairs of a `Prompt`."""
-    messages = Lines().format(signature, demos, inputs)
+    messages = Lines(place).format(signature, demos, inputs)
     return tuple((message["role"], message["content"]) for message in messages)
 
 
@@ -274,19 +337,27 @@ def _user(signature, inputs) -> str:
     return "\n\n".join(f"{name.capitalize()}:\n{value}" for name, value in given.items())
 
 
-def _text(value) -> str:
+def _text(value, kind) -> str:
+    if model := _model(kind):
+        return "\n\n".join(str(model.model_validate(item)) for item in value)
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _read(completion: str, kind):
     """The reply as `kind`, None where it says none or several; what was thought is no reply."""
-    if kind == (bool | None):
-        text = extract.after_thinking(completion)
+    text = extract.after_thinking(completion)
+    if model := _model(kind):
+        return model.read(text)
+    if kind in (bool, bool | None):
         found = [*VERDICT.finditer(text)] or [*re.finditer(r"^\W*(yes|no)\b", text, re.IGNORECASE)]
         return found[-1][1].lower() == "yes" if found else None
-    if kind == (int | None):
-        text = extract.after_thinking(completion)
+    if kind in (int, int | None):
         first, numbers = re.match(r"\W*(\d{1,9})\b", text), {*re.findall(r"\d+", text)}
         number = first[1] if first else numbers.pop() if len(numbers) == 1 else ""
         return int(number) if 0 < len(number) < 10 else None
-    return completion.strip() or None
+    if kind in (str, str | None):
+        return completion.strip() or None
+    try:
+        return parse_value(text.strip(), kind)
+    except (ValueError, SyntaxError):  # pydantic's, and of what is no literal
+        return None

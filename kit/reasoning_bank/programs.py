@@ -1,7 +1,7 @@
 """DSPy programs that solve, judge and extract strategies, with prompts that a small model follows.
 
-A program is a dspy.Module over typed signatures with one output field each, rendered and parsed by
-`dspy_backend.Lines`.
+A program is a dspy.Module over typed signatures. `dspy_backend.Lines` renders and parses them for a
+small model; every adapter of DSPy does for a model that writes JSON.
 
 Sources: ReasoningBank, https://arxiv.org/abs/2509.25140: Figs. 7-10 for the tasks of judge and
 extractor (the wording is our own), Section 3.3 for memory-aware test-time scaling (MaTTS).
@@ -9,25 +9,53 @@ extractor (the wording is our own), Section 3.3 for memory-aware test-time scali
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 import dspy
 import pandas
 from dspy.utils.exceptions import AdapterParseError
+from pydantic import BaseModel, Field
 
 from kit.data.prompts import FORMAT_INSTRUCTION
 from kit.reasoning_bank.calculator import ExpressionError, calculate
-from kit.reasoning_bank.strategy import Strategy
+from kit.reasoning_bank.dspy_backend import Lines
+from kit.reasoning_bank.strategy import Strategy, leaks_answer
+from kit.schema import Problem
 
 ITEMS = 3  # most lessons of one trajectory, as published
 LEAD = "Lessons from problems solved before. Use what fits; their numbers are not yours."
 SPIDERS = "A spider has 8 legs. How many legs do 3 spiders have?"  # asked in worked examples
-FORM = "Title: <a few words>\nWhen: <one sentence>\nLesson: <one to three sentences>"
-
 LABEL = r"^\W*(?:title|when|lesson|question|problem|solution|answer)\W*:"  # starts a new part
 LESSON = re.compile(
     rf"^\W*title\W*:(.+?)^\W*when\W*:(.+?)^\W*lesson\W*:(.+?)(?={LABEL}|^\s*$|\Z)",
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
+FEWEST, ALIKE = 5, 0.6  # words of a lesson; share of words from which it is a copy
+
+
+class Lesson(BaseModel):
+    """What an attempt teaches."""
+
+    title: str
+    description: str = Field(description="one sentence: when to use it, and when not")
+    content: str = Field(description="one to three sentences: what to do")
+
+    FORM: ClassVar[str] = (
+        "Title: <a few words>\nWhen: <one sentence>\nLesson: <one to three sentences>"
+    )
+
+    def __str__(self) -> str:
+        return f"Title: {self.title}\nWhen: {self.description}\nLesson: {self.content}"
+
+    @classmethod
+    def read(cls, text: str) -> list["Lesson"] | None:
+        """Every lesson in `text` that has the requested form; None of none."""
+        found = []
+        for match in LESSON.finditer(text):
+            title, when, said = (" ".join(part.strip(" *\n").split()) for part in match.groups())
+            if title and said:
+                found.append(cls(title=title, description=when, content=said))
+        return found or None
 
 
 class Solve(dspy.Signature):
@@ -39,45 +67,40 @@ class Solve(dspy.Signature):
 
 
 class Judge(dspy.Signature):
-    """Check the solution of the problem step by step in your head. Is its final answer correct?
-    Reply with one word: yes or no."""
+    """Check the solution of the problem step by step and say what is right or wrong in it. Then
+    write on the last line whether its final answer is correct, as
+    Correct: yes or no"""
 
     question: str = dspy.InputField()
     solution: str = dspy.InputField()
-    correct: bool | None = dspy.OutputField()
+    correct: bool = dspy.OutputField()
 
 
 class Succeeded(dspy.Signature):
-    __doc__ = f"""The solution of the problem is correct. What did it do that would help with other
-problems of this kind? Do not repeat its numbers. Write
-
-{FORM}"""
+    """The solution of the problem is correct. First think about why. What did it do that would
+    help with other problems of this kind, and when would it not? Do not repeat its numbers."""
 
     question: str = dspy.InputField()
     solution: str = dspy.InputField()
-    lessons: str = dspy.OutputField()
+    lessons: list[Lesson] = dspy.OutputField()
 
 
 class Failed(dspy.Signature):
-    __doc__ = f"""The solution of the problem is wrong. What should be done otherwise with problems
-of this kind? Do not repeat its numbers. Write
-
-{FORM}"""
+    """The solution of the problem is wrong. First think about why. What should be done otherwise
+    with problems of this kind? Do not repeat its numbers."""
 
     question: str = dspy.InputField()
     solution: str = dspy.InputField()
-    lessons: str = dspy.OutputField()
+    lessons: list[Lesson] = dspy.OutputField()
 
 
 class Compare(dspy.Signature):
-    __doc__ = f"""Several solutions of one problem, some correct and some wrong. What do the correct
-ones do that the wrong ones do not? Do not repeat their numbers. Write
-
-{FORM}"""
+    """Several solutions of one problem, some correct and some wrong. What do the correct ones do
+    that the wrong ones do not? Do not repeat their numbers."""
 
     question: str = dspy.InputField()
     solutions: str = dspy.InputField()
-    lessons: str = dspy.OutputField()
+    lessons: list[Lesson] = dspy.OutputField()
 
 
 class Revise(dspy.Signature):
@@ -94,7 +117,7 @@ class Choose(dspy.Signature):
 
     question: str = dspy.InputField()
     solutions: str = dspy.InputField()
-    number: int | None = dspy.OutputField()
+    number: int = dspy.OutputField()
 
 
 class Express(dspy.Signature):
@@ -105,17 +128,32 @@ class Express(dspy.Signature):
     expression: str = dspy.OutputField()
 
 
-def lessons(text: str | None) -> list[dict]:
-    """Title, description and content of each lesson in `text` that has the requested form.
+def fault(lesson: Lesson, problem: Problem) -> str:
+    """Why a lesson drawn from `problem` is not worth keeping, "" if it may be."""
+    words = _words(lesson.content)
+    if len(words) < FEWEST:
+        return "too few words"
+    examples = [lesson for demo in _demos() for lesson in demo.lessons]
+    copied = [_overlap(words, _words(example.content)) for example in examples]
+    if len(title := _words(lesson.title)) >= FEWEST:
+        copied += [_overlap(title, _words(example.title)) for example in examples]
+    if max(copied) >= ALIKE:
+        return "copy of the example in the prompt"
+    if _overlap(words, _words(problem.question)) >= ALIKE:
+        return "copy of the question"
+    text = f"{lesson.title}. {lesson.description} {lesson.content}"
+    if STATED.search(text) or leaks_answer(text, problem.answer, problem.question):
+        return "states an answer"
+    return ""
 
-    Copies of the worked example of the prompt are left out.
-    """
-    parsed = []
-    for match in LESSON.finditer(text or ""):
-        title, when, content = (" ".join(part.strip(" *\n").split()) for part in match.groups())
-        if title and content and content not in COPIED:
-            parsed.append({"title": title, "description": when, "content": content})
-    return parsed[:ITEMS]
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.findall(r"[^\W\d_]+", text.lower())}
+
+
+def _overlap(one: set[str], other: set[str]) -> float:
+    """Share of the words of the smaller set that the other has too."""
+    return len(one & other) / max(1, min(len(one), len(other)))
 
 
 def shown(strategies: Sequence[Strategy]) -> str:
@@ -127,29 +165,68 @@ def shown(strategies: Sequence[Strategy]) -> str:
     return "\n".join([LEAD, *lines]) if lines else ""
 
 
-class Solver(dspy.Module):
+class Program(dspy.Module):
+    """A module whose replies that could not be read are counted: they lie in `unread`, and their
+    fields are None."""
+
+    def __init__(self):
+        super().__init__()
+        self.unread: list[str] = []
+
+    def ask(self, predict, seed: int | None = None, **inputs) -> dspy.Prediction:
+        """One call of `predict`, whatever the adapter. Equal calls without a seed draw anew."""
+        try:
+            return predict(**inputs, config=_config(seed))
+        except AdapterParseError as error:
+            return self._unreadable(predict, error)
+
+    async def aask(self, predict, seed: int | None = None, **inputs) -> dspy.Prediction:
+        """The same for `acall`."""
+        try:
+            return await predict.acall(**inputs, config=_config(seed))
+        except AdapterParseError as error:
+            return self._unreadable(predict, error)
+
+    def _unreadable(self, predict, error: AdapterParseError) -> dspy.Prediction:
+        self.unread.append(str(error.lm_response or ""))
+        (inner,) = [each for _, each in predict.named_predictors()] or [predict]
+        return dspy.Prediction(**dict.fromkeys(inner.signature.output_fields))
+
+
+def _config(seed: int | None) -> dict:
+    return {} if seed is None else {"seed": seed}
+
+
+class Solver(Program):
     """Answers a question, given strategies."""
 
     def __init__(self):
         super().__init__()
         self.solve = dspy.Predict(Solve)
 
-    def forward(self, question: str, strategies: str = "", seed: int = 0):
-        return _ask(self.solve, seed, question=question, strategies=strategies)
+    def forward(self, question: str, strategies: str = "", seed: int | None = None):
+        return self.ask(self.solve, seed, question=question, strategies=strategies)
+
+    async def aforward(self, question: str, strategies: str = "", seed: int | None = None):
+        return await self.aask(self.solve, seed, question=question, strategies=strategies)
 
 
-class SelfJudge(dspy.Module):
-    """The model's own judgement of a solution: True, False, or None where it cannot be parsed."""
+class SelfJudge(Program):
+    """A model's judgement of a solution, with its reasons first: True, False, or None where there
+    is no verdict, which is not a "wrong"."""
 
-    def __init__(self):
+    def __init__(self, max_tokens: int = 256):
         super().__init__()
-        self.judge = dspy.Predict(Judge, temperature=0.0, max_tokens=8)
+        self.judge = dspy.Predict(Judge, temperature=0.0, max_tokens=max_tokens)
 
     def forward(self, question: str, solution: str):
-        return _ask(self.judge, 0, question=question, solution=solution)
+        return self.ask(self.judge, 0, question=question, solution=solution)
+
+    async def aforward(self, question: str, solution: str):
+        return await self.aask(self.judge, 0, question=question, solution=solution)
 
 
-class Extractor(dspy.Module):
+class Extractor(Program):
     """Extracts lessons from one trajectory, or by contrast from several of one problem."""
 
     def __init__(self):
@@ -159,14 +236,25 @@ class Extractor(dspy.Module):
         for predict, demo in zip((self.succeeded, self.failed, self.compare), _demos()):
             predict.demos = [demo]
 
-    def forward(self, question: str, solutions: Sequence[tuple[str, bool]], seed: int = 0):
+    def forward(
+        self, question: str, solutions: Sequence[tuple[str, bool]], seed: int | None = None
+    ):
         """`solutions`: text and whether it is correct, of each trajectory."""
+        predict, shown = self._asked(solutions)
+        return self.ask(predict, seed, question=question, **shown)
+
+    async def aforward(
+        self, question: str, solutions: Sequence[tuple[str, bool]], seed: int | None = None
+    ):
+        predict, shown = self._asked(solutions)
+        return await self.aask(predict, seed, question=question, **shown)
+
+    def _asked(self, solutions):
         if len(solutions) == 1:
             ((text, correct),) = solutions
-            program = self.succeeded if correct else self.failed
-            return _ask(program, seed, question=question, solution=text)
+            return (self.succeeded if correct else self.failed), {"solution": text}
         marked = [f"[{'correct' if correct else 'wrong'}] {text}" for text, correct in solutions]
-        return _ask(self.compare, seed, question=question, solutions="\n\n".join(marked))
+        return self.compare, {"solutions": "\n\n".join(marked)}
 
 
 def worked_out(expression: str) -> str:
@@ -184,18 +272,13 @@ def numbered(texts: Sequence[str]) -> str:
     return "\n\n".join(f"[{i}] {text}" for i, text in enumerate(texts, 1))
 
 
-def picked(number: int | None, count: int) -> int:
-    """Index of the solution that `Choose` named; 0 where it named none of `count`."""
-    return number - 1 if number and number <= count else 0
-
-
-def _ask(predict: dspy.Predict, seed: int, **inputs) -> dspy.Prediction:
-    """One call; an empty completion is counted and gives a field of None, not an exception."""
+def picked(reply: str, count: int) -> int:
+    """Index of the solution that a reply to `Choose` names; 0 where it names none of `count`."""
     try:
-        return predict(**inputs, config={"seed": seed})
-    except AdapterParseError as error:
-        dspy.settings.adapter.failed.append(str(error.lm_response or ""))
-        return dspy.Prediction(**dict.fromkeys(predict.signature.output_fields))
+        number = Lines().parse(Choose, reply)["number"]
+    except AdapterParseError:
+        return 0
+    return number - 1 if 0 < number <= count else 0
 
 
 def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
@@ -224,25 +307,23 @@ def _demos() -> list[dspy.Example]:
     """One worked example per extraction signature, of a family that no problem set has."""
     right = "Each spider has 8 legs, so 3 spiders have 3 * 8 = 24 legs.\nAnswer: 24"
     wrong = "There are 3 spiders and 8 legs, so 3 + 8 = 11 legs.\nAnswer: 11"
-    multiply = (
-        "Title: Multiply equal groups\n"
-        "When: The same amount is there several times.\n"
-        "Lesson: Name the size of one group and the number of groups, then multiply the two."
+    multiply = Lesson(
+        title="Multiply equal groups",
+        description="The same amount is there several times.",
+        content="Name the size of one group and the number of groups, then multiply the two.",
     )
-    added = (
-        "Title: Do not add the number of groups to their size\n"
-        "When: The same amount is there several times.\n"
-        "Lesson: Ask what one more group would change. If it adds its whole size, multiply."
+    added = Lesson(
+        title="Do not add the number of groups to their size",
+        description="The same amount is there several times.",
+        content="Ask what one more group would change. If it adds its whole size, multiply.",
     )
     both = f"[correct] {right}\n\n[wrong] {wrong}"
     return [
-        dspy.Example(question=SPIDERS, solution=right, lessons=multiply),
-        dspy.Example(question=SPIDERS, solution=wrong, lessons=added),
-        dspy.Example(question=SPIDERS, solutions=both, lessons=multiply),
+        dspy.Example(question=SPIDERS, solution=right, lessons=[multiply]),
+        dspy.Example(question=SPIDERS, solution=wrong, lessons=[added]),
+        dspy.Example(question=SPIDERS, solutions=both, lessons=[multiply]),
     ]
 
 
 EXPRESSED = dspy.Example(question=SPIDERS, expression="8 * 3")
-COPIED = {
-    " ".join(demo.lessons.partition("Lesson:")[2].split()) for demo in _demos()
-}  # lessons of the worked examples in the prompts
+STATED = re.compile(r"\b(?:answer|result)\b[\s\W]*(?:is|was|=|:)?[\s\W]*-?\d", re.IGNORECASE)

@@ -19,10 +19,25 @@ from kit.schema import Problem, digest
 KINDS = ("success", "failure")
 RETIRED = ("uses", "wins")  # columns of banks built before December 2026, never read
 PARAPHRASE = 0.9  # cosine similarity from which two questions with the same numbers count as one
-# What precedes a result in a text; a short answer counts as leaked only after one of these.
-RESULT = r"(?i:answer|result|total|sum|product|value|equals?|is|boxed|[=≈→:])[\s\W]{0,6}"
-FRACTION = r"\\[dt]?frac *\{-?\d+\} *\{\d+\}"
-NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?"
+# Numbers of one or two digits stand in many texts: they are given away where a result is stated.
+NUMBER = (
+    r"(?<![\w.])-?(?:\\[dtc]?frac *(?:\{ *-?\d+ *\}|\d) *(?:\{ *\d+ *\}|\d)"
+    r"|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?: */ *\d+(?!\.?\d))?)(?!\w|\.\d)"
+)
+RESULT = r"\b(?:answers?|results?|solutions?|totals?|sum|product|value|equals?)\b|\\boxed"
+GETS = (
+    r"\b(?:is|gets?|got|gives?|giving|obtain|finds?|found|have|yields?|makes?|leaves?|to|remember)\b"
+    r"|[=≈→⇒:]"
+)
+FILLER = r"(?:[\s\W]|\b(?:is|are|be|as|of|to|equal|exactly|just|only|simply|then|the|number)\b)"
+ENDS = r"is|as|in|at|for|by|from|with|because|since|so|when|after|which|where|and|or|then"
+CLOSED = r"(?:[\s$*})\]%°]|\^ *\{? *\\circ\b *\}?|\\%|\\text *\{[^{}]*\})*"
+AFTER = rf"{CLOSED}(?:$|[.,;:!?\n](?!\d)|(?:{ENDS})\b)"  # of a result that only GETS introduced
+NAMED = (
+    rf"{CLOSED}(?:(?:is|was|as)\s+(?:\w+\s+){{0,2}}(?:answer|result|solution|value|total|sum)"
+    r"|(?:in|at) the end\b|altogether\b|in (?:all|total)\b)"
+)
+OPERAND = r"[\s$})\]]*(?:[+*×·^/]\s*[\w(\\]|\\(?:cdot|times|div)|-\s*\w)"
 
 
 @dataclass(frozen=True)
@@ -125,32 +140,55 @@ def leak_reason(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
     same_numbers = source.numbers and sorted(source.numbers) == sorted(target.numbers)
     if same_numbers and cosine >= PARAPHRASE:
         return "near-duplicate"
-    return "gives the answer away" if leaks_answer(item.text, problem.answer) else ""
+    given = leaks_answer(item.text, problem.answer, problem.question)
+    return "gives the answer away" if given else ""
 
 
-def leaks_answer(text: str, answer: str) -> bool:
+def leaks_answer(text: str, answer: str, question: str = "") -> bool:
     """Whether `text` contains `answer`, or the same number or formula written otherwise: anywhere,
-    or, for an answer of one or two characters, only where a result is stated."""
-    answer = latex.tidy(answer) if r"\text" in answer else answer
-    characters = "".join(answer.split())
+    or, for an answer of one or two signs, only where a result is stated.
+
+    A sentence most of whose numbers are not in the `question` states the result of another one.
+    """
+    raw, text = "".join(answer.split()), re.sub(r"(?<=\d)(?:,?\\[!,]|\{,\})(?=\d{3})", "", text)
+    answer = latex.tidy(answer)
+    characters, gold = "".join(answer.split()), latex.number(answer)
     if not characters:
         return False
+    if ("\\" in raw or ":" in raw) and raw in "".join(text.split()):
+        return True
+    if gold:
+        numbers = [(found.span(), latex.number(latex.tidy(found[0])))
+                   for found in re.finditer(NUMBER, text)]  # fmt: skip
+        places = [place for place, number in numbers if number and number.value == gold.value]
+        short = len(re.sub(r"\\frac|\D", "", answer)) < 3
+        return any(not short or _stated(text, *place, question) for place in places)
     spaced = r"\s*".join(map(re.escape, characters))  # LaTeX may be spaced otherwise
-    lead = RESULT if len(characters) < 3 else ""
     flags = re.IGNORECASE if len(characters) > 1 else 0  # "A" is an answer, "a" a word
-    if re.search(rf"{lead}(?<![\w.]){spaced}(?!\w|\.\d)", text, flags):
+    places = [found.span() for found in re.finditer(rf"(?<![\w.]){spaced}(?!\w|\.\d)", text, flags)]
+    if any(len(characters) > 2 or _stated(text, *place, question) for place in places):
         return True
     written = _notation(answer)
     formula = rf"(?<![0-9.]){re.escape(written)}(?![0-9])"
-    if "\\" in written and len(written) > 3 and re.search(formula, _notation(text)):
+    plain = len(written) < 3 or written.isalpha()  # words run together in a text without spaces
+    return not plain and bool(re.search(formula, _notation(text), flags))
+
+
+def _stated(text: str, start: int, end: int, question: str) -> bool:
+    """Whether what stands at a place of a text is said to be a result."""
+    before, after = re.split(r"[.!?;\n](?!\d)", text[:start])[-1], text[end:]
+    others, own = ({*re.findall(r"\d+", part)} for part in (before, question))
+    if re.match(OPERAND, after) or (own and 2 * len(own & others) < len(others)):
+        return False
+    if re.search(rf"(?:{RESULT}){FILLER}{{0,6}}$", before, re.IGNORECASE):
         return True
-    gold = latex.number(latex.tidy(answer))
-    return gold is not None and any(
-        (other := latex.number(latex.tidy(found[1]))) and other.value == gold.value
-        for found in re.finditer(rf"{lead}(?<![\w.])({FRACTION}|{NUMBER})(?!\w|\.\d)", text)
-    )
+    if re.match(NAMED, after, re.IGNORECASE):
+        return True
+    led = re.search(rf"(?:{GETS}){FILLER}{{0,6}}$", before, re.IGNORECASE)
+    return bool(led and re.match(AFTER, after))
 
 
 def _notation(text: str) -> str:
     r"""The text without spaces, formulas in one notation: \dfrac, √ and π as \frac, \sqrt, \pi."""
-    return latex.squeeze(re.sub(r"\\sqrt ?([0-9a-z])", r"\\sqrt{\1}", latex.tidy(text)))
+    text = latex.tidy(re.sub(r"√ ?(\d+)", r"\\sqrt{\1}", text))
+    return latex.squeeze(re.sub(r"\\sqrt ?([0-9a-z])", r"\\sqrt{\1}", text))

@@ -25,6 +25,9 @@ KNOWN = "Who knows what, by frequency"
 FETCHED = "Fetched against every other arm"
 BYTES = "Bytes held and read"
 GAPS = "Frontiers of cache settings at equal bytes"
+READ = "Where the gold answer is read"
+WORTH = "Planted rules, retrieved against each control"
+CONTROLS = r"(?:no-hint$|hint-|planted-)"  # arms of the strategy study's first two steps
 PLACES = "Five memories, the best of each alone"
 QUALITY = "Quality at equal live tokens"
 
@@ -55,14 +58,35 @@ def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd
 def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
     if (stage, caption) == ("01_baseline", exhibits.BASELINE):
         return tables.arms(records)
-    if (stage, caption) == ("02_strategies", "Every arm of the strategy study"):
-        return tables.arms(records).drop(columns="model")
-    if (stage, caption) == ("02_strategies", "Retrieved strategies against each control"):
-        return against(stage, records, {*records["arm"]}).drop(columns="primary")
+    if stage == "02_strategies":
+        return _of_strategies(caption, records)
     if (stage, caption) == ("03_dms", "Accuracy with a thinned cache"):
         made = tables.arms(records.assign(arm=records["policy"]))
         return made.drop(columns=["model", "compliance"])
     return None
+
+
+def _of_strategies(caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
+    if caption in (READ, WORTH):
+        from kit.reasoning_bank import ladder  # imports torch
+
+        planted = records["arm"].str.startswith("planted-")
+        return ladder.worth(records[planted]) if caption == WORTH else ladder.placements(records)
+    records = strategies(records)
+    if caption == "Every arm of the strategy study":
+        return tables.arms(records).drop(columns="model")
+    if caption == "Retrieved strategies against each control":
+        return against("02_strategies", records, {*records["arm"]}).drop(columns="primary")
+    return None
+
+
+def strategies(records: pd.DataFrame) -> pd.DataFrame:
+    """The arms of the strategy study that are compared: neither its earlier controls, which are on
+    other problems, nor arms that repeat the prompts of another."""
+    own = claims.primary()["02_strategies"]
+    records = records[~records["arm"].str.match(CONTROLS)]
+    repeated = contrasts.twins(records, (own["control"], own["arm"]))
+    return records[~records["arm"].isin(repeated)]
 
 
 def _trained(caption: str, families: list[str], frames: dict) -> pd.DataFrame | None:

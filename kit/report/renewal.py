@@ -113,7 +113,8 @@ def _entries(stage: str, found: Mapping, shown: Mapping[str, pd.DataFrame], run:
         arms = tables.arms(records).itertuples()
         made["accuracy"] = {f"{row.model} {row.arm}": row.accuracy for row in arms}
     if stage == "02_strategies":
-        differences = recompute.against(stage, records, {*records["arm"]})
+        compared = recompute.strategies(records)
+        differences = recompute.against(stage, compared, {*compared["arm"]})
         made["contrasts"] = differences.to_dict("records")
     if stage == "06_memory_budget" and "frames" in found:
         rows = pd.DataFrame(found["scenarios"])

@@ -8,7 +8,7 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from kit.analysis import claims, stats, tables, verdicts
+from kit.analysis import claims, contrasts, stats, tables, verdicts
 from kit.schema import Record
 
 BASE = Record(
@@ -100,6 +100,18 @@ def test_answers_that_are_equal_are_one_vote():
 def test_the_same_id_in_two_problem_sets_is_two_problems():
     (row,) = tables.arms(frame({"source": "math"}, {"source": "gsm8k"})).to_dict("records")
     assert row["problems"] == 2
+
+
+def test_an_arm_that_asks_what_another_asked_is_its_twin():
+    def arm(name, ids, **changes):
+        return [{"arm": name, "problem_id": f"p{i}", "prompt_id": f"{i}", **changes} for i in ids]
+
+    few = arm("k4", range(3)), arm("merged", range(5))
+    other = arm("vote", range(3), temperature=0.7), arm("k1", range(3), prompt_id="x")
+    asked = frame(*arm("retrieved", range(5)), *arm("plain", range(5), prompt_id="y"),
+                  *(row for rows in (*few, *other) for row in rows))  # fmt: skip
+    assert contrasts.twins(asked, ["retrieved"]) == {"k4": "retrieved", "merged": "retrieved"}
+    assert contrasts.twins(asked, ["retrieved", "k4", "merged"]) == {}
 
 
 def test_by_family_against_pandas():

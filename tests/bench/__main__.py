@@ -23,7 +23,12 @@ FIGURES = {
         "dms_train_s_per_step",
     ),
     "bench_engine": ("dspy_batching",),
-    "bench_bank": ("bank_search_p50_ms", "bank_recall_at_5", "bank_add_10k_s"),
+    "bench_bank": (
+        "bank_search_p50_ms",
+        "bank_recall_at_5",
+        "bank_add_10k_s",
+        "bank_small_writes_search_ms",
+    ),
     "bench_tune": ("sft_s_per_step", "grpo_s_per_step", "grpo_kit_vs_transformers"),
     "bench_parametric": (
         "bank_fetch_p99_ms_cold",

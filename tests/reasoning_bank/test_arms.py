@@ -8,6 +8,7 @@ from kit.data import problems
 from kit.models import embedder
 from kit.reasoning_bank import arms, build
 from kit.reasoning_bank.bank import ReasoningBank
+from kit.reasoning_bank.dspy_backend import PLACES
 from kit.reasoning_bank.programs import Solver
 from tests.reasoning_bank.test_bank import lesson
 
@@ -55,6 +56,18 @@ def test_all_arms_share_instructions_and_question(bank, tests, bundled):
     assert max(abs(a - b) for a, b in zip(*lengths, strict=True)) <= 2
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_memory_is_as_long_at_every_place(bank, tests, bundled, place):
+    tokenizer = bundled.tokenizer
+    found = build.retrieved(bank, tests, place=place)
+    below = [arms.memory_tokens(p, tokenizer) for p in build.retrieved(bank, tests)]
+    assert [arms.memory_tokens(p, tokenizer) for p in found] == below and min(below) > 20
+    same = [p.messages for p in arms.irrelevant(found, PROSE, tokenizer, place)]
+    texts = [" ".join(said for _, said in messages) for messages in same]
+    assert all("river" in text and p.question in text for p, text in zip(tests, texts))
+    assert arms.memory_tokens(build.format_only(tests)[0], tokenizer) == 0
+
+
 def test_what_is_shown_is_recorded_and_passed_the_guard(bank, tests):
     items = {item.id: item for item in bank.strategies()}
     for prompts in (
@@ -97,6 +110,8 @@ def test_a_revision_shows_the_first_answer(bank, tests):
     )
     again = arms.revisions(records, prompts)
     assert [p.messages[1][1].rpartition("\n")[2] for p in again] == ["one", "two", "three"]
+    kept = [arms.memory_of(p) for p in prompts]
+    assert all(text and text in p.messages[0][1] for text, p in zip(kept, again)), "memory stays"
     assert {p.arm for p in again} == {"matts-sequential"}
     assert [p.problem for p in again] == [p.problem for p in prompts]
 
@@ -162,3 +177,19 @@ def test_expressions_are_asked_for_by_example(tests):
     roles = [role for role, _ in prompt.messages]
     assert roles == ["system", "user", "assistant", "user"] and prompt.arm == "expression"
     assert prompt.messages[-1][1] == tests[0].question and prompt.messages[2][1] == "8 * 3"
+
+
+def test_an_arm_that_repeats_another_is_left_out_and_said_to_be(bank, tests, tmp_path):
+    small = arms.subset(bank, 2, tmp_path / "2")
+    queue = [*build.format_only(tests), *build.retrieved(small, tests)]
+    queue += [*arms.random_retrieval(small, tests[:5], k=0), *arms.oracle_hint(tests)]
+    kept, said = arms.distinct(queue)
+    assert {p.arm for p in kept} == {"format-only", "retrieved", "gold-hint"}
+    assert said == ["random is left out: its prompts are those of format-only."]
+    more = build.retrieved(small, tests[:4], arm="k2"), build.retrieved(small, tests[:4], 1, "k1")
+    kept, said = arms.distinct([*more[0], *more[1]], queue)
+    assert {p.arm for p in kept} == {"k1"}
+    assert said == ["k2 is left out: its prompts are those of retrieved."]
+    empty = [*build.format_only(tests), *build.retrieved(small, tests, k=0)]
+    kept, said = arms.distinct(empty)
+    assert kept == empty and said == ["retrieved asks what format-only asks: no memory was found."]

@@ -17,7 +17,7 @@ from kit import paths
 from kit.data import problems
 from kit.models import embedder
 from kit.reasoning_bank import strategy
-from kit.reasoning_bank.bank import METHODS, ReasoningBank
+from kit.reasoning_bank.bank import FRAGMENTS, METHODS, ReasoningBank
 from kit.reasoning_bank.strategy import Strategy, leaks_answer
 from kit.schema import Problem
 from tests.reasoning_bank.hash_embedder import HashEmbedder
@@ -275,6 +275,19 @@ def test_tagged_states_can_be_opened_again(bank, train, minilm):
         bank.checkout("later")
     with pytest.raises(ValueError, match="as it was at a tag, to read only"):
         then.add([lesson(train[2])])
+
+
+def test_many_small_writes_leave_few_files(tmp_path, train):
+    made = ReasoningBank(tmp_path, HashEmbedder())
+    for i, problem in enumerate(train[:60]):
+        made.add([lesson(problem, f"Lesson {i}")])
+        made.retrieve(train[100], method="text")
+    assert made._table.stats()["fragment_stats"]["num_fragments"] <= FRAGMENTS + 1
+    assert len(made) == 60 == len({item.id for item in made.strategies()})
+    assert not any(made._table.index_stats(index.name).num_unindexed_rows
+                   for index in made._table.list_indices())  # fmt: skip
+    (found,) = made.retrieve(train[100], k=1, method="text", key="text").strategies
+    assert found in made.strategies()
 
 
 def test_what_says_the_same_is_merged(tmp_path, minilm, train):

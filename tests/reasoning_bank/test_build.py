@@ -1,7 +1,9 @@
 """Filling a bank: what is learnt from whom, and that a killed build ends with the same bank."""
 
 import dataclasses
+import json
 
+import dspy
 import pytest
 from dspy.lm15 import Message, Response, TextPart, Usage
 
@@ -13,6 +15,8 @@ from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.build import BankBuildConfig
 from kit.reasoning_bank.dspy_backend import Engine
 from kit.schema import digest
+from tests.fake_openai import served
+from tests.scripted import Scripted
 
 QUICK = BankBuildConfig(solve_tokens=8, extract_tokens=8, group=6)
 
@@ -27,7 +31,7 @@ class Teacher(Engine):
             system = request.system if isinstance(request.system, str) else request.system[0].text
             mark = digest([system, *(m.text for m in request.messages)], 6)
             judging = "yes or no" in system
-            text = f"Title: Lesson {mark}\nWhen: Always.\nLesson: Think of {mark}."
+            text = f"Title: Lesson {mark}\nWhen: Always.\nLesson: Think of the rule called {mark}."
             if judging:
                 text = ("yes", "no", "unsure")[int(mark, 16) % 3]
             self.told.append("judge" if judging else "extract")
@@ -131,6 +135,50 @@ def test_several_trajectories_are_contrasted(tmp_path, minilm, teacher, group):
     recipe = dataclasses.replace(QUICK, width=3)
     bank, frame = built(tmp_path, minilm, teacher, group[:6], recipe)
     assert len(frame) == 18 and len(bank) == 6 and teacher.told == ["extract"] * 6
+
+
+def test_another_model_writes_what_this_one_reads(tmp_path, minilm, tiny, group):
+    """Any dspy.LM judges and extracts, here by JSON: the solver is asked for attempts only."""
+    said = json.dumps({"lessons": [
+        {"title": "Count", "description": "Always.", "content": "Go through the word once again."},
+        {"title": "Count", "description": "Always.", "content": "Use 7."},
+    ]})  # fmt: skip
+
+    def reply(messages):
+        judging = "final answer is correct" in messages[0][1]
+        return json.dumps({"correct": True}) if judging else said
+
+    server = dspy.LM("kit/scripted", engine=Scripted(reply), cache=False, num_retries=0)
+    recipe, engine = dataclasses.replace(QUICK, judge="self"), Engine(tiny, batch_size=8)
+    bank = ReasoningBank(tmp_path / "bank", minilm)
+    with dspy.context(adapter=dspy.JSONAdapter()):
+        frame = build.fill_bank(
+            bank, engine, group[:6], Store(tmp_path / "store"), recipe, print, server
+        )
+    assert engine.calls == 0 and frame["judged"].all() and len(bank) == 6
+    (model,) = {item.model for item in bank.strategies()}
+    assert model == "kit/scripted" and {item.kind for item in bank.strategies()} == {"success"}
+    (noted,) = build.steps(bank)["rejected"]
+    assert [*noted] == ["too few words"] * 6
+
+
+def test_a_server_writes_the_bank(tmp_path, minilm, tiny, group, monkeypatch):
+    """An OpenAI-compatible one, by DSPy's default adapter; its tokens are counted."""
+    lesson = {"title": "T", "description": "D.", "content": "Go through the word once again."}
+    said = f"[[ ## lessons ## ]]\n{json.dumps([lesson])}\n\n[[ ## completed ## ]]"
+    with served(lambda messages: said) as (address, asked):
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        monkeypatch.setenv("OPENAI_BASE_URL", address)
+        monkeypatch.setenv("OPENAI_API_BASE", address)
+        teacher = build.teacher("openai/large")
+        teacher.cache = False
+        bank = ReasoningBank(tmp_path / "bank", minilm)
+        store = Store(tmp_path / "store")
+        build.fill_bank(bank, Engine(tiny, batch_size=8), group[:3], store, QUICK, print, teacher)
+    assert len(asked) == 3 == len(bank) and {body["model"] for body in asked} == {"large"}
+    assert asked[0]["max_tokens"] == QUICK.extract_tokens
+    noted = build.steps(bank)
+    assert (noted["prompt_tokens"].sum(), noted["new_tokens"].sum()) == (21, 9)
 
 
 def test_banks_of_other_recipes_and_problems_stand_apart(tmp_path, minilm, teacher, group):

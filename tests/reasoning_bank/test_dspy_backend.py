@@ -1,5 +1,6 @@
 """DSPy over the kit's decoding: what it answers, in how many decodings, and whose error it is."""
 
+import asyncio
 import json
 import threading
 from functools import partial
@@ -56,10 +57,24 @@ def test_a_request_without_a_seed_draws_anew_each_time(tiny):
     assert len({*said(0.0)}) == 1 == len({*said(0.8, config={"seed": 1})})
 
 
+def test_rollouts_and_several_samples_differ(tiny):
+    engine = Engine(tiny, max_new_tokens=8)
+    lm, solver = language_model(engine, temperature=1.0), Solver()
+    with dspy.context(lm=lm, adapter=Lines()):
+        many = dspy.Predict("question -> answer", n=4)(question=QUESTIONS[0]).completions.answer
+        given = dict(question=QUESTIONS[0], strategies="")
+        rolled = [solver.solve(**given, config={"rollout_id": i}).answer for i in range(4)]
+        best = dspy.BestOfN(solver, N=4, reward_fn=lambda *_: 0.0, threshold=1.0)
+        calls = engine.calls
+        best(question=QUESTIONS[0])
+        awaited = asyncio.run(solver.acall(question=QUESTIONS[0])).answer
+    assert len({*many}) == 4 == len({*rolled}) and engine.calls == calls + 5 and awaited
+
+
 def test_programs_together_take_as_many_decodings_as_one_makes_calls(engine, solver):
     def twice(question):
-        first = solver(question=question).answer
-        return first, solver(question=f"{question} {first}").answer
+        first = solver(question=question, seed=0).answer
+        return first, solver(question=f"{question} {first}", seed=0).answer
 
     alone = [twice(q) for q in QUESTIONS]
     assert engine.rounds == 24
@@ -98,7 +113,7 @@ def test_calls_from_plain_threads_are_gathered_too(engine, solver):
 
     def ask(question):
         with dspy.context(**context):
-            found[question] = solver(question=question).answer
+            found[question] = solver(question=question, seed=0).answer
 
     threads = [threading.Thread(target=ask, args=(q,)) for q in QUESTIONS]
     for thread in threads:
@@ -106,7 +121,7 @@ def test_calls_from_plain_threads_are_gathered_too(engine, solver):
     for thread in threads:
         thread.join()
     assert engine.rounds < 6 and len(found) == len(QUESTIONS)
-    assert found == {q: solver(question=q).answer for q in QUESTIONS}
+    assert found == {q: solver(question=q, seed=0).answer for q in QUESTIONS}
 
 
 def test_the_name_tells_weights_dtype_and_memory_apart(tiny):

@@ -1,0 +1,103 @@
+"""The ladder of controls that gates the strategy study.
+
+The first rung is a positive control on validation problems: the gold answer as memory, at each of
+the places where memory can stand, against the same prompt without it. The place where it helps most
+is where the study puts memory; if it helps by no more than MARGIN points there, the model does not
+use memory given in this way, and no arm with memory can say anything about memory. The second rung
+is `planted`, the third the problems that the study is about.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas
+
+from kit.analysis import contrasts, tables
+from kit.reasoning_bank.arms import oracle_hint
+from kit.reasoning_bank.build import solve_prompt
+from kit.reasoning_bank.dspy_backend import PLACES
+from kit.schema import Problem, Prompt
+
+MARGIN = 20.0  # points that the gold answer must be worth, at the low end of its interval
+NO_HINT, HINT = "no-hint", "hint-{}"
+PLANTED = "planted-{}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where memory stands in the study, and what the gold answer is worth there."""
+
+    place: str
+    gain: contrasts.Measurement  # points over the same prompt without it
+
+    @property
+    def used(self) -> bool:
+        """Whether the positive control passed."""
+        return self.gain.low > MARGIN
+
+    def __str__(self) -> str:
+        gain, interval = self.gain.texts()
+        worth = (
+            f'The gold answer as memory is worth {gain} ({interval}) in the place "{self.place}"'
+        )
+        if self.used:
+            return f"{worth}: this model uses memory given in this way."
+        if self.gain.high > MARGIN:
+            return (
+                f"{worth}: {self.gain.n} problems do not show whether this is above {MARGIN:g}, so "
+                f"nothing below says what memory does."
+            )
+        return (
+            f"{worth}, not above {MARGIN:g}: this model does not use memory given in this way, and "
+            f"nothing below says what memory does."
+        )
+
+
+def hints(problems: Sequence[Problem]) -> list[Prompt]:
+    """The positive control: no memory, and the gold answer as memory at each place."""
+    prompts = [solve_prompt(problem, NO_HINT) for problem in problems]
+    for place in PLACES:
+        prompts += oracle_hint(problems, place, HINT.format(place))
+    return prompts
+
+
+def placements(records: pandas.DataFrame) -> pandas.DataFrame:
+    """What the gold answer is worth by place, from the records of `hints`: accuracy and share
+    finished, percent, and the difference from no memory, points."""
+    rows = []
+    for place in PLACES:
+        own = records[records["arm"] == HINT.format(place)]
+        row = {"place": place} | {
+            name: tables.share(own, name) for name in ("accuracy", "finished")
+        }
+        gain = _gain(records, place)
+        row |= {"difference": (gain.estimate, gain.low, gain.high), "problems": gain.n}
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def choose(records: pandas.DataFrame) -> Placement:
+    """The place where the gold answer is worth most; of equals the first of PLACES."""
+    found = [Placement(place, _gain(records, place)) for place in PLACES]
+    return max(found, key=lambda each: each.gain.estimate)
+
+
+def planted(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The second rung: the same prompts under arms of their own, "planted-retrieved" and so on."""
+    return [replace(each, arm=PLANTED.format(each.arm)) for each in prompts]
+
+
+def worth(records: pandas.DataFrame) -> pandas.DataFrame:
+    """What the right lesson is worth, from the records of `planted`: accuracy with retrieved
+    lessons minus that of each control, points, the lesson of another problem first."""
+    arm, other = PLANTED.format("retrieved"), PLANTED.format("shuffled")
+    table = tables.against(records, arm, sorted({*records["arm"]} - {arm}), other)
+    share = {name: tables.share(records[records["arm"] == name]) for name in {*records["arm"]}}
+    return table.drop(columns="primary").assign(
+        accuracy=[share[arm]] * len(table), of_control=[share[c] for c in table["control"]]
+    )
+
+
+def _gain(records: pandas.DataFrame, place: str) -> contrasts.Measurement:
+    contrast = {"measure": "accuracy", "arm": HINT.format(place), "control": NO_HINT}
+    return contrasts.compute(contrast, records)
