@@ -298,6 +298,9 @@ def device() -> Iterator[Seen]:
 
     patches = [
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
+        mock.patch.object(torch.cuda, "mem_get_info", lambda device=None: (2**33, 2**33)),
+        mock.patch.object(torch.cuda, "memory_reserved", lambda device=None: 0),
+        mock.patch.object(torch.cuda, "memory_allocated", lambda device=None: 0),
         mock.patch.object(torch, "tensor", made),
         mock.patch.object(torch, "as_tensor", like),
         mock.patch.object(torch, "Generator", lambda device=None: generator()),

@@ -34,7 +34,7 @@ from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import ITERATIONS
 from kit.models import quantization
 from kit.models.load import Model, collect
-from kit.schema import Prompt, Sampling, digest
+from kit.schema import Generation, Prompt, Sampling, digest
 
 ASK, WAIT = "\nAnswer:", " Wait,"  # what forces an answer, and what stands in the place of a stop
 END = "\n</think>\n"  # of the thoughts of a model that thinks
@@ -152,19 +152,22 @@ def generate(
     sampling = Sampling(max(grid.tokens), temperature, top_p=0.95 if temperature else 1.0)
     memory = replace(memory_of(run, model, load_evictor), bank=bank)
     forcing = _forcing(model, grid, thinking=any(prompt.thinking for prompt in prompts))
-    jobs = evaluate.plan(model, list(prompts), sampling, samples, batch_size, memory)
+    jobs = evaluate.plan(model, list(prompts), sampling, samples, memory)
     keys = {job.key: [digest([job.key, forcing.key, cut]) for cut in grid.tokens]
             for job in jobs}  # fmt: skip
     stored = store.keys(key for each in keys.values() for key in each)
-    todo, done = {job.key for job in jobs if not stored.issuperset(keys[job.key])}, 0
+    todo = [job for job in jobs if not stored.issuperset(keys[job.key])]
+    done = 0
+
+    def commit(ended: list[tuple[Job, Generation]]) -> None:
+        nonlocal done
+        store.append(_answers(model, ended, keys, sampling, memory, forcing))
+        done += len(ended)
+        report(f"{run.name}: {done} of {len(todo)} generations")
+
     if todo:
         model = quantized(base, run.bits)
-        each = grid.tokens[-1] + len(grid.tokens) * forcing.extra_tokens
-    for whole in evaluate.groups(base, jobs, each, 4 * batch_size) if todo else ():
-        if group := [job for job in whole if job.key in todo]:
-            store.append(_answers(model, group, keys, sampling, batch_size, memory, forcing))
-            done += len(group)
-            report(f"{run.name}: {done} of {len(todo)} generations")
+        evaluate.generate(model, todo, sampling, batch_size, memory, commit, forcing)
     return store.table({key for each in keys.values() for key in each})
 
 
@@ -176,12 +179,11 @@ def _forcing(model: Model, grid: Grid, thinking: bool) -> BudgetForcing:
     return BudgetForcing(grid.tokens, ask, ANSWER_TOKENS, wait, grid.waits)
 
 
-def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: Memory, forcing):
-    """Records of a group of jobs at every cut."""
-    found = evaluate.generate(model, group, sampling, batch_size, memory, forcing)
+def _answers(model, ended: list[tuple[Job, Generation]], keys, sampling, memory: Memory, forcing):
+    """Records of generations at every cut."""
     rows = [
         (job, cut, key, forced or whole)
-        for job, whole in zip(group, found, strict=True)
+        for job, whole in ended
         for cut, key, forced in zip(forcing.budgets, keys[job.key], whole.forced, strict=True)
     ]
     problems = [job.prompt.problem for job, *_ in rows]
@@ -189,7 +191,7 @@ def _answers(model, group: list[Job], keys, sampling, batch_size: int, memory: M
     grades = grader.grade_many([generation.text for *_, generation in rows], golds, FORM, asks)
     graded = []
     for (job, cut, key, generation), verdict in zip(rows, grades, strict=True):
-        record = evaluate.record(model, job, sampling, memory.name, generation, verdict)
+        record = evaluate.record(model, job, generation, sampling, memory.name, verdict)
         arm = f"{job.prompt.arm} at {cut}"
         graded.append(replace(record, key=key, generation_key=key, arm=arm))
     return graded
@@ -251,22 +253,22 @@ def _kept(frame: pd.DataFrame, a: Architecture) -> float:
 
 
 def refused(
-    a: Architecture, grid: Grid, prompt_tokens: int, sequences: int, room: int | None = None
+    a: Architecture, grid: Grid, prompt_tokens: int, room: int | None = None
 ) -> dict[Run, str]:
-    """The runs of `grid` that cannot fit into `room` bytes, by default what is free here, and how
-    much they lack: known from the model's config alone. A run of quantised weights has them
-    unpacked beside the 16-bit ones; the caches of `sequences` are as long as the largest budget."""
+    """The runs of `grid` of which not one sequence fits into `room` bytes, by default what is free
+    here, and how much they lack: known from the model's config alone. A run of quantised weights
+    has them unpacked beside the 16-bit ones; a cache is as long as the largest budget."""
     room, found = available() if room is None else room, {}
     for run in grid.runs:
         whole = sum(ledger.weights(a).values()) * (1 if run.bits == 16 else 2)
         kept = int(run.policy.split()[1]) if run.policy.split()[0] in BUDGETED else math.inf
         tokens = min(kept, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
         cache = ledger.keys_and_values(a, tokens, ledger.cache(a, run.kv_bits))
-        need = whole + sequences * cache
+        need = whole + cache
         if need > room:
             found[run] = (
                 f"{OUT}: it needs {ledger.text(need)}, {ledger.text(need - room)} more than there "
-                f"is; lower the batch, the tokens or the bits"
+                f"is; lower the tokens or the bits"
             )
     return found
 

@@ -20,7 +20,7 @@ from kit.models.load import Model, check_head, twin
 from kit.paths import atomic
 from kit.schema import digest
 
-QUALITY_VERSION = 1  # of what `teacher_forced_kl` measures; raise it by one when that may change
+QUALITY_VERSION = 2  # of what `teacher_forced_kl` measures; raise it by one when that may change
 
 
 @torch.inference_mode()

@@ -1,13 +1,11 @@
 """Evaluation: decodes the prompts that the store lacks, grades the answers, appends the records.
 
-A job is split beforehand into groups of sorted keys, on a CPU of about half a minute of decoding. A
-group is decoded together, graded, and stored in one commit; a killed run loses at most one group.
-Since the split depends on the whole job only, a resumed run produces the same tokens as an
-uninterrupted one.
+A job is one queue. What ends is graded and stored in a commit of its own every COMMIT_S seconds; a
+killed run loses what ended since, and a failed one nothing. Since tokens depend on nothing that is
+decoded beside them, a resumed run produces the same ones as an uninterrupted one.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,16 +18,13 @@ from kit.data.prompts import FORM
 from kit.evaluation import grader
 from kit.evaluation.store import Store
 from kit.inference import decode
-from kit.inference.budget_forcing import NO_FORCING
+from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model
 from kit.schema import Generation, Prompt, Record, Sampling, digest
 
-# Half a minute on two older cores, as parameters x allowed new tokens (about 0.6 of them are
-# generated); and the cost of a prompt token relative to a new one. Measured, see LOG.md.
-WORK, READ = 6e11, 0.7
-FEWEST = 16  # samples of a group at least, even if slower: a batch shares each read of the weights
+COMMIT_S = 20.0  # each commit is a file, and many files make each later commit slower
 
 
 @dataclass(frozen=True)
@@ -72,14 +67,9 @@ def plan(
     prompts: list[Prompt],
     sampling: Sampling,
     samples: int,
-    batch_size: int,
     memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> list[Job]:
-    """Every sample of every prompt with its key, sorted by the part that determines the tokens.
-
-    The samples of a prompt are adjacent, since they share its prefill. A new version of the grader
-    leaves the groups, and so the tokens, unchanged.
-    """
+    """Every sample of every prompt with its key, sorted by the part that determines the tokens."""
     if isinstance(memory.policy, DMS) and memory.policy.evictor.base_hash not in model.hashes:
         raise ValueError(
             f"{memory.name} was trained for weights {memory.policy.evictor.base_hash}, "
@@ -90,7 +80,7 @@ def plan(
     reads += [model.tokenizer.chat_template, sorted(model.stop_ids)]
     runs = [str(model.dtype), model.device.type, torch.__version__, transformers.__version__]
     runs.append(decode.DECODE_VERSION)
-    base = [*reads, *runs, asdict(sampling), memory.key, batch_size]
+    base = [*reads, *runs, asdict(sampling), memory.key]
     jobs = []
     for prompt in sorted(prompts, key=lambda prompt: digest([base, prompt.id, prompt.arm])):
         for sample in range(samples):
@@ -108,26 +98,6 @@ def plan(
     return jobs
 
 
-def groups(model: Model, jobs: list[Job], tokens: int, most: int) -> list[list[Job]]:
-    """Split jobs into the groups that are decoded and stored together.
-
-    A group has `most` jobs, or on a CPU as many, with `tokens` new tokens each, as take about half
-    a minute, but at least FEWEST. The split never depends on the content of the store.
-    """
-    room = WORK / model.weights.num_parameters() if model.device.type == "cpu" else math.inf
-    split, cost = [], 0.0
-    for i, job in enumerate(jobs):
-        again = i and job.prompt is jobs[i - 1].prompt  # one prefill for all of its samples
-        added = tokens if again else tokens + READ * len(decode.tokenize(model, job.prompt))
-        size = len(split[-1]) if split else most
-        if size == most or (size >= FEWEST and cost + added > room):
-            split.append([])
-            cost = 0.0
-        split[-1].append(job)
-        cost += added
-    return split
-
-
 def evaluate(
     model: Model,
     prompts: list[Prompt],
@@ -135,26 +105,37 @@ def evaluate(
     store: Store,
     samples: int = 1,
     batch_size: int = 64,
-    group_size: int = 256,
     report: Callable[[str], None] = print,
     memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> pandas.DataFrame:
-    """Records of all samples of all prompts; computes only those that `store` lacks, in groups of
-    at most `group_size`."""
-    jobs = plan(model, prompts, sampling, samples, batch_size, memory)
+    """Records of all samples of all prompts; computes only those that `store` lacks. Text that is
+    stored under another version of the grader is only graded."""
+    jobs = plan(model, prompts, sampling, samples, memory)
     stored = store.keys(job.key for job in jobs)
-    todo = sum(job.key not in stored for job in jobs)
-    report(f"{len(jobs)} samples, {len(jobs) - todo} already stored")
+    todo = [job for job in jobs if job.key not in stored]
+    report(f"{len(jobs)} samples, {len(jobs) - len(todo)} already stored")
     started, finished = time.perf_counter(), 0
-    for whole in groups(model, jobs, sampling.max_new_tokens, group_size) if todo else ():
-        group = [job for job in whole if job.key not in stored]
-        if not group:
-            continue
-        store.append(_complete(model, group, sampling, batch_size, store, memory))
-        finished += len(group)
+
+    def commit(ended: list[tuple[Job, Generation]]) -> None:
+        nonlocal finished
+        problems = [job.prompt.problem for job, _ in ended]
+        golds, asks = [p.answer for p in problems], [p.asks for p in problems]
+        grades = grader.grade_many([g.text for _, g in ended], golds, FORM, asks)
+        rows = zip(ended, grades, strict=True)
+        store.append([record(model, *each, sampling, memory.name, v) for each, v in rows])
+        finished += len(ended)
         took = time.perf_counter() - started
-        left = took / finished * (todo - finished)
-        report(f"{finished}/{todo} samples, {took:.0f} s, {left:.0f} s left")
+        left = took / finished * (len(todo) - finished)
+        report(f"{finished}/{len(todo)} samples, {took:.0f} s, {left:.0f} s left")
+
+    if todo:
+        old = store.generated({job.generation_key for job in todo})
+        texts = {row.generation_key: row for row in old.itertuples()}
+        known = [(job, texts[job.generation_key]) for job in todo if job.generation_key in texts]
+        if known:
+            commit(known)
+        fresh = [job for job in todo if job.generation_key not in texts]
+        generate(model, fresh, sampling, batch_size, memory, commit)
     return store.table({job.key for job in jobs})
 
 
@@ -175,38 +156,42 @@ def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) 
     return store.table({record.key for record in derived})
 
 
-def _complete(
-    model: Model, group: list[Job], sampling, batch_size, store: Store, memory: Memory
-) -> list[Record]:
-    """Decode and grade one group; text stored under another grader version is only graded."""
-    old = store.generated({job.generation_key for job in group})
-    generations = {row.generation_key: row for row in old.itertuples()}
-    fresh = [job for job in group if job.generation_key not in generations]
-    new = generate(model, fresh, sampling, batch_size, memory) if fresh else []
-    generations.update((job.generation_key, g) for job, g in zip(fresh, new))
-    ordered = [generations[job.generation_key] for job in group]
-    problems = [job.prompt.problem for job in group]
-    golds, asks = [p.answer for p in problems], [p.asks for p in problems]
-    grades = grader.grade_many([g.text for g in ordered], golds, FORM, asks)
-    rows = zip(group, ordered, grades)
-    return [record(model, job, sampling, memory.name, g, v) for job, g, v in rows]
-
-
 def generate(
-    model: Model, jobs: list[Job], sampling, batch_size: int, memory: Memory, forcing=NO_FORCING
-) -> list[Generation]:
-    """Generations of `model` with `memory`, one for each of `jobs`."""
+    model: Model,
+    jobs: list[Job],
+    sampling: Sampling,
+    batch_size: int,
+    memory: Memory,
+    commit: Callable[[list[tuple[Job, Generation]]], None],
+    forcing: BudgetForcing = NO_FORCING,
+) -> None:
+    """Generations of `model` with `memory`, one for each of `jobs`: `commit` gets them as they end,
+    COMMIT_S seconds of them at a time, and what is left where decoding fails or is interrupted."""
     questions = [job.prompt.problem.question for job in jobs]
     paths = memory.bank.paths(questions) if memory.bank else [()] * len(jobs)
     requests = [
         decode.Request(decode.tokenize(model, job.prompt), job.prompt.problem.id, job.sample, path)
         for job, path in zip(jobs, paths)
     ]
+    fresh, began = [], time.perf_counter()
+
+    def ended(index: int, generation: Generation) -> None:
+        nonlocal fresh, began
+        fresh.append((jobs[index], generation))
+        if time.perf_counter() - began >= COMMIT_S:
+            whole, fresh = fresh, []
+            commit(whole)
+            began = time.perf_counter()
+
     how = dict(policy=memory.policy, quantized=memory.quantized, bank=memory.bank)
-    return decode.decode(model, requests, sampling, batch_size, forcing=forcing, **how)
+    try:
+        decode.decode(model, requests, sampling, batch_size, forcing=forcing, ended=ended, **how)
+    finally:
+        if fresh:
+            commit(fresh)
 
 
-def record(model: Model, job: Job, sampling, policy: str, generation: Generation, verdict):
+def record(model: Model, job: Job, generation: Generation, sampling, policy: str, verdict):
     """The record of one graded generation, as it is stored."""
     problem = job.prompt.problem
     return Record(

@@ -120,14 +120,16 @@ class BlockTable:
         of_unit, ordinal = _ragged(counts)
         return counts, self.slots(plane, units[of_unit], ordinal)
 
-    def release(self, units: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Free the blocks of these units: the (to, from) block moves to make, per plane."""
-        gone = torch.zeros(self.filled.shape[1], dtype=torch.bool, device=self.device)
-        gone[units] = True
-        self.filled[:, units] = 0
+    def release(
+        self, units: torch.Tensor, filled: torch.Tensor | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Free the slots of these units, from ordinal `filled` [P, u] on, by default all: the
+        (to, from) block moves to make, per plane."""
+        self.filled[:, units] = 0 if filled is None else filled
+        stay = torch.where(self.filled > 0, -(-self.filled // self.block), 0)
         moves = []
         for plane, used in enumerate(self.used):
-            keep = ~gone[self.owner[plane, :used]]
+            keep = self.rank[plane, :used] < stay[plane, self.owner[plane, :used]]
             total = int(keep.sum())
             to = (~keep[:total]).nonzero().flatten()
             source = keep[total:].nonzero().flatten() + total
@@ -137,6 +139,12 @@ class BlockTable:
             self.blocks[plane, self.owner[plane, to], self.rank[plane, to]] = to.int()
             self.used[plane] = total
             moves.append((to, source))
+            if filled is not None:  # slots that are free again in blocks that stay
+                owner, rank = self.owner[plane, :total], self.rank[plane, :total, None]
+                ordinal = rank * self.block + torch.arange(self.block, device=self.device)
+                free = ordinal >= self.filled[plane, owner, None]
+                self.position[plane, :total].masked_fill_(free, -1)
+                self.bias[plane, :total].masked_fill_(free, MASKED)
         return moves
 
     def nbytes(self) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class BudgetForcing:
     """Asks a sequence for its answer at several budgets of new tokens.
 
-    When a running sequence reaches one of `budgets`, a copy of it is continued by `answer_prompt`
-    and at most `max_answer_tokens` more tokens. A stop before the last budget is replaced by
-    `wait_tokens`, at most `max_waits` times. Source: s1, section 3.1,
+    When a running sequence reaches one of `budgets`, it is continued by `answer_prompt` and at most
+    `max_answer_tokens` more tokens, which are then taken back. A stop before the last budget is
+    replaced by `wait_tokens`, at most `max_waits` times. Source: s1, section 3.1,
     https://arxiv.org/abs/2501.19393.
     """
 

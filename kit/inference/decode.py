@@ -1,9 +1,11 @@
 """The generation loop: turns Requests into Generations by continuous batching.
 
-All sequences of a step are packed into one row of tokens, without padding. When a sequence ends,
-the next request takes its place before the next step. Tokens depend on the weights, the request,
-its seed, and on which requests are decoded together (the shape of a batch changes low bits), so
-callers split a job into fixed groups and pass one group at a time to `decode`.
+All sequences of a step are packed into one row of tokens. When a sequence ends, the next request
+takes its place before the next step, so a job is one queue, and `decode` hands over each Generation
+as it ends. Tokens depend on the weights, the request and its seed alone, whatever stands beside
+them: the rows of a forward pass are padded to numbers of rows at which each row comes out in the
+same bits (ROWS), prompts and shared beginnings are read in whole ROWS too, and sums over the tokens
+of a sequence have an order that the other sequences do not change.
 
 A bank of weights is any object with `fetch(path)`, which returns one block per level, [layers,
 units, row]; `prefetch(path)`, which starts reading them; and `widened(weights, batch_size)`, which
@@ -12,16 +14,17 @@ manager `attached()`, inside which the model computes with these blocks.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy
 import torch
+import torch.nn.functional as F
 
 from kit.inference import energy, prefix_sharing
 from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
-from kit.inference.kv_cache import Saved, SlotCache
+from kit.inference.kv_cache import SlotCache
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Full
 from kit.inference.sampling import sample_tokens, seeded_uniforms
@@ -30,7 +33,12 @@ from kit.schema import Generation, Prompt, Sampling
 
 # Part of every record's key. Raise it by one when tokens, or their cost, may differ from before for
 # the same weights and request: records that were stored under another version are decoded again.
-DECODE_VERSION = 2
+DECODE_VERSION = 3
+
+# Rows of a step, and of a pack of prompts: multiples of these. On a CPU a product of matrices takes
+# other kernels for fewer than 4 rows and the same ones for all multiples of 8, see LOG.md; on CUDA
+# kernels are chosen by the number of rows, so that there is one number of each.
+STEP_ROWS, PACK_ROWS = {"cpu": prefix_sharing.ROWS, "cuda": 256}, {"cpu": 4096, "cuda": 1024}
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class _Running:
     new_ids: list[int] = field(default_factory=list)
     reads: float = 0.0
     peak: float = 0.0
+    asked: "_Running | None" = None  # the sequence whose place this one takes for an answer
+    answers: dict[int, Generation] = field(default_factory=dict)  # by budget
+    whole: Generation | None = None  # once it has ended
 
 
 @dataclass
@@ -102,53 +113,62 @@ def decode(
     quantized: Quantized | None = None,
     bank: object | None = None,
     forcing: BudgetForcing = NO_FORCING,
+    ended: Callable[[int, Generation], None] = lambda index, generation: None,
 ) -> list[Generation]:
     """Continue every request; results in the order of `requests`.
 
-    `batch_size` sequences run at once, on a KV cache with eviction `policy` and storage as in
-    `quantized`; each sequence is widened by the blocks that its path fetches from `bank`. The
-    answers that `forcing` asks for are in `forced` of each Generation. Raises ValueError for a
-    request that does not fit the model's context.
+    At most `batch_size` sequences run at once, on a KV cache with eviction `policy` and storage as
+    in `quantized`; each sequence is widened by the blocks that its path fetches from `bank`. The
+    answers that `forcing` asks for are in `forced` of each Generation. `ended` gets the index of
+    each request and its Generation as soon as it is whole. Raises ValueError for a request that
+    does not fit the model's context.
     """
     _check(model, requests, sampling, forcing)
-    done: dict[tuple[int, int | None], Generation] = {}  # (request, budget)
+    if model.device.type == "cuda":
+        batch_size = min(batch_size, STEP_ROWS["cuda"])
+    done: dict[int, Generation] = {}
     prompts = [request.prompt_ids for request in requests]
     waiting = [(i, requests[i]) for i in prefix_sharing.queue(prompts)]
-    cache = SlotCache(model.weights, batch_size, policy, quantized=quantized)
-    running: dict[int, _Running] = {}  # place in the cache -> sequence
-    asked: list[tuple[_Running, Saved]] = []  # copies to be continued by their answers
-    joules = energy.joules()
-    reuse = _Reuse(prefix_sharing.prefixes(prompts) if cache.shares_prefixes and not bank else {})
+    extra = sampling.max_new_tokens + forcing.extra_tokens
+    tokens = max(map(len, prompts), default=0) + extra
+    cache = SlotCache(model.weights, batch_size, policy, quantized=quantized, tokens=tokens)
+    running: dict[int, _Running] = {}  # place in the cache -> sequence, the oldest first
+    # Other numbers of rows of CUDA's attention have other bits, so that nothing is shared there.
+    shares = cache.shares_prefixes and not bank and model.device.type == "cpu"
+    reuse = _Reuse(prefix_sharing.prefixes(prompts) if shares else {})
+    spent = _Spent(energy.joules())
     wider = bank.widened(model.weights, batch_size) if bank else None
     memory = wider.attached() if bank else nullcontext()
     with slots_attached(model), policy.attached(model.weights), memory, _no_autocast(model):
-        while waiting or running or asked:
-            free = [place for place in range(batch_size) if place not in running]
-            for place, (sequence, saved) in zip(free, asked):
-                cache.restore([place], _length(sequence), saved)
-                running[place] = sequence
-            taken = min(len(free), len(asked))
-            asked, places = asked[taken:], free[taken:][: len(waiting)]
-            for place in places:
+        while waiting or running:
+            while len(running) > 1 and not cache.fits([], [*running]):
+                place, youngest = running.popitem()  # it will say the same once more
+                cache.release([place])
+                waiting.append((youngest.index, youngest.request))
+            older, places, lengths = [*running], [], []
+            for place in (place for place in range(batch_size) if place not in running):
+                lengths += [len(waiting[-1][1].prompt_ids)] if waiting else []
+                if not waiting or running and not cache.fits(lengths, older):
+                    break
                 i, request = waiting.pop()
                 running[place] = _start(i, request, sampling, forcing)
-            if bank:
-                for place in free[: taken + len(places)]:
-                    wider.put(place, bank.fetch(running[place].request.path))
-                if places and waiting:
-                    bank.prefetch(waiting[-1][1].path)
+                places.append(place)
+                if bank:
+                    wider.put(place, bank.fetch(request.path))
+            if bank and places and waiting:
+                bank.prefetch(waiting[-1][1].path)
             if places:
                 after = waiting[-1][1].prompt_ids if waiting else None
                 logits = _admit(model, cache, running, places, reuse, after)
             else:
                 places = sorted(running)
                 logits = _step(model, cache, places, [running[p].new_ids[-1] for p in places])
-            asked += _advance(model, cache, running, places, logits, sampling, forcing, done)
-    done = _with_joules(done, energy.consumed(joules, energy.joules()))
-    return [
-        replace(done[i, None], forced=tuple(done.get((i, budget)) for budget in forcing.budgets))
-        for i in range(len(requests))
-    ]
+            spent.tokens += len(places)
+            for one in _advance(model, cache, running, places, logits, sampling, forcing, spent):
+                forced = tuple(one.answers.get(budget) for budget in forcing.budgets)
+                done[one.index] = replace(one.whole, forced=forced)
+                ended(one.index, done[one.index])
+    return [done[i] for i in range(len(requests))]
 
 
 def _no_autocast(model: Model):
@@ -156,12 +176,17 @@ def _no_autocast(model: Model):
     return torch.autocast(model.device.type, enabled=False)
 
 
-def _with_joules(done: dict, joules: float | None) -> dict:
-    """Each Generation with its tokens' share of the energy that all decoded tokens drew."""
-    if not joules:
-        return done
-    each = joules / sum(g.new_tokens - (budget or 0) for (_, budget), g in done.items())
-    return {key: replace(g, joules=each * g.new_tokens) for key, g in done.items()}
+@dataclass
+class _Spent:
+    """What all sequences drew since the counters stood at `before`, and the tokens they made."""
+
+    before: float | None
+    tokens: int = 0
+
+    def share(self, tokens: int) -> float:
+        """Joules of so many tokens, each at the mean so far; 0 without counters."""
+        drawn = energy.consumed(self.before, energy.joules()) if self.before else None
+        return (drawn or 0.0) / self.tokens * tokens
 
 
 def _check(model: Model, requests: list[Request], sampling: Sampling, forcing) -> None:
@@ -185,17 +210,25 @@ def _check(model: Model, requests: list[Request], sampling: Sampling, forcing) -
             )
 
 
-def _forward(model: Model, cache: SlotCache, ids, positions, keep) -> torch.Tensor:
-    """Logits of the packed tokens that `keep` selects, in float32: [kept, V]."""
-    tokens = torch.tensor([ids], device=model.device)
+def _forward(model: Model, cache: SlotCache, ids, positions, rows: int, last=None) -> torch.Tensor:
+    """Logits of the packed tokens, or of those at `last` [N], in float32: [N, V].
+
+    The tokens are padded to a multiple of `rows`, what is kept of them to one of STEP_ROWS.
+    """
+    padding = -len(ids) % rows
+    tokens = torch.tensor([[*ids, *[0] * padding]], device=model.device)
+    kept, keep = len(ids), 0
+    if last is not None:
+        kept = len(last)
+        keep = F.pad(last, (0, -kept % STEP_ROWS[model.device.type]))
     out = model.weights(
         input_ids=tokens,
-        position_ids=positions,
+        position_ids=F.pad(positions, (0, padding)),
         use_cache=False,
         logits_to_keep=keep,
         slots=cache,
     )
-    return out.logits[0].float()
+    return out.logits[0, :kept].float()
 
 
 def _admit(model: Model, cache: SlotCache, running, places, reuse: _Reuse, after) -> torch.Tensor:
@@ -214,19 +247,24 @@ def _admit(model: Model, cache: SlotCache, running, places, reuse: _Reuse, after
     if reuse.prompt and reuse.prompt[0] == groups[0][0]:
         cache.restore(groups[0][1], len(groups[0][0]), reuse.prompt[1])
         rows = [reuse.prompt[2]]
-    for prefix, pack in prefix_sharing.packs(groups[len(rows) :], reuse.prefixes):
+    most, start = PACK_ROWS[model.device.type], torch.zeros(1, dtype=int, device=model.device)
+    least = prefix_sharing.ROWS if model.device.type == "cpu" else most
+    for prefix, pack in prefix_sharing.packs(groups[len(rows) :], reuse.prefixes, most):
         if prefix and prefix != reuse.prefix:
             place = pack[0][1][0]
-            _forward(model, cache, prefix, cache.prefill([[place]], [len(prefix)]), 1)
+            _forward(model, cache, prefix, cache.prefill([[place]], [len(prefix)]), least, start)
             reuse.prefix, reuse.rows = prefix, cache.read_prefix(place)
             cache.release([place])
-        lengths = [len(ids) for ids, _ in pack]
+        lengths, packed, last = [len(ids) for ids, _ in pack], [], []
         known = reuse.rows if prefix else None
-        positions = cache.prefill([group for _, group in pack], lengths, known)
-        fresh = [length - len(prefix) for length in lengths]
-        last = torch.tensor(fresh, device=model.device).cumsum(0) - 1
-        packed = [token for ids, _ in pack for token in ids[len(prefix) :]]
-        rows += _forward(model, cache, packed, positions, last).unbind()
+        samples = [group for _, group in pack]
+        positions = cache.prefill(samples, lengths, known, prefix_sharing.ROWS)
+        for ids, _ in pack:
+            fresh = ids[len(prefix) :]
+            last.append(len(packed) + len(fresh) - 1)
+            packed += [*fresh, *[0] * (-len(fresh) % prefix_sharing.ROWS)]
+        last = torch.tensor(last, device=model.device)
+        rows += _forward(model, cache, packed, positions, least, last).unbind()
     ids, group = groups[-1]
     reuse.prompt = (ids, cache.read(group[0]), rows[-1]) if ids == after else None
     repeats = torch.tensor([len(group) for _, group in groups], device=model.device)
@@ -235,7 +273,7 @@ def _admit(model: Model, cache: SlotCache, running, places, reuse: _Reuse, after
 
 def _step(model: Model, cache: SlotCache, places: list[int], last_ids: list[int]):
     """Feed the last token of each sequence: logits [N, V]."""
-    return _forward(model, cache, last_ids, cache.step(places), 0)
+    return _forward(model, cache, last_ids, cache.step(places), STEP_ROWS[model.device.type])
 
 
 def _start(index: int, request: Request, sampling: Sampling, forcing) -> _Running:
@@ -245,19 +283,18 @@ def _start(index: int, request: Request, sampling: Sampling, forcing) -> _Runnin
     return _Running(index, request, uniform, time.perf_counter(), limit, forcing.max_waits)
 
 
-def _length(sequence: _Running) -> int:
-    """Number of tokens in the cache: all but the last."""
-    return len(sequence.request.prompt_ids) + len(sequence.new_ids) - 1
+def _advance(model, cache, running, places, logits, sampling: Sampling, forcing, spent):
+    """Sample a token for each of `places` and count its reads; returns the sequences that have
+    ended with all of their answers.
 
-
-def _advance(model, cache, running, places, logits, sampling: Sampling, forcing, done):
-    """Sample a token for each of `places`, count its reads, and finish sequences that have ended;
-    returns those that reached a budget, to be asked for their answers, with copies of the cache."""
+    A sequence that reaches a budget is asked in its own place and goes on as if it had not been.
+    """
     steps = [running[p].uniform[len(running[p].new_ids)] for p in places]
-    tokens = sample_tokens(logits, sampling, torch.tensor(steps, device=logits.device)).tolist()
-    attended, live = cache.attended.tolist(), cache.live_tokens().tolist()
-    ended, asked = [], []
-    for place, token in zip(places, tokens):
+    tokens = sample_tokens(logits, sampling, torch.tensor(steps, device=logits.device))
+    told = torch.cat([cache.attended, cache.live_tokens(), tokens.double()]).tolist()  # one wait
+    attended, live = told[: cache.capacity], told[cache.capacity :]
+    over, left = [], []
+    for place, token in zip(places, map(int, told[2 * cache.capacity :])):
         sequence = running[place]
         stopped = token in model.stop_ids and not sequence.forced_ids
         if stopped and sequence.waits and len(sequence.new_ids) < forcing.budgets[-1]:
@@ -266,25 +303,39 @@ def _advance(model, cache, running, places, logits, sampling: Sampling, forcing,
         sequence.new_ids.append(sequence.forced_ids.pop(0) if sequence.forced_ids else token)
         sequence.reads += attended[place]
         sequence.peak = max(sequence.peak, live[place])
-        count = len(sequence.new_ids)
-        if count in forcing.budgets and not stopped and sequence.budget is None:
-            ids, prompt, limit = [*sequence.new_ids], [*forcing.answer_prompt], forcing.extra_tokens
-            answering = dict(budget=count, forced_ids=prompt, limit=count + limit, waits=0)
-            asked.append((replace(sequence, new_ids=ids, **answering), cache.read(place)))
+        count, asked = len(sequence.new_ids), sequence.asked
         if stopped or count == sequence.limit:
-            done[sequence.index, sequence.budget] = _finish(model, cache, sequence, stopped)
-            ended.append(place)
-    for place in ended:
+            sequence.whole = _finish(model, cache, sequence, stopped, spent)
+        if count in forcing.budgets and not stopped and not asked:
+            if not sequence.whole:
+                cache.hold(place)
+            ids, limit = [*sequence.new_ids], count + forcing.extra_tokens
+            answer = dict(budget=count, limit=limit, new_ids=ids, waits=0, whole=None)
+            ask = [*forcing.answer_prompt]
+            running[place] = replace(sequence, asked=sequence, forced_ids=ask, **answer)
+        elif sequence.whole and asked:
+            asked.answers[sequence.budget] = sequence.whole
+            if asked.whole:
+                over.append(asked)
+                left.append(place)
+            else:
+                cache.rewind(place)
+                running[place] = asked
+        elif sequence.whole:
+            over.append(sequence)
+            left.append(place)
+    for place in left:
         del running[place]
-    if ended:
-        cache.release(ended)
-    return asked
+    if left:
+        cache.release(left)
+    return over
 
 
-def _finish(model: Model, cache: SlotCache, sequence: _Running, stopped: bool) -> Generation:
+def _finish(model: Model, cache: SlotCache, sequence: _Running, stopped: bool, spent: _Spent):
     ids = sequence.new_ids[:-1] if stopped else sequence.new_ids
     text = model.tokenizer.decode(ids, skip_special_tokens=True) if model.tokenizer else ""
     return Generation(
+        joules=spent.share(len(sequence.new_ids)),
         text=text,
         token_ids=tuple(ids),
         prompt_tokens=len(sequence.request.prompt_ids),

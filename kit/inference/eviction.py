@@ -29,6 +29,10 @@ class Keep:
         """
         return torch.ones(1, key.shape[1], dtype=torch.bool, device=key.device), None
 
+    def most(self, length: int) -> int:
+        """Tokens that a unit keeps at most of so many seen, while it decodes."""
+        return length
+
     def admit(self, plane: int, units: torch.Tensor, slots, stored, score, evicted) -> None:
         """Record that the stored tokens of a prompt are in these slots, for each of the units."""
 
@@ -51,6 +55,9 @@ class Ring(Keep):
         stored, _ = super().prompt(layer, query, key, evicted)
         stored[:, self.sinks : max(self.sinks, key.shape[1] - self.kept + self.sinks)] = False
         return stored, None
+
+    def most(self, length):
+        return min(length, self.size)
 
     def admit(self, plane, units, slots, stored, score, evicted):
         self.skipped[plane, units] = (~stored).sum()
@@ -76,6 +83,9 @@ class Lowest(Keep):
         rank[:, int(seen - self.policy.recent(budget)) :] = torch.inf
         best = rank.topk(int(torch.minimum(budget, seen)), 1).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True), score
+
+    def most(self, length):
+        return min(length, int(self.policy.budget(torch.tensor(length))) + 1)
 
     def admit(self, plane, units, slots, stored, score, evicted):
         copies = len(units) // len(stored)

@@ -15,7 +15,9 @@ Axes: N sequences in this step, T tokens of a prompt, H KV heads, G query heads 
 
 from dataclasses import dataclass, field
 
+import psutil
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from kit.inference import paged_attention
@@ -24,6 +26,7 @@ from kit.inference.eviction import Delayed, Keep, Lowest, Ring
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Budgeted, Full, Window
 from kit.inference.prefill_attention import prompt_attention
+from kit.inference.prefix_sharing import padded
 from kit.models.attention import layer_windows
 
 
@@ -37,6 +40,19 @@ class Saved:
 
 
 @dataclass
+class Held:
+    """What `SlotCache.rewind` needs to undo steps of one sequence: no copy of its cache."""
+
+    length: int
+    attended: torch.Tensor
+    tables: list  # as in Saved
+    exact: list  # per layer: the pool's exact newest tokens
+    # Per step and layer: layer, ordinals, slot contents before the step, of several sequences, and
+    # this one's number among them.
+    overwritten: list[tuple] = field(default_factory=list)
+
+
+@dataclass
 class LayerGroup:
     """Layers that are tracked in one block table: one plane for all of them, or one each."""
 
@@ -46,6 +62,7 @@ class LayerGroup:
     split: int = 1  # units per sequence: 1, or one per KV head
     window: int | None = None  # of sliding attention
     step: StepIndex | None = None  # of the tokens announced last
+    ordinals: torch.Tensor | None = None  # [P, u] where those are put
     stored: list = field(default_factory=list)  # per prompt being read: stored tokens, their slots
 
     def plane(self, layer: int) -> int:
@@ -64,8 +81,13 @@ class LayerGroup:
     def announce(self, sequences: torch.Tensor, positions: torch.Tensor) -> None:
         """Find slots for one token of each sequence [N] at `positions` [N]: sets `step`."""
         units, each = self.units(sequences), positions.repeat_interleave(self.split)
-        slots = self.table.allocate_token(units, self.rule.place(units, each), each)
+        self.ordinals = self.rule.place(units, each)
+        slots = self.table.allocate_token(units, self.ordinals, each)
         self.step = StepIndex(self.table, units, each, slots)
+
+    def blocks(self, length: int) -> int:
+        """Blocks that a sequence of so many tokens takes at most in a plane."""
+        return self.split * -(-self.rule.most(length) // self.table.block)
 
     def keep(self, layer: int, sequences: torch.Tensor, query, key, evicted) -> None:
         """Allocate slots for what one layer stores of a prompt, for each of `sequences` [N].
@@ -103,6 +125,20 @@ class LayerGroup:
         for mine, theirs in zip(self.rule.state, tables[1]):
             mine[:, units] = theirs.repeat(1, copies, *[1] * (theirs.dim() - 2))
         return places
+
+    def rewind(self, sequence: torch.Tensor, tables: tuple[list, list]) -> list[tuple]:
+        """Take back the tokens of one sequence [1] since it was `read`: moves as of `release`."""
+        units, (planes, state) = self.units(sequence), tables
+        filled = torch.stack([counts for _, counts, *_ in planes])
+        moves = self.table.release(units, filled)
+        for plane, (_, _, positions, *score) in enumerate(planes):
+            _, slots = self.table.live_slots(plane, units)
+            self.table.position.flatten(1)[plane, slots] = positions
+            if score:
+                self.table.score.flatten(1)[plane, slots] = score[0]
+        for mine, theirs in zip(self.rule.state, state):
+            mine[:, units] = theirs
+        return moves
 
     def kept(self, plane: int, sequence: torch.Tensor) -> list[torch.Tensor]:
         """Positions of the live tokens of each unit of one sequence [1], ascending, on the CPU."""
@@ -146,14 +182,28 @@ def full_layers(
     return LayerGroup(layers, table, rule, split)
 
 
+FREE = 0.9  # of free memory that pools take at most; the rest is for what a pass computes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, with what torch keeps for later."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 class SlotCache:
     """The KV cache of a batch of sequences numbered 0 .. capacity-1.
 
     `prefill` or `step` announces the tokens of the next forward pass; the model's attention
     layers then call `attend`, which stores their keys and values and attends to the live ones.
+    Rows that follow the announced ones pad the pass: they are ignored and get zeros.
     `block` is the number of slots in a block; None chooses 32, or 16 where heads keep tokens of
-    their own. `attended` [capacity] float64: entries that the last query of each sequence attended
-    to, mean over layers and heads.
+    their own. Pools have room for `capacity` sequences of at most `tokens` tokens (by default the
+    model's context), or where memory is short for as many as fit into FREE of what is free, one at
+    least; `fits` tells. `attended` [capacity] float64: entries that the last query of each sequence
+    attended to, mean over layers and heads.
     """
 
     def __init__(
@@ -163,6 +213,7 @@ class SlotCache:
         policy: Full = Full(),  # noqa: B008 (frozen)
         block: int | None = None,
         quantized: Quantized | None = None,
+        tokens: int | None = None,
     ):
         config = model.config.get_text_config()
         self.dtype, self.device, self.policy = model.dtype, model.device, policy
@@ -195,7 +246,13 @@ class SlotCache:
         self.pools = [self._pool(group) for group in self.group_of]
         self.next_position = torch.zeros(capacity, dtype=torch.long, device=self.device)
         self.attended = torch.zeros(capacity, dtype=torch.float64, device=self.device)
+        self.tokens = min(tokens or config.max_position_embeddings, config.max_position_embeddings)
+        self.length = [0] * capacity  # tokens of each sequence, dropped ones included
+        self._held: dict[int, Held] = {}
+        self._spared: tuple[list, torch.Tensor] | None = None  # held sequences of this step, rows
+        self._allocate()
         self._segments = self._evicted = self._prefix = None
+        self._stepped: list[int] = []  # sequences of the last step
         self.announced = None  # sequences of the announced tokens, and how many of each: [N], [N]
 
     def _pool(self, group: LayerGroup) -> paged_attention.Pool:
@@ -205,23 +262,60 @@ class SlotCache:
             return paged_attention.Pool(*shape)
         return paged_attention.QuantizedPool(*shape, self.quantized, units)
 
-    def prefill(self, samples: list[list[int]], lengths: list[int], prefix=None) -> torch.Tensor:
+    def _allocate(self) -> None:
+        """Allocate the pools, and set `limit`, the blocks of each group: None for enough."""
+        need = [self.capacity * group.blocks(self.tokens) for group in self.layer_groups]
+        blocks = dict(zip(map(id, self.layer_groups), need))
+        pairs = [*zip(self.group_of, self.pools)]
+        total = sum(blocks[id(group)] * pool.block_bytes for group, pool in pairs)
+        share, self.limit = min(1.0, FREE * free_bytes(self.device) / max(1, total)), None
+        if share < 1.0:
+            least = [group.blocks(self.tokens) for group in self.layer_groups]
+            self.limit = [max(one, int(share * all_)) for one, all_ in zip(least, need)]
+            blocks = dict(zip(map(id, self.layer_groups), self.limit))
+        for group, pool in pairs:
+            pool.allocate(blocks[id(group)])
+
+    def fits(self, prompts: list[int], sequences: list[int]) -> bool:
+        """Whether `sequences` can go on, and prompts of these lengths be read beside them.
+
+        A sequence may begin a block for each of its units in each step, and is expected to grow by
+        half of what it may, where prompts are to be read.
+        """
+        for group, limit in zip(self.layer_groups, self.limit or ()):
+            used, most = max(group.table.used), group.blocks(self.tokens)
+            seen = [group.blocks(self.length[s]) for s in sequences]
+            kept = used / max(1, sum(seen))  # of what could be kept
+            growth = kept * sum(most - blocks for blocks in seen) / 2 if prompts else 0
+            need = sum(group.blocks(length) for length in prompts)
+            begun = group.split * (len(sequences) + len(prompts))
+            if used + need + growth + begun > limit:
+                return False
+        return True
+
+    def prefill(
+        self, samples: list[list[int]], lengths: list[int], prefix=None, rows: int = 1
+    ) -> torch.Tensor:
         """Announce prompts, packed one after the other: position ids [1, sum T].
 
         Each prompt is read once for all sequences in its entry of `samples`. `prefix` is the result
         of `read_prefix`: all prompts begin with its P tokens, which are not read again, so only the
-        other T - P tokens of each prompt are announced.
+        other T - P tokens of each prompt are announced; each is padded to a multiple of `rows`.
         """
         sequences = [torch.tensor(each, device=self.device) for each in samples]
-        self._segments = [*zip(sequences, lengths)]
         self._prefix, known = prefix, prefix[0][0].shape[1] if prefix else 0
+        wide = [padded(length - known, rows) for length in lengths]
+        self._segments = [*zip(sequences, lengths, wide)]
         for group in self.layer_groups:
             group.stored = []
-        for each, length in self._segments:
+        for each, length, _ in self._segments:
             self.next_position[each], self.attended[each] = length, 0.0
+        for each, length in zip(samples, lengths):
+            for sequence in each:
+                self.length[sequence] = length
         first = torch.stack([each[0] for each in sequences])
-        self.announced = first, torch.tensor(lengths, device=self.device) - known
-        return torch.cat([torch.arange(known, t, device=self.device) for t in lengths])[None]
+        self.announced = first, torch.tensor(wide, device=self.device)
+        return torch.cat([torch.arange(n, device=self.device) for n in wide])[None] + known
 
     @property
     def shares_prefixes(self) -> bool:
@@ -238,12 +332,21 @@ class SlotCache:
 
     def step(self, sequences: list[int]) -> torch.Tensor:
         """Announce one new token for each of the N live sequences: position ids [1, N]."""
-        self._segments, index = None, torch.tensor(sequences, device=self.device)
-        self.announced = index, torch.ones_like(index)
+        if self._segments is not None or sequences != self._stepped:
+            self._segments, self._stepped = None, sequences
+            index = torch.tensor(sequences, device=self.device)
+            self.announced = index, torch.ones_like(index)
+        index, _ = self.announced
         positions = self.next_position[index]
         for group in self.layer_groups:
             group.announce(index, positions)
         self.next_position[index] += 1
+        for sequence in sequences:
+            self.length[sequence] += 1
+        self._spared = None
+        if rows := [row for row, sequence in enumerate(sequences) if sequence in self._held]:
+            held = [self._held[sequences[row]] for row in rows]
+            self._spared = held, torch.tensor(rows, device=self.device)
         self.attended = self.live_tokens()
         return positions.unsqueeze(0)
 
@@ -256,7 +359,8 @@ class SlotCache:
         if self._segments is None:
             group = self.group_of[layer]
             units, positions = group.step.units, group.step.positions
-            group.rule.mark(group.plane(layer), units, positions, self._evicted.flatten())
+            evicted = self._evicted[: len(self.announced[0])].flatten()
+            group.rule.mark(group.plane(layer), units, positions, evicted)
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Store the announced tokens of this layer and attend.
@@ -266,11 +370,17 @@ class SlotCache:
         if self._segments is not None:
             return self._attend_prompts(layer, query[0], key[0], value[0], scale)
         group, pool, step = self.group_of[layer], self.pools[layer], self.group_of[layer].step
-        plane, count = group.plane(layer), query.shape[2]
+        plane, count, rows = group.plane(layer), len(self.announced[0]), query.shape[2]
+        query, key, value = (x[:, :, :count] for x in (query, key, value))
         shape = len(step.units), self.heads // group.split, -1, self.head_dim  # u, Hs, G, D
         key, value = (x[0].transpose(0, 1).reshape(shape).squeeze(2) for x in (key, value))
         slots = step.slots[plane]
         pool.reserve(group.table.used[plane])
+        if self._spared and type(group.rule) is not Keep:
+            held, at = self._spared[0], group.units(self._spared[1])
+            before = layer, group.ordinals[plane, at], pool.rows(slots[at])
+            for number, one in enumerate(held):
+                one.overwritten.append((*before, number))
         pool.write(slots, key, value)
         if self.quantized is not None:
             pool.remember(step.units, step.positions + 1, key[:, None], value[:, None])
@@ -282,32 +392,35 @@ class SlotCache:
         out, probability = paged_attention.attend(query, pool, step, plane, watch)
         if watch:
             group.rule.watch(plane, probability)
-        return out.reshape(1, count, -1, self.head_dim).to(self.dtype)
+        out = out.reshape(1, count, -1, self.head_dim).to(self.dtype)
+        return F.pad(out, (0, 0, 0, 0, 0, rows - count))
 
     def _attend_prompts(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Attention inside each packed prompt; only what the policy keeps is stored.
 
-        query [H*G, sum T, D]; key, value [H, sum T, D]; returns [1, sum T, H*G, D].
+        query [H*G, rows, D]; key, value [H, rows, D]; returns [1, rows, H*G, D].
         """
         group, pool, out, rows, first = self.group_of[layer], self.pools[layer], [], [], 0
         shared = len(group.table.used) == 1 and group.stored
         group.stored = shared or []
-        for number, (sequences, length) in enumerate(self._segments):
+        for number, (sequences, length, wide) in enumerate(self._segments):
             known = self._prefix[layer][0].shape[1] if self._prefix else 0
-            last = first + length - known
+            last, padding = first + wide, known + wide - length
             q, k, v = (x[:, first:last] for x in (query, key, value))
             if known:
                 k, v = (torch.cat(pair, 1) for pair in zip(self._prefix[layer], (k, v)))
             evicted = None
             if isinstance(group.rule, Delayed):
                 # Token t+1 decides about t; the next step decides about the last token.
-                evicted = self._evicted[first : first + length].T.roll(-1, 1)
+                evicted = self._evicted[first:last].T.roll(-1, 1)
             delay = getattr(group.rule, "window", 0)
-            read, seen = prompt_attention(q, k, v, scale, group.window, evicted, delay)
+            read, seen = prompt_attention(q, k, v, scale, group.window, evicted, delay, padding)
             self.attended[sequences] += seen / len(self.pools)
             out.append(read)
+            q, k, v = q[:, : wide - padding], k[:, :length], v[:, :length]
             if not shared:
                 scaled = q.to(self.precise) * scale
+                evicted = None if evicted is None else evicted[:, :length]
                 group.keep(layer, sequences, scaled, k.to(self.precise), evicted)
             # [units of a sequence, T, Hs, D]; stored tokens are repeated for each sequence
             k, v = (x.unflatten(0, (group.split, -1)).transpose(1, 2) for x in (k, v))
@@ -318,7 +431,8 @@ class SlotCache:
             first = last
         pool.reserve(group.table.used[group.plane(layer)])
         pool.write(torch.cat([slots for _, slots in group.stored]), *map(torch.cat, zip(*rows)))
-        return torch.cat(out, 1).transpose(0, 1).contiguous().unsqueeze(0)
+        out = torch.cat(out, 1).transpose(0, 1).contiguous().unsqueeze(0)
+        return F.pad(out, (0, 0, 0, 0, 0, query.shape[1] - first))
 
     def read(self, sequence: int) -> Saved:
         """Copy of one sequence, for `restore`."""
@@ -335,6 +449,8 @@ class SlotCache:
         """Give each of `sequences` the `length` tokens of the sequence that was `read`."""
         index, copies = torch.tensor(sequences, device=self.device), len(sequences)
         self.next_position[index], self.attended[index] = length, saved.attended
+        for sequence in sequences:
+            self.length[sequence] = length
         for group, tables in zip(self.layer_groups, saved.tables):
             for plane, slots in enumerate(group.restore(index, tables)):
                 for layer in group.layers_of(plane):
@@ -343,6 +459,30 @@ class SlotCache:
                     pool.put(slots, [x.repeat(copies, *[1] * (x.dim() - 1)) for x in rows])
                     for mine, theirs in zip(pool.state, exact):
                         mine[group.units(index)] = theirs.repeat(copies, 1, 1, 1)
+
+    def hold(self, sequence: int) -> None:
+        """From now on keep what steps of this sequence overwrite, for `rewind`."""
+        index = torch.tensor([sequence], device=self.device)
+        exact = [[x[g.units(index)] for x in p.state] for g, p in zip(self.group_of, self.pools)]
+        tables = [group.read(index) for group in self.layer_groups]
+        attended = self.attended[sequence].clone()
+        self._held[sequence] = Held(self.length[sequence], attended, tables, exact)
+
+    def rewind(self, sequence: int) -> None:
+        """Take back all steps of this sequence since `hold`."""
+        held, index = self._held.pop(sequence), torch.tensor([sequence], device=self.device)
+        for layer, ordinals, rows, number in reversed(held.overwritten):
+            group, units = self.group_of[layer], self.group_of[layer].units(index)
+            part = slice(number * group.split, (number + 1) * group.split)
+            slots = group.table.slots(group.plane(layer), units, ordinals[part])
+            self.pools[layer].put(slots, [row[part] for row in rows])
+        for group, tables in zip(self.layer_groups, held.tables):
+            self._move(group, group.rewind(index, tables))
+        for group, pool, exact in zip(self.group_of, self.pools, held.exact):
+            for mine, theirs in zip(pool.state, exact):
+                mine[group.units(index)] = theirs
+        self.next_position[index], self.attended[index] = held.length, held.attended
+        self.length[sequence] = held.length
 
     def fill(self, count: int, length: int, live_per_unit: int | None = None) -> None:
         """Fill in random keys and values for `count` prompts of `length` tokens, for benchmarks; in
@@ -368,10 +508,17 @@ class SlotCache:
         """Free the blocks of finished sequences."""
         index = torch.tensor(sequences, device=self.device)
         self.attended[index] = 0.0
+        for sequence in sequences:
+            self._held.pop(sequence, None)
+            self.length[sequence] = 0
         for group in self.layer_groups:
-            for plane, moves in enumerate(group.table.release(group.units(index))):
-                for layer in group.layers_of(plane):
-                    self.pools[layer].move(*moves)
+            self._move(group, group.table.release(group.units(index)))
+
+    def _move(self, group: LayerGroup, moves: list[tuple]) -> None:
+        """Copy blocks as the table of a group has moved them."""
+        for plane, each in enumerate(moves):
+            for layer in group.layers_of(plane):
+                self.pools[layer].move(*each)
 
     def kept(self, sequence: int) -> list[list[torch.Tensor]]:
         """Positions of the live tokens of one sequence, ascending, per layer and KV head, on the
@@ -397,7 +544,7 @@ class SlotCache:
         return 2 * len(self.pools) * self.heads * self.head_dim * self.dtype.itemsize
 
     def nbytes(self) -> int:
-        """Allocated bytes of all pools, used or not, and of the block tables."""
+        """Bytes of all blocks that were ever used, and of the block tables."""
         return sum(x.nbytes() for x in [*self.pools, *self.layer_groups])
 
 

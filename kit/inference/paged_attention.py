@@ -1,10 +1,10 @@
 """The pooled blocks that store keys and values, one Pool per layer, and attention over them.
 
-A Pool allocates the blocks that its table uses, and at most a sixteenth more; `block_table`
-allocates the slots. Attention reads the blocks in place, converts them in bounded portions if they
-are stored in fewer bits than it computes in, and combines the partial results of a unit's blocks
-by their softmax weights, as PagedAttention (https://arxiv.org/abs/2309.06180) and FlashAttention
-(https://arxiv.org/abs/2205.14135) do.
+A Pool has a fixed number of blocks, of which a CPU backs with memory those that have been written;
+`block_table` allocates the slots. Attention reads the blocks in place, converts them in bounded
+portions if they are stored in fewer bits than it computes in, and combines the partial results of a
+unit's blocks by their softmax weights, as PagedAttention (https://arxiv.org/abs/2309.06180) and
+FlashAttention (https://arxiv.org/abs/2205.14135) do.
 
 Precision, here, in `prefill_attention`, in `triton_attention` and wherever else the kit attends:
 queries, keys and values have the model's dtype; scores, softmax, sums and joins are at least
@@ -15,11 +15,13 @@ Axes: u units in this step, n blocks in use, Z slots per block, Hs KV heads in a
       G query heads per KV head, D head size.
 """
 
+import math
 from collections.abc import Iterator
 
+import numpy
 import torch
 
-from kit.inference.block_table import MASKED, StepIndex, spare
+from kit.inference.block_table import MASKED, StepIndex
 from kit.inference.kv_quantization import Quantized, pack, unpack
 
 # Numbers converted to a wider dtype at once. On a CPU a portion stays in its cache; on a GPU, where
@@ -31,24 +33,33 @@ class Pool:
     """Keys and values of one layer: [capacity, Hs, Z, D] each."""
 
     def __init__(self, heads: int, block: int, size: int, dtype: torch.dtype, device):
-        self.block, self.state = block, []
-        self.arrays = [_empty(heads, block, size, dtype, device) for _ in range(2)]
+        self.block, self.state, self.touched = block, [], 0
+        self.kinds = [(heads, block, size, dtype, device)] * 2
+        self.arrays: list[torch.Tensor] = []
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, keys and values."""
+        return sum(math.prod(shape) * dtype.itemsize for *shape, dtype, _ in self.kinds)
+
+    def allocate(self, blocks: int) -> None:
+        """Make room for so many blocks, once."""
+        try:
+            self.arrays = [_zeros(blocks, *kind) for kind in self.kinds]
+        except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is the former
+            raise MemoryError(
+                f"No memory for {blocks * self.block} slots of keys and values in a layer; "
+                f"lower the batch size, or keep fewer tokens."
+            ) from error
 
     def reserve(self, blocks: int) -> None:
-        """Allocate at least so many blocks."""
-        have = len(self.arrays[0])
-        if blocks > have:
-            room = spare(blocks, have)
-            for i, array in enumerate(self.arrays):
-                # Fresh blocks are zero: a free slot has weight 0, and 0 x nan is nan.
-                try:
-                    self.arrays[i] = array.new_zeros(room, *array.shape[1:])
-                except RuntimeError as error:  # raised on the CPU; OutOfMemoryError is a subclass
-                    raise MemoryError(
-                        f"No memory for {room * self.block} slots of keys and values in a layer; "
-                        f"lower the batch size, or keep fewer tokens."
-                    ) from error
-                self.arrays[i][:have] = array
+        """The first `blocks` are used from now on; MemoryError where there are not so many."""
+        self.touched = max(self.touched, blocks)
+        if blocks > len(self.arrays[0]):
+            raise MemoryError(
+                f"One sequence needs {blocks * self.block} slots of keys and values in a layer, "
+                f"there is memory for {len(self.arrays[0]) * self.block}; keep fewer tokens."
+            )
 
     def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store keys and values [k, Hs, D] in flat slots [k]; ValueError for another dtype."""
@@ -82,8 +93,8 @@ class Pool:
             yield part, *(array[part].to(dtype) for array in self.arrays)
 
     def nbytes(self) -> int:
-        """Allocated bytes, used or not."""
-        return sum(array.nbytes for array in [*self.arrays, *self.state])
+        """Bytes of all blocks that were ever used, and of exact copies."""
+        return self.touched * self.block_bytes + sum(array.nbytes for array in self.state)
 
 
 class QuantizedPool(Pool):
@@ -94,11 +105,11 @@ class QuantizedPool(Pool):
     """
 
     def __init__(self, heads, block, size, dtype, device, quantized: Quantized, units: int):
-        self.block, self.quantized = block, quantized
-        bits, groups = quantized.bits, size // quantized.group
+        super().__init__(heads, block, size, dtype, device)
+        self.quantized, bits, groups = quantized, quantized.bits, size // quantized.group
         quantized.bytes_per_token(size, heads, 1)  # raises if the group does not divide the head
         kinds = [(size * bits // 8, torch.uint8), (groups, torch.half), (groups, torch.half)] * 2
-        self.arrays = [_empty(heads, block, wide, kind, device) for wide, kind in kinds]
+        self.kinds = [(heads, block, *kind, device) for kind in kinds]
         shape = (units, quantized.residual, heads, size)
         self.state = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
 
@@ -133,8 +144,16 @@ class QuantizedPool(Pool):
             yield part, *both
 
 
-def _empty(heads: int, block: int, wide: int, dtype, device) -> torch.Tensor:
-    return torch.empty(0, heads, block, wide, dtype=dtype, device=device)
+def _zeros(blocks: int, heads: int, block: int, wide: int, dtype, device) -> torch.Tensor:
+    """Zeros, since a free slot has weight 0, and 0 x nan is nan."""
+    shape = blocks, heads, block, wide
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Pages that the system hands out when they are first written, as torch's own zeros are not.
+    size = math.prod(shape) * dtype.itemsize
+    flat = numpy.zeros(size + 64, numpy.uint8)
+    start = -flat.ctypes.data % 64  # a line of the CPU's cache, as torch aligns its own
+    return torch.from_numpy(flat[start : start + size]).view(dtype).view(shape)
 
 
 def _parts(count: int, most: int) -> Iterator[slice]:

@@ -57,26 +57,30 @@ def _rows(query, key, value, log_keep, window: int, first: int) -> torch.Tensor:
     return (weight @ value).unflatten(2, (group, rows))
 
 
-def prompt_attention(query, key, value, scale: float, window=None, evicted=None, delay: int = 0):
-    """Attention of the last T tokens of a prompt of S, and how many entries the very last sees.
+def prompt_attention(
+    query, key, value, scale: float, window=None, evicted=None, delay: int = 0, padding: int = 0
+):
+    """Attention of the last T tokens of a prompt of S, and how many entries the very last sees
+    before the `padding`.
 
     query [H*G, T, D]; key, value [H, S, D]; returns [H*G, T, D] and a number. `window`: of sliding
     attention, the token itself included; `evicted` [H, S] bool takes effect after `delay` tokens
     and needs the whole prompt, T = S.
     """
-    length, seen, mask = key.shape[1], key.shape[1], None
+    length, mask = key.shape[1], None
+    seen = length - padding
     query, key, value = query[None], key[None], value[None]
     if evicted is not None:
         log_keep = evicted[None].float() * MASKED
         out = evicting_attention(query, key, value, log_keep, delay, scale)
-        return out[0], length - evicted[:, : max(0, length - 1 - delay)].sum(1).double().mean()
+        return out[0], seen - evicted[:, : max(0, seen - 1 - delay)].sum(1).double().mean()
     sliding = window is not None and length > window
     if sliding or query.shape[2] < length:
         at = torch.arange(length, device=key.device)
         ago = at[length - query.shape[2] :, None] - at
         mask = ago >= 0
         if sliding:
-            mask, seen = mask & (ago < window), window
+            mask, seen = mask & (ago < window), min(seen, window)
     out = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )

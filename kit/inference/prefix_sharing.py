@@ -1,7 +1,12 @@
 """Prefix sharing: the order of prompts, and which common beginnings are read once for several."""
 
-PREFILL_TOKENS = 4096  # of a pack of prompts that are read at once; a longer prompt is read alone
 PREFIX_TOKENS = 32  # least length of a common prefix that is read once
+ROWS = 8  # a multiple of these is read of each prompt, see `kit.inference.decode`
+
+
+def padded(count: int, rows: int = ROWS) -> int:
+    """`count`, or the next multiple of `rows`."""
+    return -(-count // rows) * rows
 
 
 def queue(prompts: list[tuple[int, ...]]) -> list[int]:
@@ -35,19 +40,20 @@ def prefixes(prompts: list[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
 
 
 def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of the common prefix of `a` and `b`, short of the last token of each."""
+    """Length of the common prefix of `a` and `b` in whole ROWS, short of the last token of each."""
     both = min(len(a), len(b)) - 1
-    return next((i for i in range(both) if a[i] != b[i]), both)
+    return next((i for i in range(both) if a[i] != b[i]), both) // ROWS * ROWS
 
 
-def packs(groups: list, prefixes: dict) -> list[tuple[tuple[int, ...], list]]:
-    """Groups split into packs with one prefix and at most PREFILL_TOKENS other tokens."""
+def packs(groups: list, prefixes: dict, most: int) -> list[tuple[tuple[int, ...], list]]:
+    """Groups split into packs with one prefix and at most so many other tokens, padding included;
+    a longer prompt is alone."""
     packed, size = [], 0
     for ids, group in groups:
         prefix = ids[: prefixes.get(ids, 0)]
-        size += len(ids) - len(prefix)
-        if not packed or prefix != packed[-1][0] or size > PREFILL_TOKENS:
+        size += padded(len(ids) - len(prefix))
+        if not packed or prefix != packed[-1][0] or size > most:
             packed.append((prefix, []))
-            size = len(ids) - len(prefix)
+            size = padded(len(ids) - len(prefix))
         packed[-1][1].append((ids, group))
     return packed

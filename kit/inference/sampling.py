@@ -29,13 +29,12 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tenso
     logits = logits / sampling.temperature
     wide = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     top = logits.topk(min(wide, HEAD), sorted=True)
-    if sampling.top_k and wide <= HEAD:
-        total = top.values.logsumexp(-1, keepdim=True)
-    elif sampling.top_k:
-        total = logits.topk(wide).values.logsumexp(-1, keepdim=True)
+    # log_softmax works row by row; logsumexp sums a lone row in another order than one of many.
+    if sampling.top_k:
+        logp = logits.topk(wide, sorted=True).values.log_softmax(-1)[:, :HEAD]
     else:
-        total = logits.logsumexp(-1, keepdim=True)
-    mass = (top.values - total).double().exp().cumsum(-1)  # [N, <= HEAD]
+        logp = logits.log_softmax(-1).gather(1, top.indices)
+    mass = logp.double().exp().cumsum(-1)  # [N, <= HEAD]
     # Top-p keeps the shortest head whose mass reaches top_p, at least one token.
     kept = torch.where(mass >= sampling.top_p, mass, torch.inf).amin(-1)
     kept = torch.where(kept.isinf() & (mass.shape[-1] == wide), mass[:, -1], kept)

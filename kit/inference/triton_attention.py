@@ -15,8 +15,7 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # fixed when the kernels below are decorated
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHORTEST, LONGEST = 128, 2048  # tokens of one chunk: less is launch cost, more is a long tail
-PROGRAMS = 8  # wanted per multiprocessor: five fit at once, the others even out the end
+SPAN = 512  # tokens of one chunk, always: sums must not depend on who else is decoded
 _SMALL = ["table", "count", "tops", "totals"]
 _DEAD = tl.constexpr(-1e29)  # scores below belong to masked slots, which carry -1e30
 
@@ -44,29 +43,18 @@ def paged_attention(
     out = torch.empty(units, heads, group, size, dtype=torch.float32, device=query.device)
     if width == 0 or units == 0:
         return out.zero_()
-    span = chunk_tokens(units * heads, width * block, _processors(query.device))
-    chunks = triton.cdiv(width * block, span)
+    chunks = triton.cdiv(width * block, SPAN)
     # A lone chunk is the result; otherwise partial results wait in a workspace to be joined.
     part = out if chunks == 1 else out.new_empty(units, heads, chunks, group, size)
     stats = out.new_empty(2, units * heads * chunks * group)  # largest score, sum of weights
     shape = dict(HEADS=heads, GROUP=group, SIZE=size, BLOCK=block)
     inputs = (query.contiguous(), keys, values, bias, table, count, part, stats[0], stats[1])
     tile = tiling(group, size, keys.dtype)
-    _attend[(units * heads, chunks)](*inputs, table.stride(0), span, **shape, **tile)
+    _attend[(units * heads, chunks)](*inputs, table.stride(0), SPAN, **shape, **tile)
     if chunks > 1:
         partial = (part, stats[0], stats[1], count, out)
-        _join[(units * heads * group,)](*partial, chunks, span, **shape, WIDE=tile["WIDE"])
+        _join[(units * heads * group,)](*partial, chunks, SPAN, **shape, WIDE=tile["WIDE"])
     return out
-
-
-def chunk_tokens(units: int, longest: int, processors: int) -> int:
-    """Tokens that one program reads, a power of two, for units of at most `longest` tokens.
-
-    From shapes alone: the counts stay on the device. A chunk has a fixed length, so a unit with
-    many live tokens takes many programs and a unit with few takes few.
-    """
-    fair = units * longest // (PROGRAMS * processors)
-    return min(max(triton.next_power_of_2(fair + 1) // 2, SHORTEST), LONGEST)
 
 
 def tiling(group: int, size: int, dtype: torch.dtype) -> dict:
@@ -79,16 +67,10 @@ def tiling(group: int, size: int, dtype: torch.dtype) -> dict:
     """
     rows, wide = triton.next_power_of_2(group), triton.next_power_of_2(size)
     wide = max(wide, 16)  # the depth of one tensor core product
-    tile = min(max(16, 16384 // (wide * dtype.itemsize)), SHORTEST)
+    tile = min(max(16, 16384 // (wide * dtype.itemsize)), 128)
     if dtype == torch.float32 and rows > 8:
         tile = 16  # exact float32 products run without tensor cores and would spill
     return dict(ROWS=rows, WIDE=wide, TILE=tile, STAGES=3)
-
-
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 8  # the interpreter: as if it were a small card, so that small tests split
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(query, keys, values, bias, table, count) -> None:

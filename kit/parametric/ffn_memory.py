@@ -185,8 +185,9 @@ class MemoryLayers:
         x = x[0]
         if self._single:  # all places, the idle ones on zeros: no weights are copied
             wide = x.new_zeros(len(self.blocks), 1, x.shape[-1])
-            wide[self._places, 0] = x
-            return memory(wide, *part)[self._places, 0]
+            wide[self._places, 0] = x[: len(self._places)]
+            out = memory(wide, *part)[self._places, 0]
+            return nn.functional.pad(out, (0, 0, 0, len(x) - len(out)))
         padded = torch.cat([x, x.new_zeros(1, x.shape[-1])])[self._rows]  # [n, m, width]
         out = memory(padded, *(matrix[self._places] for matrix in part))
         flat = out.new_zeros(len(x) + 1, out.shape[-1])

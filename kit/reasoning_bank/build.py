@@ -90,7 +90,7 @@ def build_bank(
     """The bank of `config`, in a subfolder of `folder` named by a hash of all that determines it,
     and the records that `fill_bank` returns."""
     programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
-    parts = [engine.name, engine.batch_size, embedder.fingerprint, asdict(config), *programs]
+    parts = [engine.name, embedder.fingerprint, asdict(config), *programs]
     parts += [_name(teacher)] if teacher else []
     name = digest([*parts, [problem.id for problem in problems]], 12)
     bank = ReasoningBank(f"{folder}/{name}", embedder)

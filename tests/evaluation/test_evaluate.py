@@ -12,7 +12,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from kit import paths
 from kit.data import prompts
@@ -57,11 +56,11 @@ def run(model, store: Store, asked=PLAIN, sampling: Sampling = SHORT, **options)
 
 def test_a_second_evaluation_decodes_nothing(bundled, tmp_path, decoded):
     store = Store(tmp_path)
-    frame, said = run(bundled, store, group_size=4)
-    assert [len(requests) for requests in decoded] == [4, 2]
+    frame, said = run(bundled, store)
+    assert [len(requests) for requests in decoded] == [6]
     assert said[0] == "6 samples, 0 already stored" and said[-1].startswith("6/6 samples")
-    again, said = run(bundled, Store(tmp_path), group_size=4)
-    assert len(decoded) == 2 and said == ["6 samples, 6 already stored"]
+    again, said = run(bundled, Store(tmp_path))
+    assert len(decoded) == 1 and said == ["6 samples, 6 already stored"]
     assert again.equals(frame)
     assert frame["key"].is_unique and sorted(frame["problem_id"]) == [p.id for p in SUMS]
 
@@ -103,25 +102,45 @@ def test_samples_are_different_jobs_of_one_prompt(tiny, tmp_path, decoded):
 
 def test_a_new_grader_grades_what_is_stored(tiny, tmp_path, decoded, monkeypatch):
     store = Store(tmp_path)
-    old, _ = run(tiny, store, sampling=WARM, group_size=4)
+    old, _ = run(tiny, store, sampling=WARM)
     decoded.clear()
     monkeypatch.setattr(grader, "GRADE_VERSION", grader.GRADE_VERSION + 1)
-    new, _ = run(tiny, store, sampling=WARM, group_size=4)
-    assert decoded == []
+    new, _ = run(tiny, store, sampling=WARM)
+    assert decoded == [[]]
     assert set(old["key"]).isdisjoint(new["key"]) and len(store.table()) == 12
     same = ["generation_key", "problem_id", "text", "finish", "seconds", "kv_peak_bytes", "correct"]
     by_problem = [frame.sort_values("problem_id", ignore_index=True)[same] for frame in (old, new)]
     assert by_problem[0].equals(by_problem[1])
 
 
-def test_a_new_grader_in_the_middle_of_a_run_keeps_the_groups(tiny, tmp_path, decoded, monkeypatch):
-    """Groups are decoded together, so a job's group must not depend on how it is graded."""
-    run(tiny, Store(tmp_path / "one"), sampling=WARM, group_size=2)
-    before = [{r.problem_id for r in requests} for requests in decoded]
-    monkeypatch.setattr(grader, "GRADE_VERSION", grader.GRADE_VERSION + 1)
-    decoded.clear()
-    run(tiny, Store(tmp_path / "two"), sampling=WARM, group_size=2)
-    assert [{r.problem_id for r in requests} for requests in decoded] == before
+def test_part_of_a_job_says_what_the_whole_job_says(tiny, tmp_path, decoded):
+    """A resumed run, or one at another batch size, makes the same records."""
+    store, whole = Store(tmp_path / "one"), Store(tmp_path / "two")
+    run(tiny, store, PLAIN[:2], WARM, batch_size=1)
+    run(tiny, store, PLAIN, WARM, batch_size=3)
+    assert [len(requests) for requests in decoded] == [2, 4]
+    run(tiny, whole, PLAIN, WARM)
+    assert store.logical_hash() == whole.logical_hash()
+
+
+def test_each_sample_is_stored_as_it_ends_and_none_that_ended_is_lost(tiny, tmp_path, monkeypatch):
+    store, said = Store(tmp_path), []
+    monkeypatch.setattr(evaluate, "COMMIT_S", 0.0)
+    evaluate.evaluate(tiny, PLAIN, WARM, store, batch_size=4, report=said.append)
+    assert [line.split()[0] for line in said[1:]] == [f"{n}/6" for n in range(1, 7)]
+    monkeypatch.undo()
+    finish, count = decode._finish, []
+
+    def fail(*args):
+        count.append(1)
+        if len(count) == 4:
+            raise MemoryError("no room")
+        return finish(*args)
+
+    monkeypatch.setattr(decode, "_finish", fail)
+    with pytest.raises(MemoryError):
+        run(tiny, store, sampling=dataclasses.replace(WARM, seed=6), batch_size=2)
+    assert len(store.keys()) == 6 + 2, "the two that ended together before"
 
 
 def test_a_new_decoder_decodes_again(tiny, tmp_path, decoded, monkeypatch):
@@ -132,8 +151,8 @@ def test_a_new_decoder_decodes_again(tiny, tmp_path, decoded, monkeypatch):
 
 
 def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
-    def keys(model=tiny, asked=PLAIN, sampling=WARM, batch_size=64, memory=THICK) -> set[str]:
-        jobs = plan(model, asked, sampling, 1, batch_size, memory)
+    def keys(model=tiny, asked=PLAIN, sampling=WARM, memory=THICK) -> set[str]:
+        jobs = plan(model, asked, sampling, 1, memory)
         return {key for job in jobs for key in (job.key, job.generation_key)}
 
     base = keys()
@@ -143,7 +162,6 @@ def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
     assert settings.keys() == {field.name for field in dataclasses.fields(Sampling)}
     for name, value in settings.items():
         assert keys(sampling=dataclasses.replace(WARM, **{name: value})).isdisjoint(base), name
-    assert keys(batch_size=63).isdisjoint(base)
     assert keys(model=dataclasses.replace(tiny, weights_hash="other")).isdisjoint(base)
     assert keys(asked=prompts.build(prompts.format_only, SUMS)).isdisjoint(base)
     assert keys(asked=prompts.build(prompts.plain, SUMS, thinking=True)).isdisjoint(base)
@@ -157,18 +175,18 @@ def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
 
 
 def test_the_chat_template_and_the_stop_tokens_are_in_the_keys(tiny, monkeypatch):
-    base = {job.key for job in plan(tiny, PLAIN, WARM, 1, 64)}
+    base = {job.key for job in plan(tiny, PLAIN, WARM, 1)}
     with monkeypatch.context() as patch:
         patch.setattr(tiny.tokenizer, "chat_template", tiny.tokenizer.chat_template + " ")
-        assert {job.key for job in plan(tiny, PLAIN, WARM, 1, 64)}.isdisjoint(base)
+        assert {job.key for job in plan(tiny, PLAIN, WARM, 1)}.isdisjoint(base)
     monkeypatch.setattr(tiny.weights.generation_config, "eos_token_id", [2, 3])
-    assert {job.key for job in plan(tiny, PLAIN, WARM, 1, 64)}.isdisjoint(base)
+    assert {job.key for job in plan(tiny, PLAIN, WARM, 1)}.isdisjoint(base)
 
 
 def test_the_gold_answer_is_in_the_key_of_the_grade_alone(tiny):
-    (one,) = plan(tiny, PLAIN[:1], WARM, 1, 64)
+    (one,) = plan(tiny, PLAIN[:1], WARM, 1)
     other = prompts.plain(dataclasses.replace(SUMS[0], answer="7"))
-    (two,) = plan(tiny, [other], WARM, 1, 64)
+    (two,) = plan(tiny, [other], WARM, 1)
     assert one.generation_key == two.generation_key and one.key != two.key
 
 
@@ -193,47 +211,6 @@ def test_derived_records_keep_their_costs_and_are_graded_anew(tiny, tmp_path):
     assert order[same].equals(first[same]) and order["text"].tolist() == texts
     assert evaluate.derive(first, texts, "tool", store).equals(found)
     assert len(store.keys()) == 12 and run(tiny, store)[1] == ["6 samples, 6 already stored"]
-
-
-def test_groups_on_a_cpu_take_half_a_minute_whatever_is_stored(tiny, monkeypatch):
-    jobs = plan(tiny, PLAIN, WARM, 8, 64)
-    reads = [len(decode.tokenize(tiny, prompt)) for prompt in PLAIN]
-    size = tiny.weights.num_parameters()
-
-    def cut(tokens: int, room: float, fewest: int = 1, most: int = 256) -> list[int]:
-        monkeypatch.setattr(evaluate, "WORK", room * size)
-        monkeypatch.setattr(evaluate, "FEWEST", fewest)
-        found = evaluate.groups(tiny, jobs, tokens, most)
-        assert [job for group in found for job in group] == jobs
-        return [*map(len, found)]
-
-    assert cut(10, 1e9) == [48] and cut(10, 1e9, most=20) == [20, 20, 8]
-    room = 8 * 10 + evaluate.READ * max(reads)  # a prompt is counted once for its eight samples
-    assert cut(10, room) == [8] * 6
-    assert set(cut(10, 1.0)) == {1} and set(cut(10, 1.0, fewest=16)) == {16}
-    assert len(cut(20, 300)) > len(cut(10, 300)) > 1
-    longer = dataclasses.replace(PLAIN[0], messages=(("user", "say " * 2000),))
-    assert len(evaluate.groups(tiny, [*jobs, *plan(tiny, [longer], WARM, 1, 64)], 10, 256)) > len(
-        evaluate.groups(tiny, jobs, 10, 256)
-    )
-
-
-def test_the_bundled_model_commits_before_256_samples(bundled):
-    """At the sizes of the laptop profile: 128 new tokens and three samples of a question."""
-    jobs = plan(bundled, PLAIN, Sampling(128, 0.2), 30, 64)
-    sizes = [*map(len, evaluate.groups(bundled, jobs, 128, 256))]
-    assert sum(sizes) == 180 and 30 <= min(sizes[:-1]) and max(sizes) <= 35
-
-
-def test_on_a_gpu_groups_are_as_large_as_is_asked(tiny):
-    jobs = plan(tiny, PLAIN, WARM, 8, 64)
-
-    class Elsewhere:
-        device = torch.device("cuda")
-        weights, tokenizer = tiny.weights, tiny.tokenizer
-
-    found = evaluate.groups(Elsewhere, jobs, 10**9, 32)
-    assert [*map(len, found)] == [32, 16]
 
 
 def test_an_evictor_of_other_weights_is_refused(tiny, tmp_path):
@@ -300,7 +277,7 @@ WORKER = textwrap.dedent(
     problems = [Problem(f"p{i}", "say " * i, "1", "f", 1, "t") for i in range(1, 13)]
     asked = prompts.build(prompts.plain, problems)
     sampling = Sampling(max_new_tokens=12, temperature=1.0, top_k=100, top_p=0.9, seed=1)
-    evaluate.WORK, evaluate.FEWEST = 1.0, 2  # so that no group is larger than it must be
+    evaluate.COMMIT_S = 0.0  # so that each sequence is stored as it ends
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -358,19 +335,19 @@ def runs(tiny_folder):
 def test_a_run_killed_three_times_ends_as_one_that_was_not(runs, tmp_path):
     runs.start(tmp_path / "whole")
     started = time.monotonic()
-    assert runs.line("2/24") and runs.status() == 0
-    group_seconds = (time.monotonic() - started) / 12
+    assert runs.line("1/24") and runs.status() == 0
+    each_seconds = (time.monotonic() - started) / 24
     held, rng = [0], random.Random()
     for _ in range(3):
         pid = runs.start(tmp_path / "killed")
         assert runs.line(f"24 samples, {held[-1]} already stored")
-        for group in range(rng.randint(0, 1)):
-            assert runs.line(f"{2 * group + 2}/")
-        time.sleep(rng.random() * group_seconds)
+        for ended in range(rng.randint(0, 3)):
+            assert runs.line(f"{ended + 1}/")
+        time.sleep(rng.random() * each_seconds)
         os.kill(pid, signal.SIGKILL)
         assert runs.status() == signal.SIGKILL
         held.append(len(Store(tmp_path / "killed").keys()))
-    assert held == sorted(held) and held[-1] < 24 and not any(n % 2 for n in held)
+    assert held == sorted(held) and held[-1] < 24
     runs.start(tmp_path / "killed")
     assert runs.line(f"24 samples, {held[-1]} already stored") and runs.status() == 0
     whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")

@@ -17,6 +17,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from kit.inference import decode as decode_module
+from kit.inference import kv_cache
+from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.kv_quantization import Quantized, pack, unpack
@@ -395,7 +398,10 @@ def requests(lengths, samples: int = 1) -> list[Request]:
 
 
 def untimed(generations):
-    return [dataclasses.replace(g, seconds=0.0) for g in generations]
+    return [
+        g and dataclasses.replace(g, seconds=0.0, forced=tuple(untimed(g.forced)))
+        for g in generations
+    ]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -659,5 +665,88 @@ def test_a_model_of_sliding_layers_only_has_nothing_to_evict(families):
 def test_too_little_memory_is_one_sentence(families):
     cache = SlotCache(families["llama"].weights, 1)
     with pytest.raises(MemoryError, match="lower the batch size, or keep fewer tokens"):
-        cache.pools[0].reserve(1 << 45)
+        cache.pools[0].allocate(1 << 45)
     assert cache.pools[0].nbytes() == 0
+
+
+BITS = [(SHAPES[i % 3], name, None) for i, name in enumerate(POLICIES)]
+BITS += [("gemma3", "full", None), ("qwen3", "full", None)]
+BITS += [("qwen3", "full", Quantized(8, 16, 5)), ("llama", "tova", Quantized(4, 8, 6))]
+
+
+@pytest.mark.parametrize("shape, name, quantized", BITS)
+def test_what_is_said_is_the_same_bit_by_bit_whatever_stands_beside_it(
+    shape, name, quantized, dtype, monkeypatch
+):
+    """Logits too. Prompts that begin alike, several samples of one, a forced answer, few and many
+    places, in any order."""
+    model, seen = load(f"random:{shape}", dtype=dtype), {}
+    policy = POLICIES[name](model.weights)
+    advance = decode_module._advance
+
+    def watched(model, cache, running, places, logits, *rest):
+        for place, row in zip(places, logits):
+            one = running[place]
+            key = one.request, one.budget, len(one.new_ids)
+            assert torch.equal(seen.setdefault(key, row.clone()), row), key
+        return advance(model, cache, running, places, logits, *rest)
+
+    monkeypatch.setattr(decode_module, "_advance", watched)
+    asked = requests([3, 41, 18, 1, 130])
+    start = asked[1].prompt_ids[:37]
+    asked += [Request(start + asked[n].prompt_ids, f"begins alike {n}") for n in (0, 2)]
+    asked.append(dataclasses.replace(asked[1], sample=1))
+    how = dict(policy=policy, quantized=quantized, forcing=BudgetForcing((4, 9), (7, 8), 3))
+    sampling = Sampling(max_new_tokens=12, temperature=1.0)
+    alone = [untimed(decode(model, [one], sampling, 1, **how))[0] for one in asked]
+    for batch_size in (3, 64):
+        order = random.Random(batch_size).sample(range(len(asked)), len(asked) - batch_size // 64)
+        found = decode(model, [asked[i] for i in order], sampling, batch_size, **how)
+        assert untimed(found) == [alone[i] for i in order]
+    assert len({g.token_ids for g in alone}) == len(asked)
+
+
+@pytest.mark.parametrize("name", ["full", "window fraction", "h2o", "dms"])
+def test_what_memory_has_no_room_for_waits_or_begins_anew(families, name, monkeypatch):
+    """And says what it says where there is room: for three of six, and for less than one."""
+    model, begun = families["llama"], []
+    policy, sampling = POLICIES[name](model.weights), Sampling(max_new_tokens=70, temperature=1.0)
+    asked = requests([3, 41, 18, 1, 30, 22])
+    whole = untimed(decode(model, asked, sampling, 6, policy=policy))
+    start = decode_module._start
+    monkeypatch.setattr(
+        decode_module, "_start", lambda i, *rest: begun.append(i) or start(i, *rest)
+    )
+    three = 3 * (41 + 70) * SlotCache(model.weights, 1).token_bytes
+    for room in (three / kv_cache.FREE, 1)[: 2 if name == "full" else 1]:
+        monkeypatch.setattr(kv_cache, "free_bytes", lambda device, room=room: room)
+        begun.clear()
+        assert untimed(decode(model, asked, sampling, 6, policy=policy)) == whole
+        assert set(begun) == set(range(6))
+        assert room == 1 or name != "full" or len(begun) > 6, "the youngest were put back"
+
+
+def held_bytes(value) -> int:
+    """Bytes of all tensors in lists, tuples and fields."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    value = vars(value).values() if dataclasses.is_dataclass(value) else value
+    return sum(map(held_bytes, value)) if hasattr(value, "__iter__") else 0
+
+
+@pytest.mark.parametrize("kept", [Full(), Window(128), H2O(128), Knorm(kept_fraction=0.5), "dms"])
+def test_an_answer_asked_for_in_place_copies_no_cache(families, kept, monkeypatch):
+    model, shares, rewind = families["llama"], [], SlotCache.rewind
+    policy = DMS(Evictor(model.weights, 6)) if kept == "dms" else kept
+
+    def watched(cache, place):
+        live = cache.live_tokens()[place].item() * cache.token_bytes
+        shares.append(held_bytes(cache._held[place]) / live)
+        rewind(cache, place)
+
+    monkeypatch.setattr(SlotCache, "rewind", watched)
+    monkeypatch.setattr(SlotCache, "read", lambda *_: pytest.fail("a copy"))
+    forcing = BudgetForcing((8, 20, 40), (7, 8), 3)
+    decode(model, requests([400]), Sampling(max_new_tokens=40), policy=policy, forcing=forcing)
+    assert len(shares) == 2, "the last answer is asked for when the sequence has ended"
+    assert max(shares) < 0.25

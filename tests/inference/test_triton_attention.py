@@ -221,17 +221,6 @@ def cache_error(model: str, kept: int | None, dtype: str) -> float:
     return missed(*map(torch.cat, (results, plain, right)))
 
 
-def test_chunks_follow_from_shapes():
-    from kit.inference.triton_attention import LONGEST, PROGRAMS, SHORTEST, chunk_tokens
-
-    # 32 sequences of 8 KV heads at 32,768 tokens on an H100: pieces short enough to balance.
-    assert chunk_tokens(256, 32_768, 132) == LONGEST == 2048
-    assert chunk_tokens(8, 2048, 132) == SHORTEST == 128  # one short sequence: as wide as it goes
-    # In between there are enough programs for the card, and never twice as many as asked for.
-    programs = 16 * 32_768 / chunk_tokens(16, 32_768, 132)
-    assert PROGRAMS * 132 <= programs < 2 * PROGRAMS * 132
-
-
 WRONG = {
     "values has shape": dict(values=lambda x: x[:-1]),
     "bias has shape": dict(bias=lambda x: x[:, :8]),
