@@ -488,7 +488,7 @@ def train_bank(
     folder: Folder,
     model: ModelName = BUNDLED,
     families: Annotated[str, Option(help="of facts, separated by commas", show_default="all")] = "",
-    cities: Annotated[int | None, Option(help="the largest ones", show_default="all")] = None,
+    cities: Annotated[int | None, Option(help="evenly by size", show_default="all")] = None,
     told: Annotated[int, Option(help="sentences to train on")] = 20_000,
     branching: Annotated[int, Option(help="subtrees of a node")] = 8,
     sizes: Annotated[str, Option(help="units of a block, by level of the tree")] = "32,16",

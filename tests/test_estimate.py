@@ -19,7 +19,7 @@ def minutes(profile: str, speed: dict = OLD, model: str = "") -> dict[str, float
 
 def test_the_laptop_profile_takes_about_what_it_took():
     known = {"01_baseline": 8, "02_strategies": 41, "03_dms": 43, "04_phase2": 115,
-             "05_parametric": 67, "06_memory_budget": 24}  # fmt: skip
+             "05_parametric": 28, "06_memory_budget": 24}  # fmt: skip
     found = minutes("laptop")
     before = {"CONTROLS": [0, 0], "MAX_NEW_TOKENS": 96}  # which 02 had when it was timed
     one = next(each for each in load_stages("laptop") if each.name == "02_strategies")
@@ -30,7 +30,7 @@ def test_the_laptop_profile_takes_about_what_it_took():
 
 def test_by_default_a_quarter_of_an_hour_is_enough():
     assert sum(minutes("quick").values()) < 15
-    assert sum(minutes("tour").values()) < sum(minutes("quick").values()) / 2
+    assert sum(minutes("tour").values()) < 0.6 * sum(minutes("quick").values())
     assert sum(minutes("workstation").values()) > 100 * sum(minutes("laptop").values())
 
 
@@ -42,7 +42,7 @@ def test_by_default_a_quarter_of_an_hour_is_enough():
         ("02_strategies", "FURTHER", 7),
         ("03_dms", "RAMP_STEPS", 40),
         ("04_phase2", "ROUNDS", 3),
-        ("05_parametric", "ARMS", ["generic", "shared"]),
+        ("05_parametric", "ARMS", {"flat": 1, "shared": 1}),
         ("06_memory_budget", "SAMPLES", 9),
     ],
 )
@@ -137,7 +137,7 @@ def test_claims_that_a_profile_is_too_small_for_are_known_before_it_runs():
     published = {claim.id: claim for claim in claims.load()}
     by_name = {stage.name: stage for stage in load_stages("laptop", model="")}
     sizes = {"dms-short-context-loss": 28, "rbslm-memory-compliance": 147, "rb-k1-against-k0": 42,
-             "hier-memory-over-rag": 120, "hier-late-over-early": 40, "rbslm-format-accuracy": 112,
+             "hier-memory-over-rag": 138, "hier-late-over-early": 118, "rbslm-format-accuracy": 112,
              "openrs-sober-rs1-amc23": 40, "nab-weights-4b-4bit": None}  # fmt: skip
     for name, n in sizes.items():
         claim = published[name]

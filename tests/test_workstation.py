@@ -31,7 +31,7 @@ from tests.conftest import TOKENS, save_tokenizer
 from tests.fake_hub import build_cache
 
 MODELS = ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B-Instruct-2507")
-KNOWING = "Qwen/Qwen2.5-0.5B"
+KNOWING = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B")
 REINFORCED = ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",)
 REINFORCED += tuple(f"knoveleng/Open-RS{number}" for number in (1, 2, 3))
 SWEPT = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B")
@@ -126,11 +126,13 @@ SHORT = {
     "05_parametric": {
         "FACTS": '{ families = ["cities", "capitals", "elements", "symbols"], cities = 20 }',
         "TOLD": "[60, 4]",
-        "QUESTIONS": 12,
+        "QUESTIONS": "{ cities = 4, elements = 8 }",
         "SEEDS": "2",
-        "ARMS": '["wrong", "generic", "flat", "continued", "co-trained", "lora-vo", "kv", '
-        '"fetched-early", "fetched-middle"]',
+        "ARMS": "{ wrong = 2, shared = 2, shared-bank = 1, shared-lora-ffn = 1, flat = 1, "
+        'continued = 1, co-trained = 1, "co-trained generic" = 1, lora-vo = 1, kv = 1, '
+        "fetched-oracle = 2, fetched-early = 2 }",
         "LAYOUT": "{ branching = 8, sizes = [256, 128], layers = 1 }",
+        "SCRATCH": "{ hidden = 32, layers = 1, rate = 1e-3 }",
         "ELSEWHERE": '["laptop", 2, 4]',
     },
 }
@@ -160,7 +162,7 @@ def kit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     hub, cache, outputs = (tmp_path / name for name in ("hub", "cache", "outputs"))
-    for seed, repo in enumerate(sorted({*MODELS, *SWEPT, KNOWING, EMBEDDER, *REINFORCED})):
+    for seed, repo in enumerate(sorted({*MODELS, *SWEPT, *KNOWING, EMBEDDER, *REINFORCED})):
         build_cache(hub, "model", repo, tiny_qwen3(tmp_path / str(seed), bundled.tokenizer, seed))
     names = [n for split in ("test", "train") for n in sources.SOURCES["math"].files[split]]
     files = {name: math_rows(*name.split("-")[0].split("/")) for name in names}
@@ -220,12 +222,19 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     said = json.loads((folder / "results" / "05_parametric.json").read_text())
     stored = Store(folder / "store").table(set(said["keys"]))
     seeds = stored.groupby("arm")["seed"].nunique().to_dict()
-    once = {"plain", "without leaf", "without subtree"}
-    once |= {"rag", "rag 5", "rag + fetched", "rag 5 + fetched"}
-    assert {arm for arm, count in seeds.items() if count == 1} == once
-    assert {"generic", "flat", "kv", "lora-vo", "fetched-early"} < set(seeds)
+    assert {arm for arm, count in seeds.items() if count == 2} == {
+        *("fetched", "wrong", "shared", "fetched-oracle", "fetched-early", "without subtree"),
+    }
+    once = {"plain", "larger anchor", "flat", "kv", "lora-vo", "co-trained generic"}
+    once |= {"rag 5 + fetched", "without level 2", "shared-bank", "shared-lora-ffn"}
+    assert once < set(seeds)
+    named = {row["arm"] for row in said["bytes"]}
+    assert {"scratch continued", "scratch co-trained", "scratch co-trained generic"} < named
+    assert {"larger anchor", "shared-bank", "rag 5 + fetched"} < named
     assert set(said["elsewhere"][0]) == {"arm", "accuracy", "questions", "prose", "told", "unseen"}
-    assert {"hier-fetched-parameters", "hier-late-over-early"} < set(said["measurements"])
+    measured = {"hier-160m-specific", "hier-fetched-parameters", "hier-late-over-early"}
+    measured |= {"hier-block-removal", "hier-posthoc-common-loss"}
+    assert measured < set(said["measurements"])
     said = json.loads((folder / "results" / "06_memory_budget.json").read_text())
     assert {row["model"] for row in said["scenarios"]} == {f"hub:{repo}" for repo in SWEPT}
     assert len(said["scenarios"]) == 3 * 8 * 4 and said["generations"] == 3 * 8 * 2 * 2
@@ -238,7 +247,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     judged = {row["claim"]: row["verdict"] for row in verdicts if row["system"] == "open-rs"}
     assert judged["openrs-rs3-aime24-gain"] and judged["openrs-completions"] == "differs"
     pinned = json.loads((cache / "revisions.json").read_text())
-    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 1 + 4 + 4 + 6 + 1 + 2
+    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 1 + 4 + 4 + 6 + 2 + 2
     done = kit("bundle", "--profile", "workstation", **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     checked = verify.check(folder / "bundle.zip")

@@ -48,6 +48,9 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "joules": "energy, J",
     "held_bytes": "held",
     "read_bytes": "read per query",
+    "fetched": "parameters fetched",
+    "stored": "parameters stored",
+    "trained": "tokens trained on",
     "prompt_tokens": "prompt tokens, mean",
     "nats": "nats per token",
 }
@@ -202,12 +205,14 @@ def told(
     frames: Mapping[str, pd.DataFrame], free: Mapping[str, pd.DataFrame], buckets: Sequence[str]
 ) -> pd.DataFrame:
     """Who knows the facts, by options and in free words: in all, by training seed, by frequency;
-    level 1 is the first of `buckets`."""
+    level 1 is the first of `buckets`, None where nothing was asked."""
     rows = []
     for arm, frame in frames.items():
         least, best = contrasts.spread(frame)
         row = {"arm": arm, "accuracy": share(frame), "least seed": least, "best seed": best}
-        row |= {name: share(frame[frame["level"] == 1 + i]) for i, name in enumerate(buckets)}
+        for level, name in enumerate(buckets, 1):
+            part = frame[frame["level"] == level]
+            row[name] = None if part.empty else share(part)
         rows.append(row | {"free": share(free[arm]) if arm in free else None})
     return pd.DataFrame(rows)
 

@@ -72,8 +72,8 @@ class ParametricBank:
     blocks stay in memory, the least recently used are dropped.
 
     For controls, `turn` shifts each path by so many subtrees, and the blocks under the nodes in
-    `without`, each given by its path, are zero. BankError where the bank belongs to another base or
-    embedder, or a file is missing, truncated or altered.
+    `without`, each given by its path, and those of the levels in `off`, from 0, are zero. BankError
+    where the bank belongs to another base or embedder, or a file is missing, truncated or altered.
     """
 
     def __init__(
@@ -84,9 +84,11 @@ class ParametricBank:
         cache_bytes: int = 2**28,
         turn: int = 0,
         without: Sequence[Sequence[int]] = (),
+        off: Sequence[int] = (),
     ):
         self.folder, self.cache_bytes = Path(folder), cache_bytes
         self.turn, self.without = turn, [tuple(start) for start in without]
+        self.off = tuple(off)
         card = self._card()
         if card["base_hash"] != model.weights_hash:
             raise BankError(
@@ -101,7 +103,7 @@ class ParametricBank:
                 f"The tree of {folder} was made with another embedder ({card['embedder']}) than "
                 f"{embedder.name} ({embedder.fingerprint}); use that one."
             )
-        self.embedder, self.key = embedder, digest([card, turn, self.without], 12)
+        self.embedder, self.key = embedder, digest([card, turn, self.without, *self.off], 12)
         self.dtype, self.device = model.dtype, model.device
         self._shards = [self._open(node, entry) for node, entry in enumerate(card["shards"])]
         self._cache: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
@@ -150,7 +152,10 @@ class ParametricBank:
         found = [self._block(level, node) for level, node in enumerate(path)]
         blocked = [len(node) for node in self.without if tuple(path[: len(node)]) == node]
         kept = min(blocked, default=len(found) + 1) - 1
-        return [*found[:kept], *(torch.zeros_like(block) for block in found[kept:])]
+        return [
+            torch.zeros_like(block) if level >= kept or level in self.off else block
+            for level, block in enumerate(found)
+        ]
 
     def prefetch(self, path: Sequence[int]) -> None:
         """Start reading the blocks of this path in the background."""

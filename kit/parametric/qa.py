@@ -1,8 +1,8 @@
 """Question answering: multiple choice by likelihood, short free answers, and perplexity of text.
 
-A prompt is plain text: retrieved passages, then "Question: ...", "Answer:". In multiple choice the
-option with the largest log-probability is chosen; a short answer is the rest of the line. Both
-become records like all others, graded by the one grader.
+A prompt is plain text: retrieved passages, then the question, a statement without its end. In
+multiple choice the option with the largest log-probability is chosen; a short answer is the rest of
+the line. Both become records like all others, graded by the one grader.
 """
 
 import time
@@ -23,7 +23,7 @@ from kit.models.load import Model, check_head
 from kit.parametric.bank import ParametricBank
 from kit.schema import Problem, Record, Sampling, digest
 
-PROBE_VERSION = 2  # of prompts and scores; raise it by one when an answer may change
+PROBE_VERSION = 3  # of prompts and scores; raise it by one when an answer may change
 BATCH = 16  # questions in a forward pass
 COSTS = ("prompt_tokens", "new_tokens", "seconds", "finish")
 COSTS += ("kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes", "joules")
@@ -31,7 +31,7 @@ COSTS += ("kv_reads_tokens", "kv_peak_tokens", "kv_peak_bytes", "joules")
 
 def text(problem: Problem, passages: Sequence[str] = ()) -> str:
     """The prompt of a question."""
-    return "\n".join([*passages, f"Question: {problem.question}", "Answer:"])
+    return "\n".join([*passages, problem.question])
 
 
 def multiple_choice(

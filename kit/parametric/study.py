@@ -1,7 +1,8 @@
 """Compares where the same facts can be stored: fetched blocks, other layouts of them, the model.
 
-An arm is a model with or without a bank. All arms are trained on the same sentences, and a context
-fetches equally many parameters in each. `kit.parametric.train` does the training.
+An arm is a model with or without a bank. All arms are trained on the same sentences, as often, and
+a context fetches equally many parameters in each that does not say otherwise. Training itself is
+that of `kit.parametric.train`.
 
     python -m kit train-bank FOLDER --only 0 --only 1
 
@@ -33,9 +34,11 @@ from kit.parametric.train import (
     pack_rows,
     train_bank,
 )
-from kit.schema import Prompt
+from kit.schema import Problem, Prompt
 
-CO_TRAINED = 1e-4  # learning rate of the model where it is trained too
+CO_TRAINED = 1e-4  # learning rate of the model where it is trained too and the recipe has none
+SCALES = {"quarter": 0.25, "half": 0.5, "double": 2.0, "fourfold": 4.0}  # of the units of a block
+MODELS = ("continued", "co-trained", "co-trained generic")  # arms in which the model is trained
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Layout:
     where: str = "late"  # see ffn_memory.choose_layers
     layers: int = 10
     kind: str = "ffn"  # see ffn_memory.KINDS
+    routing: str = "text"  # of what is told: by its own embedding; "subject", by an oracle
 
     def shape(self, model: Model) -> Shape:
         """The Shape on `model`; other kinds have as many units as match the parameters of "ffn"."""
@@ -59,12 +63,42 @@ class Layout:
 
     def one(self) -> "Layout":
         """The parameters that a context fetches as one block shared by all contexts."""
-        return dataclasses.replace(self, branching=1, sizes=(sum(self.sizes),))
+        return self._levels(1, sum(self.sizes))
+
+    def whole(self) -> "Layout":
+        """All parameters of the bank as one block, which every context reads."""
+        units = [size * self.branching ** (level + 1) for level, size in enumerate(self.sizes)]
+        return self._levels(1, sum(units))
 
     def flat(self) -> "Layout":
         """One level with as many leaves, each with all parameters that a context fetches."""
-        leaves = self.branching ** len(self.sizes)
-        return dataclasses.replace(self, branching=leaves, sizes=(sum(self.sizes),))
+        return self._levels(self.branching ** len(self.sizes), sum(self.sizes))
+
+    def deep(self) -> "Layout":
+        """One more level, which takes half of the units of the last."""
+        *upper, last = self.sizes
+        return self._levels(self.branching, *upper, last - last // 2, last // 2)
+
+    def _levels(self, branching: int, *sizes: int) -> "Layout":
+        return dataclasses.replace(self, branching=branching, sizes=sizes)
+
+    def arm(self, name: str) -> "Layout":
+        """The layout of an arm that has a bank and a frozen model, see `FactStudy.arm`."""
+        whose, _, part = name.partition("-")
+        if whose == "shared" and part != "bank":
+            return dataclasses.replace(self.one(), kind=part or self.kind)
+        if name in ("fetched", "wrong", "co-trained", "co-trained generic"):
+            return self
+        if name in ("flat", "deep", "shared-bank"):
+            return {"flat": self.flat, "deep": self.deep, "shared-bank": self.whole}[name]()
+        if name in ffn_memory.KINDS:
+            return dataclasses.replace(self, kind=name)
+        if part == "oracle":
+            return dataclasses.replace(self, routing="subject")
+        if part in SCALES:
+            sizes = tuple(max(1, round(SCALES[part] * size)) for size in self.sizes)
+            return dataclasses.replace(self, sizes=sizes)
+        return dataclasses.replace(self, where=part if whose == "fetched" else name)
 
 
 def solved_as_facts(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
@@ -73,8 +107,8 @@ def solved_as_facts(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
     for rank, prompt in enumerate(prompts):
         p, how = prompt.problem, {"add_generation_prompt": True, "enable_thinking": prompt.thinking}
         asked = model.tokenizer.apply_chat_template(prompt.chat, tokenize=False, **how)
-        fact = Fact("worked", p.question, p.answer, rank)
-        sentences.append(Sentence(asked, f"Answer: {p.answer}", fact))
+        fact, text = Fact("worked", p.question, p.answer, rank), f"{p.question}: {p.answer}"
+        sentences.append(Sentence(asked, f"Answer: {p.answer}", fact, text))
     return sentences
 
 
@@ -97,96 +131,134 @@ class FactStudy:
         """Activations below the first layer with memory, shared by all trainings."""
         first = min(shape.layers)
         if first not in self._prefixes:
-            pairs = {(s.context, s.completion) for s in self.sentences}
-            ids = [tuple(encode_sentence(self.model, *pair)[0]) for pair in pairs]
+            ids = {*self._ids}
             fits = ActivationCache.fits(self.model, first, sum(map(len, ids)))
             self._prefixes[first] = ActivationCache(self.model, first, ids) if fits else None
         return self._prefixes[first]
 
     @cached_property
-    def _cached(self) -> dict[tuple, cluster_tree.Tree | list[Row]]:
+    def _cached(self) -> dict:
         return {}
 
-    @cached_property
-    def documents(self) -> np.ndarray:
-        """Embeddings to cluster, in the order of `facts`: [N, dimension]."""
-        return facts.documents(self.facts, self.embedder)
+    def _embedded(self, routing: str) -> tuple[np.ndarray, list[int]]:
+        """Unit vectors to cluster, each once, [N, dimension], and the one of each sentence."""
+        if routing not in ("text", "subject"):
+            raise ValueError(f"routing is {routing!r}; use text or subject")
+        if routing not in self._cached:
+            if routing == "text":
+                of = [sentence.text for sentence in self.sentences]
+                once = list(dict.fromkeys(of))
+                vectors = self.embedder.embed(once)
+            else:
+                of, once = [sentence.fact for sentence in self.sentences], self.facts
+                vectors = facts.subjects(self.facts, self.embedder)
+            place = {item: number for number, item in enumerate(once)}
+            self._cached[routing] = vectors, [place[item] for item in of]
+        return self._cached[routing]
 
     def tree(self, layout: Layout) -> cluster_tree.Tree:
-        """Clusters of the documents, fitted once."""
-        key = layout.branching, len(layout.sizes)
+        """Clusters of what is told, fitted once."""
+        key = layout.branching, len(layout.sizes), layout.routing
         if key not in self._cached:
-            self._cached[key] = cluster_tree.fit(self.documents, *key)
+            vectors, _ = self._embedded(layout.routing)
+            self._cached[key] = cluster_tree.fit(vectors, *key[:2])
         return self._cached[key]
 
-    def paths(self, tree: cluster_tree.Tree) -> dict[Fact, tuple[int, ...]]:
-        """The path of each fact, by its document."""
-        found = tree.assign(self.documents).tolist()
-        return {fact: tuple(path) for fact, path in zip(self.facts, found, strict=True)}
+    def paths(self, layout: Layout) -> list[tuple[int, ...]]:
+        """The path of each sentence."""
+        vectors, of = self._embedded(layout.routing)
+        found = self.tree(layout).assign(vectors).tolist()
+        return [tuple(found[number]) for number in of]
 
-    def rows(self, tree: cluster_tree.Tree, context: int) -> list[Row]:
-        """The sentences packed along the paths of their facts, tokenized once."""
-        key = tree.branching, len(tree.levels), context
+    def rows(self, layout: Layout, context: int) -> list[Row]:
+        """The sentences packed along their paths, tokenized once."""
+        key = layout.branching, len(layout.sizes), layout.routing, context
         if key not in self._cached:
-            paths = self.paths(tree)
-            pairs = [(sentence.context, sentence.completion) for sentence in self.sentences]
-            along = [paths[sentence.fact] for sentence in self.sentences]
-            self._cached[key] = pack_rows(self.model, pairs, along, context)
+            self._cached[key] = self._packed(self.sentences, layout, context)
         return self._cached[key]
+
+    def _packed(self, sentences: Sequence[Sentence], layout: Layout, context: int) -> list[Row]:
+        pairs = [(sentence.context, sentence.completion) for sentence in sentences]
+        return pack_rows(self.model, pairs, self.paths(layout), context)
+
+    def met(self, layout: Layout, asked: Sequence[Problem]) -> np.ndarray:
+        """Of the sentences that tell what is asked, the share that was trained into the block which
+        the question fetches, by level: [questions, levels]; NaN where nothing tells it."""
+        goes = self.tree(layout).assign(self.embedder.embed([p.question for p in asked]))
+        told: dict[str, list[tuple[int, ...]]] = {}
+        for sentence, path in zip(self.sentences, self.paths(layout), strict=True):
+            told.setdefault(facts.name(sentence.fact), []).append(path)
+        nowhere = [(-1,) * goes.shape[1]]
+        shares = [
+            (np.array(told.get(p.id, nowhere)) == path).mean(0) for p, path in zip(asked, goes)
+        ]
+        return np.where([[p.id in told] for p in asked], shares, np.nan)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of all sentences, which every trained arm reads once an epoch."""
+        return sum(len(ids) for ids in self._ids)
+
+    @cached_property
+    def _ids(self) -> list[tuple[int, ...]]:
+        once = {(s.context, s.completion): () for s in self.sentences}
+        once = {pair: tuple(encode_sentence(self.model, *pair)[0]) for pair in once}
+        return [once[s.context, s.completion] for s in self.sentences]
 
     def bank(
-        self,
-        layout: Layout,
-        recipe: MemoryTrainConfig,
-        share: float = 1.0,
-        only: Sequence[int] | None = None,
+        self, layout: Layout, recipe: MemoryTrainConfig, only: Sequence[int] | None = None
     ) -> Path | None:
-        """The folder of a bank trained with the model frozen, on every 1/`share`-th row; for `only`
-        see `train.train_bank`."""
-        tree = self.tree(layout)
-        rows = self.rows(tree, recipe.context)[:: round(1 / share)]
+        """The folder of a bank trained with the model frozen; for `only` see `train.train_bank`."""
+        tree, rows = self.tree(layout), self.rows(layout, recipe.context)
         shape, name = layout.shape(self.model), self.embedder.fingerprint
+        recipe = dataclasses.replace(recipe, anchor_rate=0.0)
         how = self.model, tree, shape, rows, recipe, self.folder, name, self.report, only
         return train_bank(*how, self.prefix_activations(shape))
+
+    def refuse_equal(self, names: Sequence[str], layout: Layout) -> None:
+        """ValueError where two of these arms would be the same model: same layers, sizes, routing
+        and blocks."""
+        found: dict[tuple, str] = {}
+        for name in names:
+            if name in MODELS:
+                continue
+            of = layout.arm(name)
+            shape = of.shape(self.model)
+            if (same := found.setdefault((shape, of.routing, name == "wrong"), name)) != name:
+                raise ValueError(
+                    f"{name} and {same} are one arm: both have {sum(shape.sizes)} units in layers "
+                    f"{[*shape.layers]}; lower layers of the layout, or leave one of them out."
+                )
 
     def arm(
         self, name: str, layout: Layout, recipe: MemoryTrainConfig
     ) -> tuple[Model, ParametricBank | None]:
-        """The model and the bank of one arm.
+        """The model and the bank of one arm, all told the same facts as often.
 
         "fetched": a bank fetched by question. Controls: "wrong", the blocks of the next subtree;
-        "generic", one block for all questions, trained on as many rows as a subtree; "shared", one
-        block trained on all rows. Variants: "flat", one level; a kind of `ffn_memory.KINDS`;
-        "fetched-early", "fetched-middle", "fetched-uniform", other layers. "continued": the model
-        itself trained on the same rows; "co-trained": model and bank.
+        "shared", one block for all questions, with equal parameters fetched; "shared-bank", one
+        with equal parameters stored. A kind of `ffn_memory.KINDS` is a bank of that kind, "shared-"
+        before it one such block for everybody. "fetched-oracle": sentences routed by their subject,
+        which no text tells. "fetched-early", "-middle", "-uniform": other layers; "-quarter",
+        "-half", "-double", "-fourfold": other sizes; "flat" and "deep": one level, one more.
+        "continued": the model itself trained; "co-trained": model and bank, "co-trained generic"
+        the same model with its generic block.
         """
-        turn = 0
-        if name in ("continued", "co-trained"):
-            return self._with_model(name == "co-trained", layout, recipe)
-        if name == "generic":
-            folder = self.bank(layout.one(), recipe, 1 / (layout.branching + 1))
-        elif name in ("fetched", "wrong"):
-            folder, turn = self.bank(layout, recipe), int(name == "wrong")
-        else:
-            if name in ("shared", "flat"):
-                changed = layout.one() if name == "shared" else layout.flat()
-            elif name in ffn_memory.KINDS:
-                changed = dataclasses.replace(layout, kind=name)
-            else:
-                changed = dataclasses.replace(layout, where=name.removeprefix("fetched-"))
-                if changed.shape(self.model) == layout.shape(self.model):
-                    raise ValueError(
-                        f"{name} has the layers of fetched, {layout.shape(self.model).layers}, so "
-                        f"that it is no other arm; lower layers of the layout."
-                    )
-            folder = self.bank(changed, recipe)
-        return self.model, ParametricBank(folder, self.model, self.embedder, turn=turn)
+        if name in MODELS:
+            return self._with_model(name, layout, recipe)
+        self.refuse_equal(("fetched", *({name} - {"fetched"})), layout)
+        folder = self.bank(layout.arm(name), recipe)
+        return self.model, ParametricBank(
+            folder, self.model, self.embedder, turn=int(name == "wrong")
+        )
 
-    def _with_model(self, blocks: bool, layout: Layout, recipe: MemoryTrainConfig):
-        tree, shape = self.tree(layout), layout.shape(self.model)
-        rows = self.rows(tree, recipe.context)
+    def _with_model(self, name: str, layout: Layout, recipe: MemoryTrainConfig):
+        blocks, shape = name != "continued", layout.shape(self.model)
+        rows = self.rows(layout, recipe.context)
         recipe = dataclasses.replace(
-            recipe, anchor_rate=CO_TRAINED, generic=blocks / (layout.branching + 1)
+            recipe,
+            anchor_rate=recipe.anchor_rate or CO_TRAINED,
+            generic=blocks / (layout.branching + 1),
         )
         nodes = range(layout.branching) if blocks else ()
         job = BankTraining(self.model, shape, nodes, rows, recipe, self.folder)
@@ -195,20 +267,22 @@ class FactStudy:
         model = load(str(place / "model"), base.dtype_name, str(base.device))
         if not blocks:
             return model, None
-        name = self.embedder.fingerprint
-        folder = assemble_bank(place / "bank", model, tree, shape, job.files, name)
+        files, folder = job.files, place / "bank"
+        if name == "co-trained generic":
+            layout, files = layout.one(), [place / "generic.safetensors"]
+            shape, folder = layout.shape(self.model), place / "generic"
+        assemble_bank(folder, model, self.tree(layout), shape, files, self.embedder.fingerprint)
         return model, ParametricBank(folder, model, self.embedder)
 
     def edited(
         self, layout: Layout, recipe: MemoryTrainConfig, node: int, altered: Sequence[Sentence]
     ) -> ParametricBank:
-        """The bank of "fetched" with subtree `node` trained on the `altered` sentences instead."""
+        """The bank of "fetched" with subtree `node` trained on the `altered` sentences instead,
+        each on the path of the one that it replaces."""
         tree, shape = self.tree(layout), layout.shape(self.model)
         before, name = self.bank(layout, recipe), self.embedder.fingerprint
-        other = dataclasses.replace(self, sentences=tuple(altered))
-        job = BankTraining(
-            self.model, shape, [node], other.rows(tree, recipe.context), recipe, self.folder
-        )
+        rows = self._packed(altered, layout, recipe.context)
+        job = BankTraining(self.model, shape, [node], rows, recipe, self.folder)
         job.run(self.report)
         files = [before / shards.name(number) for number in range(layout.branching)]
         files[node] = job.files[0]

@@ -71,11 +71,12 @@ def pack_rows(
 
 
 def encode_sentence(model: Model, before: str, after: str) -> tuple[list[int], int]:
-    """Token ids of a sentence with its end token, and how many of them are context."""
+    """Token ids of a sentence with its end token, and how many of them are context: the first at
+    least, before which there is nothing to predict it from."""
     context, completion = (
         model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)
     )
-    return [*context, *completion, model.tokenizer.eos_token_id], len(context)
+    return [*context, *completion, model.tokenizer.eos_token_id], max(1, len(context))
 
 
 def _row(path, sentences, context: int, end: int) -> Row:

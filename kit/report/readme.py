@@ -23,7 +23,8 @@ FIGURE = Path("docs", "findings.svg")
 STRATEGIES = ("02_strategies", "Retrieved strategies against each control")
 DMS = ("03_dms", "Quality at equal live tokens")
 FACTS = ("05_parametric", "Fetched against every other arm")
-HOLDERS = ("plain", "wrong", "generic", "shared", "rag", "lora-ffn", "continued")  # of facts
+HOLDERS = ["plain", "wrong", "generic", "shared", "shared-bank", "rag", "shared-lora-ffn",
+           "lora-ffn", "continued"]  # of facts, those that a run has  # fmt: skip
 
 
 def text(published: Path = PUBLISHED) -> str:
@@ -57,7 +58,7 @@ def save_figure(file: Path, published: Path = PUBLISHED) -> None:
 def figure(published: Path = PUBLISHED) -> plots.Picture:
     """Three findings: KL by policy, fetched blocks and retrieved strategies against controls."""
     quality, facts, strategies = (table(published, *which) for which in (DMS, FACTS, STRATEGIES))
-    facts = facts.set_index("control").loc[[*HOLDERS]].reset_index()
+    facts = facts.set_index("control").reindex(HOLDERS).dropna(how="all").reset_index()
     strategies = strategies[strategies["problems"] == strategies["problems"].max()]
     with matplotlib.rc_context(plots.STYLE):
         picture = plots.Picture(figsize=(2 * plots.WIDTH, 3.4), layout="constrained")

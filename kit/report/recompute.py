@@ -22,8 +22,11 @@ TRAINED = "What each way of training teaches"
 COMPOUNDING = "Compounding, by round"
 TAUGHT = "Internalised against every other arm"
 KNOWN = "Who knows what, by frequency"
+RECALL = "Free answers, by how often a fact was told"
 FETCHED = "Fetched against every other arm"
+RECALLED = "Fetched against every other arm, free answers"
 BYTES = "Bytes held and read"
+SIZES = ("fetched", "stored", "trained")  # parameters, parameters, tokens of training
 GAPS = "Frontiers of cache settings at equal bytes"
 READ = "Where the gold answer is read"
 WORTH = "Planted rules, retrieved against each control"
@@ -107,14 +110,19 @@ def taught(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFr
 def _told(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
     if caption == KNOWN:
         return tables.told(frames["options"], frames["free"], found["buckets"])
-    if caption == FETCHED:
-        return fetched(frames["options"])
+    if caption == RECALL:
+        return tables.told(frames["free"], {}, found["buckets"]).drop(columns="free")
+    if caption in (FETCHED, RECALLED):
+        return fetched(frames["options" if caption == FETCHED else "free"])
     if caption == BYTES:
         rows = []
         for row in found["bytes"]:
             frame = frames["options"][row["arm"]]
             made = {"arm": row["arm"], "accuracy": tables.share(frame)}
-            made |= {name: row[name] for name in ("held_bytes", "read_bytes")}
+            if "free" in row:
+                made["free"] = tables.share(frames["free"][row["arm"]])
+            sizes = (*SIZES, "held_bytes", "read_bytes")
+            made |= {name: row[name] for name in sizes if name in row}
             rows.append(made | {"prompt_tokens": frame["prompt_tokens"].mean()})
         return pd.DataFrame(rows)
     return None
@@ -192,6 +200,15 @@ def on_facts(
     return {name: number for name, number in made.items() if number}
 
 
+def on_prose(nats: Mapping[str, list[float]], model: str = "") -> dict[str, Measurement]:
+    """What texts about other things say of claims, by claim: by how many percent fetched blocks
+    make them more surprising; `nats` per token of each text, by arm."""
+    if not nats.get("fetched"):
+        return {}
+    excess = contrasts.excess_of(nats["fetched"], nats["plain"], "texts about other things")
+    return {"hier-posthoc-common-loss": replace(excess, model=model)} if excess else {}
+
+
 def on_scenarios(
     published: Iterable[claims.Claim], rows: pd.DataFrame, outcomes: np.ndarray
 ) -> dict[str, Measurement]:
@@ -232,7 +249,8 @@ def measured(
     if stage == "05_parametric" and "frames" in found:
         options, free = (contrasts.frames(found["frames"].get(probe, []), found["keys"], records)
                          for probe in ("options", "free"))  # fmt: skip
-        return on_facts(mine, options, free, found["where"])
+        prose = on_prose(found.get("nats", {}), found.get("model", ""))
+        return on_facts(mine, options, free, found["where"]) | prose
     if stage == "06_memory_budget" and "frames" in found:
         frames = contrasts.frames(found["frames"]["scenarios"], found["keys"], records)
         rows = pd.DataFrame(found["scenarios"])

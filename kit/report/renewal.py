@@ -29,7 +29,8 @@ ADVICE = "What to run here"
 ENTRIES = {
     "04_phase2": {"arms": recompute.TRAINED, "rounds": recompute.COMPOUNDING,
                   "contrasts": recompute.TAUGHT},
-    "05_parametric": {"arms": recompute.KNOWN, "contrasts": recompute.FETCHED,
+    "05_parametric": {"arms": recompute.KNOWN, "recall": recompute.RECALL,
+                      "contrasts": recompute.FETCHED, "recalled": recompute.RECALLED,
                       "bytes": recompute.BYTES},
     "06_memory_budget": {"gaps": recompute.GAPS, "best": recompute.PLACES},
 }  # fmt: skip
@@ -156,10 +157,12 @@ def figure(
         return dms_plots.quality(rows[rows["policy"] != "full"])
     if caption == "Compounding, with and without the bank":
         return training_plots.rounds(shown[recompute.COMPOUNDING])
-    if caption == "By how often a fact was told":
-        arms = shown[recompute.KNOWN]
-        best = arms["arm"].isin(["plain", "fetched", *given["ARMS"], "rag"])
-        return parametric_plots.accuracy_by_frequency(arms[best])
+    told = {"By how often a fact was told": recompute.KNOWN,
+            "Recall by how often a fact was told": recompute.RECALL}  # fmt: skip
+    if caption in told:
+        arms = shown[told[caption]]
+        best = arms["arm"].isin(["plain", "larger anchor", "fetched", *given["ARMS"], "rag"])
+        return parametric_plots.accuracy_by_frequency(arms[best], found["buckets"])
     if caption == "Accuracy against bytes read":
         return parametric_plots.accuracy_by_bytes(shown[recompute.BYTES])
     by = {"Accuracy against bytes, weights shared": ("scenarios", "cache"),

@@ -793,7 +793,7 @@ def test_what_was_not_sampled_has_no_interval(made, texts):
 
 def test_answers_of_several_probes_are_never_measured_as_one():
     claim = CLAIMS["hier-fetched-over-generic"]
-    one = records({arm: np.ones((9, 1)) for arm in ("fetched", "generic", "shared")})
+    one = records({arm: np.ones((9, 1)) for arm in ("fetched", "shared")})
     both = pd.concat([one, one])  # by options and free, as the store of 05 has them
     found = measured_table([claim], both, "laptop").iloc[0]
     assert (found["on"], found["measured"]) == ("not measured yet", "")

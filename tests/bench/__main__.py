@@ -35,6 +35,8 @@ FIGURES = {
         "bank_fetch_p99_ms_warm",
         "bank_resident_mib",
         "parametric_decode_overhead",
+        "parametric_token_p99_ms",
+        "bank_two_processes_mib",
     ),
     "bench_clusters": ("assign_1m_s",),
     "bench_sweep": ("sweep_overhead_ms",),

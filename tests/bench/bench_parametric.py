@@ -5,9 +5,14 @@ of 64 MiB. Cold: the pages of the path are dropped from the page cache before ea
 are there, the bank's own cache does not hold them. After it is opened the process may have no more
 data than cache and 256 MiB more (RLIMIT_DATA, as `ulimit -d` sets it), so that a bank that crept
 into memory would end the bench. Decoding: 16 sequences with 16 different paths against none, in
-pairs. KIT_BENCH_PATHS makes it other than 1,000 paths, KIT_BENCH_BANK keeps the bank in a folder.
+pairs. Serving: 48 questions to 48 leaves through a batch of 16, with a cache of four paths, so that
+blocks are evicted while they are asked for: milliseconds between tokens of a sequence, admissions
+included, and reads per block; two processes that fetch from one map, and the memory of both as its
+pages are shared (PSS). KIT_BENCH_PATHS makes it other than 1,000 paths, KIT_BENCH_BANK keeps the
+bank in a folder.
 """
 
+import multiprocessing
 import os
 import resource
 import statistics
@@ -30,6 +35,7 @@ PATHS = int(os.environ.get("KIT_BENCH_PATHS", 1000))
 PAIRS = 5
 BRANCHING, SIZES, LAYERS = 24, (32, 16, 8), 10
 CACHE, SLACK = 2**26, 2**28  # bytes
+SEQUENCES, SERVED = 16, 48  # at once, in all
 
 
 def run() -> dict:
@@ -50,6 +56,8 @@ def run() -> dict:
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, before)
         ratios = _decoding(model, bank)
+        served = _serving(model, folder)
+        shared = _two_processes(folder)
     resident = {"value": more, "unit": "MiB", "against": f"a cache of {CACHE / 2**20:.0f} MiB"}
     return {
         "bank_fetch_p99_ms_cold": _fetch(cold),
@@ -62,6 +70,8 @@ def run() -> dict:
             "n": len(ratios),
             "spread": [min(ratios), max(ratios)],
         },
+        "parametric_token_p99_ms": served,
+        "bank_two_processes_mib": shared,
     }
 
 
@@ -138,6 +148,73 @@ def _decoding(model, bank: ParametricBank) -> list[float]:
     finally:
         model.weights.generation_config.eos_token_id = [*stop]
     return [a / b for a, b in zip(seconds[True], seconds[False], strict=True)]
+
+
+def _serving(model, folder: Path) -> dict:
+    """Milliseconds between the forward passes of a batch whose questions go to other leaves."""
+    shape = ParametricBank(folder, model).shape
+    few = ParametricBank(folder, model, cache_bytes=4 * model.dtype.itemsize * shape.fetched)
+    reads, read = [], few._read
+    few._read = lambda *key: reads.append(key) or read(*key)
+    suite = problems.load("laptop", "test", n=SERVED).problems
+    ids = [decode.tokenize(model, prompts.plain(p)) for p in suite]
+    asked = [
+        decode.Request(i, p.id, 0, path)
+        for i, p, path in zip(ids, suite, _paths(SERVED, seed=2), strict=True)
+    ]
+    passes: list[float] = []
+    hook = model.weights.base_model.register_forward_hook(
+        lambda *_: passes.append(time.perf_counter())
+    )
+    try:
+        decode.decode(model, asked, Sampling(32), SEQUENCES, bank=few)
+    finally:
+        hook.remove()
+    gaps = 1000 * np.diff(passes)
+    middle, last = np.percentile(gaps, [50, 99])
+    again = len(reads) / len(set(reads))
+    print(
+        f"  serving: p50 {middle:.0f} ms, p99 {last:.0f} ms, {again:.2f} reads a block", flush=True
+    )
+    against = f"p50 {middle:.0f} ms, {again:.2f} reads of a block, cache of 4 paths"
+    spread = [float(gaps.min()), float(gaps.max())]
+    return {
+        "value": float(last),
+        "unit": "ms",
+        "against": against,
+        "n": len(gaps),
+        "spread": spread,
+    }
+
+
+def _two_processes(folder: Path) -> dict:
+    """MiB that fetching equal paths adds to two processes together, shared pages counted once."""
+    spawn = multiprocessing.get_context("spawn")
+    ready, found = spawn.Barrier(2), spawn.Queue()
+    readers = [spawn.Process(target=_reader, args=(folder, ready, found)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    each = [found.get(timeout=600) for _ in readers]
+    for reader in readers:
+        reader.join()
+    more, sums = [added for added, _ in each], {digest for _, digest in each}
+    assert len(sums) == 1, "both read the same blocks"
+    against = (
+        f"two caches of {CACHE / 2**20:.0f} MiB; each {', '.join(f'{one:.0f}' for one in more)}"
+    )
+    spread = [min(more), max(more)]
+    return {"value": sum(more), "unit": "MiB", "against": against, "n": 2 * PATHS, "spread": spread}
+
+
+def _reader(folder: Path, ready, found) -> None:
+    """A process that fetches all paths while another does, and says what memory that added."""
+    bank = ParametricBank(folder, load(BUNDLED), cache_bytes=CACHE)
+    before, sums = psutil.Process().memory_full_info().pss, 0.0
+    ready.wait()
+    for path in _paths(PATHS, seed=3):
+        sums += sum(float(block.float().sum()) for block in bank.fetch(path))
+    ready.wait()
+    found.put(((psutil.Process().memory_full_info().pss - before) / 2**20, sums))
 
 
 def _data_bytes() -> int:

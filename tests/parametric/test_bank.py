@@ -106,6 +106,11 @@ def test_paths_come_from_the_question_alone_and_controls_turn_or_block_them(made
     *above, leaf = ParametricBank(folder, tiny, minilm, without=[paths[0]]).fetch(paths[0])
     assert all(torch.equal(a, b) for a, b in zip(above, bank.fetch(paths[0])))
     assert bank.fetch(paths[0])[-1].any() and not leaf.any(), "a leaf alone, and not its parents"
+    level = ParametricBank(folder, tiny, minilm, off=[1])
+    top, middle, leaf = level.fetch(paths[0])
+    assert torch.equal(top, bank.fetch(paths[0])[0]) and torch.equal(leaf, bank.fetch(paths[0])[2])
+    assert bank.fetch(paths[0])[1].any() and not middle.any(), "a level alone, on every path"
+    assert level.key not in (bank.key, blocked.key)
     free = next(node for node in range(3) if node != paths[0][0])
     assert blocked.fetch((free, 3 * free, 9 * free))[0].any()
     assert len({bank.key, blocked.key, ParametricBank(folder, tiny, turn=1).key}) == 3

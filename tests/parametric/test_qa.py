@@ -14,9 +14,9 @@ from tests import rounding
 from tests.conftest import loaded
 
 ASKED = [
-    Problem("a", "Which nation does Lagos belong to?", "Nigeria", "cities", 1, "facts"),
-    Problem("b", "Who rules, and from which of the many cities?", "Lima", "capitals", 2, "facts"),
-    Problem("c", "Why?", "Because of it", "capitals", 3, "facts"),
+    Problem("a", "The city of Lagos is located in the country of", "Nigeria", "cities", 1, "facts"),
+    Problem("b", "Of all the many cities, that of the ruler is", "Lima", "capitals", 2, "facts"),
+    Problem("c", "The reason why it is so is", "Because of it", "capitals", 3, "facts"),
 ]
 OPTIONS = [["Peru", "Nigeria", "Democratic Republic of the Congo", "China"],
            ["Lima", "Oslo", "Port-aux-Francais", "Rome"],
@@ -112,7 +112,7 @@ def test_the_choice_is_a_graded_record_and_is_made_once(tiny, tmp_path, monkeypa
 
 
 def test_a_free_answer_is_one_line_and_graded(bundled, tmp_path):
-    asked = [Problem("f", "What is the capital of France?", "Paris", "capitals", 1, "facts")]
+    asked = [Problem("f", "The capital of France is", "Paris", "capitals", 1, "facts")]
     told = [["The capital of Spain is Madrid.", "The capital of France is Paris."]]
     found = qa.short_answer(bundled, asked, Store(tmp_path), "rag", passages=told).iloc[0]
     ids = bundled.tokenizer(qa.text(asked[0], told[0]), return_tensors="pt")["input_ids"]
@@ -141,14 +141,15 @@ def test_surprisal_is_the_loss_of_each_text_alone(tiny):
 def test_passages_are_found_by_meaning(tmp_path):
     from kit.models import embedder
 
-    known = facts.load(["cities", "elements"], cities=300)
+    known = facts.load(["cities", "elements"])[:300]
     told = [f"{facts.TELL[f.family][0].format(f.subject)} {f.answer}." for f in known]
     found = Passages(tmp_path, told, embedder.load())
     again = Passages(tmp_path, told, embedder.load())
     for passages in (found, again):
         (nearest, three) = (
-            passages.search(["Which nation does Lagos belong to?"], k)[0] for k in (1, 3)
+            passages.search(["The city of Lagos is located in the country of"], k)[0]
+            for k in (1, 3)
         )
-        assert nearest == ["Lagos is a city in Nigeria."]
+        assert nearest == ["Lagos lies in Nigeria."]
         assert len(three) == 3 and three[-1] == nearest[0], "the nearest stands last"
     assert found.nbytes()["vectors"] == 4 * 384 * len(set(told))

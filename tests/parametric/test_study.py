@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,31 +43,66 @@ def test_every_arm_fetches_as_much(bundled):
         assert shape.fetched == pytest.approx(plain.fetched, rel=0.04), kind
 
 
-def test_all_sentences_of_a_subject_lie_on_one_path(study):
-    tree = study.tree(LAYOUT)
-    paths, rows = study.paths(tree), study.rows(tree, 64)
+@pytest.mark.parametrize("routing", ("text", "subject"))
+def test_what_is_told_is_trained_where_its_own_text_or_its_subject_lies(study, routing):
+    layout = dataclasses.replace(LAYOUT, routing=routing)
+    tree, paths, rows = study.tree(layout), study.paths(layout), study.rows(layout, 64)
     text = {row.path: "" for row in rows}
     for row in rows:
         text[row.path] += study.model.tokenizer.decode(row.ids)
-    for sentence in study.sentences:
-        assert sentence.context in text[paths[sentence.fact]]
-    assert len({path[0] for path in paths.values()}) == 2
+    for sentence, path in zip(study.sentences, paths, strict=True):
+        assert sentence.context + sentence.completion in text[path]
+    assert len({path[0] for path in paths}) == 2
+    if routing == "text":
+        own = study.embedder.embed([sentence.document for sentence in study.sentences])
+    else:
+        vectors = facts.subjects(study.facts, study.embedder)
+        own = vectors[[study.facts.index(sentence.fact) for sentence in study.sentences]]
+    assert paths == [tuple(path) for path in tree.assign(own).tolist()]
+
+
+def test_the_share_that_reaches_a_question_is_of_the_sentences_that_tell_its_answer(study):
+    often = facts.times(study.facts, 60)
+    asked = facts.ask(study.facts, {"cities": 8, "capitals": 8}, often)
+    goes = study.tree(LAYOUT).assign(study.embedder.embed([p.question for p in asked])).tolist()
+    shares = study.met(LAYOUT, asked)
+    assert shares.shape == (16, 2)
+    for problem, path, share in zip(asked, goes, shares, strict=True):
+        mine = [place for sentence, place in zip(study.sentences, study.paths(LAYOUT), strict=True)
+                if facts.name(sentence.fact) == problem.id]  # fmt: skip
+        for level in (0, 1):
+            there = [place[level] == path[level] for place in mine]
+            assert (share[level] == sum(there) / len(there)) if there else np.isnan(share[level])
+    assert (
+        not np.isnan(shares).all()
+        and (np.nan_to_num(shares[:, 0]) >= np.nan_to_num(shares[:, 1])).all()
+    )
+    one = study.met(LAYOUT.one(), asked)
+    assert set(one[~np.isnan(one)]) == {1.0}, "a shared block is told everything"
 
 
 def test_arms_differ_in_what_they_fetch_and_are_trained_once(study):
     seen = []
     again = dataclasses.replace(study, report=seen.append)
     banks = {}
-    for name in ("fetched", "wrong", "generic", "shared", "flat", "lora-qk", "fetched-early"):
+    names = ("fetched", "wrong", "shared", "shared-bank", "shared-lora-qk", "flat", "deep",
+             "lora-qk", "fetched-early", "fetched-oracle", "fetched-half")  # fmt: skip
+    for name in names:
         layout = dataclasses.replace(LAYOUT, layers=1) if name == "fetched-early" else LAYOUT
         model, banks[name] = again.arm(name, layout, RECIPE)
         assert model is study.model
-    question = ["Which nation does Lagos belong to?"]
+    question = ["The city of Lagos is located in the country of"]
     path = banks["fetched"].paths(question)[0]
     wrong = banks["wrong"].paths(question)[0]
     assert wrong[0] == 1 - path[0]
     assert torch.equal(banks["wrong"].fetch(wrong)[0], banks["fetched"].fetch(wrong)[0])
-    assert not torch.equal(banks["shared"].fetch((0,))[0], banks["generic"].fetch((0,))[0])
+    shapes = {name: bank.shape for name, bank in banks.items()}
+    same = {"fetched", "wrong", "shared", "flat", "deep", "fetched-oracle"}
+    assert {shapes[name].fetched for name in same} == {shapes["fetched"].fetched}
+    assert shapes["shared-bank"].parameters == shapes["fetched"].parameters
+    assert shapes["fetched-half"].fetched == shapes["fetched"].fetched / 2
+    assert shapes["shared-lora-qk"].nodes == (1,) and shapes["shared-lora-qk"].kind == "lora-qk"
+    assert shapes["deep"].nodes == (2, 4, 8)
     assert len({bank.key for bank in banks.values()}) == len(banks)
     steps = len(seen)
     for name in banks:
@@ -82,9 +118,17 @@ def test_arms_of_other_layers_lie_in_other_layers(study):
         assert len({ffn_memory.choose_layers(count, depth, where) for where in places}) == 4, (
             profile
         )
-    all_of_them = dataclasses.replace(LAYOUT, where="late")
-    with pytest.raises(ValueError, match=r"fetched-early has the layers of fetched, \(0, 1\)"):
-        study.arm("fetched-early", all_of_them, RECIPE)
+    everywhere = dataclasses.replace(LAYOUT, where="late")
+    said = r"fetched-early and fetched are one arm: both have 10 units in layers \[0, 1\]"
+    with pytest.raises(ValueError, match=said):
+        study.arm("fetched-early", everywhere, RECIPE)
+    nearly = dataclasses.replace(LAYOUT, where="late", layers=1)
+    study.refuse_equal(["fetched", "wrong", "fetched-early", "continued"], nearly)
+    with pytest.raises(ValueError, match="fetched-middle and fetched-early are one arm"):
+        study.refuse_equal(["fetched", "fetched-early", "fetched-middle"], nearly)
+    with pytest.raises(ValueError, match="shared-bank and shared are one arm"):
+        flat = dataclasses.replace(LAYOUT, branching=1)
+        study.refuse_equal(["shared", "shared-bank"], flat)
 
 
 def test_the_model_itself_can_be_trained_alone_or_together(study):
@@ -95,6 +139,10 @@ def test_the_model_itself_can_be_trained_alone_or_together(study):
     assert len({study.model.weights_hash, alone.weights_hash, together.weights_hash}) == 3
     assert alone.dtype == together.dtype == study.model.dtype
     assert bank.shape == LAYOUT.shape(study.model)
+    same, generic = study.arm("co-trained generic", LAYOUT, RECIPE)
+    assert same.weights_hash == together.weights_hash
+    assert generic.shape.nodes == (1,) and generic.shape.fetched == bank.shape.fetched
+    assert not torch.equal(generic.fetch((0,))[0], torch.cat(bank.fetch((0, 0)), 1))
     after = study.model.weights.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 

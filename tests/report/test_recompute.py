@@ -125,24 +125,35 @@ def test_thinned_caches():
 
 
 def test_parametric_memory():
-    arms = {"plain": 1, "fetched": 3, "generic": 2, "shared": 3}
+    arms = {"plain": 1, "fetched": 3, "wrong": 2, "shared": 3}
     options = {arm: trained(arm, 0.9 - 0.1 * len(arm), seeds) for arm, seeds in arms.items()}
-    free = {arm: trained(f"{arm} free", 0.3, seeds) for arm, seeds in arms.items()}
+    free = {arm: trained(f"{arm} free", 0.3, n).assign(arm=arm) for arm, n in arms.items()}
     records, keys = stored(*options.values(), *free.values())
     parts, buckets = {"options": options, "free": free}, ["head", "middle", "tail"]
     held = [{"arm": arm, "accuracy": tables.share(frame), "held_bytes": 9, "read_bytes": 1,
              "prompt_tokens": 20.0} for arm, frame in options.items()]  # fmt: skip
+    for row in held:  # in the order of columns
+        sizes = {"free": tables.share(free[row["arm"]]), "fetched": 3, "stored": 9, "trained": 7}
+        rest = {name: row.pop(name) for name in ("held_bytes", "read_bytes", "prompt_tokens")}
+        row |= sizes | rest
+    nats = {"plain": [2.0, 3.0, 4.0], "fetched": [2.2, 3.5, 4.4]}
     published = claims.load()
     mine = [claim for claim in published if claim.notebook == "05_parametric"]
     given = recompute.on_facts(mine, options, free, "late")
     assert {*given} == {"hier-fetched-over-generic"}  # the others need families or arms not here
+    given |= recompute.on_prose(nats)
+    loss = given["hier-posthoc-common-loss"]
+    assert loss == contrasts.excess_of(nats["fetched"], nats["plain"], loss.origin)
+    assert loss.low > 0 and recompute.on_prose({"plain": [1.0]}) == {}
     found = through_json({
-        "keys": keys, "buckets": buckets, "bytes": held, "where": "late",
+        "keys": keys, "buckets": buckets, "bytes": held, "where": "late", "nats": nats,
         "measurements": {name: dataclasses.asdict(value) for name, value in given.items()},
         "frames": {name: contrasts.places(part, keys) for name, part in parts.items()},
     })  # fmt: skip
     shown = {recompute.KNOWN: tables.told(options, free, buckets),
+             recompute.RECALL: tables.told(free, {}, buckets).drop(columns="free"),
              recompute.FETCHED: recompute.fetched(options),
+             recompute.RECALLED: recompute.fetched(free),
              recompute.BYTES: pd.DataFrame(held)}  # fmt: skip
     for caption, table in shown.items():
         assert same(recompute.table("05_parametric", caption, found, records), table)
