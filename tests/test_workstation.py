@@ -132,7 +132,8 @@ SHORT = {
         'continued = 1, co-trained = 1, "co-trained generic" = 1, lora-vo = 1, kv = 1, '
         "fetched-oracle = 2, fetched-early = 2 }",
         "LAYOUT": "{ branching = 8, sizes = [256, 128], layers = 1 }",
-        "SCRATCH": "{ hidden = 32, layers = 1, rate = 1e-3 }",
+        "ANCHORS": '{ larger = "hub:Qwen/Qwen2.5-1.5B", scratch = { hidden = 32, layers = 1, '
+        "rate = 1e-3 } }",
         "ELSEWHERE": '["laptop", 2, 4]',
     },
 }

@@ -141,20 +141,9 @@ def decode(
     memory = wider.attached() if bank else nullcontext()
     with slots_attached(model), policy.attached(model.weights), memory, _no_autocast(model):
         while waiting or running:
-            while len(running) > 1 and not cache.fits([], [*running]):
-                place, youngest = running.popitem()  # it will say the same once more
-                cache.release([place])
-                waiting.append((youngest.index, youngest.request))
-            older, places, lengths = [*running], [], []
-            for place in (place for place in range(batch_size) if place not in running):
-                lengths += [len(waiting[-1][1].prompt_ids)] if waiting else []
-                if not waiting or running and not cache.fits(lengths, older):
-                    break
-                i, request = waiting.pop()
-                running[place] = _start(i, request, sampling, forcing)
-                places.append(place)
-                if bank:
-                    wider.put(place, bank.fetch(request.path))
+            places = _enter(cache, waiting, running, batch_size, sampling, forcing)
+            for place in places if bank else ():
+                wider.put(place, bank.fetch(running[place].request.path))
             if bank and places and waiting:
                 bank.prefetch(waiting[-1][1].path)
             if places:
@@ -169,6 +158,33 @@ def decode(
                 done[one.index] = replace(one.whole, forced=forced)
                 ended(one.index, done[one.index])
     return [done[i] for i in range(len(requests))]
+
+
+def _enter(
+    cache: SlotCache,
+    waiting: list[tuple[int, Request]],
+    running: dict[int, _Running],
+    size: int,
+    sampling: Sampling,
+    forcing: BudgetForcing,
+) -> list[int]:
+    """Move requests from `waiting` to `running` while their caches fit; their places, of `size`.
+
+    Where blocks run short, the youngest goes back first: it will say the same once more.
+    """
+    while len(running) > 1 and not cache.fits([], [*running]):
+        place, youngest = running.popitem()
+        cache.release([place])
+        waiting.append((youngest.index, youngest.request))
+    older, places, lengths = [*running], [], []
+    for place in (place for place in range(size) if place not in running):
+        lengths += [len(waiting[-1][1].prompt_ids)] if waiting else []
+        if not waiting or running and not cache.fits(lengths, older):
+            break
+        i, request = waiting.pop()
+        running[place] = _start(i, request, sampling, forcing)
+        places.append(place)
+    return places
 
 
 def _no_autocast(model: Model):

@@ -29,7 +29,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kit.analysis import pareto, stats
 from kit.budget import ledger
 from kit.data import problems
-from kit.data.problems import LAPTOP_ASKS
+from kit.data.problems import SUITES
 from kit.evaluation.grader import grade, grade_many
 from kit.inference import decode, policies
 from kit.inference.kv_cache import layer_windows
@@ -97,7 +97,7 @@ def published(case, *_):
     records = pd.read_parquet(ROOT / "outputs" / "published" / "laptop" / "records.parquet")
     for tokens, percent in case["accuracy"].items():
         rows = records[records["arm"] == f"plain at {tokens}"]
-        asks = [LAPTOP_ASKS.get(family, "any") for family in rows["family"]]
+        asks = [SUITES["laptop"].get(family, "any") for family in rows["family"]]
         verdicts = grade_many([*rows["text"]], [*rows["answer"]], "any", asks)
         assert 100 * np.mean([v.correct for v in verdicts]) == pytest.approx(percent, abs=0.05)
 
