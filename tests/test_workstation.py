@@ -63,8 +63,8 @@ def tiny_qwen3(folder, tokenizer, seed: int) -> dict[str, bytes]:
 
 
 def math_rows(subject: str, half: str) -> bytes:
-    """A parquet file of one subject in the published columns: one problem of levels 3 and 4, and of
-    the others as many as it takes for each split to have some."""
+    """A parquet file of one subject in the published columns: three problems of levels 3 and 4, and
+    of the others eight, as many as it takes for each split to have some."""
     rows = [
         {
             "problem": f"In {half} {subject}, what is ${level + 5 * i} + {gold - level - 5 * i}$?",
@@ -73,7 +73,7 @@ def math_rows(subject: str, half: str) -> bytes:
             "solution": f"It is $\\boxed{{{gold}}}$.",
         }
         for level in range(1, 6)
-        for i in range(1 if level in (3, 4) else 8)
+        for i in range(3 if level in (3, 4) else 8)
         for gold in [GOLDS[level % 2]]
     ]
     return parquet(rows)
@@ -109,6 +109,8 @@ def benchmark_rows() -> dict[str, tuple[dict, ...]]:
 
 
 SHORT = {
+    "01_baseline": {"PROBLEMS": 14},
+    "02_strategies": {"TRAIN": 14, "TEST": 14, "CONTROLS": "[14, 3]"},
     "03_dms": {"RAMP_STEPS": 2, "CONTEXT": 64, "TEXTS": "[2000, 2]", "PROBLEMS": 14},
     "04_phase2": {
         "PROBLEMS": "[14, 7, 14]",

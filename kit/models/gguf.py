@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
-import gguf
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -57,6 +56,8 @@ def dequantize(file: Path, folder: Path, dtype: str = "") -> None:
     is, else bfloat16. Two processes at once write once. Raises GGUFError for a damaged file, for
     one that transformers does not read, or not whole, and for a full disk.
     """
+    import gguf  # in functions, since who has the weights dequantized need not have it
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # one process dequantizes, others wait
         if is_whole(folder):
@@ -87,6 +88,8 @@ def dequantize(file: Path, folder: Path, dtype: str = "") -> None:
 def _check(file: Path, dtype: str) -> tuple[str, int]:
     """The dtype in which to write a file, as in `dequantize`, and how many bytes that makes;
     GGUFError for what transformers would pass over in silence."""
+    import gguf
+
     reader = gguf.GGUFReader(str(file))
     fields = {
         name: field.contents()
