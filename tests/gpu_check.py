@@ -350,7 +350,8 @@ def slot_logits(model, ids: tuple[int, ...], prompt: int) -> torch.Tensor:
     cache = SlotCache(model.weights, 1)
     with decode.slots_attached(model):
         positions = cache.prefill([[0]], [prompt])
-        rows = [decode._forward(model, cache, list(ids[:prompt]), positions, 1)]
+        last = torch.tensor([prompt - 1], device=model.device)
+        rows = [decode._forward(model, cache, list(ids[:prompt]), positions, 1, last)]
         rows += [decode._step(model, cache, [0], [token]) for token in ids[prompt:]]
     return torch.cat(rows)
 
