@@ -133,7 +133,7 @@ SHORT = {
         "ARMS": "{ wrong = 2, shared = 2, shared-bank = 1, shared-lora-ffn = 1, flat = 1, "
         'continued = 1, co-trained = 1, "co-trained generic" = 1, lora-vo = 1, kv = 1, '
         "fetched-oracle = 2, fetched-early = 2 }",
-        "LAYOUT": "{ branching = 8, sizes = [256, 128], layers = 1 }",
+        "LAYOUT": "{ branching = 4, sizes = [256, 128], layers = 1 }",
         "ANCHORS": '{ larger = "hub:Qwen/Qwen2.5-1.5B", scratch = { hidden = 32, layers = 1, '
         "rate = 1e-3 } }",
         "ELSEWHERE": '["laptop", 2, 4]',
