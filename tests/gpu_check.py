@@ -534,34 +534,27 @@ def tokens_per_second(here: Here, found: dict) -> str:
 
 @check(15)
 def forcing_memory(here: Here, found: dict) -> str:
-    """Bytes that wait to be asked for an answer, over those of the cache, while none ends."""
+    """Bytes kept to take answers back, over those of the cache, while all are asked for one."""
     from kit.inference import decode, kv_cache
     from kit.inference.budget_forcing import BudgetForcing
     from kit.schema import Sampling
+    from tests.toys import held_bytes
 
-    model, held, shares = random_model(here, num_hidden_layers=2), {}, [0.0]
-    read, restore = kv_cache.SlotCache.read, kv_cache.SlotCache.restore
+    model, shares, rewind = random_model(here, num_hidden_layers=2), [], kv_cache.SlotCache.rewind
 
-    def reads(cache, sequence):
-        saved = read(cache, sequence)
-        size = sum(x.nbytes for rows, exact in saved.rows.values() for x in [*rows, *exact])
-        held[id(saved)] = saved, size
-        shares.append(sum(size for _, size in held.values()) / cache.nbytes())
-        return saved
-
-    def restores(cache, group, length, saved):
-        held.pop(id(saved), None)
-        return restore(cache, group, length, saved)
+    def watched(cache, place):
+        shares.append(sum(map(held_bytes, cache._held.values())) / cache.nbytes())
+        rewind(cache, place)
 
     cuts = (4, 8, 12) if here.dry else (10, 30, 50, 70, 90, 110, 130, 150)
     requests = [decode.Request((1, 2, 3), f"p{i}") for i in range(8)]
     forcing, sampling = BudgetForcing(cuts, (5,), 4), Sampling(cuts[-1] + 4, 1.0)
-    with mock.patch.multiple(kv_cache.SlotCache, read=reads, restore=restores):
+    with mock.patch.object(kv_cache.SlotCache, "rewind", watched):
         decode.decode(model, requests, sampling, 8, forcing=forcing)
     found["copies_over_cache"] = max(shares)
     if max(shares) > 0.5 and not here.dry:
         found["poor"] = "copies of the cache wait for a place"
-    return f"at most {max(shares):.1f} times the cache"
+    return f"at most {max(shares):.2g} times the cache"
 
 
 @check(5)

@@ -27,3 +27,11 @@ def drawn(model, recipe=evictor.LAPTOP, **changed) -> evictor.Evictor:
             torch.nn.init.normal_(linear.weight, std=0.02)
             torch.nn.init.constant_(linear.bias, 0.17)
     return made.requires_grad_(False)
+
+
+def held_bytes(value) -> int:
+    """Bytes of all tensors in lists, tuples and fields."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    value = vars(value).values() if dataclasses.is_dataclass(value) else value
+    return sum(map(held_bytes, value)) if hasattr(value, "__iter__") else 0

@@ -213,34 +213,32 @@ def paying_votes(a: Architecture, memory: int) -> int:
 def reasons(option: Option, memory: int) -> list[tuple[str, str]]:
     """Why a configuration that was not measured is advised: sentences, each with its evidence."""
     c = option.configuration
-    made = []
-    if c.kept == 1:
-        made.append(
-            (
-                "the cache is whole, since bits cost less than tokens",
-                f"{HERE}: untrained "
-                f"eviction to 60% costs 0.24 nats a token, a 4-bit cache 0.01 (LOG.md)",
-            )
-        )
-    else:
-        made.append((f"the cache is evicted to {100 * c.kept:.0f}% as even 4 bit do not fit whole",
-                     f"{HERE}: {EVICTION} costs least of the untrained policies at a third of the "
-                     f"cache; a trained DMS evictor costs less still (notebook 03)"))  # fmt: skip
-    if c.packing.bits >= 8:
-        made.append((f"{c.packing.bits}-bit weights", f"{HERE}: 8 bit cost 0.001 nats a token, 4 "
-                     f"bit 0.31; and {PAPER.format(2)}: mathematics needs 8 bit"))  # fmt: skip
-    else:
-        made.append(("4-bit weights, since 8 bit do not fit", f"{PAPER.format(2)}: enough for "
-                     f"knowledge, not for mathematics"))  # fmt: skip
-    made.append((f"keys and values at {c.kv_bits} bit",
-                 f"{HERE}: 8 bit cost next to nothing, 4 bit 0.01 nats a token"))  # fmt: skip
     most = paying_votes(c.architecture, memory)
-    few = f"votes pay from an 8-bit Qwen3-4B on, up to {most} in this memory"
-    said = f"{c.width} votes" if c.width > 1 else "one answer"
-    made.append((said, f"{PAPER.format(3)}: {few}; each with a cache of its own"))
-    reserve = ledger.text(memory - usable(memory))
-    made.append((f"{reserve} are left free", "assumed: runtime, activations and logits"))
-    return made
+    if c.kept == 1:
+        cache = "the cache is whole, since bits cost less than tokens"
+        why = "untrained eviction to 60% costs 0.24 nats a token, a 4-bit cache 0.01 (LOG.md)"
+    else:
+        cache = f"the cache is evicted to {100 * c.kept:.0f}% as even 4 bit do not fit whole"
+        why = (f"{EVICTION} costs least of the untrained policies at a third of the cache; a "
+               f"trained DMS evictor costs less still (notebook 03)")  # fmt: skip
+    if c.packing.bits >= 8:
+        weights = f"{c.packing.bits}-bit weights"
+        bits = (f"{HERE}: 8 bit cost 0.001 nats a token, 4 bit 0.31; and {PAPER.format(2)}: "
+                f"mathematics needs 8 bit")  # fmt: skip
+    else:
+        weights = "4-bit weights, since 8 bit do not fit"
+        bits = f"{PAPER.format(2)}: enough for knowledge, not for mathematics"
+    return [
+        (cache, f"{HERE}: {why}"),
+        (weights, bits),
+        (f"keys and values at {c.kv_bits} bit",
+         f"{HERE}: 8 bit cost next to nothing, 4 bit 0.01 nats a token"),
+        (f"{c.width} votes" if c.width > 1 else "one answer",
+         f"{PAPER.format(3)}: votes pay from an 8-bit Qwen3-4B on, up to {most} in this memory; "
+         f"each with a cache of its own"),
+        (f"{ledger.text(memory - usable(memory))} are left free",
+         "assumed: runtime, activations and logits"),
+    ]  # fmt: skip
 
 
 def load(folder: Path, model: str) -> list[dict]:

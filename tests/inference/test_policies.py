@@ -28,6 +28,7 @@ from kit.inference.policies import DMS, FLOOR, H2O, TOVA, Full, Knorm, Random, W
 from kit.models.load import RANDOM, Model, load
 from kit.schema import Sampling
 from tests import rounding
+from tests.toys import held_bytes
 
 SHAPES = sorted(RANDOM)  # query heads per KV head: gemma3 1, llama 3, qwen3 8
 
@@ -724,14 +725,6 @@ def test_what_memory_has_no_room_for_waits_or_begins_anew(families, name, monkey
         assert untimed(decode(model, asked, sampling, 6, policy=policy)) == whole
         assert set(begun) == set(range(6))
         assert room == 1 or name != "full" or len(begun) > 6, "the youngest were put back"
-
-
-def held_bytes(value) -> int:
-    """Bytes of all tensors in lists, tuples and fields."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    value = vars(value).values() if dataclasses.is_dataclass(value) else value
-    return sum(map(held_bytes, value)) if hasattr(value, "__iter__") else 0
 
 
 @pytest.mark.parametrize("kept", [Full(), Window(128), H2O(128), Knorm(kept_fraction=0.5), "dms"])
