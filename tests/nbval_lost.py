@@ -88,6 +88,7 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter):
     if lost:
         said = LOG.read_text(errors="replace").split("\n\n")  # a thread each
-        own = [part for part in said if "Fatal" in part or "/kit/" in part or "ipykernel_" in part]
+        ours = "Fatal", f"{paths.ROOT}/kit/", "ipykernel_"
+        own = [part for part in said if any(mark in part for mark in ours)]
         terminalreporter.section(f"{len(lost)} kernel(s) lost; what their threads did ({LOG})")
         terminalreporter.write_line("\n\n".join(own)[-10000:])
