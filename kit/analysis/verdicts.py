@@ -97,11 +97,6 @@ class Verdict:
     high: float | None = None
     n: int | None = None
 
-    @property
-    def label(self) -> str:
-        """What stands for the verdict in a list: its word, else why there is none."""
-        return self.word or self.on
-
 
 def verdict(claim: Claim, measurement: Measurement | None, profile: str) -> Verdict:
     """The class and the word that this measurement gives to the claim, with the reason."""

@@ -145,18 +145,19 @@ def generate(
     load_evictor: LoadEvictor | None = None,
 ) -> pd.DataFrame:
     """Records of one run on `base` with weights of its bits: an answer of every prompt and sample
-    at every budget of tokens, as arm "... at N". Stored ones are not made again. Each question
-    fetches from `bank` where there is one, see `evaluate.Memory`; runs of "dms" open their evictor
-    with `load_evictor`."""
+    at every budget of tokens, as arm "... at N". Stored ones are not made again, and those of
+    another version of the grader only graded again. Each question fetches from `bank` where there
+    is one, see `evaluate.Memory`; runs of "dms" open their evictor with `load_evictor`."""
     model = quantization.named(base, run.bits)
     sampling = Sampling(max(grid.tokens), temperature, top_p=0.95 if temperature else 1.0)
     memory = replace(memory_of(run, model, load_evictor), bank=bank)
     forcing = _forcing(model, grid, thinking=any(prompt.thinking for prompt in prompts))
     jobs = evaluate.plan(model, list(prompts), sampling, samples, memory)
-    keys = {job.key: [digest([job.key, forcing.key, cut]) for cut in grid.tokens]
-            for job in jobs}  # fmt: skip
-    stored = store.keys(key for each in keys.values() for key in each)
-    todo = [job for job in jobs if not stored.issuperset(keys[job.key])]
+    keys = {job.key: [_keyed(job, forcing, cut) for cut in grid.tokens] for job in jobs}
+    stored = evaluate.known(
+        store, [(*pair, job.prompt.problem) for job in jobs for pair in keys[job.key]]
+    )
+    todo = [job for job in jobs if not stored.issuperset(key for key, _ in keys[job.key])]
     done = 0
 
     def commit(ended: list[tuple[Job, Generation]]) -> None:
@@ -168,7 +169,12 @@ def generate(
     if todo:
         model = quantized(base, run.bits)
         evaluate.generate(model, todo, sampling, batch_size, memory, commit, forcing)
-    return store.table({key for each in keys.values() for key in each})
+    return store.table({key for each in keys.values() for key, _ in each})
+
+
+def _keyed(job: Job, forcing: BudgetForcing, cut: int) -> tuple[str, str]:
+    """Key and generation key of the record of one job at one budget of tokens."""
+    return digest([job.key, forcing.key, cut]), digest([job.generation_key, forcing.key, cut])
 
 
 def _forcing(model: Model, grid: Grid, thinking: bool) -> BudgetForcing:
@@ -182,18 +188,18 @@ def _forcing(model: Model, grid: Grid, thinking: bool) -> BudgetForcing:
 def _answers(model, ended: list[tuple[Job, Generation]], keys, sampling, memory: Memory, forcing):
     """Records of generations at every cut."""
     rows = [
-        (job, cut, key, forced or whole)
+        (job, cut, pair, forced or whole)
         for job, whole in ended
-        for cut, key, forced in zip(forcing.budgets, keys[job.key], whole.forced, strict=True)
+        for cut, pair, forced in zip(forcing.budgets, keys[job.key], whole.forced, strict=True)
     ]
     problems = [job.prompt.problem for job, *_ in rows]
     golds, asks = [p.answer for p in problems], [p.asks for p in problems]
     grades = grader.grade_many([generation.text for *_, generation in rows], golds, FORM, asks)
     graded = []
-    for (job, cut, key, generation), verdict in zip(rows, grades, strict=True):
+    for (job, cut, (key, tokens), generation), verdict in zip(rows, grades, strict=True):
         record = evaluate.record(model, job, generation, sampling, memory.name, verdict)
         arm = f"{job.prompt.arm} at {cut}"
-        graded.append(replace(record, key=key, generation_key=key, arm=arm))
+        graded.append(replace(record, key=key, generation_key=tokens, arm=arm))
     return graded
 
 

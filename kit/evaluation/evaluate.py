@@ -7,7 +7,7 @@ decoded beside them, a resumed run produces the same ones as an uninterrupted on
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import pandas
@@ -22,7 +22,7 @@ from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model
-from kit.schema import Generation, Prompt, Record, Sampling, digest
+from kit.schema import Generation, Problem, Prompt, Record, Sampling, digest
 
 COMMIT_S = 20.0  # each commit is a file, and many files make each later commit slower
 
@@ -111,7 +111,7 @@ def evaluate(
     """Records of all samples of all prompts; computes only those that `store` lacks. Text that is
     stored under another version of the grader is only graded."""
     jobs = plan(model, prompts, sampling, samples, memory)
-    stored = store.keys(job.key for job in jobs)
+    stored = known(store, [(job.key, job.generation_key, job.prompt.problem) for job in jobs])
     todo = [job for job in jobs if job.key not in stored]
     report(f"{len(jobs)} samples, {len(jobs) - len(todo)} already stored")
     started, finished = time.perf_counter(), 0
@@ -129,14 +129,32 @@ def evaluate(
         report(f"{finished}/{len(todo)} samples, {took:.0f} s, {left:.0f} s left")
 
     if todo:
-        old = store.generated({job.generation_key for job in todo})
-        texts = {row.generation_key: row for row in old.itertuples()}
-        known = [(job, texts[job.generation_key]) for job in todo if job.generation_key in texts]
-        if known:
-            commit(known)
-        fresh = [job for job in todo if job.generation_key not in texts]
-        generate(model, fresh, sampling, batch_size, memory, commit)
+        generate(model, todo, sampling, batch_size, memory, commit)
     return store.table({job.key for job in jobs})
+
+
+def known(store: Store, wanted: Iterable[tuple[str, str, Problem]]) -> set[str]:
+    """Those of the keys in `wanted` that `store` has; `wanted` holds key, generation key, problem.
+
+    A text that was stored under another version of the grader, or with another gold answer, is
+    graded again, and the new record stored beside the old one.
+    """
+    wanted = [*wanted]
+    stored = store.keys(key for key, *_ in wanted)
+    lacking = [each for each in wanted if each[0] not in stored]
+    if not lacking:
+        return stored
+    old = store.generated({tokens for _, tokens, _ in lacking}).to_dict("records")
+    rows = {row["generation_key"]: row for row in old}
+    again = [(key, rows[tokens], p) for key, tokens, p in lacking if tokens in rows]
+    golds, asks = [p.answer for *_, p in again], [p.asks for *_, p in again]
+    grades = grader.grade_many([row["text"] for _, row, _ in again], golds, FORM, asks)
+    regraded = []
+    for (key, row, p), verdict in zip(again, grades, strict=True):
+        of_problem = {"problem_id": p.id, "answer": p.answer, "asks": p.asks}
+        regraded.append(Record(**row | {"key": key} | of_problem | asdict(verdict)))
+    store.append(regraded)
+    return stored | {record.key for record in regraded}
 
 
 def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) -> pandas.DataFrame:

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from kit.data.prompts import FORM
-from kit.evaluation import grader
+from kit.evaluation import evaluate, grader
 from kit.evaluation.store import Store
 from kit.inference import decode
 from kit.inference.kv_cache import layer_windows
@@ -191,7 +191,7 @@ def _begun(model: Model, problems, store: Store, arm: str, bank, passages, seed:
         _keyed(model, p, prompt, [bank.key if bank else "", seed, arm, *each])
         for p, prompt, each in zip(problems, prompts, how, strict=True)
     ]
-    stored = store.keys(key for key, *_ in keys)
+    stored = evaluate.known(store, [(*of[:2], p) for of, p in zip(keys, problems, strict=True)])
     return prompts, keys, [i for i, (key, *_) in enumerate(keys) if key not in stored]
 
 
@@ -208,7 +208,8 @@ def _records(
     model: Model, items, arm: str, seed: int, answers: list[str], costs: list[dict]
 ) -> list[Record]:
     answers = [f"Answer: {answer}" for answer in answers]
-    grades = grader.grade_many(answers, [problem.answer for problem, *_ in items], FORM)
+    golds, asks = zip(*((problem.answer, problem.asks) for problem, *_ in items))
+    grades = grader.grade_many(answers, [*golds], FORM, asks)
     return [
         Record(
             key=key, generation_key=tokens, model=model.name, weights_hash=model.weights_hash,

@@ -407,7 +407,7 @@ def test_what_nothing_measures_says_what_would_help():
     quoted = verdict(replace(GAIN, rule="quoted"), None, "laptop")
     assert (quoted.on, quoted.word) == ("documentary", "quoted")
     tour = verdict(GAIN, point(6, 1, 11), "tour")
-    assert tour.on == "needs the laptop profile" == tour.label
+    assert tour.on == "needs the laptop profile" and not tour.word
     waiting = verdict(GAIN, None, "laptop")
     assert (waiting.on, waiting.word) == ("not measured yet", "")
     assert waiting.reason == "not measured yet: run 01_baseline"

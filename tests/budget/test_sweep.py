@@ -12,7 +12,7 @@ from kit import paths
 from kit.budget import ledger, sweep
 from kit.budget.sweep import Grid, Run
 from kit.data import problems, prompts
-from kit.evaluation import evaluate
+from kit.evaluation import evaluate, grader
 from kit.evaluation.store import Store
 from kit.inference import decode
 from kit.pipeline import stages
@@ -86,6 +86,26 @@ def test_what_is_stored_is_not_generated_again_and_order_does_not_matter(
     monkeypatch.setattr(decode, "decode", lambda *_, **__: pytest.fail("decoded again"))
     again, same, *_ = swept(tiny, GRID, tmp_path / "a")
     assert again.equals(table) and np.array_equal(same, outcomes)
+
+
+def test_a_new_grader_grades_what_a_sweep_stored(tiny, tmp_path, monkeypatch):
+    """As another version or another gold answer would, without decoding or quantizing."""
+    store, grid = Store(tmp_path), Grid(bits=(8,), tokens=(3, 9))
+    old = sweep.generate(tiny, Run(8), grid, PLAIN, store, 2, report=quiet)
+    monkeypatch.setattr(decode, "decode", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr(sweep, "quantized", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr(grader, "GRADE_VERSION", grader.GRADE_VERSION + 1)
+    gold = {row.problem_id: row.extracted or "none" for row in old.itertuples()}
+    asked = [dataclasses.replace(each, problem=dataclasses.replace(
+        each.problem, answer=gold[each.problem.id])) for each in PLAIN]  # fmt: skip
+    new = sweep.generate(tiny, Run(8), grid, asked, store, 2, report=quiet)
+    assert set(new["key"]).isdisjoint(old["key"]) and len(new) == len(old) == 16
+    assert set(new["grade_version"]) == {grader.GRADE_VERSION}
+    chosen = new["extracted"] == new["answer"]
+    assert chosen.any() and new.loc[chosen, "correct"].all()
+    order, same = ["problem_id", "sample", "arm"], ["generation_key", "text", "seconds", "arm"]
+    both = [frame.sort_values(order, ignore_index=True)[same] for frame in (old, new)]
+    assert both[0].equals(both[1])
 
 
 def test_an_interrupted_sweep_ends_as_one_that_was_not(tiny, tmp_path, monkeypatch):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
+from kit.evaluation import grader
 from kit.evaluation.store import Store
+from kit.inference import decode
 from kit.parametric import facts, ffn_memory, qa
 from kit.parametric.rag import Passages
 from kit.schema import Problem
@@ -109,6 +111,23 @@ def test_the_choice_is_a_graded_record_and_is_made_once(tiny, tmp_path, monkeypa
     assert read.set_index("problem_id")["prompt_tokens"]["a"] > found["prompt_tokens"]["a"]
     monkeypatch.setattr(qa, "likelihoods", lambda *args: 1 / 0)
     assert (qa.multiple_choice(*how, "plain")["key"] == found["key"].sort_values().to_numpy()).all()
+
+
+def test_a_new_grader_grades_stored_answers(tiny, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    asked = [*ASKED, dataclasses.replace(ASKED[0], id="d", answer="Ghana")]  # the same question
+    old = [qa.multiple_choice(tiny, ASKED, OPTIONS, store, "plain"),
+           qa.short_answer(tiny, ASKED, store, "plain")]  # fmt: skip
+    monkeypatch.setattr(qa, "likelihoods", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(decode, "decode", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr(grader, "GRADE_VERSION", grader.GRADE_VERSION + 1)
+    new = [qa.multiple_choice(tiny, asked, [*OPTIONS, OPTIONS[0]], store, "plain"),
+           qa.short_answer(tiny, asked, store, "plain")]  # fmt: skip
+    for before, after in zip(old, new, strict=True):
+        assert len(after) == 4 and set(after["key"]).isdisjoint(before["key"])
+        texts, said = (frame.set_index("problem_id")["text"] for frame in (before, after))
+        assert said.drop("d").sort_index().equals(texts.sort_index()) and said["d"] == said["a"]
+        assert after.set_index("problem_id").loc["d", "answer"] == "Ghana"
 
 
 def test_a_free_answer_is_one_line_and_graded(bundled, tmp_path):
