@@ -23,6 +23,7 @@ from kit.paths import atomic
 # Fields of a GGUF file, by parts of their names, that change what a model computes and that
 # transformers passes over: scaled RoPE, windows, capped scores, multipliers.
 WEIGHTY = ("rope.scaling", "sliding_window", "softcapping", "_scale", ".scale", "alibi")
+STOPS = ("eos", "eot", "eom", "padding")
 PASSED_OVER = (
     "which transformers passes over: take the folder or hub:ORG/NAME that the file was made from."
 )
@@ -116,6 +117,20 @@ def _check(file: Path, dtype: str) -> tuple[str, int]:
     return kind, numbers * getattr(torch, kind).itemsize
 
 
+def _stops(file: Path) -> list[int]:
+    """Ids that end an answer: of the end of text, turn and message, and of padding where that is a
+    control token. Qwen's end of text, at which its makers stop too, is named as padding only."""
+    import gguf
+
+    fields = gguf.GGUFReader(str(file)).fields
+    named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in STOPS}
+    ids = {name: int(field.contents()) for name, field in named.items() if field}
+    kinds = fields.get("tokenizer.ggml.token_type")
+    if kinds is None or kinds.contents(ids.get("padding", 0)) != gguf.TokenType.CONTROL:
+        ids.pop("padding", None)
+    return [*dict.fromkeys(ids.values())]
+
+
 def _check_room(folder: Path, need: int) -> None:
     room = shutil.disk_usage(folder.parent).free
     if room < need:
@@ -138,6 +153,8 @@ def _write(file: Path, folder: Path, dtype: str) -> None:
         end = end[0] if isinstance(end, list) else end
         tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end)
     tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation
+    if stops := _stops(file):
+        weights.generation_config.eos_token_id = stops
     del weights.config.quantization_config  # the saved weights are plain
     tied = weights.all_tied_weights_keys
     state = {k: v.contiguous() for k, v in weights.state_dict().items() if k not in tied}

@@ -101,7 +101,7 @@ TENSORS = {  # of one layer of a Qwen2: name in the file -> kind, shape, name in
 }
 
 
-def written(file: Path, without: str = "", kinds=None, extra=(), fields=None) -> dict:
+def written(file: Path, without="", kinds=None, extra=(), fields=None, padding="") -> dict:
     """A GGUF file of random blocks; the numbers that they mean, by name in transformers."""
     rng, meant = np.random.default_rng(0), {}
     writer = GGUFWriter(file, "qwen2")
@@ -124,6 +124,8 @@ def written(file: Path, without: str = "", kinds=None, extra=(), fields=None) ->
     writer.add_token_types([1] * 258 + [3] * 3)
     writer.add_token_merges(["Ġ t", "Ġ a"])
     writer.add_eos_token_id(tokens.index(END))
+    if padding:
+        writer.add_pad_token_id(tokens.index(padding))
     writer.add_chat_template(TEMPLATE)
     for name, (kind, shape, theirs) in TENSORS.items():
         kind = (kinds or {}).get(name, kind)
@@ -186,6 +188,14 @@ def test_every_kind_of_block_is_rounded_once_to_bfloat16_and_says_what_transform
     assert again.weights_hash == model.weights_hash and capsys.readouterr().out == ""
     shutil.move(file, tmp_path / "other.gguf")
     assert len([*models.glob("*/weights.sha256")]) == 1
+
+
+@pytest.mark.parametrize("padding, more", [("<|endoftext|>", ["<|endoftext|>"]), ("!", [])])
+def test_an_answer_ends_at_the_padding_too_if_that_is_no_text(tmp_path, padding, more):
+    written(tmp_path / "padded.gguf", padding=padding)
+    model = load(str(tmp_path / "padded.gguf"))
+    assert {model.tokenizer.decode([stop]) for stop in model.stop_ids} == {END, *more}
+    assert model.tokenizer.eos_token == END
 
 
 @pytest.mark.parametrize("kind, dtype", [("F32", "float32"), ("F16", "float16")])
