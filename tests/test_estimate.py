@@ -122,6 +122,15 @@ def test_a_model_without_room_in_memory_is_not_chosen(monkeypatch):
     assert found["why"][0] == f"{LARGE}: needs 12 GB of memory, of 10"
 
 
+def test_a_model_that_is_named_counts_where_a_profile_leaves_it_open(monkeypatch):
+    monkeypatch.setattr(estimate, "rates", lambda models: OLD)
+    monkeypatch.setenv("KIT_MODEL", SMALL)
+    found = estimate.estimates(["laptop", "quick"])["profiles"]
+    for profile, model in (("laptop", SMALL), ("quick", "")):
+        spent = {name: row["seconds"] / 60 for name, row in found[profile].items()}
+        assert spent == pytest.approx(minutes(profile, OLD, model))
+
+
 def test_the_rates_of_this_machine_make_the_times():
     found = json.loads(json.dumps(estimate.measured("tour")))
     assert found["rates"]["decoded"] > 0 and found["rates"]["trained"] > 0

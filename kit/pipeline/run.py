@@ -20,7 +20,17 @@ from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.pipeline import declared, provenance
 from kit.pipeline.provenance import GIB
 from kit.pipeline.refusals import Refused, read_json
-from kit.pipeline.stages import TOUR, Stage, freshness, inputs, load_stages, select, store_files
+from kit.pipeline.stages import (
+    LARGER,
+    TOUR,
+    Stage,
+    freshness,
+    inputs,
+    load_stages,
+    read_profile,
+    select,
+    store_files,
+)  # fmt: skip
 from kit.schema import digest
 
 SOURCE_LINES = 5  # of a failing cell
@@ -53,6 +63,9 @@ def run(
     folder cannot be written.
     """
     stages = load_stages(profile, notebooks_dir.resolve(), outputs_dir.resolve())
+    if os.environ.get("KIT_MODEL") and LARGER not in read_profile(profile, notebooks_dir):
+        raise Refused(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
+                      f"write the model into a profile of your own")  # fmt: skip
     chosen, failed = select(stages, from_, only), []
     forced = chosen if force else chosen[:1] if from_ else []
 

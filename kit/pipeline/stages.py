@@ -192,12 +192,8 @@ def load_stages(
 def choice(profile: str, larger: dict, outputs: Path = OUTPUTS) -> tuple[str, str]:
     """On which model the stages in the table [larger] of a profile run, and why: the one that
     MODEL names (KIT_MODEL), or that was chosen before the first run; ("", "") where none is."""
-    wanted = os.environ.get("KIT_MODEL", "")
-    if wanted and not larger:
-        raise Refused(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
-                      f"write the model into a profile of your own")  # fmt: skip
     file = outputs / profile / "model.json"
-    if wanted:
+    if larger and (wanted := os.environ.get("KIT_MODEL")):
         return wanted, f"MODEL={wanted}"
     kept = read_json(file) if larger and file.is_file() else {"model": "", "why": []}
     return kept["model"], "; ".join(kept["why"])

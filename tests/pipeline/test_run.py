@@ -240,8 +240,9 @@ def test_some_stages_of_a_profile_run_on_the_model_that_was_chosen(tmp_path, mon
     monkeypatch.setenv("KIT_MODEL", "bundled:smollm2-135m")
     assert of()["02"].parameters == small["02"].parameters
     assert of()["02"].why == "MODEL=bundled:smollm2-135m"
+    assert not of("quick")["02"].why  # for which a run of laptop is compared with it
     with pytest.raises(Refused, match="MODEL is for profiles with a table .larger., which quick"):
-        of("quick")
+        pipeline.run("quick", outputs_dir=tmp_path)
 
 
 def test_from_only_and_force(project, capsys):
