@@ -20,9 +20,10 @@ from kit.data.prompts import FORM
 from kit.evaluation import grader
 from kit.evaluation.store import Store
 from kit.pipeline import provenance
-from kit.report import exhibits, html
+from kit.report import bundle, exhibits, html, latex
 from kit.schema import Record
 
+FIGURE = "Accuracy without memory, by family and level"
 CAPTION, SUITE = exhibits.BASELINE, problems.load("laptop", "test").problems
 TIMES = {"started": "2026-11-22T00:00:00+00:00", "finished": "2026-11-22T00:01:00+00:00"}
 
@@ -50,13 +51,15 @@ def executed(folder: Path, stage: str, profile: str, commit: str, failure: str =
     hardware = {"cpu": "a CPU", "cores": 2, "ram_gib": 8, "gpus": []}
     stamp = {"profile": profile, "commit": commit, "dirty": False, "lock_sha256": "l",
              "kit_sha256": "k", "system": "Linux", "hardware": hardware, "failure": failure,
-             "versions": {"python": "3.11"}, "parameters": {"SEED": 0}} | TIMES  # fmt: skip
+             "versions": {"python": "3.11"},
+             "parameters": {"SEED": 0, "MODELS": ["bundled:smollm2-135m"]}} | TIMES  # fmt: skip
     made.metadata["kit"] = stamp
     nbformat.write(made, folder / "notebooks" / f"{stage}{'.failed' * bool(failure)}.ipynb")
 
 
 def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str = "c0") -> Path:
-    """The folder of a small run: two arms, its verdicts, one table and one figure."""
+    """The folder of a small run: two arms, its verdicts, one table and two figures, of which the
+    second does not follow from records; its paper."""
     folder = paths.run_dir(profile)
     made = Path(_made(profile, seed, gain, commit).name) / "run"
     shutil.copytree(made, folder, dirs_exist_ok=True)
@@ -82,10 +85,10 @@ def _run(profile: str, seed: int, gain: float, commit: str) -> Path:
     store.append(records)
     frame = store.table()
     forest = tables.against(frame, "format", ["plain"], "plain")
-    notebook.save_results(
-        "01_baseline", {"keys": sorted(frame["key"])}, profile, {CAPTION: tables.arms(frame)},
-        {"Format against plain": plots.forest(forest)},
-    )  # fmt: skip
+    by_arm = {arm: tables.by_family(frame, arm) for arm in ("plain", "format")}
+    drawn = {FIGURE: plots.accuracy_by_family(by_arm), "Format against plain": plots.forest(forest)}
+    notebook.save_results("01_baseline", {"keys": sorted(frame["key"])}, profile,
+                          {CAPTION: tables.arms(frame)}, drawn)  # fmt: skip
     published = claims.load()
     parts = []
     for stage in dict.fromkeys(claim.notebook for claim in published):
@@ -101,6 +104,7 @@ def _run(profile: str, seed: int, gain: float, commit: str) -> Path:
         done = {"inputs": {}, "wall_seconds": 1.0, "peak_memory_bytes": 1} | TIMES
         provenance.write_json(folder / "status" / f"{stage}.json", done)
     html.write(profile, frame, verdicts, tables.audits(published), exhibits.load_results(profile))
+    latex.write(profile)
     return folder
 
 
@@ -112,12 +116,20 @@ def published(made: Path, place: Path) -> Path:
     return place
 
 
-def tampered(made: Path, name: str, change) -> Path:
-    """A copy of a bundle with one file changed, added or, where `change` is None, left out."""
+def tampered(made: Path, name: str, change, sign: bool = False) -> Path:
+    """A copy of a bundle with one file changed, added or, where `change` is None, left out; with
+    `sign` its sums are made anew, as anyone can."""
     other = made.with_name("tampered.zip")
-    with zipfile.ZipFile(made) as old, zipfile.ZipFile(other, "w") as new:
+    with zipfile.ZipFile(made) as old:
         files = {member: old.read(member) for member in old.namelist()}
-        data = change(files.pop(name, b"")) if change else files.pop(name) and None
-        for member, content in (files | ({name: data} if change else {})).items():
+    if change:
+        files[name] = change(files.get(name, b""))
+    else:
+        del files[name]
+    if sign:
+        del files[bundle.SUMS]
+        files[bundle.SUMS] = bundle.sums(files)
+    with zipfile.ZipFile(other, "w") as new:
+        for member, content in files.items():
             new.writestr(member, content)
     return other

@@ -130,6 +130,11 @@ class Run:
                 for stage, found in self.results.items()}  # fmt: skip
 
 
+def evictors() -> dict[str, Path]:
+    """Names in a bundle of the evictors that the kit ships: their files."""
+    return {f"evictors/{file.name}": file for file in (DATA / "evictors").iterdir()}
+
+
 def read(place: Path) -> Run:
     """A Run from a bundle, zipped or unpacked, or from outputs/<profile>; Damaged where `place` is
     none of these. One folder around all files, as archivers make it, is looked through."""
@@ -207,20 +212,25 @@ def write(profile: str) -> Path:
     page = re.sub(r'(href="notebooks/\w+)\.ipynb"', r'\1.html#Verdict"', page)
     files["report.html"] = page.encode()
     files |= {name: file.read_bytes() for name, file in BESIDE.items()}
-    files |= {f"evictors/{file.name}": file.read_bytes() for file in (DATA / "evictors").iterdir()}
+    files |= {name: file.read_bytes() for name, file in evictors().items()}
     trained = [f for f in folder.glob("evictors/**/*.safetensors") if f.stem != "state"]
     files |= {file.relative_to(folder).as_posix(): file.read_bytes() for file in trained}
     commit = run.environment.get("commit", "unknown")
     files["README.md"] = _readme(profile, every, run, commit).encode()
     files[CRATE] = crate.metadata(profile, files, every, commit).encode()
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files[SUMS] = "".join(f"{of}  {name}\n" for name, of in sorted(sums.items())).encode()
+    files[SUMS] = sums(files)
     made = folder / "bundle.zip"
     temporary = made.with_suffix(".tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(files.items()):
             archive.writestr(zipfile.ZipInfo(name, DATES), data, zipfile.ZIP_DEFLATED)
     return temporary.replace(made)
+
+
+def sums(files: Mapping[str, bytes]) -> bytes:
+    """What `sha256sum -c` reads of `files`."""
+    lines = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
+    return "".join(lines).encode()
 
 
 def _clean(name: str, run: Run, scrub) -> bytes:

@@ -1,9 +1,11 @@
 """What a stage leaves for the report and for papers: its key tables and figures, and its numbers.
 
-Under outputs/<profile>/exhibits/<stage>/ a table is CSV (numbers as they are) and booktabs LaTeX
-(as a reader sees them), a figure is PDF, SVG and PNG; exhibits.json says what there is, in order.
+Under outputs/<profile>/exhibits/<stage>/ a table is CSV (numbers as they are, a column each for the
+ends of an interval) and booktabs LaTeX (as a reader sees them), a figure is PDF, SVG and PNG;
+exhibits.json says what there is, in order.
 """
 
+import io
 import json
 import math
 import re
@@ -27,6 +29,7 @@ BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that other
 FEW, MANY = 4, 8  # rows at most, columns more, of a LaTeX table that is turned
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX)
+ENDS = ("_low", "_high")  # of an interval, behind the name of its column
 FORMATS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
 
 
@@ -56,12 +59,12 @@ def save(
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    listed, names = [], [slug(caption) for caption in (*drawn, *shown)]
+    rows, names = [], [slug(caption) for caption in (*drawn, *shown)]
     if len(set(names)) < len(names):
         raise ValueError(f"captions make equal file names: {sorted(names)}; tell them apart")
-    listed += [_draw(folder, caption, picture) for caption, picture in drawn.items()]
-    listed += [_write(folder, caption, frame) for caption, frame in shown.items()]
-    write_json(folder / LIST, listed)
+    rows += [_draw(folder, caption, picture) for caption, picture in drawn.items()]
+    rows += [_write(folder, caption, frame) for caption, frame in shown.items()]
+    write_json(folder / LIST, rows)
     return sorted(folder.iterdir())
 
 
@@ -70,35 +73,67 @@ def renew(
 ) -> list[str]:
     """Write those tables and figures of `folder` again, in their places, that are given here by
     caption: the captions of the others."""
-    listed, kept = read_json(folder / LIST), []
-    for number, row in enumerate(listed):
+    rows, kept = read_json(folder / LIST), []
+    for number, row in enumerate(rows):
         caption = row["caption"]
         if caption in drawn:
-            listed[number] = _draw(folder, caption, drawn[caption])
+            rows[number] = _draw(folder, caption, drawn[caption])
         elif caption in shown:
-            listed[number] = _write(folder, caption, shown[caption])
+            rows[number] = _write(folder, caption, shown[caption])
         else:
             kept.append(caption)
-    write_json(folder / LIST, listed)
+    write_json(folder / LIST, rows)
     return kept
 
 
 def _draw(folder: Path, caption: str, picture: Picture) -> dict:
     """Write a figure in every format: what the list says of it."""
-    for kind, metadata in FORMATS.items():
-        with matplotlib.rc_context(STYLE):
-            file = folder / f"{slug(caption)}.{kind}"
-            picture.savefig(file, metadata=metadata, dpi=300, transparent=kind == "svg")
+    for kind in FORMATS:
+        (folder / f"{slug(caption)}.{kind}").write_bytes(drawn(picture, kind))
     return {"caption": caption, "file": f"{slug(caption)}.svg", "alt": picture.alt}
+
+
+def drawn(picture: Picture, kind: str) -> bytes:
+    """The file of a figure in one of FORMATS, the same bytes each time."""
+    buffer, clear = io.BytesIO(), kind == "svg"
+    with matplotlib.rc_context(STYLE):
+        picture.savefig(buffer, format=kind, metadata=FORMATS[kind], dpi=300, transparent=clear)
+    return buffer.getvalue()
 
 
 def _write(folder: Path, caption: str, frame: pd.DataFrame) -> dict:
     """Write a table as CSV and LaTeX: what the list says of it."""
     table = as_table(caption, frame)
-    bare = frame.map(lambda cell: (*map(float, cell),) if isinstance(cell, tuple) else cell)
-    write_text(folder / f"{slug(caption)}.csv", bare.to_csv(index=False))
-    write_text(folder / f"{slug(caption)}.tex", _latex(table))
+    write_text(folder / f"{slug(caption)}.csv", spread(frame).to_csv(index=False))
+    write_text(folder / f"{slug(caption)}.tex", latex(table))
     return vars(table)
+
+
+def spread(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with three columns for one of (estimate, low, high): NAME, NAME_low, NAME_high."""
+    made = {}
+    for name in frame:
+        cells = [*frame[name]]
+        if any(isinstance(cell, tuple) for cell in cells):
+            rows = [cell if isinstance(cell, tuple) else (None,) * 3 for cell in cells]
+            ends = [f"{name}{end}" for end in ("", *ENDS)]
+            made |= {end: pd.Series(of, dtype=float) for end, of in zip(ends, zip(*rows))}
+        else:
+            made[name] = pd.Series(cells, dtype=frame[name].dtype)
+    return pd.DataFrame(made)
+
+
+def gathered(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame`, as it is read from a CSV, with the three columns of an interval in one again."""
+    made = {}
+    for name in frame:
+        ends = [f"{name}{end}" for end in ("", *ENDS)]
+        if {*ends} <= {*frame}:
+            rows = frame[ends].itertuples(index=False, name=None)
+            made[name] = [None if pd.isna(row[0]) else row for row in rows]
+        elif not any(str(name) == f"{other}{end}" for other in frame for end in ENDS):
+            made[name] = frame[name]
+    return pd.DataFrame(made)
 
 
 def plain(value, where: str):
@@ -123,12 +158,14 @@ def load(folder: Path) -> list[Table | Figure]:
     if not (folder / LIST).is_file():
         return []
     rows = json.loads((folder / LIST).read_text(encoding="utf-8"))
-    return [
-        Figure(row["caption"], folder / row["file"], row["alt"])
-        if "file" in row
-        else Table(row["caption"], row["columns"], row["rows"], tuple(row["words"]))
-        for row in rows
-    ]
+    return [listed(row, folder) for row in rows]
+
+
+def listed(row: Mapping, folder: Path = Path()) -> Table | Figure:
+    """The table or figure that a row of the list in `folder` tells of."""
+    if "file" in row:
+        return Figure(row["caption"], folder / row["file"], row["alt"])
+    return Table(row["caption"], row["columns"], row["rows"], tuple(row["words"]))
 
 
 def load_results(profile: str) -> dict[str, dict]:
@@ -146,7 +183,7 @@ def as_table(caption: str, frame: pd.DataFrame) -> Table:
     return Table(caption, [*texts.columns], texts.to_numpy().tolist(), words)
 
 
-def _latex(table: Table) -> str:
+def latex(table: Table) -> str:
     """booktabs; few rows of many columns stand upright, or a column of text would not hold them."""
     rows, columns, words = table.rows, table.columns, table.words
     if len(rows) <= FEW and len(columns) > MANY:

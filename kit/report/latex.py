@@ -6,7 +6,7 @@ beside it: `cd outputs/laptop/paper && pdflatex paper`. A macro is named by wher
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kit.paths import run_dir
@@ -31,9 +31,20 @@ HEAD = r"""\documentclass{article}
 
 def write(profile: str) -> list[Path]:
     """Write macros.tex and paper.tex of what the notebooks have saved: the files."""
-    folder = run_dir(profile)
+    folder, results = run_dir(profile), exhibits.load_results(profile)
+    shown = {stage: exhibits.load(folder / "exhibits" / stage) for stage in results}
+    made = files(profile, results, shown)
+    for name, text in made.items():
+        write_text(folder / "paper" / name, text)
+    return [folder / "paper" / name for name in made]
+
+
+def files(
+    profile: str, results: Mapping[str, dict], shown: Mapping[str, Sequence[Table | Figure]]
+) -> dict[str, str]:
+    """macros.tex and paper.tex of a run: its results and what it shows, by stage."""
     lines, seen = [], set()
-    for name, value, source in macros(profile):
+    for name, value, source in macros(results, shown):
         if name not in seen:  # rows of one name: the first is said
             lines.append(f"\\newcommand{{\\{name}}}{{{value}}}% {source}\n")
             seen.add(name)
@@ -41,30 +52,29 @@ def write(profile: str) -> list[Path]:
     if "kitBaselineAcc" in seen:
         body.append("Without memory \\kitBaselineAcc\\% of the problems are solved, 95\\% interval "
                     "\\kitBaselineAccInterval.\n\n")  # fmt: skip
-    for stage in sorted(exhibits.load_results(profile)):
-        for shown in exhibits.load(folder / "exhibits" / stage):
-            place = f"../exhibits/{stage}/{exhibits.slug(shown.caption)}"
-            if isinstance(shown, Figure):
+    for stage in sorted(results):
+        for each in shown[stage]:
+            place = f"../exhibits/{stage}/{exhibits.slug(each.caption)}"
+            if isinstance(each, Figure):
                 inside = f"\\includegraphics[width=\\columnwidth]{{{place}.pdf}}"
                 kind = "figure"
             else:
                 inside, kind = f"\\resizebox{{\\columnwidth}}{{!}}{{\\input{{{place}}}}}", "table"
-            caption = exhibits.escaped(shown.caption)
+            caption = exhibits.escaped(each.caption)
             body.append(f"\\begin{{{kind}}}\n\\centering\n\\caption{{{caption}.}}\n{inside}\n"
                         f"\\end{{{kind}}}\n\\clearpage\n")  # fmt: skip
     body.append("\\end{document}\n")
-    write_text(folder / "paper" / "macros.tex", "".join(lines))
-    write_text(folder / "paper" / "paper.tex", "".join(body))
-    return [folder / "paper" / name for name in ("macros.tex", "paper.tex")]
+    return {"macros.tex": "".join(lines), "paper.tex": "".join(body)}
 
 
-def macros(profile: str) -> Iterator[tuple[str, str, str]]:
+def macros(
+    results: Mapping[str, dict], shown: Mapping[str, Sequence[Table | Figure]]
+) -> Iterator[tuple[str, str, str]]:
     """(name, LaTeX, source) of every number in the key tables and of every verdict."""
-    folder, results = run_dir(profile), exhibits.load_results(profile)
     for stage in results:
-        for shown in exhibits.load(folder / "exhibits" / stage):
-            if isinstance(shown, Table):
-                yield from _of_table(stage, shown)
+        for each in shown[stage]:
+            if isinstance(each, Table):
+                yield from _of_table(stage, each)
     said = results.get("07_verdicts", {})
     for name, line in zip(HEADLINE, said.get("headline", [])):
         yield name, exhibits.escaped(line), "07_verdicts: headline"

@@ -4,7 +4,6 @@ Every number is computed from outputs/published and data/claims.toml. `kit.repor
 the text between two marks of README.md, and the figure to docs/findings.svg.
 """
 
-import ast
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from kit.analysis.verdicts import PLURAL, headline
 from kit.paths import PUBLISHED
 from kit.report import bundle
 from kit.report.bundle import VERDICTS, Run
-from kit.report.exhibits import slug
+from kit.report.exhibits import gathered, slug
 
 FIGURE = Path("docs", "findings.svg")
 STRATEGIES = ("02_strategies", "Retrieved strategies against each control")
@@ -89,11 +88,7 @@ def table(published: Path, stage: str, caption: str) -> pd.DataFrame:
             f"no published run of {stage} has the table {caption!r}, which the figure of README.md "
             f"shows; publish one, or change kit/report/readme.py"
         )
-    frame = pd.read_csv(files[0])
-    for name in ("kl", "kl_ratio", "difference"):
-        if name in frame:
-            frame[name] = frame[name].map(ast.literal_eval, na_action="ignore")
-    return frame
+    return gathered(pd.read_csv(files[0]))
 
 
 def _controls(axes, frame: pd.DataFrame, title: str) -> None:

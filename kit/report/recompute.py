@@ -33,6 +33,13 @@ WORTH = "Planted rules, retrieved against each control"
 CONTROLS = r"(?:no-hint$|hint-|planted-)"  # arms of the strategy study's first two steps
 PLACES = "Five memories, the best of each alone"
 QUALITY = "Quality at equal live tokens"
+# Entries of the results that are tables, by caption.
+ENTRIES = {
+    "04_phase2": {"arms": TRAINED, "rounds": COMPOUNDING, "contrasts": TAUGHT},
+    "05_parametric": {"arms": KNOWN, "recall": RECALL, "contrasts": FETCHED,
+                      "recalled": RECALLED, "bytes": BYTES},
+    "06_memory_budget": {"gaps": GAPS, "best": PLACES},
+}  # fmt: skip
 
 
 def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd.DataFrame | None:
@@ -237,6 +244,30 @@ def on_scenarios(
             made[claim.id] = contrasts.points(interval, "paired by problem")
     models = ", ".join(sorted({*rows["model"]}))
     return {name: replace(number, model=models) for name, number in made.items()}
+
+
+def entries(
+    stage: str, found: Mapping, shown: Mapping[str, pd.DataFrame], records: pd.DataFrame
+) -> dict:
+    """The entries of the results of a stage that follow from its records and its tables by caption,
+    measurements and verdicts aside."""
+    made = {name: shown[caption].to_dict("records")
+            for name, caption in ENTRIES.get(stage, {}).items() if caption in shown}  # fmt: skip
+    if stage == "01_baseline":
+        arms = tables.arms(records).itertuples()
+        made["accuracy"] = {f"{row.model} {row.arm}": row.accuracy for row in arms}
+    if stage == "02_strategies":
+        compared = strategies(records)
+        differences = against(stage, compared, {*compared["arm"]})
+        made["contrasts"] = differences.to_dict("records")
+    if stage == "06_memory_budget" and "frames" in found:
+        rows, solved = pd.DataFrame(found["scenarios"]), outcomes(found, "scenarios", records)
+        shares = effects.accuracies(solved, _rng())
+        made["scenarios"] = rows.assign(accuracy=shares).to_dict("records")
+        made["threshold"] = effects.threshold(rows, solved, _rng()).to_dict("records")
+        caption = STEPS.format(len(rows), found["generations"])
+        made |= {"marginal": shown[caption].to_dict("records")} if caption in shown else {}
+    return {name: value for name, value in made.items() if name in found}
 
 
 def measured(

@@ -1,9 +1,10 @@
 """Judges a run again, without its models: a bundle, zipped or unpacked, or a published run.
 
 Every hash is checked; every answer is graded again from its text by `kit.report.regrading`; from
-the records the tables and measurements of `kit.report.recompute` are made again, and every verdict.
-Verdicts on what no record holds (a ledger's bytes, a training curve) are made again from the
-measurements that the results hold. Imports no torch and no store.
+the records the tables, figures and measurements of `kit.report.remake` are made again with their
+files, and every verdict; the LaTeX of the paper from these. Verdicts on what no record holds (a
+ledger's bytes, a training curve) are made again from the measurements that the results hold. What
+else the run holds is named whole: a hash alone vouches for it. Imports no torch and no store.
 """
 
 import hashlib
@@ -16,16 +17,15 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from kit import paths
-from kit.analysis import claims, tables
-from kit.analysis.contrasts import Measurement
+from kit.analysis import calibration, claims, tables
 from kit.analysis.verdicts import headline as headline_of
 from kit.pipeline import declared
 from kit.pipeline.refusals import Refused
-from kit.report import bundle, exhibits, html, recompute, regrading
+from kit.report import bundle, exhibits, html, latex, regrading, remake
 from kit.report.bundle import FOLDERS, RECORDS, SUMS, VERDICTS, Damaged, Run
 
-UNVOUCHED = f"every file: there is no {SUMS}, so nothing says whether one was changed"
-AS_STORED = "notebooks, figures, CSV and LaTeX: not made again"
+BY_HASH = "by its hash alone"
+UNVOUCHED = f"without a {SUMS}, so that nothing says whether it was changed"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Che
             f"{place} has no {RECORDS}: pack the run with `make bundle` and verify the bundle."
         )
     wrong = _hashes(run) if packed else []
-    left = [AS_STORED] if packed else [UNVOUCHED, AS_STORED]
+    left = []
     try:
         tell(f"{len(run.every):,} records, {len(run.published)} claims")
         wrong += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
@@ -68,20 +68,30 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Che
         left += untold
     except (ValueError, KeyError, TypeError) as error:
         return Checked(run, [*wrong, f"cannot be judged: {error}"], left)
-    whole = True
+    whole, files = True, {SUMS, RECORDS, "claims.toml", *_of_the_kit(run)}
     for stage in run.results:
         try:
-            made = _tables(run, stage, wrong, left) + _measured(run, stage, wrong, left)
-            tell(f"{stage}: {made} tables and measurements made again")
+            made = remake.stage(run, stage)
+            tell(f"{stage}: {made.count} tables, figures and measurements made again")
+            wrong, left, files = wrong + made.wrong, left + made.left, files | made.files
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            files = f"results/{stage}.json or exhibits/{stage}/{exhibits.LIST}"
-            wrong.append(f"{stage} cannot be made again, {files} is damaged ({error!r})")
+            damaged = f"results/{stage}.json or exhibits/{stage}/{exhibits.LIST}"
+            wrong.append(f"{stage} cannot be made again, {damaged} is damaged ({error!r})")
             whole = False
     try:
         verdicts = rejudged(run)
-        return Checked(run, wrong + _judged(run, verdicts), left, verdicts, whole)
+        wrong += _judged(run, verdicts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Checked(run, [*wrong, f"verdicts cannot be made again ({error!r})"], left)
+    if whole:
+        paper = _paper(run)
+        wrong += [f"{name} is not what the tables say" for name, text in paper.items()
+                  if run.files[name] != text]  # fmt: skip
+        files |= {*paper}
+    others = {*run.files} - files - {f"results/{stage}.json" for stage in run.results}
+    for_all = BY_HASH if packed else UNVOUCHED
+    left += [f"{for_all}: {', '.join(sorted(others))}"] * bool(others)
+    return Checked(run, wrong, left, verdicts, whole)
 
 
 def rejudged(run: Run) -> pd.DataFrame:
@@ -150,6 +160,22 @@ def _lost(run: Run, stage: str) -> list[str]:
     return [f"{RECORDS} lacks {len(lost):,} of the {len(keys):,} records it reports"] * bool(lost)
 
 
+def _paper(run: Run) -> dict[str, bytes]:
+    """Those files of its LaTeX that a run has, made again from its results and tables."""
+    shown = {stage: [exhibits.listed(row) for row in run.json(f"exhibits/{stage}/{exhibits.LIST}")]
+             for stage in run.results}  # fmt: skip
+    made = latex.files(run.stamps["07_verdicts"]["profile"], run.results, shown)
+    made = {f"paper/{name}": text.encode() for name, text in made.items()}
+    return {name: text for name, text in made.items() if name in run.files}
+
+
+def _of_the_kit(run: Run) -> list[str]:
+    """Files of a bundle that are, byte by byte, those of this kit."""
+    here = bundle.BESIDE | bundle.evictors()
+    return [name for name, file in here.items()
+            if file.is_file() and run.files.get(name) == file.read_bytes()]  # fmt: skip
+
+
 def _other_claims(run: Run) -> list[str]:
     """In what the claims of a bundle are not those of this kit."""
     if "claims.toml" not in run.files:
@@ -178,41 +204,16 @@ def _declared(run: Run) -> list[str]:
     return lines
 
 
-def _tables(run: Run, stage: str, wrong: list[str], left: list[str]) -> int:
-    """How many tables of a stage were made again; adds what differs, and what cannot be made."""
-    count = 0
-    for row in run.json(f"exhibits/{stage}/{exhibits.LIST}") or []:
-        if "file" in row:  # a figure
-            if (name := f"exhibits/{stage}/{row['file']}") not in run.files:
-                raise ValueError(f"{name} is missing")
-            continue
-        made = recompute.table(stage, row["caption"], run.results[stage], run.records[stage])
-        count += made is not None
-        if made is None:
-            left.append(f"{stage}, table {row['caption']!r}: does not follow from records")
-        elif exhibits.as_table(row["caption"], made).rows != row["rows"]:
-            wrong.append(f"{stage}, table {row['caption']!r} is not what the records say")
-    return count
-
-
-def _measured(run: Run, stage: str, wrong: list[str], left: list[str]) -> int:
-    """How many measurements of a stage were made again; adds those that come out otherwise, and
-    those that no record holds, such as arithmetic."""
-    found = run.results[stage]
-    again = recompute.measured(stage, found, run.records[stage], run.published)
-    for claim, made in again.items():
-        said = Measurement(**found["measurements"][claim]).texts()
-        if made.texts() != said:
-            wrong.append(f"{claim} measured {' ['.join(said)}] in the results, "
-                         f"{' ['.join(made.texts())}] from the records")  # fmt: skip
-    if others := sorted({*found.get("measurements", {})} - {*again}):
-        left.append(f"{stage}, measurements that no record holds: {', '.join(others)}")
-    return len(again)
-
-
 def _judged(run: Run, verdicts: pd.DataFrame) -> list[str]:
-    """Verdicts that come out otherwise when they are made again."""
+    """Verdicts, and sentences on all of them, that come out otherwise when they are made again."""
+    saved, again = run.json(VERDICTS), headline(run, verdicts)
+    chance = calibration.by_chance(run.published, verdicts.to_dict("records"))
+    said = {"headline": again, "by_chance": chance}
     return [
+        f"{VERDICTS}: {name!r} is not what the verdicts say"
+        for name, made in said.items()
+        if name in saved and saved[name] != made
+    ] + [
         f"{row['claim']}: {key} is {before.get(key)!r} in the results, "
         f"{row[key]!r} from the records"
         for row in verdicts.to_dict("records")

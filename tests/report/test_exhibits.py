@@ -39,7 +39,9 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert table.words == (0,) and table.rows[1][1:] == ["–", "–", "5"]
     back = pd.read_csv(folder / "arms-all-of-them.csv")
     assert back["n"].tolist() == [1234, 5] and back["kv_peak_bytes"][0] == 2.5 * 2**20
-    assert back["accuracy"][0] == "(18.8, 12.8, 25.3)"  # numbers, not names of their types
+    ends = ["accuracy", "accuracy_low", "accuracy_high"]
+    assert back[ends].iloc[0].tolist() == [18.8, 12.8, 25.3] and back[ends].iloc[1].isna().all()
+    assert exhibits.as_table("Arms, all of them", exhibits.gathered(back)).rows == table.rows
     assert exhibits.load(tmp_path / "none") == []
 
 

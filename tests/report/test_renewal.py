@@ -6,12 +6,12 @@ import json
 import pytest
 
 from kit import paths
-from kit.analysis import tables
+from kit.analysis import plots, tables
 from kit.evaluation.grader import GRADE_VERSION
 from kit.pipeline import provenance
-from kit.report import bundle, exhibits, published, recompute, renewal, verify
+from kit.report import bundle, exhibits, published, recompute, redraw, renewal, verify
 from kit.report.bundle import RECORDS
-from tests.runs import CAPTION, ran
+from tests.runs import CAPTION, FIGURE, ran
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +33,15 @@ def test_a_run_that_another_grader_graded_is_renewed(tmp_path):
     records.loc[records["arm"] == "plain", "correct"] = True
     records.to_parquet(place / RECORDS, index=False)
     measured = {"rbslm-of-another-day": {"estimate": 1, "low": 0, "high": 2, "n": 3, "unit": "x"}}
-    results = right.results["01_baseline"] | {"accuracy": {"a": 1}, "measurements": measured}
+    results = right.results["01_baseline"] | {"accuracy": {}, "measurements": measured}
+    results |= exhibits.plain(recompute.entries("01_baseline", results, {}, records), "")
     (place / "results" / "01_baseline.json").write_text(json.dumps(results))
     renewal.judge(place)
     shown = {CAPTION: recompute.table("01_baseline", CAPTION, results, records)}
-    exhibits.renew(place / "exhibits" / "01_baseline", shown, {})
+    drawn = plots.accuracy_by_family(
+        {arm: tables.by_family(records, arm) for arm in ("plain", "format")}
+    )
+    exhibits.renew(place / "exhibits" / "01_baseline", shown, {FIGURE: drawn})
     old = verify.check(place)
     assert old.wrong == [] and any("the grader of an earlier kit" in line for line in old.left)
 
@@ -84,7 +88,7 @@ def test_the_published_figures_say_what_the_records_say(subtests):
             if "file" not in row:
                 continue
             with subtests.test(row["caption"]):
-                made = renewal.figure(row["caption"], found, shown, records, given)
+                made = redraw.figure(row["caption"], found, shown, records, given)
                 left += [] if made else [row["caption"]]
                 assert not made or made.alt == row["alt"]
     assert left == ["Accuracy against KV reads"]  # of shorter chains, whose records it has not

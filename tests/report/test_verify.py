@@ -14,8 +14,8 @@ import pytest
 from kit import cli, paths
 from kit.analysis import claims
 from kit.pipeline import provenance
-from kit.report import bundle, verify
-from tests.runs import CAPTION, published, ran, tampered
+from kit.report import bundle, exhibits, verify
+from tests.runs import CAPTION, FIGURE, published, ran, tampered
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,89 @@ def test_records_that_do_not_bear_the_results_are_found_though_the_hashes_are_ma
     assert any("rbslm-memory-gain: verdict is 'reproduced' in the results" in w for w in wrong)
 
 
+def _json(change):
+    """A change of bytes that are JSON, whose value `change` alters."""
+
+    def changed(data: bytes) -> bytes:
+        change(value := json.loads(data))
+        return json.dumps(value).encode()
+
+    return changed
+
+
+def _records(**columns):
+    """A change of records: values of the first row."""
+
+    def changed(data: bytes) -> bytes:
+        frame, buffer = pd.read_parquet(io.BytesIO(data)), io.BytesIO()
+        for name, value in columns.items():
+            frame.loc[0, name] = value
+        frame.to_parquet(buffer, index=False)
+        return buffer.getvalue()
+
+    return changed
+
+
+TABLE, DRAWN = (exhibits.slug(caption) for caption in (CAPTION, FIGURE))
+AT = "exhibits/01_baseline"
+FOLLOWS = [  # in a bundle whose sums are made anew: what was changed, and words of who names it
+    ("records.parquet", _records(text="Answer: 3 and 1/7"), "answers are graded otherwise"),
+    ("records.parquet", _records(correct=True, reason="equal"), "answers are graded otherwise"),
+    ("records.parquet", _records(answer="3"), "gold answer of 1 records is not that of data/"),
+    ("results/01_baseline.json", _json(lambda of: of["keys"].pop()), "table"),
+    ("results/07_verdicts.json", _json(lambda of: of["verdicts"][0].update(verdict="reproduced")),
+     "verdict is 'reproduced' in the results"),
+    ("results/07_verdicts.json", _json(lambda of: of.update(headline=["All is well."])),
+     "'headline' is not what the verdicts say"),
+    (f"{AT}/exhibits.json", _json(lambda of: of[2]["rows"][0].__setitem__(4, "99.0")),
+     f"table {CAPTION!r} is not what the records say"),
+    (f"{AT}/exhibits.json", _json(lambda of: of[0].update(alt="It helps.")),
+     f"figure {FIGURE!r}: its words"),
+    (f"{AT}/{TABLE}.csv", lambda data: data.replace(b",112,", b",113,", 1), f"{TABLE}.csv is not"),
+    (f"{AT}/{TABLE}.tex", lambda data: data.replace(b"112", b"113", 1), f"{TABLE}.tex is not"),
+    (f"{AT}/{DRAWN}.svg", lambda data: data.replace(b"0072b2", b"d55e00", 1), f"{DRAWN}.svg is"),
+    (f"{AT}/{DRAWN}.pdf", lambda data: data.replace(b"/Count 1", b"/Count 2"), f"{DRAWN}.pdf is"),
+    (f"{AT}/{DRAWN}.png", lambda data: b"", f"{DRAWN}.png is not"),
+    ("paper/macros.tex", lambda data: data.replace(b"112", b"113", 1), "macros.tex is not"),
+    ("paper/paper.tex", lambda data: data + b"%", "paper.tex is not"),
+    ("claims.toml", lambda data: data.replace(b"margin = ", b"margin = 9", 1), "own claims.toml"),
+]  # fmt: skip
+OWN = {"LICENSE", "requirements.lock", "evictors/smollm2-135m-seed0-4x.safetensors"}
+ALONE = [*OWN, "README.md", "report.html",
+         "notebooks/01_baseline.ipynb", "notebooks/01_baseline.html", "status/01_baseline.json",
+         "ro-crate-metadata.json", f"{AT}/format-against-plain.png",
+]  # fmt: skip
+
+
+def test_what_follows_from_records_is_named_though_the_sums_are_made_anew():
+    made, told = bundled(), []
+    for names in ({"records.parquet", "claims.toml"}, {name for name, *_ in FOLLOWS}):
+        changed = made
+        for name, change, _ in FOLLOWS:
+            if name in names:
+                changed = tampered(changed, name, change, sign=True)
+        checked = verify.check(changed)
+        told += checked.wrong + [line for line in checked.left if "claims.toml" in line]
+    assert not [line for line in told if bundle.SUMS in line]
+    assert [name for name, _, words in FOLLOWS if not any(words in line for line in told)] == []
+
+
+def test_what_only_a_hash_vouches_for_is_listed_whole():
+    made = changed = bundled()
+    for name in ALONE:
+        changed = tampered(changed, name, lambda data: data + b" ", sign=True)
+    assert verify.check(changed).wrong == []  # none of them is made again
+    for place, rest in ((changed, set()), (made, OWN)):
+        (line,) = [line for line in verify.check(place).left if line.startswith(verify.BY_HASH)]
+        told = {*line.removeprefix(f"{verify.BY_HASH}: ").split(", ")}
+        assert {*ALONE} - rest <= told
+    followed = {name for name, *_ in FOLLOWS} | {bundle.SUMS, "results/01_baseline.json"}
+    followed |= {"exhibits/07_verdicts/exhibits.json"}  # which is empty
+    followed -= {f"{AT}/exhibits.json"}  # it has a figure that no record holds
+    of_the_kit = {*bundle.BESIDE, *bundle.evictors()}
+    assert told == {*bundle.read(made).files} - followed - of_the_kit
+
+
 def test_records_that_are_gone_are_counted():
     def fewer(data: bytes) -> bytes:
         buffer = io.BytesIO()
@@ -135,7 +218,9 @@ def test_a_published_run_is_judged_by_its_records(tmp_path, capsys, monkeypatch)
     assert paths_.strip().endswith("verified/laptop/report.html")
     assert {f: f.read_bytes() for f in place.rglob("*") if f.is_file()} == before
     results = json.loads((place / "results/01_baseline.json").read_text())
-    (place / "results/01_baseline.json").write_text(json.dumps(results | {"keys": []}))
+    (place / "results/01_baseline.json").write_text(
+        json.dumps(results | {"keys": results["keys"][:150]})
+    )
     assert cli.main(["verify", str(place)]) == 1
     assert "Differs: 01_baseline, table" in capsys.readouterr().out
     with pytest.raises(bundle.Damaged, match="has no records.parquet: pack the run"):

@@ -1,0 +1,103 @@
+"""Figures of a run drawn again from its results and records, and compared with their files."""
+
+import io
+import re
+import zlib
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.image import imread
+
+from kit.analysis import effects, pareto, plots, tables
+from kit.analysis.plots import Picture
+from kit.budget.plots import budget_frontier
+from kit.dms import plots as dms_plots
+from kit.parametric import plots as parametric_plots
+from kit.report import exhibits, recompute
+from kit.training import plots as training_plots
+
+POINTS = 0.02  # 1/72 inch: the low bits of a machine move a line by less
+NUMBER = re.compile(rb"-?\d+(?:\.\d+)?|-?\.\d+")
+STREAM = re.compile(rb"stream\r?\n(.*?)\r?\nendstream", re.DOTALL)
+# Digests of paths in SVG, and what counts bytes in a PDF: they move with the low bits.
+MOVES = re.compile(
+    rb'(?:id="|href="#|url\(#)\w+|\d{10} \d{5} [nf]|startxref\s+\d+|obj\n\d+\nendobj'
+)
+
+
+def figure(
+    caption: str, found: Mapping, shown: Mapping[str, pd.DataFrame], records: pd.DataFrame,
+    given: Mapping,
+) -> Picture | None:  # fmt: skip
+    """The figure of a stage by its caption, as its notebook draws it: from results, tables by
+    caption, records and parameters. None where it does not follow from these."""
+    if caption == "Accuracy without memory, by family and level":
+        first = records[records["model"] == given["MODELS"][0]]
+        by_arm = {arm: tables.by_family(first, arm) for arm in ("plain", "format")}
+        return plots.accuracy_by_family(by_arm)
+    if caption == "Retrieved strategies minus each control":
+        return plots.forest(pd.DataFrame(found["contrasts"]))
+    if caption == "KL to full attention against what is kept":
+        rows = shown[recompute.QUALITY]
+        return dms_plots.quality(rows[rows["policy"] != "full"])
+    if caption == "Compounding, with and without the bank":
+        return training_plots.rounds(shown[recompute.COMPOUNDING])
+    told = {"By how often a fact was told": recompute.KNOWN,
+            "Recall by how often a fact was told": recompute.RECALL}  # fmt: skip
+    if caption in told:
+        arms = shown[told[caption]]
+        best = arms["arm"].isin(["plain", "larger anchor", "fetched", *given["ARMS"], "rag"])
+        return parametric_plots.accuracy_by_frequency(arms[best], found["buckets"])
+    if caption == "Accuracy against bytes read":
+        return parametric_plots.accuracy_by_bytes(shown[recompute.BYTES])
+    by = {"Accuracy against bytes, weights shared": ("scenarios", "cache"),
+          "Five memories on one axis of bytes": ("places", "place")}  # fmt: skip
+    return _frontier(*by[caption], found, records, given["BATCH"]) if caption in by else None
+
+
+def _frontier(
+    name: str, by: str, found: Mapping, records: pd.DataFrame, batch: int
+) -> Picture:  # fmt: skip
+    """The `scenarios` or `places` of a sweep against bytes where `batch` questions share the
+    weights, a colour per value of `by`."""
+    rows, solved = pd.DataFrame(found[name]), recompute.outcomes(found, name, records)
+    if name == "places":
+        front, _ = effects.places(rows, solved, np.random.default_rng(0))
+    else:
+        rows = rows.rename(columns={"accuracy": "interval"})
+        rows["cache"] = [f"{p}, {b} bit" for p, b in zip(rows["policy"], rows["kv_bits"])]
+        front = pareto.table(rows, "shared_bytes", solved, np.random.default_rng(0))
+    label = f"MiB, weights shared by {batch}"
+    return budget_frontier(front, "shared_bytes", label, by, 2**20)
+
+
+def compare(picture: Picture, files: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
+    """Names of those `files` of a figure that show something else than `picture`, and of those that
+    cannot be compared, since another version of Matplotlib wrote them."""
+    by = {m[1] for data in files.values() if (m := re.search(rb"Matplotlib v([\d.]+)", data))}
+    if by - {matplotlib.__version__.encode()}:
+        return [], [*files]
+    kinds = {name: name.rpartition(".")[2] for name in files}
+    return [name for name, kind in kinds.items()
+            if not _same(exhibits.drawn(picture, kind), files[name], kind)], []  # fmt: skip
+
+
+def _same(one: bytes, other: bytes, kind: str) -> bool:
+    """Whether two files of a figure show the same but for the low bits of numbers."""
+    if one == other:
+        return True
+    try:
+        if kind == "png":
+            pixels = [imread(io.BytesIO(data)) for data in (one, other)]
+            return pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).max() < 0.1
+        if kind == "pdf":
+            one, other = (
+                STREAM.sub(lambda m: zlib.decompress(m[1]), data) for data in (one, other)
+            )
+    except (ValueError, OSError, SyntaxError, zlib.error):  # of PIL: no picture
+        return False
+    one, other = (MOVES.sub(b"", data) for data in (one, other))
+    numbers = [np.array([*map(float, NUMBER.findall(data))]) for data in (one, other)]
+    return NUMBER.split(one) == NUMBER.split(other) and np.allclose(*numbers, rtol=0, atol=POINTS)
