@@ -242,7 +242,8 @@ def _read_half(
         except hub.HubError as error:
             gate = f"https://huggingface.co/datasets/{source.repo}"
             hint = f" ({name} is gated: accept its terms at {gate} and run `hf auth login`)"
-            raise hub.HubError(f"{error}{hint if source.gated else ''}") from error
+            other = f"; or put {name}_{half}.jsonl into the folder KIT_DATA, see docs/problems.md"
+            raise hub.HubError(f"{error}{hint if source.gated else ''}{other}") from error
         rows, malformed = read_rows(local, name)
         problems += rows
         rejects += [Reject(file, r.line, r.reason) for r in malformed]

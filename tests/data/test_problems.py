@@ -475,6 +475,12 @@ def test_gsm8k_gold_is_what_follows_the_marks(cache):
     assert load("gsm8k").problems[0].answer == "1234567"
 
 
+def test_without_a_hub_the_readers_folder_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(hub.HubError, match="or put minerva_test.jsonl into the folder KIT_DATA"):
+        load("minerva")
+
+
 def test_gpqa_is_gated_and_its_gold_letter_points_at_the_right_option(cache):
     with pytest.raises(hub.HubError, match="gpqa is gated: accept its terms at .*hf auth login"):
         load("gpqa")
