@@ -14,7 +14,7 @@ KNOWS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 UV := $(shell command -v uv)
 INSTALL := $(if $(UV),uv pip install -q --compile-bytecode --python $(PY),$(PY) -m pip install -q --disable-pip-version-check)
 # What may be said on the command line, besides what others read from the environment.
-READ := ENV PYTHON UV PROFILE FROM ONLY FORCE KEEP_GOING DTYPE MODEL WORKERS FILE DRY PUBLISH WEIGHTS
+READ := ENV PYTHON UV PROFILE FROM ONLY SET FORCE KEEP_GOING DTYPE MODEL WORKERS FILE DRY PUBLISH WEIGHTS
 OTHERS := KIT_% OMP_% CUDA_% RAY_% HF_% PIP_% UV_% TORCH_% TRITON_%
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
 $(foreach v,$(filter-out $(READ) $(OTHERS),$(GIVEN)),$(warning nothing reads $v; there are $(READ)))
@@ -68,9 +68,10 @@ lock: ## write requirements.lock and cluster.lock anew from pyproject.toml, with
 	mv requirements.part requirements.lock
 	$(COMPILE) --group cluster -c requirements.lock -o cluster.lock
 
-reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|quick|laptop|workstation DTYPE=float32 MODEL=... FROM=03 ONLY=02 FORCE=1 KEEP_GOING=1)
+reproduce: env ## run all notebooks, end with verdicts (PROFILE=tour|quick|laptop|workstation DTYPE=float32 MODEL=... FROM=03 ONLY="01 03" SET="NAME=VALUE ..." DRY=1 FORCE=1 KEEP_GOING=1)
 	@$(PY) -m kit reproduce $(if $(PROFILE),--profile $(PROFILE)) $(if $(FROM),--from $(FROM)) \
-	  $(if $(ONLY),--only $(ONLY)) $(if $(FORCE),--force) $(if $(KEEP_GOING),--keep-going)
+	  $(if $(ONLY),--only "$(ONLY)") $(foreach value,$(SET),--set '$(value)') $(if $(DRY),--dry-run) \
+	  $(if $(FORCE),--force) $(if $(KEEP_GOING),--keep-going)
 
 verify: env ## judge the published runs again from their records, without a model (about a minute)
 	@$(PY) -m kit verify $(FILE)

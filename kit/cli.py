@@ -114,8 +114,15 @@ def reproduce(
         str | None, Option("--from", metavar="NN", help="run again from this notebook on")
     ] = None,
     only: Annotated[
-        str | None, Option(metavar="NN", help="bring only this notebook up to date")
+        str | None, Option(metavar="'NN ...'", help="bring only these notebooks up to date")
     ] = None,
+    given: Annotated[
+        list[str] | None,
+        Option("--set", metavar="NAME=VALUE", help="a parameter's value for this run, as TOML"),
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="say what would run, and why; run nothing")
+    ] = False,
     force: Annotated[bool, Option("--force", help="run again what is up to date")] = False,
     keep_going: Annotated[
         bool,
@@ -129,6 +136,11 @@ def reproduce(
     """Run every notebook whose result is not up to date, then print the verdicts."""
     profile = profile or default_profile()
     pipeline.say(f"profile {profile}")
+    how = dict(from_=from_, only=only, force=force, given=_values(given or []))
+    if dry_run:
+        for stage, why in pipeline.plan(profile, **how):
+            print(f"{stage.name:18} " + (f"runs: {why}" if why else "up to date"))
+        return 0
     summary.choose(profile)
     judged = False
 
@@ -137,11 +149,10 @@ def reproduce(
         judged, times = chosen[-1].judges, {}
         if todo:
             preflight(profile, force=force)
-            times = summary.estimated(profile, todo)
+            times = {} if given else summary.estimated(profile, todo)
         return times, summary.after(todo, times)
 
-    how = dict(from_=from_, only=only, force=force, keep_going=keep_going)
-    code = pipeline.run(profile, **how, start=start)
+    code = pipeline.run(profile, **how, keep_going=keep_going, start=start)
     if code == 0 or (code == pipeline.FAILED and keep_going):
         if judged:
             summary.print_verdicts(summary.saved_verdicts(profile))
@@ -149,6 +160,13 @@ def reproduce(
         summary.print_paths(profile)
         summary.larger(profile)
     return code
+
+
+def _values(given: list[str]) -> dict[str, str]:
+    pairs = [each.partition("=") for each in given]
+    if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
+        raise Refused(f"--set takes NAME=VALUE, such as PROBLEMS=20; this is {wrong[0]!r}")
+    return {name: value for name, _, value in pairs}
 
 
 @app.command(**_example("status --json"))
@@ -314,9 +332,8 @@ def verify(
     return int(differs)
 
 
-Compared = Annotated[
-    Path, Argument(metavar="RUN", help="a bundle, a folder of outputs, or a profile")
-]
+RUN = "a bundle, a folder of outputs, or a profile: what has run of it, else what is published"
+Compared = Annotated[str, Argument(metavar="RUN", help=RUN)]
 
 
 @app.command(**_example("diff laptop theirs.zip"))
@@ -327,12 +344,12 @@ def diff(one: Compared, other: Compared, as_json: Json = False) -> None:
     from kit.report import bundle, published
 
     with _in_one_sentence():  # a damaged bundle, a profile that there is not
-        runs = [bundle.read(run if run.exists() else run_dir(str(run))) for run in (one, other)]
+        runs = [bundle.read(published.place(run)) for run in (one, other)]
     parts = published.diff(*runs)
     if as_json:
         print(json.dumps(parts, indent=1))
         return
-    names = [str(one), str(other)]
+    names = [one, other]
     heads = {"numbers": ["claim", *names, "moved"], "verdicts": ["claim", *names]}
     heads["environment"] = ["what", *names]
     for part, rows in parts.items():
@@ -340,6 +357,25 @@ def diff(one: Compared, other: Compared, as_json: Json = False) -> None:
         if rows:
             wide = [34] * len(heads[part])
             print(tabulate(rows, heads[part], maxcolwidths=wide, disable_numparse=True))
+
+
+@app.command(**_example("compare quick laptop theirs.zip"))
+def compare(
+    runs: Annotated[list[str], Argument(metavar="RUN...", help=RUN)], as_json: Json = False
+) -> None:
+    """Put the measured claims of several runs side by side."""
+    from tabulate import tabulate
+
+    from kit.report import bundle, published
+
+    with _in_one_sentence():
+        rows = published.compare({run: bundle.read(published.place(run)) for run in runs})
+    heads = ["claim", *runs]
+    if as_json:
+        print(json.dumps([dict(zip(heads, row, strict=True)) for row in rows], indent=1))
+    else:
+        wide = [34] * len(heads)
+        print(tabulate(rows, heads, maxcolwidths=wide, disable_numparse=True))
 
 
 @app.command(**_example("publish laptop --again"))

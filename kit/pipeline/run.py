@@ -30,6 +30,7 @@ from kit.pipeline.stages import (
     read_profile,
     select,
     store_files,
+    with_values,
 )  # fmt: skip
 from kit.schema import digest
 
@@ -48,6 +49,7 @@ def run(
     only: str | None = None,
     force: bool = False,
     keep_going: bool = False,
+    given: Mapping[str, str] | None = None,
     start: Callable[[list[Stage], list[Stage]], tuple[Mapping, Callable]] = (
         lambda chosen, todo: ({}, lambda stage: None)
     ),
@@ -56,31 +58,24 @@ def run(
 
     0 when all asked for is fresh, 1 when a stage failed, 130 after Ctrl-C. With `keep_going` the
     stages after a failed one run too: they stand alone, but for the one that judges what there is
-    (`Stage.judges`). `start` is called once, with the chosen stages and those of them that are to
-    run, and returns what a stage may take, in seconds by name, and a function to call with each
-    stage that is done, and where `only` one is asked for also if it was. Raises Refused for what
-    the caller must change (profile, stage, a second run), OSError where the disk is full or a
-    folder cannot be written.
+    (`Stage.judges`). `given` are values of parameters for this run alone, see
+    `stages.with_values`; the next run without them finds these stages stale. `start` is called
+    once, with the chosen stages and those of them that are to run, and returns what a stage may
+    take, in seconds by name, and a function to call with each stage that is done, and where `only`
+    some are asked for also if it was. Raises Refused for what the caller must change (profile,
+    stage, a second run), OSError where the disk is full or a folder cannot be written.
     """
-    stages = load_stages(profile, notebooks_dir.resolve(), outputs_dir.resolve())
-    if os.environ.get("KIT_MODEL") and LARGER not in read_profile(profile, notebooks_dir):
-        raise Refused(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
-                      f"write the model into a profile of your own")  # fmt: skip
-    chosen, failed = select(stages, from_, only), []
-    forced = chosen if force else chosen[:1] if from_ else []
-
-    def is_fresh(stage: Stage) -> bool:
-        return stage not in forced and (
-            freshness(stage, stages[: stages.index(stage)])[0] == "fresh"
-        )
-
+    stages, chosen, why = _asked(
+        profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, given or {}
+    )
+    failed = []
     with _alone(outputs_dir.resolve() / profile):
-        todo = [stage for stage in chosen if not is_fresh(stage)]
+        todo = [stage for stage in chosen if why(stage)]
         expected, after = start(chosen, todo)
         for stage in chosen:
             earlier = stages[: stages.index(stage)]
             label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
-            if fresh := is_fresh(stage):  # again: one that ran since changes what 07 reads
+            if fresh := not why(stage):  # again: one that ran since changes what 07 reads
                 say(f"{label}  up to date")
             elif code := _run_stage(stage, earlier, label, expected.get(stage.name)):
                 failed.append(stage.name)
@@ -92,6 +87,47 @@ def run(
     if failed:
         say(f"failed: {', '.join(failed)}; the others went on without")
     return FAILED if failed else 0
+
+
+def plan(
+    profile: str,
+    *,
+    notebooks_dir: Path = NOTEBOOKS,
+    outputs_dir: Path = OUTPUTS,
+    from_: str | None = None,
+    only: str | None = None,
+    force: bool = False,
+    given: Mapping[str, str] | None = None,
+) -> list[tuple[Stage, str]]:
+    """The stages that `run` would look at, with why it would run them, "" where they are up to
+    date. Writes nothing; Refused as there."""
+    _, chosen, why = _asked(
+        profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, given or {}
+    )
+    planned: list[tuple[Stage, str]] = []
+    for stage in chosen:
+        after = stage.judges and any(reason for _, reason in planned)
+        planned.append((stage, why(stage) or "an earlier stage runs" * after))
+    return planned
+
+
+def _asked(
+    profile: str, notebooks_dir: Path, outputs_dir: Path, from_, only, force, given
+) -> tuple[list[Stage], list[Stage], Callable[[Stage], str]]:
+    """All stages, those asked for, and what says why one of them is to run, "" if it is not."""
+    stages = load_stages(profile, notebooks_dir, outputs_dir)
+    if os.environ.get("KIT_MODEL") and LARGER not in read_profile(profile, notebooks_dir):
+        raise Refused(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
+                      f"write the model into a profile of your own")  # fmt: skip
+    stages = with_values(stages, select(stages, from_, only), given)
+    chosen = select(stages, from_, only)
+    forced = chosen if force else chosen[:1] if from_ else []
+
+    def why(stage: Stage) -> str:
+        word, reason = freshness(stage, stages[: stages.index(stage)])
+        return "asked for again" if stage in forced else "" if word == "fresh" else reason
+
+    return stages, chosen, why
 
 
 def _run_stage(

@@ -10,7 +10,7 @@ do ends at once.
 import json
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -200,18 +200,51 @@ def choice(profile: str, larger: dict, outputs: Path = OUTPUTS) -> tuple[str, st
 
 
 def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Stage]:
-    """The stages that FROM= or ONLY= ask for, by number or name."""
+    """The stages that FROM= or ONLY= ask for, by number, name or the word in it; ONLY= takes
+    several, separated by spaces or commas, and they run in their order."""
     if from_ and only:
         raise Refused("FROM and ONLY exclude each other; give one")
-    wanted = from_ or only
-    if not wanted:
-        return stages
+    if only:
+        names = {_named(stages, wanted).name for wanted in only.replace(",", " ").split()}
+        return [stage for stage in stages if stage.name in names]
+    return stages[stages.index(_named(stages, from_)) :] if from_ else stages
+
+
+def _named(stages: list[Stage], wanted: str) -> Stage:
     hits = [stage for stage in stages if wanted.removesuffix(".ipynb") == stage.name]
     hits = hits or [stage for stage in stages if wanted.zfill(2) == stage.number]
+    hits = hits or [stage for stage in stages if wanted == stage.name.partition("_")[2]]
     if len(hits) != 1:
         many = "there are several stages" if hits else "there is no stage"
         raise Refused(f"{many} {wanted}; take one of: {', '.join(s.name for s in stages)}")
-    return hits if only else stages[stages.index(hits[0]) :]
+    return hits[0]
+
+
+def with_values(stages: list[Stage], chosen: list[Stage], values: Mapping[str, str]) -> list[Stage]:
+    """`stages` where those of them that are `chosen` and have a parameter run with another value
+    this time: TOML by name, as in a profile, or else a text."""
+    read = {name: _toml(text) for name, text in values.items()}
+    known = {name for stage in chosen for name in stage.defaults}
+    for name, value in read.items():
+        if name == "PROFILE" or name not in known:
+            raise Refused(f"no notebook that is asked for has the parameter {name} to be set; they "
+                          f"have: {', '.join(sorted(known - {'PROFILE'}))}")  # fmt: skip
+        defaults = [stage.defaults[name] for stage in chosen if name in stage.defaults]
+        if wrong := next(filter(None, (parameters.misfit(value, of) for of in defaults)), ""):
+            raise Refused(f"{name}, as it was set, {wrong}")
+    made = []
+    for stage in stages:
+        own = {name: value for name, value in read.items() if name in stage.defaults}
+        asked = stage.name in {each.name for each in chosen}
+        made.append(replace(stage, overrides=stage.overrides | own) if own and asked else stage)
+    return made
+
+
+def _toml(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:

@@ -11,14 +11,15 @@ again from the records and measurements of both.
 import io
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 from tabulate import tabulate
 
-from kit.paths import PUBLISHED, ROOT
+from kit import paths
+from kit.paths import PUBLISHED, ROOT, run_dir
 from kit.pipeline.provenance import write_text
 from kit.report import bundle, crate, readme, renewal
 from kit.report.bundle import RECORDS, VERDICTS, Run
@@ -104,6 +105,17 @@ def _replaced(place: Path) -> Iterator[Path]:
     shutil.rmtree(former, ignore_errors=True)
 
 
+def place(name: str) -> Path:
+    """Where the run lies that a person means: a bundle or folder, what has run here of a profile,
+    or else what is published of it."""
+    here, there = paths.OUTPUTS / name, PUBLISHED / name
+    if Path(name).exists():
+        return Path(name)
+    if there.is_dir() and not [*here.glob("results/*.json")]:
+        return there
+    return run_dir(name)
+
+
 def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
     """Where two runs differ: `numbers` of claims, `verdicts`, `environment`.
 
@@ -126,6 +138,21 @@ def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
         if left.get(key) != right.get(key)
     ]
     return {"numbers": numbers, "verdicts": words, "environment": changed}
+
+
+def compare(runs: Mapping[str, Run]) -> list[list[str]]:
+    """A row for each claim that one of `runs`, by name, measured: the claim, and of each run what
+    it measured, with its interval and verdict, or why it did not."""
+    claims = dict.fromkeys(claim for run in runs.values() for claim, row in run.verdicts.items()
+                           if row["measured"])  # fmt: skip
+    return [[claim, *(_told(run.verdicts.get(claim)) for run in runs.values())] for claim in claims]
+
+
+def _told(row: dict | None) -> str:
+    if row is None:
+        return "no such claim"
+    word = row["verdict"] or row.get("on", "")
+    return f"{_shown(row)}: {word}" if row["measured"] else word
 
 
 def _shown(row: dict) -> str:

@@ -256,10 +256,40 @@ def test_from_only_and_force(project, capsys):
     assert trace(project)[2:] == ["02_second"]
 
 
+def test_several_goals_a_value_for_once_and_a_plan(project, capsys):
+    where = {"notebooks_dir": project / "notebooks", "outputs_dir": project / "outputs"}
+
+    def planned(**how) -> dict[str, str]:
+        return {stage.name: why for stage, why in pipeline.plan("tour", **where, **how)}
+
+    assert planned(only="2,first") == {"01_first": "", "02_second": ""}
+    assert [*planned(only="second")] == ["02_second"]
+    once = {"SIZE": "3"}
+    assert planned(given=once) == {"01_first": "its parameters changed",
+                                   "02_second": "an earlier stage runs"}  # fmt: skip
+    assert planned(from_="02") == {"02_second": "asked for again"}
+    assert trace(project) == []  # a plan runs nothing
+    assert run(project, only="02 01", given=once) == 0
+    assert trace(project) == ["01_first", "02_second"]
+    done = json.loads((project / "outputs/tour/results/01_first.json").read_text())
+    assert done["size"] == 3
+    stamp = nbformat.read(project / "outputs/tour/notebooks/01_first.ipynb", 4).metadata["kit"]
+    assert stamp["parameters"]["SIZE"] == 3 and stamp["parameters"]["SEED"] == 7
+    assert planned()["01_first"] == "its parameters changed"  # to what they are without it
+    for given, words in (({"SIZE": "ten"}, "SIZE, as it was set, is 'ten', a text"),
+                         ({"SPEED": "1"}, "has the parameter SPEED to be set; they have: BATCH, "),
+                         ({"PROFILE": "big"}, "parameter PROFILE to be set")):  # fmt: skip
+        with pytest.raises(Refused, match=words):
+            run(project, given=given)
+    with pytest.raises(Refused, match="parameter LIMIT to be set"):
+        run(project, only="01", given={"LIMIT": "2"})
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"only": "09"}, ["no stage 09", "01_first, 02_second"]),
+        ({"only": "01 09"}, ["no stage 09", "01_first, 02_second"]),
         ({"from_": "x"}, ["no stage x"]),
         ({"from_": "01", "only": "02"}, ["exclude each other"]),
         ({"profile": "huge"}, ["no profile 'huge'", "tour"]),

@@ -223,6 +223,28 @@ def test_a_run_is_held_against_the_published_one(tmp_path, capsys):
     assert "1 moved beyond noise" in said and "  rbslm-format-accuracy: " in said
 
 
+def test_runs_stand_side_by_side_and_a_profile_is_the_published_one_where_it_has_not_run(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(reference, "PUBLISHED", tmp_path / "published")
+    into = reference.publish("laptop", tmp_path / "published") if ran("laptop") else None
+    other = ran("workstation", seed=1, gain=-0.2)
+    assert reference.place("laptop") == tmp_path / "laptop"
+    shutil.rmtree(tmp_path / "laptop")
+    (tmp_path / "laptop").mkdir()  # a run that has measured the machine and nothing else
+    assert reference.place("laptop") == into and reference.place(str(other)) == other
+    assert reference.place("quick") == tmp_path / "quick"
+    assert cli.main(["diff", "laptop", "workstation"]) == 0
+    assert "numbers: 1 differ" in capsys.readouterr().out
+    assert cli.main(["compare", "laptop", "workstation", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    published = bundle.read(into).verdicts[row["claim"]]
+    assert row["claim"] == "rbslm-format-accuracy"
+    assert row["laptop"].startswith(published["measured"]) and row["laptop"] != row["workstation"]
+    assert row["laptop"].endswith(": " + published["verdict"])
+    assert cli.main(["compare", "laptop", "quick"]) == 2 and "no bundle" in capsys.readouterr().err
+
+
 def test_what_ran_in_another_dtype_is_said_to():
     runs = []
     for marks in ({"model": "tiny ab torch.float32"}, {"dtype": "bfloat16"}, {"dtype": "float32"}):
