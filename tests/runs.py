@@ -103,7 +103,8 @@ def _run(profile: str, seed: int, gain: float, commit: str) -> Path:
         executed(folder, stage, profile, commit)
         done = {"inputs": {}, "wall_seconds": 1.0, "peak_memory_bytes": 1} | TIMES
         provenance.write_json(folder / "status" / f"{stage}.json", done)
-    html.write(profile, frame, verdicts, tables.audits(published), exhibits.load_results(profile))
+    records = {"01_baseline": frame}
+    html.write(profile, records, verdicts, tables.audits(published), exhibits.load_results(profile))
     latex.write(profile)
     return folder
 

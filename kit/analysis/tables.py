@@ -226,14 +226,15 @@ def audits(claims: list[Claim]) -> pd.DataFrame:
     rows = []
     for claim in claims:
         found = audit(claim)
-        row = {key: getattr(claim, key) for key in ("system", "statement", "source", "grade")}
+        own = ("system", "statement", "source", "link", "grade")
+        row = {key: getattr(claim, key) for key in own}
         row |= {"claim": claim.id, "published": as_published(claim), "reading": found.reading}
         if found.interval:
             row |= {key: getattr(found.interval, key) for key in ("estimate", "low", "high")}
         row |= {"p": found.p, "n_needed": found.n_needed}
         rows.append(row | {"rule": claim.rule, "notebook": claim.notebook})
     columns = ["claim", "system", "statement", "published", "estimate", "low", "high", "p"]
-    columns += ["n_needed", "reading", "source", "grade", "rule", "notebook"]
+    columns += ["n_needed", "reading", "source", "link", "grade", "rule", "notebook"]
     numbers = dict.fromkeys(["estimate", "low", "high", "p"], float) | {"n_needed": "Int64"}
     return pd.DataFrame(rows, columns=columns).astype(numbers)
 

@@ -266,6 +266,20 @@ def measured_table(
     return pd.DataFrame(rows, columns=COLUMNS).astype({"n": "Int64"})
 
 
+def counted(rows: Iterable[Mapping]) -> str:
+    """How many claims of `measured_table` were judged, how, and why not the others: a sentence or
+    two."""
+    rows = [*rows]
+    words = Counter(row["verdict"] for row in rows if row["verdict"])
+    others = Counter(row["on"] for row in rows if not row["verdict"])
+    said, left = (
+        ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
+                  for word, n in of.most_common()) for of in (words, others)
+    )  # fmt: skip
+    head = f"Of {len(rows)} published claims {words.total() or 'none'} got a verdict here"
+    return f"{head}{': ' * bool(said)}{said}." + f" Without one: {left}." * bool(left)
+
+
 def as_published(claim: Claim) -> str:
     """The published number as a table shows it."""
     if claim.value is None:

@@ -1,16 +1,15 @@
 """The report: one self-contained HTML page about one profile's run.
 
 Turns what notebook 07 has at hand into plain texts and pictures; the words and the looks of the
-page are in report.html.j2. The page loads nothing, runs one script, which sorts tables
-(report.js), and names no person, host or folder of this machine. No statistics here: every number
-comes from `kit.analysis.tables` or the verdicts.
+page are in report.html.j2. The page loads nothing, runs one script, which sorts and filters
+(report.js), and names no person, host or folder of this machine; it links to papers and their code.
+No statistics here: every number comes from `kit.analysis.tables` or the verdicts.
 """
 
 import base64
 import hashlib
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -20,15 +19,15 @@ from markupsafe import Markup
 
 from kit.analysis import plots, tables
 from kit.analysis.claims import NOTEBOOKS
-from kit.analysis.verdicts import CLASSES, NEEDS, RULES, UNMEASURED, WORDS, headline
+from kit.analysis.verdicts import CLASSES, NEEDS, RULES, UNMEASURED, WORDS, counted, headline
 from kit.paths import ROOT, run_dir
 from kit.pipeline import provenance, stages
 from kit.pipeline.provenance import GIB
-from kit.report import exhibits
+from kit.report import exhibits, guide, samples
 from kit.report.exhibits import Table
 
 TEMPLATE = "report.html.j2"
-SCRIPT = Path(__file__).with_name("report.js")  # sorts tables; allowed by its hash alone
+SCRIPT = Path(__file__).with_name("report.js")  # allowed by its hash alone
 CONTROL, ARM = "plain", "format"  # the baseline's two prompts, in the order of the columns
 ORDER = [*CLASSES, UNMEASURED]
 PICTURE = re.compile(r'(src="data:[^"]*")')
@@ -36,7 +35,7 @@ PICTURE = re.compile(r'(src="data:[^"]*")')
 
 def write(
     profile: str,
-    records: pd.DataFrame,
+    records: Mapping[str, pd.DataFrame],
     verdicts: pd.DataFrame,
     audits: pd.DataFrame,
     results: dict[str, dict],
@@ -47,8 +46,8 @@ def write(
 ) -> Path:
     """Write outputs/<profile>/report.html, whole or not at all, and return its path.
 
-    `records` are those of the baseline and may be empty; `verdicts` is `measured_table`
-    and `audits` is `tables.audits` of the same claims; `results` is `exhibits.load_results`.
+    `records` are those of each stage, by its name; `verdicts` is `measured_table` and `audits` is
+    `tables.audits` of the same claims; `results` is `exhibits.load_results`.
     Of a run judged again, by `kit.report.verify`: `folder` is where it lies, `made_by` its
     provenance in place of that of here and now, `again` what differs and what was taken as it is.
     """
@@ -56,43 +55,53 @@ def write(
     every = [replace(each, profile=profile, folder=folder)
              for each in stages.load_stages(stages.TOUR)]  # fmt: skip
     rows = _verdict_rows(verdicts, audits, every, results)
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template(TEMPLATE)
+    baseline = records.get("01_baseline", pd.DataFrame())
+    baselines = [_baseline(name, of_model) for name, of_model in _by_model(baseline)]
     script = SCRIPT.read_text(encoding="utf-8")
     measured = [row for row in rows if row["measured"] and row["verdict"]]
     others = {}
     for row in rows:
         if row not in measured:
             others.setdefault(row["on"], []).append(row)
-    page = template.render(
+    page = _template().render(
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        filters=[*dict.fromkeys((row["word"], row["slug"]) for row in measured)],
+        filters={key: sorted({row[key] for row in rows}) for key in ("system", "on", "verdict")},
+        glance=guide.glance(rows, results, baselines),
+        samples=_samples(records, folder),
         profile=profile,
         again=again,
         left=stages.incomplete([each for each in every if _wanting(each)]),
         total=len(rows),
-        headline=headline(rows, audits, tables.models(records)),
+        headline=headline(rows, audits, tables.models(baseline)),
         classes=_used(CLASSES, rows, "on"),
         words=_used(WORDS, rows, "verdict"),
         measured=measured,
         others=others,
-        baselines=[_baseline(name, of_model) for name, of_model in _by_model(records)],
-        systems=_systems(folder, every),
+        baselines=baselines,
+        reading=guide.READING,
+        baseline_of=next(guide.told(each.notebook) for each in every if each.number == "01"),
+        systems=_systems(folder, every, rows),
         audit=_audit(audits),
         effects=_picture(plots.published_effects(audits)),
-        facts=_facts(made_by or provenance.collect(), records, results),
+        facts=_facts(made_by or provenance.collect(), baseline, results),
         stages=_stages(every, results),
         commands=[(stage.name, _command(stage)) for stage in every],
     )
     path = folder / "report.html"
     provenance.write_text(path, _outside_pictures(page, provenance.scrubber(ROOT, folder.parent)))
     return path
+
+
+def _template() -> jinja2.Template:
+    """Of the page, which escapes what it is given."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(TEMPLATE)
 
 
 def _used(meanings: dict[str, str], rows: list[dict], key: str) -> list[tuple[str, str]]:
@@ -128,7 +137,7 @@ def _verdict_rows(
     executed = {stage.name for stage in every if stage.executed.is_file()}
     failed = {stage.name: f"{stage.name} failed: {stage.failure}" for stage in every
               if stage.state == "failed"}  # fmt: skip
-    about = audits[["claim", "statement", "source", "grade", "rule", "notebook"]]
+    about = audits[["claim", "statement", "source", "link", "grade", "rule", "notebook"]]
     rows = verdicts.merge(about, on="claim", validate="one_to_one").to_dict("records")
     for row in rows:
         row["word"] = row["verdict"] or row["on"]
@@ -188,21 +197,30 @@ def _family_table(arm: str, table: pd.DataFrame) -> Table:
     return Table(caption, [*texts.columns], texts.to_numpy().tolist())
 
 
-def _systems(folder: Path, every: list[stages.Stage]) -> list[dict]:
-    """What each notebook but the baseline's shows: title, figures, tables, command."""
+def _systems(folder: Path, every: list[stages.Stage], rows: list[dict]) -> list[dict]:
+    """What each notebook but the baseline's says and shows; of one that failed, why."""
     found = []
     for stage in every:
         shown = exhibits.load(folder / "exhibits" / stage.name)
-        if shown and stage.number != "01":
-            title = json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+        if (shown or stage.state == "failed") and stage.number != "01":
             pictures = [each for each in shown if isinstance(each, exhibits.Figure)]
-            found.append({
-                "id": stage.name, "title": "".join(title).splitlines()[0].partition("· ")[2],
+            mine = [row for row in rows if row["notebook"] == stage.name]
+            found.append(guide.told(stage.notebook) | {
+                "id": stage.name, "links": sorted({row["link"] for row in mine}),
+                "judged": counted(mine) if mine else "",
                 "figures": [(each, plots.image(each.file, each.alt)) for each in pictures],
                 "tables": [each for each in shown if isinstance(each, Table)],
                 "command": _command(stage), "failure": stage.failure,
             })  # fmt: skip
     return found
+
+
+def _samples(records: Mapping[str, pd.DataFrame], folder: Path) -> list[dict]:
+    """Some answers, with the strategies in their prompts where the run kept its banks."""
+    shelves = [each for each in exhibits.load(folder / "exhibits" / "02_strategies")
+               if each.caption == samples.BANKS]  # fmt: skip
+    banks = pd.DataFrame(shelves[0].rows, columns=shelves[0].columns) if shelves else None
+    return samples.choose(records, banks)
 
 
 def _audit(audits: pd.DataFrame) -> Table:

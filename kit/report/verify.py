@@ -133,10 +133,9 @@ def write_report(checked: Checked) -> Path | None:
                for stage, of in run.stamps.items() if of}  # fmt: skip
     every_commit = "; ".join(f"{stage} {commit}" for stage, commit in commits.items())
     made_by = stamp | {"commit": every_commit, "dirty": False}
-    records = run.records.get("01_baseline", run.every.iloc[:0])
     audits, again = tables.audits(run.published), (checked.wrong, checked.left)
     try:
-        return html.write(stamp["profile"], records, verdicts, audits, run.results,
+        return html.write(stamp["profile"], run.records, verdicts, audits, run.results,
                             folder=folder, made_by=made_by, again=again)  # fmt: skip
     except KeyError as error:
         raise Damaged(f"its notebooks or status files do not say {error}") from error

@@ -1,0 +1,123 @@
+"""What the report tells a reader who knows none of the papers: what each notebook asked, what came
+out and how sure that is, and how each figure is read.
+
+What a system is and what was asked is the text of its notebook, so that both say the
+same. What came out is worked out from results and verdicts.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from kit.analysis import claims, tables
+from kit.analysis.verdicts import ON_MODELS
+
+ASKED = {
+    "01_baseline": "How many problems does the small model solve with no memory at all?",
+    "02_strategies": "Do strategies, learnt from solved problems and retrieved into the prompt, "
+    "raise accuracy?",
+    "03_dms": "How much of its key-value cache may a model forget before it says something else?",
+    "04_phase2": "Does training a model on its own correct answers make it solve more?",
+    "05_parametric": "Does a model know more when it fetches weights that fit the question?",
+    "06_memory_budget": "Which way to spend the next byte of memory buys the most accuracy?",
+}
+READING = {  # how a figure is read, by its caption
+    "Accuracy without memory, by family and level": "Each row is a kind of problem at one "
+    "difficulty, each colour a prompt; the bar is the 95% interval of the share solved. Where two "
+    "bars of a row overlap widely, the prompts are not told apart.",
+    "Retrieved strategies minus each control": "Each row is another way to fill the prompt. A "
+    "point right of zero says that retrieved strategies solved more than it; an interval that "
+    "crosses zero says that the difference may be chance.",
+    "KL to full attention against what is kept": "Lower is better: KL is how far the model's next "
+    "words move when part of its cache is forgotten. Every policy keeps the share of tokens at "
+    "which its point stands, so points one above the other had equal memory.",
+    "Accuracy against KV reads": "Reads are how often entries of the cache were looked at, which "
+    "stands for time and memory traffic. A point on the black line solves more than every "
+    "cheaper one.",
+    "Compounding, with and without the bank": "Each round trains on what was solved in the one "
+    "before. A line that rises says that what was learnt helped to learn more.",
+    "By how often a fact was told": "Facts are grouped by how often they stood in the text that "
+    "the memory was trained on. If memory helps where knowledge is rare, its lead grows to the "
+    "side of rare facts.",
+    "Recall by how often a fact was told": "Facts are grouped by how often they stood in the text "
+    "that the memory was trained on; the first group was never told. If memory helps where "
+    "knowledge is rare, its lead is largest among facts told a few times.",
+    "Accuracy against bytes read": "How many bytes of memory a question reads, and what that buys. "
+    "Up and to the left is better.",
+    "Accuracy against bytes, weights shared": "Each point is one way to spend memory: bits of "
+    "weights, the cache, tokens of an answer, votes. The line joins those that nothing smaller "
+    "beats; faint points are on it only by the luck of the problems.",
+    "Published differences with the 95% interval that their own counts allow": "Each row is a "
+    "difference that a paper reports; the bar is how far its own number of problems lets it vary. "
+    "Where the bar crosses zero, the paper's own counts cannot tell the gain from none.",
+    "Five memories on one axis of bytes": "The same solved problems, kept in five places. The line "
+    "joins the best accuracy for its bytes; faint points are on it by luck.",
+}
+HELD, NOT_HELD = (
+    "The interval excludes zero: a difference is shown",
+    ("Zero lies in the interval: no difference is shown"),
+)
+
+
+def glance(rows: Sequence[Mapping], results: Mapping[str, Mapping], baselines: list) -> list[dict]:
+    """One row per notebook that left results: what was asked, found, and how sure that is.
+
+    `rows` are verdicts with their `statement` and `notebook`, the most definite first; `baselines`
+    what the report says of the model without memory.
+    """
+    made = []
+    for stage in [stage for stage in ASKED if stage in results or stage == "01_baseline"]:
+        found, sure = _contrast(stage, results) or _claimed(stage, rows)
+        if stage == "01_baseline" and baselines:
+            base = baselines[0]
+            found = f"{base['name']} solves {{estimate:.1f}}% [{{low:.1f}}, {{high:.1f}}]".format(
+                **base["accuracy"]
+            )
+            sure = f"{base['problems']:,} problems; other problems would give another share"
+        if found:
+            made.append({"stage": stage, "asked": ASKED[stage], "found": found, "sure": sure})
+    return made
+
+
+def _contrast(stage: str, results: Mapping[str, Mapping]) -> tuple[str, str] | None:
+    """The difference that the stage declared beforehand."""
+    own = claims.primary().get(stage)
+    for row in results.get(stage, {}).get("contrasts", ()):
+        if own and row["arm"] == own["arm"] and row["control"] == own["control"]:
+            shown = tables.cell_text("difference", tuple(row["difference"]))
+            found = f"{row['arm']} against {row['control']}: {shown} points of accuracy"
+            low, high = row["difference"][1:]
+            sure = f"{NOT_HELD if low <= 0 <= high else HELD}, on {row['problems']:,} problems"
+            if row.get("equal finish"):
+                equal = tables.cell_text("difference", tuple(row["equal finish"]))
+                sure += f"; over the answers that both ended, {equal}"
+            return found, sure
+    return None
+
+
+def _claimed(stage: str, rows: Sequence[Mapping]) -> tuple[str, str]:
+    """The most definite of its claims that a model was measured for."""
+    for row in rows:
+        if row["notebook"] == stage and row["measured"] and row["on"] in ON_MODELS:
+            said = f"{row['measured']} [{row['interval']}]" if row["interval"] else row["measured"]
+            return f"{row['statement']} Measured: {said}", f"{row['verdict']}: {row['reason']}"
+    return "", ""
+
+
+def told(notebook: Path) -> dict[str, str | Markup]:
+    """The title of a notebook, its `idea` and its `question`, the last two as HTML."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    head, _, idea = texts[0].partition("\n")
+    question = next((text for text in texts if text.startswith("## Question")), "")
+    return {"title": head.partition("· ")[2], "idea": _html(idea),
+            "question": _html(question.partition("\n")[2])}  # fmt: skip
+
+
+def _html(markdown: str) -> Markup:
+    from nbconvert.filters.markdown import markdown2html  # half a second
+
+    return Markup(re.sub(r"<(/?)h\d[^>]*>", r"<\1p>", markdown2html(markdown)))
