@@ -53,6 +53,7 @@ endif
 	$(INSTALL) --no-deps --require-hashes -r requirements.lock
 	$(INSTALL) torch==2.13.0
 	@$(PY) -c 'import os, site; open(site.getsitepackages()[0] + "/kit.pth", "w").write(os.getcwd())'
+	$(PY) -m ipykernel install --sys-prefix --name kit --display-name "Python (kit)"
 	$(PY) -m kit fetch
 	@touch $@
 
@@ -97,8 +98,11 @@ rehearse: env cluster ## what takes minutes: the workstation profile on toys, Ra
 bundle: env ## pack a run into outputs/PROFILE/bundle.zip, to attach to a paper
 	@$(PY) -m kit bundle $(if $(PROFILE),--profile $(PROFILE))
 
-lab: env ## open JupyterLab on the notebooks
-	$(PREFIX)/bin/jupyter lab notebooks
+LAB := outputs/lab
+lab: env ## open JupyterLab on copies of the notebooks, which stay in outputs/lab with what you change
+	@mkdir -p "$(LAB)"; for book in notebooks/*.ipynb; do \
+	  [ -e "$(LAB)/$${book##*/}" ] || cp "$$book" "$(LAB)"; done
+	$(PREFIX)/bin/jupyter lab --ServerApp.root_dir=. "$(LAB)/00_tour.ipynb"
 
 bench: env ## run the benchmarks (ONLY=name for one), write outputs/bench.json
 	@$(PY) -m tests.bench $(ONLY)

@@ -32,7 +32,8 @@ def highlighted(function: Callable) -> dict[str, str]:
     from pygments.lexers import PythonLexer
 
     source = inspect.getsource(function)
-    html = highlight(source, PythonLexer(), HtmlFormatter(noclasses=True))
+    formatter = HtmlFormatter(noclasses=True, prestyles="font-family: monospace")
+    html = highlight(source, PythonLexer(), formatter)
     return {"text/html": html, "text/plain": source}
 
 

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -172,7 +173,7 @@ def make(folder: Path, tools: dict[str, str], *arguments: str) -> subprocess.Com
     `tools`."""
     path = folder / "bin"
     path.mkdir(parents=True)
-    for name in ("bash", "awk", "env", "mkdir", "chmod", "cat", "touch"):
+    for name in ("bash", "awk", "env", "mkdir", "chmod", "cat", "touch", "cp"):
         (path / name).symlink_to(shutil.which(name))
     for name, script in tools.items():
         (path / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -238,6 +239,33 @@ def test_make_env_says_when_it_cannot_compile(tmp_path):
     done = make(tmp_path / "a", {"python3": lacks}, "env")
     assert done.returncode == 2 and "a C compiler and Python's headers" in done.stdout
     assert "pip install" not in done.stdout
+
+
+def test_make_lab_opens_copies_and_keeps_those_that_were_changed(tmp_path):
+    (folder := tmp_path / "a path with spaces").mkdir()
+    for name in ("notebooks", "outputs/lab", ".venv/bin"):
+        (folder / name).mkdir(parents=True)
+    for name in ("00_tour", "01_baseline"):
+        (folder / "notebooks" / f"{name}.ipynb").write_text("as shipped")
+    changed = folder / "outputs" / "lab" / "01_baseline.ipynb"
+    changed.write_text("a parameter changed")
+    jupyter = folder / ".venv" / "bin" / "jupyter"
+    jupyter.write_text('#!/bin/bash\necho "jupyter $*" >> said\n')
+    jupyter.chmod(0o755)
+    done = make(folder, {"python3": RUNS}, "lab")
+    assert done.returncode == 0, done.stderr
+    assert changed.read_text() == "a parameter changed"
+    assert (folder / "outputs" / "lab" / "00_tour.ipynb").read_text() == "as shipped"
+    last = (folder / "said").read_text().splitlines()[-1]
+    assert last == "jupyter lab --ServerApp.root_dir=. outputs/lab/00_tour.ipynb"
+    assert "ipykernel install --sys-prefix --name kit" in (folder / "said").read_text()
+
+
+def test_an_editor_finds_the_environment_and_the_folder_of_the_notebooks():
+    settings = json.loads((ROOT / ".vscode" / "settings.json").read_text())
+    assert settings["python.defaultInterpreterPath"] == "${workspaceFolder}/.venv/bin/python"
+    box = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert box["image"].rsplit(":", 1)[1] in PYTHONS and box["postCreateCommand"] == "make env"
 
 
 def test_make_warns_of_a_variable_that_nothing_reads(tmp_path):

@@ -34,6 +34,7 @@ from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.kv_quantization import ITERATIONS
 from kit.models import quantization
 from kit.models.load import Model, collect
+from kit.pipeline import progress
 from kit.schema import Generation, Prompt, Sampling, digest
 
 ASK, WAIT = "\nAnswer:", " Wait,"  # what forces an answer, and what stands in the place of a stop
@@ -140,7 +141,7 @@ def generate(
     samples: int,
     temperature: float = 0.6,
     batch_size: int = 64,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] | None = None,
     bank: object | None = None,
     load_evictor: LoadEvictor | None = None,
 ) -> pd.DataFrame:
@@ -158,7 +159,7 @@ def generate(
         store, [(*pair, job.prompt.problem) for job in jobs for pair in keys[job.key]]
     )
     todo = [job for job in jobs if not stored.issuperset(key for key, _ in keys[job.key])]
-    done = 0
+    done, report = 0, report or progress.in_place()
 
     def commit(ended: list[tuple[Job, Generation]]) -> None:
         nonlocal done
@@ -292,7 +293,7 @@ def sweep(
     prompts: dict[bool, Sequence[Prompt]],
     store: Store,
     samples: int,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] | None = None,
     failed: dict[Run, str] | None = None,
     **how,
 ) -> Swept:
@@ -301,9 +302,10 @@ def sweep(
     if samples < max(grid.widths):
         raise ValueError(f"{samples} samples do not make a vote of {max(grid.widths)}")
     tables, outcomes, keys, failed = [], [], [], dict(failed or {})
+    tell = report or print  # what failed stays to be read
     for run in grid.runs:
         if run in failed:
-            report(f"{run.name}: {failed[run]}")
+            tell(f"{run.name}: {failed[run]}")
             continue
         try:
             records = generate(
@@ -311,7 +313,7 @@ def sweep(
             )
         except NO_ROOM as error:
             failed[run] = f"{OUT}: {error}"
-            report(f"{run.name}: {failed[run]}")
+            tell(f"{run.name}: {failed[run]}")
             continue
         table, solved = scenarios(base, run, grid, records, how.get("batch_size", 64))
         tables.append(table)

@@ -22,6 +22,7 @@ from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model
+from kit.pipeline import progress
 from kit.schema import Generation, Problem, Prompt, Record, Sampling, digest
 
 COMMIT_S = 20.0  # each commit is a file, and many files make each later commit slower
@@ -105,11 +106,13 @@ def evaluate(
     store: Store,
     samples: int = 1,
     batch_size: int = 64,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] | None = None,
     memory: Memory = Memory(),  # noqa: B008 (frozen)
 ) -> pandas.DataFrame:
     """Records of all samples of all prompts; computes only those that `store` lacks. Text that is
-    stored under another version of the grader is only graded."""
+    stored under another version of the grader is only graded. `report` takes lines of progress,
+    `progress.in_place` where it is None."""
+    report = report or progress.in_place()
     jobs = plan(model, prompts, sampling, samples, memory)
     stored = known(store, [(job.key, job.generation_key, job.prompt.problem) for job in jobs])
     todo = [job for job in jobs if job.key not in stored]

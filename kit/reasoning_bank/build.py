@@ -30,6 +30,7 @@ from kit.evaluation.store import Store
 from kit.inference.decode import DECODE_VERSION
 from kit.models.embedder import Embedder
 from kit.models.load import load
+from kit.pipeline import progress
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.dspy_backend import Engine, Lines, chat_messages, language_model
 from kit.reasoning_bank.programs import ITEMS, Extractor, SelfJudge, Solve, fault, shown
@@ -103,7 +104,7 @@ def fill_bank(
     problems: Sequence[Problem],
     store: Store,
     config: BankBuildConfig = BankBuildConfig(),  # noqa: B008 (frozen)
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] | None = None,
     teacher: Teacher | None = None,
 ) -> pandas.DataFrame:
     """Fill `bank` from `problems`; returns the graded records of the attempts.
@@ -111,7 +112,7 @@ def fill_bank(
     `engine` solves, `teacher` judges and extracts, by default the same. The column `judged` is
     True, False, or None where there was no verdict: such an attempt teaches nothing.
     """
-    frames, teacher = [], teacher or engine
+    frames, teacher, report = [], teacher or engine, report or progress.in_place()
     groups = [problems[i : i + config.group] for i in range(0, len(problems), config.group)]
     if "start" not in bank.tags():
         bank.tag("start")
