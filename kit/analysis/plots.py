@@ -8,6 +8,7 @@ readable letters.
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -101,6 +102,52 @@ def image(file: Path, alt: str) -> Markup:
 def _image(data: bytes, alt: str) -> str:
     data = base64.b64encode(data).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def flow(steps: Sequence[str], back: str = "") -> Picture:
+    """The steps of a method as boxes from left to right, joined by arrows; `back` names what an
+    arrow from the last box carries to the first."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        picture = Picture(figsize=(WIDTH * 1.3, 1.1 + 0.3 * bool(back)), layout="constrained")
+        axes = picture.subplots()
+        axes.set(xlim=(-0.5, len(steps) - 0.5), ylim=(-1.1 if back else -0.5, 0.5))
+        axes.axis("off")
+        frame = {"boxstyle": "round,pad=0.4", "facecolor": "#DCEEFB", "edgecolor": SERIES[0][0]}
+        for at, step in enumerate(steps):
+            axes.text(at, 0, step, ha="center", va="center", fontsize=7.5, bbox=frame)
+        arrow = {"arrowstyle": "->", "color": "black", "linewidth": 1}
+        for at in range(len(steps) - 1):
+            axes.annotate("", (at + 0.62, 0), (at + 0.38, 0), arrowprops=arrow)
+        if back:
+            bent = arrow | {"connectionstyle": "arc3,rad=-0.12"}
+            axes.annotate("", (0, -0.4), (len(steps) - 1, -0.4), arrowprops=bent)
+            axes.text((len(steps) - 1) / 2, -1.05, back, ha="center", va="bottom", fontsize=7.5)
+    words = ", then ".join(step.replace("\n", " ") for step in steps)
+    picture.alt = f"{words}{f'; back to the first: {back}' if back else ''}."
+    return picture
+
+
+def cache_growth(prompt: int, new: int) -> Picture:
+    """How the cache of one answer grows: the entries that stand behind each of its `new` tokens.
+
+    The first comes from the `prompt` alone. The last step is the peak; the area is all reads.
+    """
+    steps = np.arange(1, new + 1)
+    live = prompt + steps - 1
+    with matplotlib.rc_context(STYLE):
+        picture = Picture(figsize=(WIDTH, 2.2), layout="constrained")
+        axes = picture.subplots()
+        axes.fill_between(steps, live, step="mid", color=SERIES[0][0], alpha=0.25, linewidth=0)
+        axes.step(steps, live, where="mid", color=SERIES[0][0], linewidth=1.2)
+        axes.axhline(prompt, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("tokens of the answer")
+        axes.set_ylabel("entries in the cache")
+        axes.set_ylim(0, None)
+    picture.alt = (
+        f"A prompt of {prompt} tokens and an answer of {new}: the cache grows to {live[-1]} "
+        f"entries, and {live.sum():,} are read in all."
+    )
+    return picture
 
 
 def accuracy_by_family(tables: dict[str, pd.DataFrame]) -> Picture:

@@ -237,3 +237,19 @@ def test_training_curves_have_a_band_over_seeds_and_only_panels_with_numbers():
     assert list(first.get_lines()[0].get_ydata()) == [2, 4, 6] and first.get_title() == "reward"
     ends = first.collections[0].get_paths()[0].get_extents()
     assert (ends.ymin, ends.ymax) == (1, 9) and second.get_title() == "KL"
+
+
+def test_the_growing_cache_peaks_at_all_tokens_and_reads_each_at_every_step():
+    picture = plots.cache_growth(10, 4)
+    assert "grows to 13 entries, and 46 are read" in picture.alt  # 10 + 11 + 12 + 13
+    assert list(picture.axes[0].lines[0].get_ydata()) == [10, 11, 12, 13]
+    FigureCanvasAgg(picture).draw()
+
+
+def test_the_steps_of_a_method_stand_in_boxes_joined_by_arrows():
+    picture = plots.flow(["solve", "judge\nit", "keep"], back="next problem")
+    assert picture.alt == "solve, then judge it, then keep; back to the first: next problem."
+    texts = [text.get_text() for text in picture.axes[0].texts]
+    assert [text for text in texts if text] == ["solve", "judge\nit", "keep", "next problem"]
+    assert sum(not text for text in texts) == 3  # arrows, with the one back
+    FigureCanvasAgg(picture).draw()
