@@ -6,6 +6,7 @@ Policies are compared at equal live tokens, the delay window of DMS included.
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy
@@ -15,7 +16,7 @@ import torch
 from kit.dms import distillation
 from kit.inference.decode import DECODE_VERSION, slots_attached
 from kit.inference.kv_cache import SlotCache
-from kit.inference.policies import Full
+from kit.inference.policies import DMS, Full
 from kit.models.load import Model, check_head, twin
 from kit.paths import atomic
 from kit.schema import digest
@@ -96,6 +97,28 @@ def cached_teacher_forced_kl(
         with atomic(file) as part:
             frame.to_parquet(part)
     return pandas.read_parquet(file)
+
+
+def at_equal_live_tokens(
+    folder: Path, model: Model, ids: torch.Tensor, evictors: Mapping, rivals: Iterable, prompt: int
+) -> dict[tuple[str, float], pandas.DataFrame]:
+    """`cached_teacher_forced_kl` of the full cache, of each evictor, by its compression, and of
+    each kind of policy in `rivals` with as many live tokens as that evictor took, rounded up.
+
+    By policy and compression; the full cache has compression 1.
+    """
+
+    def fed(policy: Full) -> pandas.DataFrame:
+        return cached_teacher_forced_kl(folder, model, ids, policy, prompt)
+
+    frames = {("full", 1): fed(Full())}
+    for compression, evictor in evictors.items():
+        frames["dms", compression] = fed(DMS(evictor))
+        live = frames["dms", compression]["live_tokens"].mean()
+        for kind in rivals:
+            rival = match_live_tokens(kind(kept_tokens=8), live, prompt, ids.shape[1])
+            frames[kind.__name__.lower(), compression] = fed(rival)
+    return frames
 
 
 @torch.inference_mode()

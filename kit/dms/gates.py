@@ -93,6 +93,17 @@ def hidden(weights, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
     return out.last_hidden_state
 
 
+def attention_weights(log_keep: torch.Tensor, window: int) -> torch.Tensor:
+    """What each query of one head attends to under gates `log_keep` [T], all scores being equal:
+    [T, T]."""
+    length = len(log_keep)
+    equal = torch.zeros(1, 1, length, 1)
+    keys_told_apart = torch.eye(length)[None, None]
+    return evicting_attention(
+        equal, equal, keys_told_apart, log_keep.float()[None, None], window, 1.0
+    )[0, 0]
+
+
 @torch.inference_mode()
 def measure(
     model: Model, evictor: Evictor, ids: torch.Tensor, teacher: Model | None = None, batch: int = 4

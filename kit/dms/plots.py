@@ -42,6 +42,25 @@ def training(history: list[dict], title: str = "") -> Picture:
     return picture
 
 
+def gate_mechanism(weights: dict[str, np.ndarray]) -> Picture:
+    """What each token attends to, one panel per kind of eviction; `weights` are [T, T], of
+    `kit.dms.gates.attention_weights`."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        picture = Picture(figsize=(WIDTH, 2.5), layout="constrained")
+        panels = picture.subplots(1, len(weights), sharey=True, squeeze=False)[0]
+        for axes, (name, matrix) in zip(panels, weights.items()):
+            axes.imshow(np.asarray(matrix) > 0, cmap="Blues", vmin=0, vmax=1.4)
+            axes.set_title(name, fontsize=9)
+            axes.set_xlabel("key of token")
+            axes.set_xticks(range(0, len(matrix), 2))
+            axes.set_yticks(range(0, len(matrix), 2))
+            axes.tick_params(labelsize=7)
+        panels[0].set_ylabel("query of token")
+    seen = [f"{name} {int((np.asarray(matrix) > 0).sum())}" for name, matrix in weights.items()]
+    picture.alt = f"Which keys each query reads; entries read in all: {', '.join(seen)}."
+    return picture
+
+
 def kept_heatmap(kept: list[list], length: int) -> Picture:
     """Share of the tokens kept, per layer and KV head; `kept` is what `SlotCache.kept` gives."""
     share = np.array([[len(head) / length for head in layer] for layer in kept])

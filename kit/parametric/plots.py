@@ -49,6 +49,35 @@ def cluster_map(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:
     return picture
 
 
+def fetched_path(sizes: Sequence[int], branching: int, path: Sequence[int]) -> Picture:
+    """A bank as a tree of blocks, those on `path` filled: what one question fetches. `sizes` are
+    the units of a block by level, `path` its node at each level."""
+    with matplotlib.rc_context(STYLE):
+        picture = Picture(figsize=(WIDTH, 0.5 + 0.55 * len(sizes)), layout="constrained")
+        axes = picture.subplots()
+        for level in range(len(sizes)):
+            nodes = branching ** (level + 1)
+            for node in range(nodes):
+                on = node == path[level]
+                box = ((node + 0.05) / nodes, len(sizes) - 1 - level), 0.9 / nodes, 0.8
+                colour = SERIES[0][0] if on else "#D5D8DD"
+                axes.add_patch(Rectangle(*box, facecolor=colour, edgecolor="white"))
+        axes.set(xlim=(0, 1), ylim=(-0.1, len(sizes)))
+        names = [f"level {level}: {units} units" for level, units in enumerate(sizes, 1)]
+        axes.set_yticks(np.arange(len(sizes))[::-1] + 0.4, names)
+        axes.tick_params(length=0)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        for side in axes.spines.values():
+            side.set_visible(False)
+    blocks = sum(branching ** (level + 1) for level in range(len(sizes)))
+    picture.alt = (
+        f"Of {blocks} blocks one on each of {len(sizes)} levels is fetched: nodes "
+        f"{', '.join(map(str, path))}, with {', '.join(map(str, sizes))} units a layer."
+    )
+    return picture
+
+
 def accuracy_by_frequency(table: pd.DataFrame, buckets: Sequence[str]) -> Picture:
     """Accuracy by training frequency, one line per arm; `table` has `arm` and (estimate, low, high)
     for each of the `buckets` in which anything was asked."""

@@ -39,6 +39,29 @@ def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:
     return picture
 
 
+def group(rewards: Sequence[float], advantages: Sequence[float]) -> Picture:
+    """Rewards of the answers of one group, with their mean, and the advantages that come of it."""
+    at = np.arange(1, len(rewards) + 1)
+    with matplotlib.rc_context(STYLE):
+        picture = Picture(figsize=(WIDTH, 2.2), layout="constrained")
+        left, right = picture.subplots(1, 2)
+        left.bar(at, rewards, color=SERIES[0][0])
+        left.axhline(np.mean(rewards), color="black", linewidth=0.8, linestyle=":")
+        left.set_ylabel("reward")
+        right.bar(at, advantages, color=[SERIES[2 if a > 0 else 1][0] for a in advantages])
+        right.axhline(0, color="black", linewidth=0.8)
+        right.set_ylabel("advantage")
+        for axes in (left, right):
+            axes.set_xlabel("answer")
+            axes.set_xticks(at)
+    more, less = sum(a > 0 for a in advantages), sum(a < 0 for a in advantages)
+    picture.alt = (
+        f"{len(rewards)} answers of mean reward {np.mean(rewards):.2f}: {more} are made more "
+        f"likely, {less} less."
+    )
+    return picture
+
+
 def checkpoints(logs: pd.DataFrame) -> Picture:
     """Accuracy of published checkpoints with 95% intervals; `logs` is
     `kit.training.checkpoint_selection.open_rs_logs`."""

@@ -20,12 +20,21 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
+
 from kit.data.prompts import FORM
 from kit.evaluation import grader
 from kit.schema import Grade, Problem
 
 CORRECT, WRONG = (0.5, 1.0), (-0.5, 0.0)  # range of the cosine reward, as published
 SYMBOLS = {"GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "PLANCK", "OHM", "MICRO"}
+
+
+def advantages(rewards: Sequence[float]) -> np.ndarray:
+    """What GRPO makes of the rewards of one group: how much better each answer is than the group,
+    in standard deviations (https://arxiv.org/abs/2402.03300, Section 4.1; 1e-4 as in TRL)."""
+    rewards = np.asarray(rewards, dtype=float)
+    return (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
 
 
 def accuracy(completions: Sequence, gold: Sequence[str], asks=None, **_) -> list[float]:

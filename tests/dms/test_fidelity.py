@@ -42,6 +42,19 @@ def test_matched_policies_take_as_much_memory_and_hardly_more(kind, live):
     assert (live <= found).all() and (found < live + 1.1).all()
 
 
+def test_rivals_are_compared_at_the_live_tokens_that_each_evictor_took(tmp_path):
+    model, ids = toy("qwen3"), tokens(2, 40)
+    evictors = {2: drawn(model, logit_offset=-9.0), 4: drawn(model)}
+    kinds = [policies.Window, policies.H2O]
+    frames = fidelity.at_equal_live_tokens(tmp_path, model, ids, evictors, kinds, prompt=10)
+    assert [*frames] == [("full", 1), *((n, x) for x in (2, 4) for n in ("dms", "window", "h2o"))]
+    for x in evictors:
+        live = [frames[name, x]["live_tokens"].mean() for name in ("dms", "window", "h2o")]
+        assert all(live[0] <= rival < live[0] + 1.1 for rival in live[1:])
+    alone = fidelity.teacher_forced_kl(model, ids, policies.DMS(evictors[4]), 10)
+    assert frames["dms", 4].equals(alone)
+
+
 def test_kept_is_what_a_window_keeps():
     found = fidelity.kept_positions(
         toy(), tokens(1, 30)[0], policies.Window(kept_tokens=8), prompt=10

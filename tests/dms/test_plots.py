@@ -71,3 +71,14 @@ def test_the_frontier_is_named_in_l_w_cr():
     )
     assert picture.alt.endswith("64-1-1x, 64-2-4x.")
     FigureCanvasAgg(picture).draw()
+
+
+def test_the_mechanism_shows_which_keys_a_query_reads():
+    seen = np.tril(np.ones((4, 4)))
+    later = seen.copy()
+    later[3, 1] = 0
+    picture = plots.gate_mechanism({"full": seen, "evicted": later})
+    first, second = (axes.images[0].get_array() for axes in picture.axes)
+    assert first[3, 1] and not second[3, 1] and second[2, 1] and not second[0, 3]
+    assert picture.alt.endswith("full 10, evicted 9.")
+    FigureCanvasAgg(picture).draw()

@@ -117,3 +117,9 @@ def test_repetition_and_overlong_are_small_negative_numbers():
     assert rewards.repetition([[1, 2, 1, 2, 1, 2], [1, 2, 3, 4], [1]]) == [-0.5, 0, 0]
     lengths = [[0] * n for n in (10, 80, 90, 100, 300)]
     assert rewards.overlong(lengths, longest=100) == [0, 0, -0.5, -1, -1]
+
+
+def test_advantages_sum_to_zero_and_are_none_where_all_rewards_are_equal():
+    made = rewards.advantages([1, 0, 0, 1])  # mean 1/2, standard deviation 1/sqrt(3)
+    assert made == pytest.approx([0.5 / (3**-0.5 + 1e-4) * s for s in (1, -1, -1, 1)])
+    assert rewards.advantages([0.3] * 4) == pytest.approx([0.0] * 4, abs=1e-9)
