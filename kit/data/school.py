@@ -6,6 +6,7 @@ too. Level 3 has word problems with a sentence that does not matter. The levels 
 models solve, see LOG.md. `generated` draws, checks and freezes the suite.
 """
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from math import comb, lcm
@@ -22,10 +23,14 @@ Family = Callable[[Random, int], Made]  # of a level from 1 to 3
 
 
 def draw(family: str, level: int, r: Random) -> tuple[str, str, str]:
-    """A question, the same without the sentence that does not matter, and its answer."""
-    core, answer = FAMILIES[family](r, level)
-    worded = level == LEVELS and family != "equations"
-    return _beside_the_point(r, core) if worded else core, core, str(answer)
+    """A question, the same without the sentence that does not matter, and its answer, which is not
+    0 and not a number of the question: neither an echo nor "nothing" is ever right."""
+    while True:
+        core, answer = FAMILIES[family](r, level)
+        worded = level == LEVELS and family != "equations"
+        text = _beside_the_point(r, core) if worded else core
+        if answer and str(abs(answer)) not in re.findall(r"[\d/]+", text):
+            return text, core, str(answer)
 
 
 def _beside_the_point(r: Random, text: str) -> str:
@@ -48,7 +53,10 @@ def shopping(r: Random, level: int) -> Made:
     who, (one, other) = r.choice(NAMES), r.sample(THINGS, 2)
     off, fee = r.choice((10, 15, 20, 25, 30, 35, 40)), r.randint(6, 40)
     if level == 1:
-        a, p = 4 * r.randint(3, 14), 5 * r.randint(4, 29)
+        while True:
+            a, p = r.randint(13, 68), r.randint(23, 149)
+            if a * p * off % 100 == 0 and p % 10:
+                break
         text = r.choice([
             f"{who} orders {a} {one} at ${p} each. The price of the order is reduced by {off}%, "
             f"and then ${fee} is added for delivery. How many dollars does {who} pay?",
@@ -87,8 +95,8 @@ def sharing(r: Random, level: int) -> Made:
     """Full bags; seats that stay empty; parts of a sum that are tied to each other."""
     who, thing = r.choice(NAMES), r.choice(THINGS)
     if level == 1:
-        a, n, k = r.randint(6, 24), r.randint(8, 36), r.randint(5, 14)
-        gone = r.randint(10, 40)
+        a, n, k = r.randint(13, 47), r.randint(23, 86), r.randint(13, 29)
+        gone = r.randint(110, 240)
         text = r.choice([
             f"{who} unpacks {a} boxes with {n} {thing} in each. {gone} of the {thing} are "
             f"broken and thrown away, and the others are put into bags of {k}. How many bags "
@@ -120,15 +128,18 @@ def sharing(r: Random, level: int) -> Made:
 
 
 def equations(r: Random, level: int) -> Made:
-    """One unknown: in one bracket; in two; in two on both sides."""
+    """One unknown: in two brackets; in two on both sides; in a bracket that is taken away."""
     x = r.choice([-1, 1]) * r.randint(2, 25)
     a, c = r.sample(range(2, 13), 2)
-    b, d = r.randint(2, 19), r.randint(2, 19)
+    b, d, e, f = (r.randint(2, top) for top in (19, 19, 9, 9))
     if level == 1:
-        return _solve(r, f"{a}(x - {b}) = {c}x {_signed(a * (x - b) - c * x)}"), x
-    if level == 2:
         return _solve(r, f"{a}(x - {b}) + {c}(x + {d}) = {a * (x - b) + c * (x + d)}"), x
-    return _solve(r, f"{a}(x - {b}) = {c}(x + {d}) {_signed(a * (x - b) - c * (x + d))}"), x
+    if level == 2:
+        return _solve(r, f"{a}(x - {b}) = {c}(x + {d}) {_signed(a * (x - b) - c * (x + d))}"), x
+    if a + c * e == f:
+        return equations(r, level)
+    rest = a * (x - b) - c * (d - e * x) - f * x
+    return _solve(r, f"{a}(x - {b}) - {c}({d} - {e}x) = {f}x {_signed(rest)}"), x
 
 
 def _signed(value: int) -> str:
@@ -149,8 +160,8 @@ def systems(r: Random, level: int) -> Made:
     who, other = r.sample(NAMES, 2)
     one, two = r.sample(THINGS, 2)
     if level == 1:
-        p, q = r.sample(range(2, 12), 2)
-        a, b = r.randint(11, 60), r.randint(11, 60)
+        p, q = r.sample(range(7, 38), 2)
+        a, b = r.randint(41, 260), r.randint(41, 260)
         text = r.choice([
             f"{a + b} tickets are sold, to adults for ${p} and to children for ${q}, and "
             f"${a * p + b * q} is taken. How many of the tickets are for adults?",
@@ -210,20 +221,11 @@ def fractions(r: Random, level: int) -> Made:
 
 
 def percentages(r: Random, level: int) -> Made:
-    """Up and down again; back from the reduced price; shares of shares."""
+    """Back from the reduced price; shares of shares; a mixture that is made thinner."""
     who, thing = r.choice(NAMES), r.choice(THINGS)
-    p, q = (r.choice(range(10, 70, 10)) for _ in range(2))
     if level == 1:
-        n = 100 * r.randint(2, 60)
-        text = r.choice([
-            f"A painting is worth ${n}. Its value rises by {p}% in the first year and falls by "
-            f"{q}% in the second. What is it worth then, in dollars?",
-            f"A village of {n} people grows by {p}% in a decade, and in the next decade the "
-            f"number of people falls by {q}%. How many people live there after that?",
-        ])  # fmt: skip
-        return text, n * (100 + p) * (100 - q) // 10_000
-    if level == 2:
-        n = 100 * r.randint(2, 30)
+        p, q = (r.choice(range(5, 70, 5)) for _ in range(2))
+        n = 400 * r.randint(2, 30)
         now = n * (100 - p) * (100 - q) // 10_000
         text = r.choice([
             f"The price of a machine was lowered by {p}%, and some weeks later the new price "
@@ -232,16 +234,29 @@ def percentages(r: Random, level: int) -> Made:
             f"many dollars was the prize?",
         ])  # fmt: skip
         return text, n
-    n = 500 * r.randint(2, 12)
-    a, b, c = (r.choice(range(10, 90, 10)) for _ in range(3))
+    if level == 2:
+        n = 500 * r.randint(2, 12)
+        a, b, c = (r.choice(range(10, 90, 10)) for _ in range(3))
+        text = r.choice([
+            f"A school has {n} pupils, and {a}% of them are girls. Of the girls {b}% play an "
+            f"instrument, and of the other pupils {c}% do. How many pupils play no instrument?",
+            f"A shop stocks {n} {thing}, of which {a}% are red. {b}% of the red ones and {c}% of "
+            f"the others are sold. How many {thing} are not sold?",
+        ])  # fmt: skip
+        red = n * a // 100
+        return text, n - red * b // 100 - (n - red) * c // 100
+    while True:
+        a, b, c = r.randint(2, 30), r.randint(2, 30), r.randint(2, 20)
+        p, q = 5 * r.randint(2, 12), 5 * r.randint(2, 12)
+        if p != q and (a * p + b * q) % (a + b + c) == 0:
+            break
     text = r.choice([
-        f"A school has {n} pupils, and {a}% of them are girls. Of the girls {b}% play an "
-        f"instrument, and of the other pupils {c}% do. How many pupils play no instrument?",
-        f"A shop stocks {n} {thing}, of which {a}% are red. {b}% of the red ones and {c}% of "
-        f"the others are sold. How many {thing} are not sold?",
+        f"{who} mixes {a} litres of a juice that is {p}% sugar with {b} litres of one that is "
+        f"{q}% sugar, and pours in {c} litres of water. How many percent of the mixture are sugar?",
+        f"A cook pours {a} litres of vinegar with {p}% acid, {b} litres of vinegar with {q}% acid "
+        f"and {c} litres of water together. What percentage of the whole is acid?",
     ])  # fmt: skip
-    red = n * a // 100
-    return text, n - red * b // 100 - (n - red) * c // 100
+    return text, (a * p + b * q) // (a + b + c)
 
 
 def geometry(r: Random, level: int) -> Made:
@@ -354,19 +369,11 @@ def rates(r: Random, level: int) -> Made:
 
 
 def sequences(r: Random, level: int) -> Made:
-    """A sum; a sum from the first and the last term; a term from two others."""
+    """A sum from the first and the last term; a term from two others; a sum from two terms."""
     who = r.choice(NAMES)
-    a, d, n = r.randint(5, 60), r.randint(2, 9), r.randint(6, 30)
     if level == 1:
-        text = r.choice([
-            f"The first row of a theatre has {a} seats, and every row has {d} seats more than "
-            f"the row before it. There are {n} rows. How many seats are there?",
-            f"{who} runs {a} minutes on the first day and {d} minutes more on each day than on "
-            f"the day before. How many minutes does {who} run in {n} days altogether?",
-        ])  # fmt: skip
-        return text, n * a + d * n * (n - 1) // 2
-    last = a + d * (n - 1)
-    if level == 2:
+        a, d, n = r.randint(31, 190), r.randint(3, 19), r.randint(23, 60)
+        last = a + d * (n - 1)
         text = r.choice([
             f"The rows of a theatre grow by the same number of seats from each to the next, from "
             f"{a} seats in the first to {last} in the last of {n} rows. How many seats are there?",
@@ -374,15 +381,28 @@ def sequences(r: Random, level: int) -> Made:
             f"on the first and ${last} on the last of {n} days. How many dollars are saved in all?",
         ])  # fmt: skip
         return text, n * (a + last) // 2
-    i, j, k = sorted(r.sample(range(3, 30), 3))
-    first, second, third = (a + d * (m - 1) for m in (i, j, k))
+    a, d, n = r.randint(5, 60), r.randint(2, 9), r.randint(6, 30)
+    last = a + d * (n - 1)
+    if level == 2:
+        i, j, k = sorted(r.sample(range(3, 30), 3))
+        first, second, third = (a + d * (m - 1) for m in (i, j, k))
+        text = r.choice([
+            f"Every row of a theatre has the same number of seats more than the row before it. Row "
+            f"{i} has {first} seats and row {j} has {second}. How many seats has row {k}?",
+            f"A plant of {who} grows by the same amount each day. On day {i} it is {first} mm "
+            f"high, and on day {j} it is {second} mm high. How many mm high is it on day {k}?",
+        ])  # fmt: skip
+        return text, third
+    i = r.randint(2, 5)
     text = r.choice([
-        f"Every row of a theatre has the same number of seats more than the row before it. Row "
-        f"{i} has {first} seats and row {j} has {second}. How many seats has row {k}?",
-        f"A plant of {who} grows by the same amount each day. On day {i} it is {first} mm high, "
-        f"and on day {j} it is {second} mm high. How many mm high is it on day {k}?",
+        f"Every row of a theatre has the same number of seats more than the row before it. The "
+        f"first row has {a} seats and row {i} has {a + d * (i - 1)}. How many seats are there in "
+        f"the first {n} rows together?",
+        f"{who} runs longer each day than the day before, always by the same time: {a} minutes on "
+        f"the first day, and on day {i} it is {a + d * (i - 1)} minutes. How many minutes does "
+        f"{who} run in the first {n} days altogether?",
     ])  # fmt: skip
-    return text, third
+    return text, n * (a + last) // 2
 
 
 FAMILIES: dict[str, Family] = {

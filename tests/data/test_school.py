@@ -113,11 +113,6 @@ def whole(text):
     return next(w for w in MANY if w - one * w - two * w == last)
 
 
-def up_and_down(n, p, q):
-    risen = n + Fraction(n * p, 100)
-    return risen - risen * q / 100
-
-
 def before(p, q, now):
     def twice(n):
         return (once := n - Fraction(n * p, 100)) - once * q / 100
@@ -130,6 +125,11 @@ def without(n, a, b, c):
     others = range(len(girls), n)
     with_one = {*girls[: len(girls) * b // 100], *others[: len(others) * c // 100]}
     return n - len(with_one)
+
+
+def thinner(a, p, b, q, c):
+    sugar = [Fraction(p, 100)] * a + [Fraction(q, 100)] * b + [Fraction(0)] * c
+    return 100 * sum(sugar) / len(sugar)
 
 
 def area(perimeter, d):
@@ -172,10 +172,6 @@ def met(apart, u, v):
     return next(u * Fraction(t, 2) for t in MANY if Fraction(t, 2) * (u + v) == apart)
 
 
-def steps(a, d, n):
-    return sum(range(a, a + d * n, d))
-
-
 def rows(a, last, n):
     return sum(range(a, last + 1, (last - a) // (n - 1)))
 
@@ -184,17 +180,21 @@ def term(i, x, j, y, k):
     return interpolate([(i, x), (j, y)], k)
 
 
+def up_to(a, i, x, n):
+    return sum(interpolate([(1, a), (i, x)], at) for at in range(1, n + 1))
+
+
 ORACLES = {  # of a level each: by all numbers of the text, or by the text
     "shopping": (reduced, reduced_both, some_free),
     "sharing": (full_bags, empty_seats, three_shares),
     "equations": (equation,) * 3,
     "systems": (tickets, one_price, ages),
     "fractions": (sum_of_parts, remains, whole),
-    "percentages": (up_and_down, before, without),
+    "percentages": (before, without, thinner),
     "geometry": (area, path, rise),
     "counting": (hands, juries, with_a_woman),
     "rates": (way_back, caught, met),
-    "sequences": (steps, rows, term),
+    "sequences": (rows, term, up_to),
 }
 BY_TEXT = (equation, one_price, sum_of_parts, remains, whole)
 
@@ -221,6 +221,8 @@ def test_answers_are_right_and_problems_differ(family, level):
     cores = {signature(BESIDE_THE_POINT.sub("", p.question)).numbers for p in made}
     assert len(cores) == len(made), "the same numbers in other words are the same problem"
     assert generated.guess_share(made) <= 0.25
+    for p in made:
+        assert p.answer.lstrip("-") not in ["0", *re.findall(r"[\d/]+", p.question)], p.question
     worded = {re.sub(r"\d+", "", p.question).strip(" +-") for p in made}
     assert len(worded) > 1 or (family, level) == ("fractions", 1)
 
