@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that other
 FEW, MANY = 4, 8  # rows at most, columns more, of a LaTeX table that is turned
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX = str.maketrans({sign: f"\\{sign}" for sign in "&%$#_{}"} | LATEX)
+LINE, BETWEEN, NARROW = 100, 3, 9  # characters of a line, between columns, of a heading at least
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)")
 ENDS = ("_low", "_high")  # of an interval, behind the name of its column
 FORMATS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
 
@@ -184,19 +187,56 @@ def as_table(caption: str, frame: pd.DataFrame) -> Table:
 
 
 def latex(table: Table) -> str:
-    """booktabs; few rows of many columns stand upright, or a column of text would not hold them."""
+    """booktabs tabulars, one below the other, each no wider than a page with its headings in lines;
+    numbers are for siunitx. Few rows of many columns stand upright."""
     rows, columns, words = table.rows, table.columns, table.words
     if len(rows) <= FEW and len(columns) > MANY:
         numbers = [i for i in range(len(columns)) if i not in words]
         columns = ["", *(" ".join(row[i] for i in words) for row in rows)]
         rows = [[table.columns[i], *(row[i] for row in rows)] for i in numbers]
         words = (0,)
-    frame = pd.DataFrame(rows, columns=range(len(columns)))
-    heads = dict(enumerate(columns))
-    shown = frame.style.hide(axis="index").format(escape="latex")
-    shown = shown.format_index(lambda at: escaped(heads[at]), axis="columns")
-    form = "".join("l" if number in words else "r" for number in heads)
-    return f"% {table.caption}\n{shown.to_latex(hrules=True, column_format=form)}"
+    heads, widths = {}, {}
+    for i, name in enumerate(columns):
+        longest = max((len(row[i]) for row in rows), default=0)
+        lines = textwrap.wrap(name, max(longest, NARROW), break_long_words=False)
+        heads[i] = escaped(name) if len(lines) < 2 else _stacked(lines, i in words)
+        widths[i] = max([longest, *map(len, lines)]) + BETWEEN
+    made = []
+    for part in _parts(widths, words):
+        cells = [[escaped(row[i]) if i in words else numeric(row[i]) for i in part] for row in rows]
+        frame = pd.DataFrame(cells, columns=range(len(part)))
+        shown = frame.style.hide(axis="index")
+        shown = shown.format_index(lambda at, part=part: heads[part[at]], axis="columns")
+        form = "".join("l" if number in words else "r" for number in part)
+        made.append(shown.to_latex(hrules=True, column_format=form))
+    return f"% {table.caption}\n" + "\\par\\medskip\n".join(made)
+
+
+def _stacked(lines: list[str], left: bool) -> str:
+    inside = r" \\ ".join(map(escaped, lines))
+    return f"\\shortstack[{'l' if left else 'r'}]{{{inside}}}"
+
+
+def _parts(widths: Mapping[int, int], words: tuple[int, ...]) -> list[list[int]]:
+    """Columns by tabular: those of words in each, the others as many as fit beside them."""
+    first = [i for i in widths if i in words]
+    parts, room = [[*first]], LINE - sum(widths[i] for i in first)
+    left = room
+    for i in (i for i in widths if i not in words):
+        if widths[i] > left and len(parts[-1]) > len(first):
+            parts, left = [*parts, [*first]], room
+        parts[-1].append(i)
+        left -= widths[i]
+    return [sorted(part) for part in parts]
+
+
+def numeric(text: str) -> str:
+    """`text` for LaTeX with each number of it for siunitx, which gives it a true minus sign."""
+    parts = NUMBER.split(text)
+    numbers = [f"\\num{{{found.replace(',', '')}}}" for found in NUMBER.findall(text)]
+    signs = {"<": "$<$", ">": "$>$"}
+    texts = ["".join(signs.get(sign, sign) for sign in escaped(part)) for part in parts]
+    return "".join(text + number for text, number in zip(texts, [*numbers, ""], strict=True))
 
 
 def escaped(text: str) -> str:

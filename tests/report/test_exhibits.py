@@ -65,9 +65,9 @@ def test_a_wide_table_of_few_rows_stands_upright_in_latex(tmp_path):
     wide = FRAME.assign(**{f"x{i}": [i, -i] for i in range(9)})
     exhibits.save(tmp_path / "x", {"Arms": wide}, {})
     text = (tmp_path / "x" / "arms.tex").read_text()
-    assert "\\begin{tabular}{lrr}" in text and " & plain & 100\\% \\&" in text
+    assert "\\begin{tabular}{lrr}" in text and " & plain & \\shortstack[r]{100\\% \\&" in text
     rows = [line for line in text.splitlines() if line.endswith("\\\\")]
-    assert len(rows) == 1 + 12 and rows[-1].startswith("x8 & 8 & -8")
+    assert len(rows) == 1 + 12 and rows[-1].startswith("x8 & \\num{8} & \\num{-8}")
     assert len(exhibits.load(tmp_path / "x")[0].rows) == 2  # the report shows it as it is
 
 
