@@ -33,6 +33,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -400,6 +401,34 @@ def as_on_the_cpu(here: Here, found: dict) -> str:
 
 
 @check(60)
+def batch_invariance(here: Here, found: dict) -> str:
+    """Sampled tokens of sequences one by one, and of as many as there are places at once."""
+    from kit.inference import decode
+    from kit.models.load import load
+    from kit.schema import Sampling
+
+    wrong, lengths = [], (9, 3) if here.dry else (40, 3, 61, 24, 10)
+    sampling = Sampling(4 if here.dry else 16, temperature=1.0, top_p=0.95)
+    requests = [
+        decode.Request(tuple(torch.randint(1, 250, (n,)).tolist()), f"p{i}")
+        for i, n in enumerate(lengths)
+    ]
+    models = {"llama, float32": load("random:llama", "float32", here.device)}
+    models["Qwen3-1.7B, 4 layers"] = random_model(here, num_hidden_layers=2 if here.dry else 4)
+    for name, model in models.items():
+        for kind, policy in small_policies(model).items():
+            how = dict(policy=moved(policy, here.device))
+            alone, together = (
+                [g.token_ids for g in decode.decode(model, requests, sampling, size, **how)]
+                for size in (1, 64)
+            )
+            found[f"{name}, {kind}"] = same = alone == together
+            wrong += [] if same else [f"{name} {kind}"]
+    assert not wrong, f"tokens depend on what stands beside them: {', '.join(wrong)}"
+    return f"{len(found)} cases say the same one by one and together"
+
+
+@check(60)
 def kernel_bandwidth(here: Here, found: dict) -> str:
     """Bytes of keys and values per second over what a copy moves; torch's SDPA, densely, beside."""
     from tests.bench import bench_kernels as bench
@@ -425,7 +454,8 @@ def kernel_bandwidth(here: Here, found: dict) -> str:
 
 @check(110)
 def decode_steps(here: Here, found: dict) -> str:
-    """A decode step of every policy and precision: time, launches, waits for the device."""
+    """A decode step of every policy and precision: time, launches, waits for the device; and of
+    few sequences of 32,768 tokens, where what is read decides."""
     from kit.dms import evictor
     from kit.inference import policies as p
     from kit.inference.kv_quantization import Quantized
@@ -443,8 +473,12 @@ def decode_steps(here: Here, found: dict) -> str:
         for bits in (8, 4):  # shorter: they take long
             row = step_costs(here, model, chosen[0], batch, length // 4, None, Quantized(bits))
             found[f"kv {bits}-bit, {batch} x {length // 4}"] = row
+    batch, length = (2, 48) if here.dry else (sequences(16, 32_768), 32_768)
+    for policy, live in ((chosen[0], length), (chosen[-1], length // 8)):
+        row = step_costs(here, model, policy, batch, length, live)
+        found[f"{policy.name}, {live} of {batch} x {length}"] = row
     rows = list(found.items())
-    short = rows[: len(rows) if here.dry else len(rows) // 2]
+    short = rows[: len(chosen) + 2]
     slow = [name for name, row in short if row["ms"] > 2 * short[0][1]["ms"]]
     if slow and not here.dry:
         found["poor"] = f"more than twice the time of the full cache: {', '.join(slow)}"
@@ -465,20 +499,25 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantized=No
     from torch.profiler import ProfilerActivity, profile
 
     from kit.inference import decode
-    from kit.inference.kv_cache import SlotCache
+    from kit.inference.cuda_graphs import StepGraphs
     from kit.inference.sampling import sample_tokens
     from kit.schema import Sampling
 
     here.clear()
     sampling, places, last = Sampling(8, 0.6, 0.95), [*range(batch)], [1] * batch
     uniform = torch.full((batch,), 0.3, dtype=torch.float64, device=model.device)
-    cache = SlotCache(model.weights, batch, policy, quantized=quantized)
-    cache.fill(batch, length, live)
+    cache = filled(model, policy, batch, length, live, quantized)
+    graphs = StepGraphs(model, cache, decode.STEP_ROWS[here.device])
 
     def step() -> None:
-        logits = decode._step(model, cache, places, last)
-        last[:] = sample_tokens(logits, sampling, uniform).tolist()
-        cache.attended.tolist(), cache.live_tokens().tolist()
+        if cache.steps_alone:
+            logits = graphs.step(places, last)
+        else:
+            logits = decode._step(model, cache, places, last)
+        told = [cache.told(), sample_tokens(logits, sampling, uniform).double()]
+        told = torch.cat(told).tolist()
+        cache.hear(told)
+        last[:] = map(int, told[-batch:])
 
     with torch.inference_mode(), decode.slots_attached(model), policy.attached(model.weights):
         seconds, row = here.seconds(step, 2 if quantized or here.dry else 5), {}
@@ -494,9 +533,24 @@ def step_costs(here: Here, model, policy, batch, length, live=None, quantized=No
                 "waits": sum(e.count for e in waited),
                 "gpu_busy": sum(e.self_device_time_total for e in events) / 1e6 / seconds,
             }
-    row |= dict(ms=1e3 * seconds, tokens_s=batch / seconds, peak_gb=here.peak_gb())
+    row |= dict(
+        ms=1e3 * seconds,
+        captured=bool(graphs.graphs),
+        tokens_s=batch / seconds,
+        peak_gb=here.peak_gb(),
+    )
     stored = float(cache.live_tokens().sum()) * cache.token_bytes
     return row | dict(cache_gb=cache.nbytes() / 1e9, live_gb=stored / 1e9)
+
+
+def filled(model, policy, batch: int, length: int, live: int | None, quantized=None):
+    """A cache of `batch` sequences of `length` random tokens, with room for 64 more of each."""
+    from kit.inference.kv_cache import SlotCache
+
+    cache = SlotCache(model.weights, batch, policy, quantized=quantized, tokens=length + 64)
+    cache.fill(batch, length, live)
+    cache.length = [length] * batch
+    return cache
 
 
 @check(60)
@@ -765,30 +819,50 @@ def real_weights(here: Here, found: dict) -> str:
     return f"{sum(same)} of {len(same)} answers as published; the evictor's KL is the CPU's"
 
 
-@check(40)
+@check(60)
 @torch.inference_mode()
 def cuda_graphs(here: Here, found: dict) -> str:
-    """The kernel, then the forward pass of a whole decode step, captured and replayed. Late, since
-    a capture that fails may spoil the device for this process."""
-    from tests.bench import bench_kernels as bench
-    from tests.inference import test_triton_attention as test_kernels
+    """Decode steps as graphs against the same steps launched one kernel after the other: logits to
+    the bit, and time. Late, since a capture that fails may spoil the device for this process."""
+    from kit.dms import evictor
+    from kit.inference import decode, policies
+    from kit.inference.cuda_graphs import StepGraphs
 
-    if not here.dry:
-        test_kernels.test_a_cuda_graph_sees_new_counts()
-    batch, length, live, window = (2, 48, 24, 8) if here.dry else (32, 4096, 1024, 512)
-    engine = bench.Slots(random_model(here), batch, length, live, window)
-    with engine.attached():
-        bench.step_seconds(engine)
-        found["eager_ms"] = 1e3 * bench.step_seconds(engine)
-        if here.dry:
-            raise Skipped("no CUDA graphs on a CPU")
-        engine.announce()
-        found["forward_ms"] = 1e3 * bench.step_seconds(engine, engine.forward)
-        found["graph_ms"] = 1e3 * bench.step_seconds(engine, bench.captured(engine))
-    return (
-        f"DMS, {batch} x {length}: a step takes {found['eager_ms']:.1f} ms, its forward pass "
-        f"{found['forward_ms']:.1f}, and as a graph {found['graph_ms']:.1f}"
+    if here.dry:
+        raise Skipped("no CUDA graphs on a CPU")
+    model, batch, length = random_model(here), 32, 4096
+    made = evictor.Evictor(model.weights, evictor.OFFICIAL, model.weights_hash)
+    for policy in (policies.Full(), policies.DMS(made.requires_grad_(False))):
+        logits, row = [], {}
+        for way in ("eager", "graph"):
+            here.clear()
+            torch.manual_seed(0)
+            cache = filled(model, policy, batch, length, length // 4)
+            graphs = StepGraphs(model, cache, decode.STEP_ROWS["cuda"])
+            graphs.graphs = {} if way == "graph" else None
+            step = partial(graphs.step, [*range(batch)])
+            with decode.slots_attached(model), policy.attached(model.weights):
+                logits.append(torch.stack([step([7 + n] * batch) for n in range(4)]))
+                row[f"{way}_ms"] = 1e3 * here.seconds(partial(step, [7] * batch))
+                row[f"{way}_kernels"] = kernels(partial(step, [7] * batch))
+        row["same"] = torch.equal(*logits)
+        found[policy.name] = row
+    assert all(row["same"] for row in found.values()), "a graph says other logits"
+    return f"{batch} x {length}, a quarter kept: " + ", ".join(
+        f"{name} {row['eager_ms']:.1f} ms, as a graph {row['graph_ms']:.1f}"
+        for name, row in found.items()
     )
+
+
+def kernels(call: Callable, most: int = 14) -> dict[str, list[float]]:
+    """The kernels of a call that take longest: how many launches, and milliseconds of all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+    return {e.key[:90]: [e.count, e.self_device_time_total / 1e3] for e in events[:most]}
 
 
 @check(150)

@@ -1,7 +1,8 @@
 """A pretended CUDA device: CPU tensors that say that they lie on cuda:0 and act like it.
 
 They refuse to meet CPU tensors and to become arrays, and every kernel launch and every wait of the
-host for the device is counted. So code that would fail or stall on a GPU does it here as well.
+host for the device is counted. So code that would fail or stall on a GPU does it here as well. A
+CUDA graph is a list of operators with the tensors that they were asked of; it refuses to wait.
 
     with simcuda.device() as seen:
         model = simcuda.moved(model)  # whose weights are on the CPU until then
@@ -162,7 +163,39 @@ class _Device(TorchDispatchMode):
 
     def __init__(self, seen: Seen):
         super().__init__()
-        self.seen = seen
+        self.seen, self.graph = seen, None
+
+    def capture(self, work):
+        """For kit.inference.cuda_graphs.capture. What `work` has written is undone, since a graph
+        does not run while it is captured."""
+        self.graph = graph = []
+        try:
+            out = work()
+        finally:
+            self.graph = None
+            for *_, written, before in reversed(graph):
+                for tensor, value in zip(written, before):
+                    tensor.copy_(value)
+
+        def replay() -> None:
+            self.seen.launches["graph"] += 1
+            for function, args, kwargs, made, *_ in graph:
+                again = function(*args, **kwargs)
+                for mine, new in zip(_tensors([made]), _tensors([again])):
+                    mine.copy_(new)
+
+        return replay, out
+
+    def call(self, function, args, kwargs, written=()):
+        """What an operation on inner tensors returns."""
+        if self.graph is None:
+            return function(*args, **kwargs)
+        before = [x.clone() for x in written]
+        made = function(*args, **kwargs)
+        returns = getattr(function, "_schema", None) and function._schema.returns
+        if not any(r.alias_info and not r.alias_info.is_write for r in returns or ()):  # no view
+            self.graph.append((function, args, kwargs, made, written, before))
+        return made
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function._schema.name.split("::")[1]
@@ -181,14 +214,22 @@ class _Device(TorchDispatchMode):
         kwargs = {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
         kwargs = {**kwargs, "device": torch.device("cpu")} if place else kwargs
         inner = {key: _mapped(_inner, value) for key, value in kwargs.items()}
-        out = function(*(_mapped(_inner, value) for value in args), **inner)
+        written = self._written(function, args, kwargs)
+        args_ = [_mapped(_inner, value) for value in args]
+        out = self.call(function, args_, inner, [*map(_inner, written)])
         if name == "copy_":
             return args[0]
-        if written := self._written(function, args, kwargs):
+        if written:
             return written[0] if len(written) == 1 else tuple(written)
         return out if leaves else _mapped(_outer, out)
 
     def _count(self, name: str, args, here: list, crosses: bool) -> None:
+        before = self.seen.waits.total()
+        self._count_one(name, args, crosses)
+        if self.graph is not None and self.seen.waits.total() > before:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+
+    def _count_one(self, name: str, args, crosses: bool) -> None:
         if crosses:
             self.seen.waits["copy from or to the host"] += 1
         elif name in INDEXED and any(_is_mask(x) for x in args[1]):
@@ -237,20 +278,23 @@ def _pad_sequence(rows, batch_first=False, padding_value=0.0, padding_side="righ
     return out if batch_first else out.transpose(0, 1)
 
 
-def _paged_attention(seen: Seen, query, keys, values, bias, table, count):
-    """What kernels.paged_attention says it returns, unit by unit; one launch."""
-    given = query, keys, values, bias, table, count
+def _paged_attention(device: _Device, *given):
+    """What kernels.paged_attention says it returns; one launch."""
+    query, _, _, _, table, count = given
     assert {x.device for x in given} == {CUDA}
     assert table.dtype == count.dtype == torch.int32 and query.dtype == torch.float32
-    query, keys, values, bias, table, count = map(_inner, given)
+    device.seen.launches["paged_attention"] += 1
+    return OnDevice(device.call(_unit_by_unit, [*map(_inner, given)], {}))
+
+
+def _unit_by_unit(query, keys, values, bias, table, count):
     out = torch.zeros_like(query)
     for unit, blocks in enumerate(count.tolist()):
         mine = table[unit, :blocks].long()
         k, v = (x[mine].transpose(0, 1).flatten(1, 2).float() for x in (keys, values))
         scores = query[unit] @ k.transpose(1, 2) + bias[mine].flatten()
-        out[unit] = scores.softmax(-1) @ v
-    seen.launches["paged_attention"] += 1
-    return OnDevice(out)
+        out[unit] = scores.softmax(-1) @ v if blocks else 0.0
+    return out
 
 
 def moved(model):
@@ -273,6 +317,7 @@ def device() -> Iterator[Seen]:
     """The device is there inside this block; what it is asked for."""
     module_to, tensor, generator = torch.nn.Module.to, torch.tensor, torch.Generator
     seen = Seen()
+    mode = _Device(seen)
 
     def made(data, *, dtype=None, device=None, **how):
         """torch.tensor, which in C++ wants a CUDA build."""
@@ -308,11 +353,12 @@ def device() -> Iterator[Seen]:
         mock.patch.object(torch.nn.Module, "to", to),
         mock.patch.object(torch.nn.utils.rnn, "pad_sequence", _pad_sequence),
         mock.patch(
-            "kit.inference.triton_attention.paged_attention", partial(_paged_attention, seen)
+            "kit.inference.triton_attention.paged_attention", partial(_paged_attention, mode)
         ),
+        mock.patch("kit.inference.cuda_graphs.capture", mode.capture),
     ]
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        stack.enter_context(_Device(seen))
+        stack.enter_context(mode)
         yield seen

@@ -30,7 +30,8 @@ class BlockTable:
     score:    [P, n, Z] importance of the token where the policy ranks tokens, else None
     owner:    [P, n] unit that owns the block; rank [P, n] index of the block in its unit
     blocks:   [P, U, M] the blocks of each unit; filled [P, U] its live tokens
-    used:     blocks in use, one number per plane
+    ends:     [P, 1] blocks in use; `used` the same on the host, one number per plane, which steps
+              of `allocate_token` with `active` leave for `hear`
     """
 
     def __init__(self, planes: int, units: int, block: int, device, score=None):
@@ -44,10 +45,11 @@ class BlockTable:
         self.owner, self.rank = empty(planes, 0), empty(planes, 0)
         self.blocks = empty(planes, units, 0)
         self.filled = torch.zeros(planes, units, dtype=torch.long, device=device)
+        self.ends = torch.zeros(planes, 1, dtype=torch.long, device=device)
         self.used = [0] * planes
         self.planes = torch.arange(planes, device=device).unsqueeze(1)  # [P, 1]
 
-    def _reserve(self, blocks: int, per_unit: int) -> None:
+    def reserve(self, blocks: int, per_unit: int) -> None:
         """Grow the arrays to hold `blocks` in a plane and `per_unit` blocks in a unit."""
 
         def widen(array: torch.Tensor, need: int) -> torch.Tensor:
@@ -65,10 +67,11 @@ class BlockTable:
     def _append(self, plane: torch.Tensor, unit: torch.Tensor, rank: torch.Tensor) -> None:
         """Append a new block to unit[k] of plane[k] at rank[k]; planes in ascending order."""
         fresh = torch.bincount(plane, minlength=len(self.used))
-        first = torch.tensor(self.used, device=self.device) - (fresh.cumsum(0) - fresh)
+        first = self.ends[:, 0] - (fresh.cumsum(0) - fresh)
+        self.ends += fresh.unsqueeze(1)
         block = first[plane] + torch.arange(len(plane), device=self.device)
         self.used = [used + more for used, more in zip(self.used, fresh.tolist())]
-        self._reserve(max(self.used), int(rank.max()) + 1)
+        self.reserve(max(self.used), int(rank.max()) + 1)
         self.owner[plane, block], self.rank[plane, block] = unit.int(), rank.int()
         self.blocks[plane, unit, rank] = block.int()
         self.position[plane, block], self.bias[plane, block] = -1, MASKED
@@ -89,21 +92,45 @@ class BlockTable:
         return slots
 
     def allocate_token(
-        self, units: torch.Tensor, ordinals: torch.Tensor, positions
+        self, units: torch.Tensor, ordinals: torch.Tensor, positions, active=None
     ) -> torch.Tensor:
         """Allocate one slot in every plane for the next token of each unit: flat slots [P, u].
 
         units [u]; ordinals [P, u]: below `filled` a token is replaced, at `filled` one is added;
-        positions [u].
+        positions [u]. With `active` [u] nothing waits for the device: there must be room, the last
+        block must be in nobody's use, and units that are not active get its slots.
         """
-        grows = ordinals == self.filled[:, units]
-        plane, row = (grows & (ordinals % self.block == 0)).nonzero(as_tuple=True)
-        if len(plane):
-            self._append(plane, units[row], ordinals[plane, row] // self.block)
+        grows, rank = ordinals == self.filled[:, units], ordinals // self.block
+        if active is None:
+            plane, row = (grows & (ordinals % self.block == 0)).nonzero(as_tuple=True)
+            if len(plane):
+                self._append(plane, units[row], rank[plane, row])
+        else:
+            grows &= active
+            self._append_active(units, grows & (ordinals % self.block == 0), rank, active)
         self.filled[:, units] += grows
         slots = self.slots(self.planes, units, ordinals)
         self._put(self.planes, slots, positions)
         return slots
+
+    def _append_active(self, units: torch.Tensor, fresh, rank: torch.Tensor, active) -> None:
+        """Append a block at rank [P, u] to each unit where `fresh` [P, u] is set, and write to the
+        others' what is there; units that are not `active` [u] get the last block."""
+        number = fresh.cumsum(1) + self.ends
+        last = torch.full_like(number, self.owner.shape[1] - 1)
+        old = torch.where(active, self.blocks[self.planes, units, rank].long(), last)
+        block = torch.where(fresh, number - 1, old)
+        self.ends.copy_(number[:, -1:])
+        self.blocks[self.planes, units, rank] = block.int()
+        self.owner[self.planes, block] = units.int().expand_as(block)
+        self.rank[self.planes, block] = rank.int()
+        for array, free in ((self.position, -1), (self.bias, MASKED)):
+            here = array[self.planes, block]
+            array[self.planes, block] = here.masked_fill_(fresh.unsqueeze(2), free)
+
+    def hear(self, ends: list[float]) -> None:
+        """Take over what `ends` says."""
+        self.used = [*map(int, ends)]
 
     def slots(self, plane, unit: torch.Tensor, ordinal: torch.Tensor) -> torch.Tensor:
         """Flat slots of live ordinals; the arguments broadcast."""
@@ -138,6 +165,7 @@ class BlockTable:
                     array[plane, to] = array[plane, source]
             self.blocks[plane, self.owner[plane, to], self.rank[plane, to]] = to.int()
             self.used[plane] = total
+            self.ends[plane] = total
             moves.append((to, source))
             if filled is not None:  # slots that are free again in blocks that stay
                 owner, rank = self.owner[plane, :total], self.rank[plane, :total, None]
@@ -161,18 +189,27 @@ def _ragged(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class StepIndex:
-    """Indices that one decode step needs of a table, computed once for all of its layers."""
+    """Indices that one decode step needs of a table, computed once for all of its layers.
 
-    def __init__(self, table: BlockTable, units: torch.Tensor, positions, slots: torch.Tensor):
+    With `width` the units are all of the table's, which have no more blocks each; nothing waits for
+    the device then, and only a kernel that takes as many blocks of a unit as `count` says may read
+    `blocks`.
+    """
+
+    def __init__(self, table: BlockTable, units: torch.Tensor, positions, slots, width=None):
         self.table, self.units, self.positions = table, units, positions  # [u] of the new tokens
         self.slots = slots  # [P, u] flat slots of the new tokens
+        count = -(-table.filled[:, units] // table.block)  # [P, u] blocks
+        self.count = count.int()
+        if width is not None:
+            self.blocks = table.blocks[:, :, :width]
+            return
         row_of = torch.zeros(table.filled.shape[1], dtype=torch.long, device=table.device)
         row_of[units] = torch.arange(len(units), device=table.device)
         self.row = row_of[table.owner]  # [P, n] row of this step that owns the block
-        count = -(-table.filled[:, units] // table.block)  # [P, u] blocks
-        self.count, self.longest = count.int(), count.amax(1).tolist()
+        self.longest = count.amax(1).tolist()
         # [P, u, M] blocks of each row, padded with `used`, the index of an empty partial result.
         blocks = table.blocks[:, units, : max(self.longest)]
         rank = torch.arange(blocks.shape[2], device=table.device)
-        empty = torch.tensor(table.used, dtype=torch.int32, device=table.device)[:, None, None]
+        empty = table.ends.int().unsqueeze(2)
         self.blocks = torch.where(rank < count.unsqueeze(2), blocks, empty)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from kit.inference import energy, prefix_sharing
 from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
+from kit.inference.cuda_graphs import StepGraphs
 from kit.inference.kv_cache import SlotCache
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Full
@@ -139,6 +140,7 @@ def decode(
     spent = _Spent(energy.joules())
     wider = bank.widened(model.weights, batch_size) if bank else None
     memory = wider.attached() if bank else nullcontext()
+    graphs = None if bank else StepGraphs(model, cache, STEP_ROWS[model.device.type])
     with slots_attached(model), policy.attached(model.weights), memory, _no_autocast(model):
         while waiting or running:
             places = _enter(cache, waiting, running, batch_size, sampling, forcing)
@@ -151,7 +153,11 @@ def decode(
                 logits = _admit(model, cache, running, places, reuse, after)
             else:
                 places = sorted(running)
-                logits = _step(model, cache, places, [running[p].new_ids[-1] for p in places])
+                last_ids = [running[p].new_ids[-1] for p in places]
+                if graphs and cache.steps_alone:
+                    logits = graphs.step(places, last_ids)
+                else:
+                    logits = _step(model, cache, places, last_ids)
             spent.tokens += len(places)
             for one in _advance(model, cache, running, places, logits, sampling, forcing, spent):
                 forced = tuple(one.answers.get(budget) for budget in forcing.budgets)
@@ -307,10 +313,11 @@ def _advance(model, cache, running, places, logits, sampling: Sampling, forcing,
     """
     steps = [running[p].uniform[len(running[p].new_ids)] for p in places]
     tokens = sample_tokens(logits, sampling, torch.tensor(steps, device=logits.device))
-    told = torch.cat([cache.attended, cache.live_tokens(), tokens.double()]).tolist()  # one wait
+    told = torch.cat([cache.told(), tokens.double()]).tolist()  # one wait
+    cache.hear(told)
     attended, live = told[: cache.capacity], told[cache.capacity :]
     over, left = [], []
-    for place, token in zip(places, map(int, told[2 * cache.capacity :])):
+    for place, token in zip(places, map(int, told[-len(places) :])):
         sequence = running[place]
         stopped = token in model.stop_ids and not sequence.forced_ids
         if stopped and sequence.waits and len(sequence.new_ids) < forcing.budgets[-1]:

@@ -78,16 +78,27 @@ class LayerGroup:
         heads = torch.arange(self.split, device=sequences.device)
         return (sequences.unsqueeze(1) * self.split + heads).flatten()
 
-    def announce(self, sequences: torch.Tensor, positions: torch.Tensor) -> None:
-        """Find slots for one token of each sequence [N] at `positions` [N]: sets `step`."""
+    def announce(self, sequences, positions, active=None, longest: int | None = None) -> None:
+        """Find slots for one token of each sequence [N] at `positions` [N]: sets `step`.
+
+        With `active` [N] nothing waits for the device: see `BlockTable.allocate_token`, and
+        `StepIndex` for sequences of at most `longest` tokens.
+        """
         units, each = self.units(sequences), positions.repeat_interleave(self.split)
         self.ordinals = self.rule.place(units, each)
-        slots = self.table.allocate_token(units, self.ordinals, each)
-        self.step = StepIndex(self.table, units, each, slots)
+        mask, width = active, None
+        if active is not None:
+            mask, width = active.repeat_interleave(self.split), self.width(longest)
+        slots = self.table.allocate_token(units, self.ordinals, each, mask)
+        self.step = StepIndex(self.table, units, each, slots, width)
+
+    def width(self, length: int) -> int:
+        """Blocks that a unit of so many tokens takes at most in a plane."""
+        return -(-self.rule.most(length) // self.table.block)
 
     def blocks(self, length: int) -> int:
         """Blocks that a sequence of so many tokens takes at most in a plane."""
-        return self.split * -(-self.rule.most(length) // self.table.block)
+        return self.split * self.width(length)
 
     def keep(self, layer: int, sequences: torch.Tensor, query, key, evicted) -> None:
         """Allocate slots for what one layer stores of a prompt, for each of `sequences` [N].
@@ -252,6 +263,7 @@ class SlotCache:
         self._spared: tuple[list, torch.Tensor] | None = None  # held sequences of this step, rows
         self._allocate()
         self._segments = self._evicted = self._prefix = None
+        self.places = torch.arange(capacity, device=self.device)
         self._stepped: list[int] = []  # sequences of the last step
         self.announced = None  # sequences of the announced tokens, and how many of each: [N], [N]
 
@@ -273,8 +285,11 @@ class SlotCache:
             least = [group.blocks(self.tokens) for group in self.layer_groups]
             self.limit = [max(one, int(share * all_)) for one, all_ in zip(least, need)]
             blocks = dict(zip(map(id, self.layer_groups), self.limit))
+        spare = self.device.type == "cuda"  # a last block that nobody uses, see step_active
         for group, pool in pairs:
-            pool.allocate(blocks[id(group)])
+            pool.allocate(blocks[id(group)] + spare)
+        for group in self.layer_groups if spare else ():
+            group.table.reserve(blocks[id(group)] + 1, group.width(self.tokens))
 
     def fits(self, prompts: list[int], sequences: list[int]) -> bool:
         """Whether `sequences` can go on, and prompts of these lengths be read beside them.
@@ -347,8 +362,48 @@ class SlotCache:
         if rows := [row for row, sequence in enumerate(sequences) if sequence in self._held]:
             held = [self._held[sequences[row]] for row in rows]
             self._spared = held, torch.tensor(rows, device=self.device)
-        self.attended = self.live_tokens()
+        self.attended.copy_(self.live_tokens())
         return positions.unsqueeze(0)
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether `step_active` may take the place of `step`: on a device that is not to be waited
+        for, where a kernel reads the blocks in place and no step has to be kept for `rewind`."""
+        plain = self.device.type == "cuda" and self.quantized is None and not self.policy.watches
+        return plain and not (
+            self._held and any(type(g.rule) is not Keep for g in self.layer_groups)
+        )
+
+    def step_active(self, active: torch.Tensor, longest: int) -> torch.Tensor:
+        """`step` for those of all sequences for which `active` [capacity] is set, none longer than
+        `longest` tokens afterwards: position ids [1, capacity].
+
+        Nothing waits for the device, no shape and no address depends on which sequences they are,
+        and `attend` gives the others anything. The host counts their `length` and calls `hear`.
+        """
+        self._segments, self._spared, self._stepped = None, None, []
+        self.announced = self.places, None
+        positions = self.next_position.clone()
+        for group in self.layer_groups:
+            group.announce(self.places, positions, active, longest)
+        self.next_position += active
+        self.attended.copy_(self.live_tokens())
+        return positions.unsqueeze(0)
+
+    def told(self) -> torch.Tensor:
+        """What the host is to know after a step, for `hear`: `attended`, the live tokens of each
+        sequence, and the blocks in use of each plane, in float64."""
+        ends = [group.table.ends.flatten().double() for group in self.layer_groups]
+        return torch.cat([self.attended, self.live_tokens(), *ends])
+
+    def hear(self, told: list[float]) -> None:
+        """Take over on the host what was `told`."""
+        first = 2 * self.capacity
+        for group in self.layer_groups:
+            group.table.hear(told[first : first + len(group.table.used)])
+            first += len(group.table.used)
+        for layer, (group, pool) in enumerate(zip(self.group_of, self.pools)):
+            pool.reserve(group.table.used[group.plane(layer)])
 
     def set_eviction_logits(self, layer: int, logits: torch.Tensor) -> None:
         """Receive an evictor's logits [1, tokens, H] for the announced tokens, before `attend`.
@@ -502,7 +557,7 @@ class SlotCache:
                     kind = dict(dtype=self.dtype, device=self.device)
                     pool.write(slots, *torch.randn(2, *shape, self.head_dim, **kind))
         self.next_position[index] = length
-        self.attended = self.live_tokens()
+        self.attended.copy_(self.live_tokens())
 
     def release(self, sequences: list[int]) -> None:
         """Free the blocks of finished sequences."""

@@ -200,7 +200,7 @@ def _attend_paged(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int) 
     """`attend` by one Triton kernel that reads the blocks in place."""
     from kit.inference.triton_attention import paged_attention  # imports Triton, for CUDA only
 
-    used = step.table.used[plane]
-    keys, values = (array[:used] for array in pool.arrays)
-    bias, blocks, count = step.table.bias[plane, :used], step.blocks[plane], step.count[plane]
+    room = min(len(pool.arrays[0]), step.table.bias.shape[1])
+    keys, values = (array[:room] for array in pool.arrays)
+    bias, blocks, count = step.table.bias[plane, :room], step.blocks[plane], step.count[plane]
     return paged_attention(query, keys, values, bias, blocks, count)
