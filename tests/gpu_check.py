@@ -281,6 +281,7 @@ def kernel_cases(here: Here, found: dict) -> str:
 def kernel_and_plain(here: Here, found: dict) -> str:
     """The Triton kernel against the plain path on the same cache, while decoding in float32."""
     from kit.inference import decode, paged_attention
+    from kit.inference.kv_cache import SlotCache
     from kit.inference.policies import Full, Knorm
     from kit.models.load import RANDOM, load
     from kit.schema import Sampling
@@ -297,7 +298,8 @@ def kernel_and_plain(here: Here, found: dict) -> str:
     sampling = Sampling(2 if here.dry else 16)
     for family in ("gemma3",) if here.dry else RANDOM:
         model = load(f"random:{family}", "float32", here.device)
-        with mock.patch.object(paged_attention, "attend", both):
+        alone = mock.patch.object(SlotCache, "steps_alone", False)  # what is compared needs more
+        with mock.patch.object(paged_attention, "attend", both), alone:
             for policy in (Full(), Knorm(9)):
                 decode.decode(model, requests, sampling, 2, policy=policy)
     found |= dict(attentions=len(errors), worst=max(errors))

@@ -234,6 +234,8 @@ class _Device(TorchDispatchMode):
             self.seen.waits["copy from or to the host"] += 1
         elif name in INDEXED and any(_is_mask(x) for x in args[1]):
             self.seen.waits[name] += 1
+        elif name in INDEXED and len(args) > 2 and not isinstance(args[2], OnDevice):
+            self.seen.waits["copy of a number to the device"] += 1
         elif name in WAITS:
             self.seen.waits[name] += 1
         elif name == "repeat_interleave" and len(args) == 1:  # how long it gets is not known

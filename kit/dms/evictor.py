@@ -185,7 +185,7 @@ class Evictor(nn.Module):
                 attention.layer_idx, logit + self.recipe.logit_offset
             )
             mask = torch.ones_like(output[0, 0])
-            mask[neuron] = self.fade
+            mask.index_fill_(0, neuron, self.fade)
             return output * mask
 
         return remember, borrow

@@ -47,6 +47,7 @@ class BlockTable:
         self.filled = torch.zeros(planes, units, dtype=torch.long, device=device)
         self.ends = torch.zeros(planes, 1, dtype=torch.long, device=device)
         self.used = [0] * planes
+        self.open = torch.zeros((), device=device)  # a number would be copied to the device
         self.planes = torch.arange(planes, device=device).unsqueeze(1)  # [P, 1]
 
     def reserve(self, blocks: int, per_unit: int) -> None:
@@ -139,7 +140,7 @@ class BlockTable:
 
     def _put(self, plane, slots: torch.Tensor, positions: torch.Tensor) -> None:
         self.position.flatten(1)[plane, slots] = positions.int()
-        self.bias.flatten(1)[plane, slots] = 0.0
+        self.bias.flatten(1)[plane, slots] = self.open
 
     def live_slots(self, plane: int, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Number of live tokens of each unit [u], and their flat slots, unit after unit."""
