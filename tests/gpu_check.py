@@ -272,6 +272,9 @@ def kernel_cases(here: Here, found: dict) -> str:
     for name, dtype in [("ragged", torch.bfloat16)] if here.dry else cases.CHECKS:
         error = cases.worst_error(cases.CASES[name], dtype, here.device)
         found[f"{name}, {dtype}"] = error  # in what the dtype may miss
+    for bits in (8,) if here.dry else (8, 4, 2):
+        error, gap = cases.read_codes(cases.RAGGED, torch.bfloat16, bits, 33, here.device)
+        found[f"{bits} bits"] = max(error, gap / 0.02)
     wrong = [name for name, error in found.items() if not error <= 1]
     assert not wrong, f"{', '.join(wrong)}: off by more than rounding explains"
     return f"{len(found)} cases as near to float64 as rounding allows"

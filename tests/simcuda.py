@@ -25,6 +25,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kit.inference.kv_quantization import unpack
+
 CUDA = torch.device("cuda:0")
 # What makes another view or reads sizes, and allocation without a value, launches nothing.
 FREE = set(
@@ -280,23 +282,42 @@ def _pad_sequence(rows, batch_first=False, padding_value=0.0, padding_side="righ
     return out if batch_first else out.transpose(0, 1)
 
 
-def _paged_attention(device: _Device, *given):
+def _paged_attention(device: _Device, *given, watch=False):
     """What kernels.paged_attention says it returns; one launch."""
-    query, _, _, _, table, count = given
-    assert {x.device for x in given} == {CUDA}
+    query, _, _, _, table, count, codes = given
+    assert {x.device for x in given[:6]} == {CUDA}
     assert table.dtype == count.dtype == torch.int32 and query.dtype == torch.float32
     device.seen.launches["paged_attention"] += 1
-    return OnDevice(device.call(_unit_by_unit, [*map(_inner, given)], {}))
+    if codes:
+        codes = type(codes)(*(_mapped(_inner, value) for value in codes))
+    made = device.call(_unit_by_unit, [*map(_inner, given[:6]), codes], {})
+    out, scores, whole = map(OnDevice, made)
+    return (out, scores, whole) if watch else out
 
 
-def _unit_by_unit(query, keys, values, bias, table, count):
-    out = torch.zeros_like(query)
+def _unit_by_unit(query, keys, values, bias, table, count, codes):
+    out, whole = torch.zeros_like(query), query.new_zeros(2, *query.shape[:-1])
+    scores_of = query.new_full((len(bias), *query.shape[1:-1], bias.shape[1]), torch.nan)
+    if codes:
+        arrays = zip((keys, values), codes.scales, codes.zeros)
+        keys, values = (unpack(*three, codes.bits) for three in arrays)
     for unit, blocks in enumerate(count.tolist()):
+        if not blocks:
+            continue
         mine = table[unit, :blocks].long()
         k, v = (x[mine].transpose(0, 1).flatten(1, 2).float() for x in (keys, values))
+        if codes:
+            place = codes.position[mine].flatten()
+            recent = place > codes.newest[unit]
+            for x, exact in zip((k, v), codes.exact):
+                at = place[recent].long() % max(1, exact.shape[1])
+                x[:, recent] = exact[unit, at].transpose(0, 1).float()
         scores = query[unit] @ k.transpose(1, 2) + bias[mine].flatten()
-        out[unit] = scores.softmax(-1) @ v if blocks else 0.0
-    return out
+        out[unit] = scores.softmax(-1) @ v
+        scores_of[mine] = scores.unflatten(-1, (blocks, -1)).movedim(-2, 0)
+        top = whole[0, unit] = scores.amax(-1)
+        whole[1, unit] = (scores - top.unsqueeze(-1)).exp().sum(-1)
+    return out, scores_of, whole
 
 
 def moved(model):

@@ -76,6 +76,8 @@ class BlockTable:
         self.owner[plane, block], self.rank[plane, block] = unit.int(), rank.int()
         self.blocks[plane, unit, rank] = block.int()
         self.position[plane, block], self.bias[plane, block] = -1, MASKED
+        if self.score is not None:  # whoever watched may have written anything
+            self.score[plane, block] = 0
 
     def allocate_prompt(self, plane: int, units: torch.Tensor, counts, positions) -> torch.Tensor:
         """Allocate slots for the first tokens of empty units: flat slots [sum of counts].
@@ -125,9 +127,10 @@ class BlockTable:
         self.blocks[self.planes, units, rank] = block.int()
         self.owner[self.planes, block] = units.int().expand_as(block)
         self.rank[self.planes, block] = rank.int()
-        for array, free in ((self.position, -1), (self.bias, MASKED)):
-            here = array[self.planes, block]
-            array[self.planes, block] = here.masked_fill_(fresh.unsqueeze(2), free)
+        for array, free in ((self.position, -1), (self.bias, MASKED), (self.score, 0)):
+            if array is not None:
+                here = array[self.planes, block]
+                array[self.planes, block] = here.masked_fill_(fresh.unsqueeze(2), free)
 
     def hear(self, ends: list[float]) -> None:
         """Take over what `ends` says."""
@@ -201,8 +204,8 @@ class StepIndex:
         self.table, self.units, self.positions = table, units, positions  # [u] of the new tokens
         self.slots = slots  # [P, u] flat slots of the new tokens
         count = -(-table.filled[:, units] // table.block)  # [P, u] blocks
-        self.count = count.int()
-        if width is not None:
+        self.count, self.whole = count.int(), width is not None
+        if self.whole:
             self.blocks = table.blocks[:, :, :width]
             return
         row_of = torch.zeros(table.filled.shape[1], dtype=torch.long, device=table.device)

@@ -369,10 +369,8 @@ class SlotCache:
     def steps_alone(self) -> bool:
         """Whether `step_active` may take the place of `step`: on a device that is not to be waited
         for, where a kernel reads the blocks in place and no step has to be kept for `rewind`."""
-        plain = self.device.type == "cuda" and self.quantized is None and not self.policy.watches
-        return plain and not (
-            self._held and any(type(g.rule) is not Keep for g in self.layer_groups)
-        )
+        kept = self._held and any(type(group.rule) is not Keep for group in self.layer_groups)
+        return self.device.type == "cuda" and self.precise == torch.float32 and not kept
 
     def step_active(self, active: torch.Tensor, longest: int) -> torch.Tensor:
         """`step` for those of all sequences for which `active` [capacity] is set, none longer than

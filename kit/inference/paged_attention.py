@@ -92,6 +92,10 @@ class Pool:
         for part in _parts(used, used if keys.dtype == dtype else most):
             yield part, *(array[part].to(dtype) for array in self.arrays)
 
+    def read(self, step: StepIndex, plane: int) -> tuple:
+        """Keys, values and how to read them, for `triton_attention.paged_attention`."""
+        return *self.arrays, None
+
     def nbytes(self) -> int:
         """Bytes of all blocks that were ever used, and of exact copies."""
         return self.touched * self.block_bytes + sum(array.nbytes for array in self.state)
@@ -115,7 +119,8 @@ class QuantizedPool(Pool):
 
     def write(self, slots, key, value):
         bits, group = self.quantized.bits, self.quantized.group
-        self.put(slots, [*pack(key, bits, group), *pack(value, bits, group)])
+        both = pack(torch.stack([key, value]), bits, group)
+        self.put(slots, [x[i] for i in (0, 1) for x in both])
 
     def remember(self, units: torch.Tensor, end, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the newest of these tokens exactly: units [u], keys and values [rows, t, Hs, D] of
@@ -143,6 +148,14 @@ class QuantizedPool(Pool):
                 rows[block, :, offset] = exact[unit, at % max(1, residual)].to(dtype)
             yield part, *both
 
+    def read(self, step, plane):
+        from kit.inference.triton_attention import Codes
+
+        keys, key_scale, key_zero, values, value_scale, value_zero = self.arrays
+        newest = (step.positions - self.quantized.residual).int()
+        kind = (key_scale, value_scale), (key_zero, value_zero), tuple(self.state)
+        return keys, values, Codes(self.quantized.bits, *kind, step.table.position[plane], newest)
+
 
 def _zeros(blocks: int, heads: int, block: int, wide: int, dtype, device) -> torch.Tensor:
     """Zeros, since a free slot has weight 0, and 0 x nan is nan."""
@@ -169,8 +182,9 @@ def attend(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, watch: 
     [n, Hs, G, Z] of the slots of all blocks when `watch` is set, else None.
     """
     used, table = step.table.used[plane], step.table
-    if query.is_cuda and not watch and type(pool) is Pool and query.dtype == torch.float32:
-        return _attend_paged(query, pool, step, plane), None
+    plain = type(pool) is Pool and query.dtype == torch.float32 and not watch
+    if step.whole or query.is_cuda and plain:
+        return _attend_paged(query, pool, step, plane, watch)
     row = step.row[plane, :used]
     bias = table.bias[plane, :used, None, None]  # [n, 1, 1, Z]
     # Partial results per block, the last one empty; joined per unit by their softmax weights.
@@ -196,11 +210,19 @@ def attend(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, watch: 
     return joined[..., :-1] / total, probability
 
 
-def _attend_paged(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int) -> torch.Tensor:
-    """`attend` by one Triton kernel that reads the blocks in place."""
+def _attend_paged(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, watch=False):
+    """`attend` by one Triton kernel that reads the blocks in place. A pool of codes and `watch`
+    take a `step` of the whole table."""
     from kit.inference.triton_attention import paged_attention  # imports Triton, for CUDA only
 
-    room = min(len(pool.arrays[0]), step.table.bias.shape[1])
-    keys, values = (array[:room] for array in pool.arrays)
-    bias, blocks, count = step.table.bias[plane, :room], step.blocks[plane], step.count[plane]
-    return paged_attention(query, keys, values, bias, blocks, count)
+    table = step.table
+    keys, values, codes = pool.read(step, plane)
+    room = min(len(keys), table.bias.shape[1])
+    bias, blocks, count = table.bias[plane, :room], step.blocks[plane], step.count[plane]
+    given = keys[:room], values[:room], bias, blocks, count, codes
+    if not watch:
+        return paged_attention(query, *given), None
+    out, scores, (top, total) = paged_attention(query, *given, watch=True)
+    unit = table.owner[plane, :room]
+    probability = (scores - top[unit].unsqueeze(3)).exp_() / total[unit].unsqueeze(3)
+    return out, probability.masked_fill_(bias[:, None, None] < 0, 0.0)  # also where nothing stands

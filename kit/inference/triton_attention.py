@@ -9,6 +9,8 @@ the CPU nothing here runs, except in Triton's interpreter, where the tests check
 inside a block in use are read and masked.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,22 @@ _SMALL = ["table", "count", "tops", "totals"]
 _DEAD = tl.constexpr(-1e29)  # scores below belong to masked slots, which carry -1e30
 
 
+class Codes(NamedTuple):
+    """How to read keys and values that are codes, see `kit.inference.kv_quantization`.
+
+    Slots whose position [n, Z] int32 is above `newest` [U] are read from `exact`, keys and values
+    [U, residual, Hs, D] in the dtype of the model, at position % residual; the others are scale and
+    zero, [n, Hs, Z, D / group] float16 of keys and of values, and uint8 codes of so many bits.
+    """
+
+    bits: int
+    scales: tuple[torch.Tensor, torch.Tensor]
+    zeros: tuple[torch.Tensor, torch.Tensor]
+    exact: tuple[torch.Tensor, torch.Tensor]
+    position: torch.Tensor
+    newest: torch.Tensor
+
+
 def paged_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -27,7 +45,9 @@ def paged_attention(
     bias: torch.Tensor,
     table: torch.Tensor,
     count: torch.Tensor,
-) -> torch.Tensor:
+    codes: Codes | None = None,
+    watch: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Attention of one new token of each of U units to its live slots: [U, Hs, G, D] float32.
 
     query [U, Hs, G, D], already scaled, rounded to the dtype of the keys where tensor cores
@@ -35,29 +55,42 @@ def paged_attention(
     free one, whose keys and values must be finite; table [U, M] the blocks of each unit, of which
     the first `count` [U] are in use (at most M, block numbers below n: not checked, they stay on
     the device). A unit without live slots gets zeros. Scores and sums are float32. Nothing waits
-    for the device, so a CUDA graph can capture it; M may exceed what is in use.
+    for the device, so a CUDA graph can capture it; M may exceed what is in use. With `codes` keys
+    and values are uint8 [n, Hs, Z, D * bits / 8]. With `watch` there come, too, the scores of slots
+    [n, Hs, G, Z], anything outside of blocks in use, and of each query the largest score and the
+    sum of exp(score - largest): [2, U, Hs, G].
     """
-    _check(query, keys, values, bias, table, count)
+    _check(query, keys, values, bias, table, count, codes)
     units, heads, group, size = query.shape
     block, width = keys.shape[2], table.shape[1]
     out = torch.empty(units, heads, group, size, dtype=torch.float32, device=query.device)
+    scores = out.new_empty(len(keys), heads, group, block) if watch else None
+    whole = out.new_empty(2, units, heads, group)
     if width == 0 or units == 0:
-        return out.zero_()
+        return (out.zero_(), scores, whole) if watch else out.zero_()
     chunks = triton.cdiv(width * block, SPAN)
     # A lone chunk is the result; otherwise partial results wait in a workspace to be joined.
     part = out if chunks == 1 else out.new_empty(units, heads, chunks, group, size)
-    stats = out.new_empty(2, units * heads * chunks * group)  # largest score, sum of weights
+    # largest score, sum of weights
+    stats = whole if chunks == 1 else out.new_empty(2, units * heads * chunks * group)
     shape = dict(HEADS=heads, GROUP=group, SIZE=size, BLOCK=block)
     inputs = (query.contiguous(), keys, values, bias, table, count, part, stats[0], stats[1])
-    tile = tiling(group, size, keys.dtype)
-    _attend[(units * heads, chunks)](*inputs, table.stride(0), SPAN, **shape, **tile)
+    read = (*[None] * 8, scores, table.stride(0), SPAN)
+    how = dict(BITS=0, SPREAD=1, RESIDUAL=0)
+    if codes:
+        arrays = zip(codes.scales, codes.zeros, codes.exact)
+        read = (*next(arrays), *next(arrays), codes.position, codes.newest, *read[8:])
+        spread, residual = size // codes.scales[0].shape[3], codes.exact[0].shape[1]
+        how = dict(BITS=codes.bits, SPREAD=spread, RESIDUAL=residual)
+    tile = tiling(group, size, codes.exact[0].dtype if codes else keys.dtype, bool(codes))
+    _attend[(units * heads, chunks)](*inputs, *read, **shape, **tile, **how)
     if chunks > 1:
-        partial = (part, stats[0], stats[1], count, out)
+        partial = (part, stats[0], stats[1], count, out, *whole)
         _join[(units * heads * group,)](*partial, chunks, SPAN, **shape, WIDE=tile["WIDE"])
-    return out
+    return (out, scores, whole) if watch else out
 
 
-def tiling(group: int, size: int, dtype: torch.dtype) -> dict:
+def tiling(group: int, size: int, dtype: torch.dtype, codes: bool = False) -> dict:
     """How a program walks its chunk: padded shapes, tokens per tile and stages.
 
     16 KiB of keys and as much of values are in flight per tile; five such programs fit one
@@ -68,12 +101,12 @@ def tiling(group: int, size: int, dtype: torch.dtype) -> dict:
     rows, wide = triton.next_power_of_2(group), triton.next_power_of_2(size)
     wide = max(wide, 16)  # the depth of one tensor core product
     tile = min(max(16, 16384 // (wide * dtype.itemsize)), 128)
-    if dtype == torch.float32 and rows > 8:
-        tile = 16  # exact float32 products run without tensor cores and would spill
+    if codes or dtype == torch.float32 and rows > 8:
+        tile = 16  # decoding, and exact float32 products without tensor cores, would spill
     return dict(ROWS=rows, WIDE=wide, TILE=tile, STAGES=3)
 
 
-def _check(query, keys, values, bias, table, count) -> None:
+def _check(query, keys, values, bias, table, count, codes) -> None:
     if query.dim() != 4 or keys.dim() != 4 or table.dim() != 2:
         raise ValueError(
             "paged_attention takes query [U, Hs, G, D], keys [n, Hs, Z, D] and table [U, M]; got "
@@ -81,9 +114,10 @@ def _check(query, keys, values, bias, table, count) -> None:
         )
     units, heads, _, size = query.shape
     blocks, _, block, _ = keys.shape
+    wide, kinds = (size * codes.bits // 8, (torch.uint8,)) if codes else (size, DTYPES)
     wanted = {
-        "keys": (keys, (blocks, heads, block, size), DTYPES),
-        "values": (values, (blocks, heads, block, size), (keys.dtype,)),
+        "keys": (keys, (blocks, heads, block, wide), kinds),
+        "values": (values, (blocks, heads, block, wide), (keys.dtype,)),
         "bias": (bias, (blocks, block), (torch.float32,)),
         "table": (table, (units, table.shape[1]), (torch.int32, torch.int64)),
         "count": (count, (units,), (torch.int32, torch.int64)),
@@ -120,6 +154,15 @@ def _attend(
     part,  # [U*Hs, chunks, G, D]
     tops,  # [U*Hs, chunks, G]
     totals,
+    key_scale,  # None without codes, down to newest
+    key_zero,
+    key_exact,
+    value_scale,
+    value_zero,
+    value_exact,
+    position,
+    newest,
+    scores,  # None where nobody watches
     table_stride,
     span,  # tokens of a chunk
     HEADS: tl.constexpr,
@@ -130,6 +173,9 @@ def _attend(
     WIDE: tl.constexpr,  # SIZE padded
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    BITS: tl.constexpr,  # of a code, 0 without codes
+    SPREAD: tl.constexpr,  # numbers that share a scale
+    RESIDUAL: tl.constexpr,
 ):
     """Program (unit and head, chunk): its softmax over one chunk, for all query heads at once."""
     pair, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -144,7 +190,10 @@ def _attend(
     line = ((pair * chunks + chunk) * GROUP + row)[:, None]
     own = (row < GROUP)[:, None] & within
     q = tl.load(query + (pair * GROUP + row)[:, None] * SIZE + column[None, :], own, 0.0)
-    q = q.to(keys.dtype.element_ty)
+    kind = key_exact.dtype.element_ty if BITS else keys.dtype.element_ty
+    q = q.to(kind)
+    if BITS:
+        old = tl.load(newest + unit)
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, WIDE], tl.float32)
@@ -153,10 +202,28 @@ def _attend(
         inside = token < end
         number = tl.load(table + unit * table_stride + token // BLOCK, inside, 0).to(tl.int64)
         shift = tl.load(bias + number * BLOCK + token % BLOCK, inside, -1e30)
-        at = ((number * HEADS + head) * BLOCK + token % BLOCK)[:, None] * SIZE + column[None, :]
-        k = tl.load(keys + at, inside[:, None] & within, 0.0)
-        v = tl.load(values + at, inside[:, None] & within, 0.0)
+        slot = (number * HEADS + head) * BLOCK + token % BLOCK
+        here = inside[:, None] & within
+        if BITS:
+            place = tl.load(position + number * BLOCK + token % BLOCK, inside, -1)
+            recent = (place > old)[:, None] & here
+            exact = ((unit * RESIDUAL + place % max(1, RESIDUAL)) * HEADS + head)[:, None] * SIZE
+            k = _decoded(keys, key_scale, key_zero, slot, column, here, BITS, SPREAD, SIZE)
+            v = _decoded(values, value_scale, value_zero, slot, column, here, BITS, SPREAD, SIZE)
+            if RESIDUAL:
+                exact += column[None, :]
+                k = tl.where(recent, tl.load(key_exact + exact, recent, 0.0).to(tl.float32), k)
+                v = tl.where(recent, tl.load(value_exact + exact, recent, 0.0).to(tl.float32), v)
+            k, v = k.to(kind), v.to(kind)
+        else:
+            at = slot[:, None] * SIZE + column[None, :]
+            k = tl.load(keys + at, here, 0.0)
+            v = tl.load(values + at, here, 0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") + shift[None, :]
+        if scores is not None:
+            block = ((number * HEADS + head) * GROUP)[None, :] + row[:, None]
+            at = block * BLOCK + (token % BLOCK)[None, :]
+            tl.store(scores + at, score, (row < GROUP)[:, None] & inside[None, :])
         higher = tl.maximum(top, tl.max(score, 1))
         fade = tl.exp(top - higher)
         weight = tl.exp(score - higher[:, None])
@@ -165,11 +232,31 @@ def _attend(
         top = higher
     if chunks == 1:  # the largest weight is 1, so a sum below 1 is that of no slots at all
         out = tl.where(top[:, None] > _DEAD, out / tl.maximum(total, 1.0)[:, None], 0.0)
-    else:
-        at = (pair * chunks + chunk) * GROUP + row
-        tl.store(tops + at, top, row < GROUP)
-        tl.store(totals + at, total, row < GROUP)
+    at = (pair * chunks + chunk) * GROUP + row
+    tl.store(tops + at, top, row < GROUP)
+    tl.store(totals + at, total, row < GROUP)
     tl.store(part + line * SIZE + column[None, :], out, own)
+
+
+@triton.jit
+def _decoded(
+    codes,
+    scale,
+    zero,
+    slot,
+    column,
+    here,
+    BITS: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Numbers of slots, in float32: zero + scale * code."""
+    at = slot[:, None] * (SIZE * BITS // 8) + (column * BITS // 8)[None, :]
+    code = tl.load(codes + at, here, 0).to(tl.int32) >> (column * BITS % 8)[None, :]
+    group = slot[:, None] * (SIZE // SPREAD) + (column // SPREAD)[None, :]
+    step = tl.load(scale + group, here, 0.0).to(tl.float32)
+    first = tl.load(zero + group, here, 0.0).to(tl.float32)
+    return (code & (2**BITS - 1)).to(tl.float32) * step + first
 
 
 @triton.jit(do_not_specialize=["chunks", "span"], do_not_specialize_on_alignment=_SMALL)
@@ -179,6 +266,8 @@ def _join(
     totals,
     count,
     out,
+    top_of,  # of each query, over all chunks
+    total_of,
     chunks,
     span,
     HEADS: tl.constexpr,
@@ -206,5 +295,7 @@ def _join(
         total = total * fade + tl.sum(weight * tl.load(totals + at, inside, 0.0), 0)
         joined = joined * fade + tl.sum(weight[:, None] * piece, 0)
         top = higher
+    tl.store(top_of + line, top)
+    tl.store(total_of + line, total)
     joined = tl.where(top > _DEAD, joined / tl.maximum(total, 1.0), 0.0)
     tl.store(out + line * SIZE + column, joined, column < SIZE)

@@ -3,8 +3,8 @@
 `gpu_attention_bandwidth_share`: keys and values that the kernel reads per second over what a copy
 moves per second, Qwen3-1.7B, 32 sequences of 32,768 tokens; a table has other sizes, Qwen3-8B,
 and torch's SDPA over as many tokens stored densely. `gpu_dms8_decode_vs_sdpa_32k`: tokens/s of
-Qwen3-1.7B with random weights, our cache with 1/8 of the tokens live against transformers' SDPA on
-a dense cache. Printed beside it: both as CUDA graphs, that is without Python's share of a step.
+Qwen3-1.7B with random weights, our cache with 1/8 of the tokens live, its steps as CUDA graphs,
+against transformers' SDPA on a dense cache.
 """
 
 import json
@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kit.dms import evictor
 from kit.inference import decode
+from kit.inference.cuda_graphs import StepGraphs
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import DMS
 from kit.models.load import Model, load
@@ -151,13 +152,11 @@ class Dense:
     def attached(self) -> AbstractContextManager:
         return nullcontext()
 
-    def announce(self) -> None:
-        length = self.cache.get_seq_length()
-        self.positions = torch.full((self.batch, 1), length, device=self.model.device)
-
-    def forward(self) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         """Next tokens [batch, 1]."""
-        before = dict(position_ids=self.positions, past_key_values=self.cache)
+        length = self.cache.get_seq_length()
+        positions = torch.full((self.batch, 1), length, device=self.model.device)
+        before = dict(position_ids=positions, past_key_values=self.cache)
         return self.model.weights(self.last, **before).logits.argmax(-1)
 
 
@@ -168,7 +167,8 @@ class Slots:
         self.model, self.batch = model, batch
         recipe = replace(evictor.OFFICIAL, window=window)  # untrained: asked, and evicts nothing
         self.policy = DMS(evictor.Evictor(model.weights, recipe, model.weights_hash).eval())
-        self.cache = SlotCache(model.weights, batch, self.policy)
+        room = STEPS * (PAIRS + 3)
+        self.cache = SlotCache(model.weights, batch, self.policy, tokens=length + room)
         self.cache.prefill([list(range(batch))], [length])
         config, device = model.weights.config, model.device
         heads, size = config.num_key_value_heads, config.head_dim
@@ -178,55 +178,28 @@ class Slots:
             self.cache.set_eviction_logits(layer, logits - torch.special.ndtri(kept).item())
             prompt = torch.randn(3, 1, heads, length, size, device=device, dtype=model.dtype)
             self.cache.attend(layer, *prompt, size**-0.5)
-        self.last = torch.zeros(1, batch, dtype=torch.long, device=device)
+        self.graphs = StepGraphs(model, self.cache, decode.STEP_ROWS[device.type])
+        self.last = [0] * batch
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         with decode.slots_attached(self.model), self.policy.attached(self.model.weights):
             yield
 
-    def announce(self) -> None:
-        self.positions = self.cache.step(list(range(self.batch)))
-
-    def forward(self) -> torch.Tensor:
-        """Next tokens [1, batch]."""
-        now = dict(position_ids=self.positions, slots=self.cache, use_cache=False)
-        return self.model.weights(self.last, **now).logits.argmax(-1)
+    def step(self) -> torch.Tensor:
+        """Next tokens [batch]."""
+        return self.graphs.step([*range(self.batch)], self.last).argmax(-1)
 
 
-def step_seconds(engine: Dense | Slots, forward: Callable | None = None) -> float:
-    """Median of STEPS steps, each up to the arrival of its tokens on the host; of `forward` alone
-    where one is given, which repeats the step that was announced last."""
+def step_seconds(engine: Dense | Slots) -> float:
+    """Median of STEPS steps, each up to the arrival of its tokens on the host."""
     seconds = []
     for _ in range(STEPS):
         started = time.perf_counter()
-        if forward is None:
-            engine.announce()
-        engine.last = (forward or engine.forward)()
-        engine.last.tolist()
+        said = engine.step()
+        said.tolist()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def captured(engine: Dense | Slots) -> Callable:
-    """The forward pass of the step announced last as a CUDA graph: a call that replays it.
-
-    The graph goes on to read the tables of that one step. As many bytes move, but the tokens mean
-    nothing: this bounds what graphs can bring, and is no decoding.
-    """
-    engine.forward()  # what has to compile or to grow does so outside the capture
-    parts = getattr(engine.cache, "parts", [])
-    read = [dict(vars(x)) for x in (engine, *parts, *(part.table for part in parts))]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = engine.forward()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return out.clone()
-
-    replay.read = read  # the graph holds addresses, and the next step would free what is there
-    return replay
 
 
 def step_ratio(
@@ -256,15 +229,8 @@ def step_ratio(
     ratios = [mine / theirs for mine, theirs in zip(*rates.values())][1:]  # the first warms up
     live = ours.cache.live_tokens().mean().item()
     for engine, sequences in engines.items():
-        text = (
-            f"  {type(engine).__name__:6} batch {sequences}: {statistics.median(rates[engine]):.0f}"
-        )
-        if model.device.type == "cuda":
-            with engine.attached():
-                engine.announce()
-                graph = sequences / step_seconds(engine, captured(engine))
-            text += f", forward as a CUDA graph at most {graph:.0f}"
-        print(f"{text} tokens/s", flush=True)
+        rate = statistics.median(rates[engine])
+        print(f"  {type(engine).__name__:6} batch {sequences}: {rate:.0f} tokens/s", flush=True)
     print(f"  {live:.0f} live tokens of {length}, {ours.cache.nbytes() / 1e9:.1f} GB allocated")
     return figure(ratios, "x tokens/s", f"transformers sdpa, dense in-place cache, batch {most}")
 

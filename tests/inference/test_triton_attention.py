@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
+from kit.inference import kv_quantization
 from tests import rounding
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
@@ -167,6 +168,63 @@ def largest_output(arguments) -> float:
     return paged_attention(**arguments).abs().nan_to_num(torch.inf).max().item()
 
 
+def read_codes(case, dtype, bits, residual, device="cpu") -> tuple[float, float]:
+    """What the kernel misses where it reads codes, as `worst_error`, and the largest difference of
+    the probabilities that follow from what it tells."""
+    from kit.inference.triton_attention import Codes, paged_attention
+
+    given, draw = build(case, dtype), torch.Generator().manual_seed(1)
+    free, count, table = given["bias"] < 0, given["count"].tolist(), given["table"].long()
+    pools = [given[name].float().nan_to_num() for name in ("keys", "values")]
+    arrays = [kv_quantization.pack(pool, bits, 16) for pool in pools]
+    plain = [kv_quantization.unpack(*array, bits) for array in arrays]
+    exact = torch.randn(2, len(count), residual, case[0], case[2], generator=draw).to(dtype)
+    position = torch.full(free.shape, -1, dtype=torch.int32)
+    newest = torch.zeros(len(count), dtype=torch.int32)
+    for unit, blocks in enumerate(count):
+        live = [(n, slot) for n in table[unit, :blocks].tolist() for slot in range(case[3])]
+        live = [(n, slot) for n, slot in live if not free[n, slot]]
+        newest[unit] = len(live) - 1 - residual
+        for at, k in enumerate(torch.randperm(len(live), generator=draw).tolist()):
+            position[live[k]] = at
+            if at > newest[unit]:
+                for pool, rows in zip(plain, exact):
+                    pool[live[k][0], :, live[k][1]] = rows[unit, at % residual].float()
+    decoded = given | dict(zip(("keys", "values"), (pool.to(dtype) for pool in plain)))
+    asked = given | {name: array[0] for name, array in zip(("keys", "values"), arrays)}
+    scales, zeros, exact = ([x.to(device) for x in pair] for pair in (*[*zip(*arrays)][1:], exact))
+    codes = Codes(bits, scales, zeros, exact, position.to(device), newest.to(device))
+    asked = {name: x.to(device) for name, x in asked.items()}
+    out, *told = paged_attention(**asked, codes=codes, watch=True)
+    error = missed(out.cpu(), oracle(**decoded, kind=dtype), oracle(**decoded))
+    scores, (top, total) = (x.cpu().double() for x in told)
+    gap = 0.0
+    for unit, blocks in enumerate(count):
+        if blocks:
+            mine = table[unit, :blocks]
+            weight = (scores[mine] - top[unit].unsqueeze(-1)).exp() / total[unit].unsqueeze(-1)
+            keys = decoded["keys"][mine].transpose(0, 1).flatten(1, 2).double()
+            right = given["query"][unit].double() @ keys.transpose(1, 2)
+            right = (right + given["bias"][mine].flatten()).softmax(-1)
+            gap = max(gap, float((weight.movedim(0, -2).flatten(-2) - right).abs().max()))
+    return error, gap
+
+
+CODED = {
+    "ragged": (torch.float32, 5),
+    "uniform heads": (torch.float32, 0),
+    "one chunk": (torch.bfloat16, 33),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("name", CODED)
+def test_reads_codes_and_tells_what_it_saw(interpreter, name, bits):
+    dtype, residual = CODED[name]
+    error, gap = interpreter(read_codes, CASES[name], dtype, bits, residual)
+    assert error <= 1 and gap < (1e-5 if dtype == torch.float32 else 0.02)
+
+
 def test_takes_a_sliced_table_long_indices_and_a_mixed_query(interpreter):
     arguments = build(RAGGED, torch.float16)
     room = torch.full((9, 50), -(10**6))
@@ -279,6 +337,8 @@ def compiled(tmp_path, monkeypatch):
 
 
 SHAPE = dict(HEADS=1, GROUP=8, BLOCK=16)
+OPTIONAL = [f"{x}_{y}" for x in ("key", "value") for y in ("scale", "zero", "exact")]
+OPTIONAL += ["position", "newest", "scores"]
 
 
 @pytest.mark.parametrize(("size", "dtype", "capability"), [(128, "bf16", 90), (256, "fp32", 80)])
@@ -288,14 +348,29 @@ def test_compiles_without_spilling(compiled, size, dtype, capability):
     tile = triton_attention.tiling(8, size, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
     types = dict(keys=f"*{dtype}", values=f"*{dtype}", table="*i32", count="*i32")
     types |= dict(query=f"*{dtype}", table_stride="i32", span="i32")
+    unused = dict.fromkeys(OPTIONAL) | dict(BITS=0, SPREAD=1, RESIDUAL=0)
     shared, ptx, usage = compiled(
-        capability, triton_attention._attend, types, **SHAPE, SIZE=size, **tile
+        capability, triton_attention._attend, types, **SHAPE, SIZE=size, **tile, **unused
     )
     assert shared <= 48 * 1024
     assert re.search(r"cp\.async\S+ \[.*, 0x10,", ptx)  # keys and values, 16 bytes at a time
     assert ("mma.sync" in ptx) == (dtype == "bf16")  # tensor cores, but exact products in float32
     assert " STACK:0 " in usage
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128
+
+
+@pytest.mark.parametrize(("bits", "capability"), [(8, 80), (4, 90), (2, 120)])
+def test_compiles_for_codes_without_spilling(compiled, bits, capability):
+    from kit.inference import triton_attention
+
+    tile = triton_attention.tiling(2, 128, torch.bfloat16, True)
+    types = dict(keys="*u8", values="*u8", table="*i32", count="*i32", query="*fp32")
+    types |= dict(table_stride="i32", span="i32", position="*i32", newest="*i32")
+    types |= {name: "*bf16" if "exact" in name else "*fp16" for name in OPTIONAL[:6]}
+    how = SHAPE | dict(GROUP=2, SIZE=128, BITS=bits, SPREAD=32, RESIDUAL=32)
+    _, ptx, usage = compiled(capability, triton_attention._attend, types, **how, **tile)
+    assert "mma.sync" in ptx and " STACK:0 " in usage
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 255
 
 
 def test_the_joining_kernel_compiles_without_spilling(compiled):
