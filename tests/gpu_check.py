@@ -293,7 +293,7 @@ def kernel_and_plain(here: Here, found: dict) -> str:
 
     def both(query, pool, step, plane, watch=False):
         want, probability = plain(query, pool, step, plane, watch=True)  # watching is plain
-        kernel = paged_attention._attend_paged(query, pool, step, plane)
+        kernel, _ = paged_attention._attend_paged(query, pool, step, plane)
         errors.append((kernel - want).abs().max().item())
         return want, probability if watch else None
 

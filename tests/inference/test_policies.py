@@ -600,7 +600,7 @@ def test_the_kernel_is_handed_what_attention_reads(families, monkeypatch):
             units, plane = len(group.step.units), group.plane(layer)
             heads = cache.heads // group.split
             query = torch.randn(units, heads, 2, 16, dtype=torch.float64)
-            ours = _attend_paged(query, cache.pools[layer], group.step, plane)
+            ours, _ = _attend_paged(query, cache.pools[layer], group.step, plane)
             expected, _ = attend(query, cache.pools[layer], group.step, plane)
             torch.testing.assert_close(ours, expected)
 
