@@ -894,14 +894,17 @@ def vllm(here: Here, found: dict) -> str:
 
 
 def joined(runs: list[dict]) -> dict:
-    """Several runs on one card as one, each check with the hash of its code: of two, the later."""
+    """Several runs on one card as one, each check with the hash of its code: of two, the later that
+    was not skipped."""
     cards = {gpu["name"] for run in runs for gpu in run["provenance"]["hardware"]["gpus"]}
     if len(cards) > 1:
         raise ValueError(f"these runs are of several cards: {' and '.join(sorted(cards))}")
     checks = {}
     for run in runs:
         code = run["provenance"]["kit_sha256"][:12]
-        checks |= {name: row | dict(kit_sha256=code) for name, row in run["checks"].items()}
+        for name, row in run["checks"].items():
+            if name not in checks or row["verdict"] != "skipped":
+                checks[name] = dict(kit_sha256=code) | row
     return runs[-1] | dict(checks=checks)
 
 
