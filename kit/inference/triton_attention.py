@@ -145,38 +145,16 @@ def _check(query, keys, values, bias, table, count, codes) -> None:
 # What changes from step to step is not specialised on, or each new table width would compile anew.
 @triton.jit(do_not_specialize=["table_stride", "span"], do_not_specialize_on_alignment=_SMALL)
 def _attend(
-    query,
-    keys,
-    values,
-    bias,
-    table,
-    count,
-    part,  # [U*Hs, chunks, G, D]
-    tops,  # [U*Hs, chunks, G]
-    totals,
-    key_scale,  # None without codes, down to newest
-    key_zero,
-    key_exact,
-    value_scale,
-    value_zero,
-    value_exact,
-    position,
-    newest,
+    query, keys, values, bias, table, count,
+    part, tops, totals,  # [U*Hs, chunks, G, D], [U*Hs, chunks, G] and as many
+    key_scale, key_zero, key_exact, value_scale, value_zero, value_exact, position, newest,  # Codes
     scores,  # None where nobody watches
-    table_stride,
-    span,  # tokens of a chunk
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,  # GROUP padded
-    WIDE: tl.constexpr,  # SIZE padded
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    BITS: tl.constexpr,  # of a code, 0 without codes
-    SPREAD: tl.constexpr,  # numbers that share a scale
-    RESIDUAL: tl.constexpr,
-):
+    table_stride, span,  # tokens of a chunk
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, WIDE: tl.constexpr,  # GROUP and SIZE, padded
+    TILE: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, SPREAD: tl.constexpr, RESIDUAL: tl.constexpr,  # of Codes; 0 bits: none
+):  # fmt: skip
     """Program (unit and head, chunk): its softmax over one chunk, for all query heads at once."""
     pair, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunks = tl.num_programs(1)
@@ -190,66 +168,49 @@ def _attend(
     line = ((pair * chunks + chunk) * GROUP + row)[:, None]
     own = (row < GROUP)[:, None] & within
     q = tl.load(query + (pair * GROUP + row)[:, None] * SIZE + column[None, :], own, 0.0)
-    kind = key_exact.dtype.element_ty if BITS else keys.dtype.element_ty
-    q = q.to(kind)
-    if BITS:
-        old = tl.load(newest + unit)
-    top = tl.full([ROWS], -1e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    q = q.to(key_exact.dtype.element_ty if BITS else keys.dtype.element_ty)
+    top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, WIDE], tl.float32)
     for start in tl.range(first, end, TILE, num_stages=STAGES):
-        token = start + step
-        inside = token < end
+        token, inside = start + step, start + step < end
         number = tl.load(table + unit * table_stride + token // BLOCK, inside, 0).to(tl.int64)
         shift = tl.load(bias + number * BLOCK + token % BLOCK, inside, -1e30)
         slot = (number * HEADS + head) * BLOCK + token % BLOCK
         here = inside[:, None] & within
         if BITS:
             place = tl.load(position + number * BLOCK + token % BLOCK, inside, -1)
-            recent = (place > old)[:, None] & here
+            recent = (place > tl.load(newest + unit))[:, None] & here
             exact = ((unit * RESIDUAL + place % max(1, RESIDUAL)) * HEADS + head)[:, None] * SIZE
+            exact += column[None, :]
             k = _decoded(keys, key_scale, key_zero, slot, column, here, BITS, SPREAD, SIZE)
             v = _decoded(values, value_scale, value_zero, slot, column, here, BITS, SPREAD, SIZE)
-            if RESIDUAL:
-                exact += column[None, :]
-                k = tl.where(recent, tl.load(key_exact + exact, recent, 0.0).to(tl.float32), k)
-                v = tl.where(recent, tl.load(value_exact + exact, recent, 0.0).to(tl.float32), v)
-            k, v = k.to(kind), v.to(kind)
+            k = _newest(k, key_exact, exact, recent, RESIDUAL)
+            v = _newest(v, value_exact, exact, recent, RESIDUAL)
         else:
             at = slot[:, None] * SIZE + column[None, :]
-            k = tl.load(keys + at, here, 0.0)
-            v = tl.load(values + at, here, 0.0)
+            k, v = tl.load(keys + at, here, 0.0), tl.load(values + at, here, 0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") + shift[None, :]
         if scores is not None:
-            block = ((number * HEADS + head) * GROUP)[None, :] + row[:, None]
-            at = block * BLOCK + (token % BLOCK)[None, :]
+            at = (((number * HEADS + head) * GROUP)[None, :] + row[:, None]) * BLOCK
+            at += (token % BLOCK)[None, :]
             tl.store(scores + at, score, (row < GROUP)[:, None] & inside[None, :])
         higher = tl.maximum(top, tl.max(score, 1))
-        fade = tl.exp(top - higher)
-        weight = tl.exp(score - higher[:, None])
+        fade, weight = tl.exp(top - higher), tl.exp(score - higher[:, None])
         total = total * fade + tl.sum(weight, 1)
         out = tl.dot(weight.to(v.dtype), v, out * fade[:, None], input_precision="ieee")
         top = higher
     if chunks == 1:  # the largest weight is 1, so a sum below 1 is that of no slots at all
         out = tl.where(top[:, None] > _DEAD, out / tl.maximum(total, 1.0)[:, None], 0.0)
     at = (pair * chunks + chunk) * GROUP + row
-    tl.store(tops + at, top, row < GROUP)
-    tl.store(totals + at, total, row < GROUP)
+    tl.store(tops + at, top, row < GROUP), tl.store(totals + at, total, row < GROUP)
     tl.store(part + line * SIZE + column[None, :], out, own)
 
 
 @triton.jit
 def _decoded(
-    codes,
-    scale,
-    zero,
-    slot,
-    column,
-    here,
-    BITS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+    codes, scale, zero, slot, column, here,
+    BITS: tl.constexpr, SPREAD: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
     """Numbers of slots, in float32: zero + scale * code."""
     at = slot[:, None] * (SIZE * BITS // 8) + (column * BITS // 8)[None, :]
     code = tl.load(codes + at, here, 0).to(tl.int32) >> (column * BITS % 8)[None, :]
@@ -257,6 +218,14 @@ def _decoded(
     step = tl.load(scale + group, here, 0.0).to(tl.float32)
     first = tl.load(zero + group, here, 0.0).to(tl.float32)
     return (code & (2**BITS - 1)).to(tl.float32) * step + first
+
+
+@triton.jit
+def _newest(numbers, exact, at, recent, RESIDUAL: tl.constexpr):
+    """The numbers in the dtype of the model, those of recent tokens as they were."""
+    if RESIDUAL:
+        numbers = tl.where(recent, tl.load(exact + at, recent, 0.0).to(tl.float32), numbers)
+    return numbers.to(exact.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["chunks", "span"], do_not_specialize_on_alignment=_SMALL)
