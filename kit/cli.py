@@ -20,11 +20,11 @@ import typer
 from typer import Argument, Option
 
 from kit.paths import run_dir
-from kit.pipeline import refusals, stages
+from kit.pipeline import errors, stages
 from kit.pipeline import run as pipeline
+from kit.pipeline.errors import UserError
 from kit.pipeline.preflight import preflight
 from kit.pipeline.provenance import unusable_gpu
-from kit.pipeline.refusals import Refused
 from kit.report import summary
 
 PROGRAM = "python -m kit"
@@ -62,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         command_path = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
         print(f"{error.format_message().rstrip('.')}; see {command_path} --help", file=sys.stderr)
         return error.exit_code
-    except Refused as refusal:
+    except UserError as refusal:
         print(refusal, file=sys.stderr)
         return refusal.code
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        refusal = refusals.of_system(error)
+        refusal = errors.of_system(error)
         if refusal is None:
             raise
         print(refusal, file=sys.stderr)
@@ -85,7 +85,7 @@ def _in_one_sentence(code: int = 2) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise Refused(str(error), code) from error
+        raise UserError(str(error), code) from error
 
 
 def _example(line: str, exit_codes: str = "") -> dict[str, str]:
@@ -103,7 +103,7 @@ ModelName = Annotated[str, Option(help="hub:ORG/NAME, a folder, or the bundled o
 def default_profile() -> str:
     """quick, whatever the machine; a GPU that torch cannot use is refused, not passed over."""
     if why := unusable_gpu():
-        raise Refused(why, 2)
+        raise UserError(why, 2)
     return "quick"
 
 
@@ -165,7 +165,7 @@ def reproduce(
 def _values(given: list[str]) -> dict[str, str]:
     pairs = [each.partition("=") for each in given]
     if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
-        raise Refused(f"--set takes NAME=VALUE, such as PROBLEMS=20; this is {wrong[0]!r}")
+        raise UserError(f"--set takes NAME=VALUE, such as PROBLEMS=20; this is {wrong[0]!r}")
     return {name: value for name, _, value in pairs}
 
 
@@ -217,7 +217,7 @@ def advise(
         options = advisor.candidates(sizes, tokens, rows)
         chosen, why = advisor.choose(options, limit)
     except (ValueError, hub.HubError) as error:
-        raise Refused(str(error), 2) from error
+        raise UserError(str(error), 2) from error
     if as_json:
         totals = {each: each.configuration.total() for each in options}
         configurations = [
@@ -252,7 +252,9 @@ def choose_model(profile: Annotated[str, Argument(metavar="PROFILE")]) -> None:
     from kit.pipeline.provenance import write_json
 
     if stages.LARGER not in stages.read_profile(profile):
-        raise Refused(f"{profile} has no table [{stages.LARGER}]: its notebooks name their models")
+        raise UserError(
+            f"{profile} has no table [{stages.LARGER}]: its notebooks name their models"
+        )
     file = run_dir(profile) / "model.json"
     print(f"measuring which model {profile} runs on here ...", flush=True)
     with _in_one_sentence():
@@ -313,7 +315,7 @@ def verify(
     from kit.report import bundle, verify
 
     differs, tell = False, (lambda _: None) if as_json else partial(print, flush=True)
-    for run in runs or verify.published():
+    for run in runs or verify.published_runs():
         tell(pipeline.short(run.resolve()))
         try:
             checked = verify.check(run, lambda line: tell(f"  {line}"))
@@ -323,8 +325,8 @@ def verify(
                 rows = checked.verdicts.to_dict("records")
                 summary.print_verdicts({"verdicts": rows, "headline": again})
             page = verify.write_report(checked)
-        except bundle.Damaged as error:
-            raise Refused(str(error), 2) from error
+        except bundle.BundleError as error:
+            raise UserError(str(error), 2) from error
         tell(f"\nReport:    {pipeline.short(page) if page else 'none, see what is damaged'}\n")
         if as_json:
             print(json.dumps({"differs": checked.wrong, "not_recomputed": checked.left}))

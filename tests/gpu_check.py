@@ -798,7 +798,7 @@ def real_weights(here: Here, found: dict) -> str:
     if not any(file.is_file() for file in here_as):
         raise Skipped("the bundled weights are not here; see make gpu-pack WEIGHTS=1")
     model = load(BUNDLED, "float32", here.device)
-    rows = pandas.read_parquet(paths.PUBLISHED / "laptop" / "records.parquet")
+    rows = pandas.read_parquet(paths.PUBLISHED_RUNS / "laptop" / "records.parquet")
     rows = rows[(rows["temperature"] == 0) & (rows["arm"] == "plain") & (rows["policy"] == "full")]
     rows = rows[(rows["weights_hash"] == model.weights_hash) & (rows["source"] == "laptop")]
     rows = rows.set_index("problem_id").sort_index().iloc[: 2 if here.dry else 48]
@@ -931,7 +931,7 @@ def main(argv: list[str] | None = None) -> int:
         help="keep what this run, or those of files, said under outputs/published/gpu",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    shelf = paths.PUBLISHED / "gpu"
+    shelf = paths.PUBLISHED_RUNS / "gpu"
     if args.publish:
         print(publish(joined([json.loads(file.read_text()) for file in args.publish]), shelf))
         return 0

@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kit import cli
 from kit.models import load as models
 from kit.pipeline import provenance
-from kit.pipeline.refusals import Refused
+from kit.pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {key: value for key, value in os.environ.items() if key != "KIT_OUTPUTS"}
@@ -263,7 +263,7 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch, capsys, needs, cuda, w
     said = capsys.readouterr().err
     assert said.startswith("NVIDIA A40 (driver 535.1) is here, but torch") and words in said
     assert len(said.splitlines()) == 1
-    with pytest.raises(Refused, match="cannot use it"):
+    with pytest.raises(UserError, match="cannot use it"):
         cli.preflight("big", notebooks_dir=needs(PREFLIGHT.format(disk=0.001)))
     unused.is_available = lambda: True
     assert provenance.unusable_gpu() == ""
@@ -304,7 +304,7 @@ def test_preflight_lists_what_a_profile_needs(needs, capsys):
 
 def test_preflight_refuses_a_full_disk_unless_forced(needs, capsys):
     folder = needs(PREFLIGHT.format(disk=10**9))
-    with pytest.raises(Refused, match="FORCE=1") as refusal:
+    with pytest.raises(UserError, match="FORCE=1") as refusal:
         cli.preflight("big", notebooks_dir=folder)
     assert refusal.value.code == 1
     cli.preflight("big", force=True, notebooks_dir=folder)
@@ -330,7 +330,7 @@ def test_preflight_counts_what_is_already_downloaded(needs, capsys, tmp_path):
     [("disk = 3", "disk"), ("hours = 'two'", "hours"), ("downloads = [['x']]", "name, GB")],
 )
 def test_a_wrong_preflight_table_is_refused(needs, text, word):
-    with pytest.raises(Refused, match=word) as refusal:
+    with pytest.raises(UserError, match=word) as refusal:
         cli.preflight("big", notebooks_dir=needs(f"[preflight]\n{text}\n"))
     assert "big.toml" in str(refusal.value)
 

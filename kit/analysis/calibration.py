@@ -163,7 +163,7 @@ def chances(claim: Claim, n: int, true: float | None = None) -> dict[str, float]
     difference of shares, or was published without a size.
     """
     equal = claim.rule in ("equivalence", "non_inferiority")
-    true = (0.0 if equal else claim.published) if true is None else true
+    true = (0.0 if equal else claim.reported_value) if true is None else true
     if true is None or not claim.profiles or not (equal or claim.rule in ("direction", "size")):
         return {}
     if true and claim.unit not in ("percent", "points"):

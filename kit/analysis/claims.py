@@ -83,12 +83,12 @@ class Claim:
         return self.baseline is not None or self.unit == "points" or bool(controlled)
 
     @property
-    def published(self) -> float | None:
+    def reported_value(self) -> float | None:
         """The number a measurement is held against: the value, or value minus baseline."""
         return self.value if self.baseline is None else self.value - self.baseline
 
     @cached_property
-    def published_interval(self) -> stats.Interval | None:
+    def reported_interval(self) -> stats.Interval | None:
         """The published number with its own sampling error, in the claim's unit; None where no
         counts are published."""
         found, scale = (None, 1) if impossible(self) else _from_counts(self)
@@ -186,7 +186,7 @@ def audit(claim: Claim) -> Audit:
     if odd := impossible(claim):
         reading = f"{' and '.join(odd)} is no share of {claim.n} items, so the counts are unknown"
         return Audit(claim.id, None, None, None, reading)
-    interval = claim.published_interval
+    interval = claim.reported_interval
     if interval is None:
         return Audit(claim.id, None, None, None, "no counts published")
     found, low, high = _from_counts(claim)[0], interval.low, interval.high
@@ -199,7 +199,7 @@ def audit(claim: Claim) -> Audit:
     if found.p < 0.05:
         reading = f"{p}: the counts bear a difference of {low:.1f} to {high:.1f} {unit}"
     else:
-        reading = f"{p}: cannot tell {abs(claim.published):.3g} {unit} from none"
+        reading = f"{p}: cannot tell {abs(claim.reported_value):.3g} {unit} from none"
         reading += f"; {needed:,} {units} needed" if needed else ""
     if not (claim.counts or claim.pairs or claim.sds):
         reading += " (counts implied by the percentages, taken as unpaired)"
@@ -244,7 +244,7 @@ def _needed(claim: Claim) -> tuple[int | None, str]:
         return stats.pairs_needed(wins / n, losses / n) if wins != losses else None, "pairs"
     if claim.sds:
         units, power = "runs per arm", TTestIndPower()
-        effect = abs(claim.published) / (sum(sd**2 for sd in claim.sds) / 2) ** 0.5
+        effect = abs(claim.reported_value) / (sum(sd**2 for sd in claim.sds) / 2) ** 0.5
     else:
         units, power = "items per arm", NormalIndPower()
         effect = proportion_effectsize(*(right / n for right, n in _arms(claim)))
@@ -272,7 +272,7 @@ def measure(claim: Claim, records: pd.DataFrame, seed: int = 0) -> Measurement |
     """
     if "measure" not in claim.contrast:
         return None
-    side = -1 if (claim.published or 0) < 0 else 1
+    side = -1 if (claim.reported_value or 0) < 0 else 1
     named = controls(claim.contrast)
     try:
         found = [contrasts.compute({**claim.contrast, **each}, records, seed) for each in named]

@@ -332,8 +332,9 @@ def spread(records: pd.DataFrame) -> tuple[float, float]:
     return each.min(), each.max()
 
 
-def places(frames: Mapping[str, pd.DataFrame], keys: list[str]) -> list[dict]:
-    """Where in `keys` the records of each arm and training (`seed`) are, in order: see `frames`."""
+def index_records(frames: Mapping[str, pd.DataFrame], keys: list[str]) -> list[dict]:
+    """Where in `keys` the records of each arm and training (`seed`) are, in order; `restore_frames`
+    reads it."""
     at = {key: number for number, key in enumerate(keys)}
     return [
         {"arm": arm, "seed": seed, "at": [at[key] for key in part["key"]]}
@@ -342,15 +343,15 @@ def places(frames: Mapping[str, pd.DataFrame], keys: list[str]) -> list[dict]:
     ]
 
 
-def frames(
-    found: Iterable[Mapping], keys: list[str], records: pd.DataFrame
+def restore_frames(
+    index: Iterable[Mapping], keys: list[str], records: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """The frames by arm that `places` described, from their records; KeyError where one lacks."""
-    found, made, end = [*found], {}, 0
-    named = [keys[number] for one in found for number in one["at"]]
+    """The frames by arm that `index_records` described; KeyError where `records` lacks one."""
+    index, by_arm, end = [*index], {}, 0
+    named = [keys[number] for one in index for number in one["at"]]
     whole = records.set_index("key", drop=False).loc[named].reset_index(drop=True)  # at once: fast
-    for one in found:
+    for one in index:
         start, end = end, end + len(one["at"])
         rows = whole.iloc[start:end].reset_index(drop=True)
-        made.setdefault(one["arm"], {})[one["seed"]] = rows
-    return {arm: pooled(arm, trainings) for arm, trainings in made.items()}
+        by_arm.setdefault(one["arm"], {})[one["seed"]] = rows
+    return {arm: pooled(arm, trainings) for arm, trainings in by_arm.items()}

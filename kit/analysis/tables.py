@@ -201,7 +201,7 @@ def compounded(ways: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.
     return pd.DataFrame(rows)
 
 
-def told(
+def recall_by_frequency(
     frames: Mapping[str, pd.DataFrame], free: Mapping[str, pd.DataFrame], buckets: Sequence[str]
 ) -> pd.DataFrame:
     """Who knows the facts, by options and in free words: in all, by training seed, by frequency;

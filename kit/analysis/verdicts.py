@@ -112,7 +112,7 @@ def verdict(claim: Claim, measurement: Measurement | None, profile: str) -> Verd
     if m is None:
         return Verdict(claim.id, UNMEASURED, "", f"not measured yet: run {claim.notebook}")
     if claim.rule == "arithmetic":
-        gap = abs(m.estimate - claim.published)
+        gap = abs(m.estimate - claim.reported_value)
         word = AGREES[gap > claim.tolerance + 1e-9]  # binary fractions
         on, reason = RECOMPUTED, f"off by {gap:.4g} {claim.unit}, tolerance {claim.tolerance:g}"
     else:
@@ -167,8 +167,8 @@ def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
 def _gap(claim: Claim, m: Measurement) -> tuple[float, float]:
     """Ends of the 95% interval of measured minus published, with the published sampling error where
     it is known: two independent estimates, by their own intervals (Newcombe 1998, method 10)."""
-    there = claim.published_interval
-    value = claim.published if there is None else there.estimate
+    there = claim.reported_interval
+    value = claim.reported_value if there is None else there.estimate
     below, above = (value, value) if there is None else (there.low, there.high)
     gap = m.estimate - value
     low = gap - hypot(m.estimate - m.low, above - value)
@@ -180,13 +180,13 @@ def _differs(claim: Claim, m: Measurement) -> str:
     low, high = _gap(claim, m)
     if low <= 0 <= high:
         return ""
-    if claim.published_interval is None:
-        return f"the published {claim.published:g} lies outside (its own error is not known)"
-    return f"{low:.1f} to {high:.1f} {m.unit} off the published {claim.published:.3g}"
+    if claim.reported_interval is None:
+        return f"the published {claim.reported_value:g} lies outside (its own error is not known)"
+    return f"{low:.1f} to {high:.1f} {m.unit} off the published {claim.reported_value:.3g}"
 
 
 def _direction(claim: Claim, m: Measurement) -> tuple[int, str]:
-    effect = claim.published
+    effect = claim.reported_value
     side = -1 if effect is not None and effect < 0 else 1
     low, high = sorted((side * m.low, side * m.high))
     if high < 0:
@@ -196,7 +196,7 @@ def _direction(claim: Claim, m: Measurement) -> tuple[int, str]:
         if effect is None:
             return HOLDS, f"{reason}; no size was published"
         off = _differs(claim, m)
-        if off and claim.published_interval:
+        if off and claim.reported_interval:
             return SMALLER, f"direction holds, size does not: {off}"
         return HOLDS, f"{reason}; {off}" if off else f"{reason} and agrees with the published size"
     if not effect:
@@ -211,7 +211,7 @@ def _direction(claim: Claim, m: Measurement) -> tuple[int, str]:
 
 
 def _size(claim: Claim, m: Measurement) -> tuple[int, str]:
-    side = -1 if claim.published < 0 else 1
+    side = -1 if claim.reported_value < 0 else 1
     if claim.is_contrast and max(side * m.low, side * m.high) < 0:
         return OPPOSITE, "the interval excludes zero on the other side"
     if off := _differs(claim, m):

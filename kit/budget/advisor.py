@@ -20,7 +20,7 @@ from kit.budget import ledger
 from kit.budget.ledger import QWEN3, Architecture, Configuration, Packing
 from kit.models import adapter, quantization
 from kit.models.load import BUNDLED, local
-from kit.pipeline.refusals import read_json
+from kit.pipeline.errors import read_json
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 UNITS |= {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -234,7 +234,7 @@ def crossover(a: Architecture, packing: Packing = Packing()) -> float:  # noqa: 
     return sum(weights(a, packing).values()) / per_token
 
 
-def published(contrast: Mapping) -> tuple[float, str] | None:
+def reported_bytes(contrast: Mapping) -> tuple[float, str] | None:
     """The ledger's number for what a claim about bytes says, and its unit; None for other claims.
 
     `value` is weights_gib (of `model` at `bits`), kv_gib or kv_gb (of `model`, `tokens`, `width`),

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kit.paths import DATA
+from kit.pipeline.errors import read_json
 from kit.pipeline.provenance import write_json
-from kit.pipeline.refusals import read_json
 from kit.schema import digest
 
 PROSE = {"statement", "metric", "source", "grade", "scope"}

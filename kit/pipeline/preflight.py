@@ -6,7 +6,7 @@ from pathlib import Path
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.pipeline import stages
 from kit.pipeline.provenance import gpus, unusable_gpu
-from kit.pipeline.stages import PREFLIGHT, Refused
+from kit.pipeline.stages import PREFLIGHT, UserError
 
 GB = 10**9
 
@@ -38,11 +38,11 @@ def preflight(profile: str, *, force: bool = False, notebooks_dir: Path = NOTEBO
     if needs["note"]:
         print(f"  {needs['note']}")
     if needs["gpu_memory_gb"] and (why := unusable_gpu()) and not force:
-        raise Refused(why, 2)
+        raise UserError(why, 2)
     if room < missing:
         print(f"warning: {missing:.1f} GB still to fill and {room:.1f} GB free", flush=True)
         if not force:
-            raise Refused("too little room on the disk: free some, or start all the same with "
+            raise UserError("too little room on the disk: free some, or start all the same with "
                           "FORCE=1", 1)  # fmt: skip
 
 
@@ -56,15 +56,15 @@ def _needs(profile: str, notebooks_dir: Path) -> dict:
     where = f"{profile}.toml, table {PREFLIGHT}"
     for key in table:
         if key not in known:
-            raise Refused(f"{where}: there is no key {key}; there are: {', '.join(known)}")
+            raise UserError(f"{where}: there is no key {key}; there are: {', '.join(known)}")
     needs = known | table
     if not all(isinstance(needs[key], int | float) for key in numbers):
-        raise Refused(f"{where}: {', '.join(numbers)} must be numbers")
+        raise UserError(f"{where}: {', '.join(numbers)} must be numbers")
     for entry in needs["downloads"]:
         match entry:
             case [str(), int() | float()]:
                 continue
-        raise Refused(f"{where}: downloads must hold pairs [name, GB], not {entry!r}")
+        raise UserError(f"{where}: downloads must hold pairs [name, GB], not {entry!r}")
     return needs
 
 

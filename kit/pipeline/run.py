@@ -18,8 +18,8 @@ from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.pipeline import declared, provenance
+from kit.pipeline.errors import UserError, read_json
 from kit.pipeline.provenance import GIB
-from kit.pipeline.refusals import Refused, read_json
 from kit.pipeline.stages import (
     LARGER,
     TOUR,
@@ -62,7 +62,7 @@ def run(
     `stages.with_values`; the next run without them finds these stages stale. `start` is called
     once, with the chosen stages and those of them that are to run, and returns what a stage may
     take, in seconds by name, and a function to call with each stage that is done, and where `only`
-    some are asked for also if it was. Raises Refused for what the caller must change (profile,
+    some are asked for also if it was. Raises UserError for what the caller must change (profile,
     stage, a second run), OSError where the disk is full or a folder cannot be written.
     """
     stages, chosen, why = _asked(
@@ -100,7 +100,7 @@ def plan(
     given: Mapping[str, str] | None = None,
 ) -> list[tuple[Stage, str]]:
     """The stages that `run` would look at, with why it would run them, "" where they are up to
-    date. Writes nothing; Refused as there."""
+    date. Writes nothing; UserError as there."""
     _, chosen, why = _asked(
         profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, given or {}
     )
@@ -117,7 +117,7 @@ def _asked(
     """All stages, those asked for, and what says why one of them is to run, "" if it is not."""
     stages = load_stages(profile, notebooks_dir, outputs_dir)
     if os.environ.get("KIT_MODEL") and LARGER not in read_profile(profile, notebooks_dir):
-        raise Refused(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
+        raise UserError(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
                       f"write the model into a profile of your own")  # fmt: skip
     stages = with_values(stages, select(stages, from_, only), given)
     chosen = select(stages, from_, only)
@@ -288,7 +288,7 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise Refused(f"another run (process {file.read()}) works in {short(folder)}; "
+            raise UserError(f"another run (process {file.read()}) works in {short(folder)}; "
                           "wait for it or stop it", LOCKED) from error  # fmt: skip
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -308,7 +308,7 @@ def running(stage: Stage) -> str:
             pass
     try:
         cells = [cell["metadata"] for cell in read_json(stage.running)["cells"]]
-    except (Refused, FileNotFoundError):  # just being written, or just done
+    except (UserError, FileNotFoundError):  # just being written, or just done
         return "a cell"
     own = [cell for cell in cells if "injected-parameters" not in cell.get("tags", [])]
     begun = [cell.get("papermill", {}).get("status") != "pending" for cell in own]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS, ROOT
 from kit.pipeline import imports, parameters
+from kit.pipeline.errors import UserError, file_in_the_way, read_json
 from kit.pipeline.provenance import file_hash, files_hash
-from kit.pipeline.refusals import Refused, file_in_the_way, read_json
 from kit.schema import DTYPES, digest
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -110,7 +110,7 @@ class Stage:
             return ""
         try:
             return read_json(self.failed)["metadata"]["kit"]["failure"]
-        except (Refused, LookupError, TypeError):
+        except (UserError, LookupError, TypeError):
             return f"{self.failed.name} is damaged"
 
     @property
@@ -126,7 +126,7 @@ class Stage:
         """The record of the last complete run, None when there is none or it is damaged."""
         try:
             done = read_json(self.status_file) if self.status_file.is_file() else None
-        except Refused:
+        except UserError:
             return None
         return (
             done if isinstance(done, dict) and {"inputs", "wall_seconds"} <= done.keys() else None
@@ -142,17 +142,17 @@ def read_profile(profile: str, notebooks: Path = NOTEBOOKS) -> dict[str, dict]:
     """The tables of a profile file by name; empty for a tour without a file."""
     if profile not in profiles(notebooks):
         known = ", ".join(profiles(notebooks))
-        raise Refused(f"there is no profile {profile!r}; take one of: {known}")
+        raise UserError(f"there is no profile {profile!r}; take one of: {known}")
     file = notebooks / "profiles" / f"{profile}.toml"
     if not file.is_file():
         return {}
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f"{file.name} is not valid TOML: {error}") from error
+        raise UserError(f"{file.name} is not valid TOML: {error}") from error
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise Refused(f"{file.name}: {name} stands outside a table; put it under a notebook")
+            raise UserError(f"{file.name}: {name} stands outside a table; put it under a notebook")
     return tables
 
 
@@ -169,13 +169,13 @@ def load_stages(
     files = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
     names = [file.stem for file in files]
     if not files:
-        raise Refused(f"there is no notebook NN_*.ipynb in {notebooks}")
+        raise UserError(f"there is no notebook NN_*.ipynb in {notebooks}")
     larger = tables.pop(LARGER, {})
     chosen, why = (model, "") if model is not None else choice(profile, larger, outputs)
     own = {name: table for name, table in larger.items() if isinstance(table, dict)}
     for table in [*tables, *own]:
         if table not in [*names, PREFLIGHT]:
-            raise Refused(f"{profile}.toml names the notebook {table}, which does not exist; "
+            raise UserError(f"{profile}.toml names the notebook {table}, which does not exist; "
                           f"there are: {', '.join(names) or 'none'}")  # fmt: skip
     made, folder = [], outputs / profile
     for file in files:
@@ -203,7 +203,7 @@ def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Sta
     """The stages that FROM= or ONLY= ask for, by number, name or the word in it; ONLY= takes
     several, separated by spaces or commas, and they run in their order."""
     if from_ and only:
-        raise Refused("FROM and ONLY exclude each other; give one")
+        raise UserError("FROM and ONLY exclude each other; give one")
     if only:
         names = {_named(stages, wanted).name for wanted in only.replace(",", " ").split()}
         return [stage for stage in stages if stage.name in names]
@@ -216,7 +216,7 @@ def _named(stages: list[Stage], wanted: str) -> Stage:
     hits = hits or [stage for stage in stages if wanted == stage.name.partition("_")[2]]
     if len(hits) != 1:
         many = "there are several stages" if hits else "there is no stage"
-        raise Refused(f"{many} {wanted}; take one of: {', '.join(s.name for s in stages)}")
+        raise UserError(f"{many} {wanted}; take one of: {', '.join(s.name for s in stages)}")
     return hits[0]
 
 
@@ -227,11 +227,13 @@ def with_values(stages: list[Stage], chosen: list[Stage], values: Mapping[str, s
     known = {name for stage in chosen for name in stage.defaults}
     for name, value in read.items():
         if name == "PROFILE" or name not in known:
-            raise Refused(f"no notebook that is asked for has the parameter {name} to be set; they "
-                          f"have: {', '.join(sorted(known - {'PROFILE'}))}")  # fmt: skip
+            there = ", ".join(sorted(known - {"PROFILE"}))
+            raise UserError(
+                f"no notebook that is asked for has the parameter {name} to be set; they have: {there}"
+            )
         defaults = [stage.defaults[name] for stage in chosen if name in stage.defaults]
         if wrong := next(filter(None, (parameters.misfit(value, of) for of in defaults)), ""):
-            raise Refused(f"{name}, as it was set, {wrong}")
+            raise UserError(f"{name}, as it was set, {wrong}")
     made = []
     for stage in stages:
         own = {name: value for name, value in read.items() if name in stage.defaults}
@@ -254,7 +256,7 @@ def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
     try:
         modules = imports.kit_modules(_code(stage.cells), root / "kit")
     except ModuleNotFoundError as error:
-        raise Refused(f"{stage.notebook.name} imports, itself or through the kit, a module that "
+        raise UserError(f"{stage.notebook.name} imports, itself or through the kit, a module that "
                       f"does not exist: {error}") from error  # fmt: skip
     return {
         "notebook": digest(stage.cells),
@@ -348,18 +350,20 @@ def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
         try:
             imports.imported(source if kind == "code" else "")
         except SyntaxError as error:
-            raise Refused(f"{file.name}, cell {number} is not valid Python: {error}") from error
+            raise UserError(f"{file.name}, cell {number} is not valid Python: {error}") from error
     tagged = [source for _, source, is_tagged in cells if is_tagged]
     defaults = parameters.assignments(tagged[0]) if tagged else {}
     for key in table:
         if key not in defaults:
-            raise Refused(f"{profile}.toml, table {file.stem}: the parameters cell does not name "
+            raise UserError(f"{profile}.toml, table {file.stem}: the parameters cell does not name "
                           f"{key}; it names: {', '.join(defaults) or 'nothing'}")  # fmt: skip
         if wrong := parameters.misfit(table[key], defaults[key]):
-            raise Refused(f"{profile}.toml, table {file.stem}: {key} {wrong}")
+            raise UserError(f"{profile}.toml, table {file.stem}: {key} {wrong}")
     if table.get("PROFILE", profile) != profile:
-        raise Refused(f"{profile}.toml, table {file.stem}: PROFILE is {table['PROFILE']!r}; it is "
-                      f"the name of the file, {profile!r}")  # fmt: skip
+        raise UserError(
+            f"{profile}.toml, table {file.stem}: PROFILE is {table['PROFILE']!r}; it is the "
+            f"name of the file, {profile!r}"
+        )
     own = {"PROFILE": profile, "DTYPE": _dtype()}
     own = {name: value for name, value in own.items() if name in defaults and value}
     return Stage(file, profile, folder, defaults, table | own, cells)
@@ -369,7 +373,7 @@ def _dtype() -> str:
     """What KIT_DTYPE asks of all notebooks: it outranks the profile. "" where it asks nothing."""
     wanted = os.environ.get("KIT_DTYPE", "").removeprefix("auto")
     if wanted and wanted not in DTYPES:
-        raise Refused(f"DTYPE is {wanted!r}; take one of: auto, {', '.join(DTYPES)}")
+        raise UserError(f"DTYPE is {wanted!r}; take one of: auto, {', '.join(DTYPES)}")
     return wanted
 
 
@@ -377,7 +381,7 @@ def _read_cells(file: Path) -> tuple[tuple[str, str, bool], ...]:
     try:
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError) as error:
-        raise Refused(f"{file.name} is not a notebook (version 4): {error}") from error
+        raise UserError(f"{file.name} is not a notebook (version 4): {error}") from error
     return tuple(
         (
             cell["cell_type"],

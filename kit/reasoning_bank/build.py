@@ -45,7 +45,7 @@ STEP = pyarrow.schema(
     [
         ("step", pyarrow.int64()),
         ("lessons", pyarrow.int64()),
-        ("unread", pyarrow.int64()),  # replies that could not be parsed
+        ("unparsed", pyarrow.int64()),  # replies that could not be parsed
         ("rejected", pyarrow.list_(pyarrow.string())),  # why, of each lesson not kept
         ("prompt_tokens", pyarrow.int64()),
         ("new_tokens", pyarrow.int64()),
@@ -130,14 +130,14 @@ def fill_bank(
             frame["judged"] = _judge(teacher, judge, frame, config)
             found = _extract(teacher, extractor, group, frame, config, step, rejected)
         new = bank.add(found)
-        unread = len(judge.unread) + len(extractor.unread)
-        cost = {"seconds": time.perf_counter() - start, "unread": unread, "rejected": rejected}
+        unparsed = len(judge.unparsed) + len(extractor.unparsed)
+        cost = {"seconds": time.perf_counter() - start, "unparsed": unparsed, "rejected": rejected}
         _note(
             bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost | tokens
         )
         bank.tag(_tag(step))
         rest = f", {len(rejected)} rejected" if rejected else ""
-        rest += f", {unread} replies unread" if unread else ""
+        rest += f", {unparsed} replies unparsed" if unparsed else ""
         report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{rest}")
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
 

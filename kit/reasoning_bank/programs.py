@@ -166,12 +166,12 @@ def shown(strategies: Sequence[Strategy]) -> str:
 
 
 class Program(dspy.Module):
-    """A module whose replies that could not be read are counted: they lie in `unread`, and their
+    """A module whose replies that could not be read are counted: they lie in `unparsed`, and their
     fields are None."""
 
     def __init__(self):
         super().__init__()
-        self.unread: list[str] = []
+        self.unparsed: list[str] = []
 
     def ask(self, predict, seed: int | None = None, **inputs) -> dspy.Prediction:
         """One call of `predict`, whatever the adapter. Equal calls without a seed draw anew."""
@@ -188,7 +188,7 @@ class Program(dspy.Module):
             return self._unreadable(predict, error)
 
     def _unreadable(self, predict, error: AdapterParseError) -> dspy.Prediction:
-        self.unread.append(str(error.lm_response or ""))
+        self.unparsed.append(str(error.lm_response or ""))
         (inner,) = [each for _, each in predict.named_predictors()] or [predict]
         return dspy.Prediction(**dict.fromkeys(inner.signature.output_fields))
 

@@ -47,7 +47,7 @@ follow from the records, without any model: `python -m kit verify FILE_OR_FOLDER
 """
 
 
-class Damaged(ValueError):
+class BundleError(ValueError):
     """No bundle can be read from a file."""
 
 
@@ -80,7 +80,7 @@ class Run:
         return {row["claim"]: row for row in self.json(VERDICTS).get("verdicts", [])}
 
     @cached_property
-    def published(self) -> list[claims.Claim]:
+    def claims(self) -> list[claims.Claim]:
         """The claims that it was judged by: its own, or those of this kit where it has none."""
         if "claims.toml" not in self.files:
             return claims.load()
@@ -136,8 +136,8 @@ def evictors() -> dict[str, Path]:
 
 
 def read(place: Path) -> Run:
-    """A Run from a bundle, zipped or unpacked, or from outputs/<profile>; Damaged where `place` is
-    none of these. One folder around all files, as archivers make it, is looked through."""
+    """A Run from a bundle, zipped or unpacked, or from outputs/<profile>; BundleError where `place`
+    is none of these. One folder around all files, as archivers make it, is looked through."""
     place = Path(place)
     try:
         if place.is_dir():
@@ -146,7 +146,7 @@ def read(place: Path) -> Run:
             names = [name for name in archive.namelist() if not name.endswith("/")]
             return Run(_bare({name: archive.read(name) for name in names}))
     except (OSError, zipfile.BadZipFile) as error:
-        raise Damaged(
+        raise BundleError(
             f"{place} is no bundle ({error}); give one that `make bundle` wrote, or a folder of "
             f"outputs."
         ) from error

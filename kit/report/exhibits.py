@@ -21,8 +21,8 @@ import pandas as pd
 
 from kit.analysis.plots import STYLE, Picture
 from kit.paths import run_dir
+from kit.pipeline.errors import read_json
 from kit.pipeline.provenance import write_json, write_text
-from kit.pipeline.refusals import read_json
 
 LIST = "exhibits.json"
 DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing

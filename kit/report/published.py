@@ -19,7 +19,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from kit import paths
-from kit.paths import PUBLISHED, ROOT, run_dir
+from kit.paths import PUBLISHED_RUNS, ROOT, run_dir
 from kit.pipeline.provenance import write_text
 from kit.report import bundle, crate, readme, renewal
 from kit.report.bundle import RECORDS, VERDICTS, Run
@@ -34,7 +34,7 @@ MOST = 8  # columns of a table in docs/results.md
 HEADS = ["claim", "published", "measured", "on", "verdict", "command"]
 
 
-def publish(profile: str, into: Path = PUBLISHED) -> Path:
+def publish(profile: str, into: Path = PUBLISHED_RUNS) -> Path:
     """Take what has run of `profile` over into `into`/`profile`: the folder, whole or as it was.
 
     ValueError where nothing has run, see `bundle.write`.
@@ -61,7 +61,7 @@ def publish(profile: str, into: Path = PUBLISHED) -> Path:
     return place
 
 
-def again(profile: str, into: Path = PUBLISHED) -> list[str]:
+def again(profile: str, into: Path = PUBLISHED_RUNS) -> list[str]:
     """Renew the published run of `profile` by `kit.report.renewal`: lines about what changed.
 
     ValueError where there is none.
@@ -108,7 +108,7 @@ def _replaced(place: Path) -> Iterator[Path]:
 def place(name: str) -> Path:
     """Where the run lies that a person means: a bundle or folder, what has run here of a profile,
     or else what is published of it."""
-    here, there = paths.OUTPUTS / name, PUBLISHED / name
+    here, there = paths.OUTPUTS / name, PUBLISHED_RUNS / name
     if Path(name).exists():
         return Path(name)
     if there.is_dir() and not [*here.glob("results/*.json")]:
@@ -189,7 +189,7 @@ def against(there: Run, here: Run) -> list[str]:
     return [head, *lines]
 
 
-def text(published: Path = PUBLISHED) -> str:
+def text(published: Path = PUBLISHED_RUNS) -> str:
     """What docs/results.md says of all published runs, in Markdown."""
     return "\n".join(
         _section(file.parent.parent) for file in sorted(published.glob(f"[!.]*/{VERDICTS}"))
@@ -262,7 +262,7 @@ def renewed(page: str, made: str) -> str:
     return f"{head}{BEGIN}\n\n{made}\n{END}{tail}"
 
 
-def pages(published: Path = PUBLISHED) -> dict[Path, str]:
+def pages(published: Path = PUBLISHED_RUNS) -> dict[Path, str]:
     """The generated part of each page that quotes published runs, by file."""
     return {ROOT / "README.md": readme.text(published), RESULTS: text(published)}
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from kit.analysis import claims, plots, tables
 from kit.analysis.verdicts import PLURAL, headline
-from kit.paths import PUBLISHED
+from kit.paths import PUBLISHED_RUNS
 from kit.report import bundle
 from kit.report.bundle import VERDICTS, Run
 from kit.report.exhibits import gathered, slug
@@ -26,7 +26,7 @@ HOLDERS = ["plain", "wrong", "generic", "shared", "shared-bank", "rag", "shared-
            "lora-ffn", "continued"]  # of facts, those that a run has  # fmt: skip
 
 
-def text(published: Path = PUBLISHED) -> str:
+def text(published: Path = PUBLISHED_RUNS) -> str:
     """The counts of verdicts, in Markdown, and the figure with its alternative text."""
     folders = sorted(file.parent.parent for file in published.glob(f"[!.]*/{VERDICTS}"))
     lines = [line for place in folders for line in _measured(bundle.read(place), place.name)]
@@ -47,14 +47,14 @@ def _measured(run: Run, profile: str) -> list[str]:
     return [f"- {line}" for line in ends]
 
 
-def save_figure(file: Path, published: Path = PUBLISHED) -> None:
+def save_figure(file: Path, published: Path = PUBLISHED_RUNS) -> None:
     """`figure` as SVG, which carries its alternative text."""
     picture = figure(published)
     with matplotlib.rc_context(plots.STYLE):
         picture.savefig(file, metadata={"Date": None, "Description": picture.alt})
 
 
-def figure(published: Path = PUBLISHED) -> plots.Picture:
+def figure(published: Path = PUBLISHED_RUNS) -> plots.Picture:
     """Three findings: KL by policy, fetched blocks and retrieved strategies against controls."""
     quality, facts, strategies = (table(published, *which) for which in (DMS, FACTS, STRATEGIES))
     facts = facts.set_index("control").reindex(HOLDERS).dropna(how="all").reset_index()

@@ -1,7 +1,7 @@
 """Tables and measured numbers made again from the records of a run, without its models.
 
 `kit.report.bundle` compares them with what the run says of itself. Results name the records of
-each arm and training seed under `frames`, see `kit.analysis.contrasts.places`, and hold the
+each arm and training seed under `frames`, see `kit.analysis.contrasts.index_records`, and hold the
 divergence of each held-out sequence; allocated bytes stay as the results have them.
 """
 
@@ -53,7 +53,7 @@ def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd
         return tables.quality({key: frame.reset_index(drop=True) for key, frame in rows})
     if "frames" not in found:
         return _of_arms(stage, caption, records)
-    frames = {name: contrasts.frames(at, found["keys"], records)
+    frames = {name: contrasts.restore_frames(at, found["keys"], records)
               for name, at in found["frames"].items()}  # fmt: skip
     if stage == "04_phase2":
         if "constants" in found:
@@ -116,9 +116,9 @@ def taught(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFr
 
 def _told(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
     if caption == KNOWN:
-        return tables.told(frames["options"], frames["free"], found["buckets"])
+        return tables.recall_by_frequency(frames["options"], frames["free"], found["buckets"])
     if caption == RECALL:
-        return tables.told(frames["free"], {}, found["buckets"]).drop(columns="free")
+        return tables.recall_by_frequency(frames["free"], {}, found["buckets"]).drop(columns="free")
     if caption in (FETCHED, RECALLED):
         return fetched(frames["options" if caption == FETCHED else "free"])
     if caption == BYTES:
@@ -170,7 +170,7 @@ def _outcomes(rows: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> np.ndar
 
 def outcomes(found: Mapping, name: str, records: pd.DataFrame) -> np.ndarray:
     """What each row of the `scenarios` or `places` of a sweep solves: [C, P]."""
-    frames = contrasts.frames(found["frames"][name], found["keys"], records)
+    frames = contrasts.restore_frames(found["frames"][name], found["keys"], records)
     return _outcomes(pd.DataFrame(found[name]), frames)
 
 
@@ -278,12 +278,14 @@ def measured(
     if stage == "03_dms":
         return on_sequences(found.get("kl", {}), found.get("model", ""))
     if stage == "05_parametric" and "frames" in found:
-        options, free = (contrasts.frames(found["frames"].get(probe, []), found["keys"], records)
-                         for probe in ("options", "free"))  # fmt: skip
+        options, free = (
+            contrasts.restore_frames(found["frames"].get(probe, []), found["keys"], records)
+            for probe in ("options", "free")
+        )
         prose = on_prose(found.get("nats", {}), found.get("model", ""))
         return on_facts(mine, options, free, found["where"]) | prose
     if stage == "06_memory_budget" and "frames" in found:
-        frames = contrasts.frames(found["frames"]["scenarios"], found["keys"], records)
+        frames = contrasts.restore_frames(found["frames"]["scenarios"], found["keys"], records)
         rows = pd.DataFrame(found["scenarios"])
         return on_scenarios(mine, rows, _outcomes(rows, frames))
     return {}

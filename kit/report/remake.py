@@ -139,7 +139,7 @@ def _alike(one, other) -> bool:
 def _measured(run: Run, stage: str, made: Remade) -> None:
     """Measurements that come out otherwise, and those that no record holds, such as arithmetic."""
     found = run.results[stage]
-    again = recompute.measured(stage, found, run.records[stage], run.published)
+    again = recompute.measured(stage, found, run.records[stage], run.claims)
     for claim, value in again.items():
         said = Measurement(**found["measurements"][claim]).texts()
         if value.texts() != said:

@@ -72,11 +72,11 @@ def judge(folder: Path) -> None:
     for stage, found in run.results.items():
         if "verdicts" in found:
             every = f"results/{stage}.json" == VERDICTS
-            mine = {claim.id for claim in run.published if every or claim.notebook == stage}
+            mine = {claim.id for claim in run.claims if every or claim.notebook == stage}
             found["verdicts"] = rows[rows["claim"].isin(mine)].to_dict("records")
             if every:
                 found["headline"] = verify.headline(run, judged)
-                chance = calibration.by_chance(run.published, judged.to_dict("records"))
+                chance = calibration.by_chance(run.claims, judged.to_dict("records"))
                 found["by_chance"] = chance
             write_json(folder / "results" / f"{stage}.json", exhibits.plain(found, stage))
 
@@ -93,10 +93,10 @@ def _tables(stage: str, captions: list[str], found: Mapping, run: Run) -> dict[s
 
 def _measurements(stage: str, found: Mapping, run: Run) -> tuple[dict, list[str]]:
     """Measurements of the claims that there are now, and those of them that no record holds."""
-    mine = {claim.id for claim in run.published if claim.notebook == stage}
+    mine = {claim.id for claim in run.claims if claim.notebook == stage}
     said = {name: value for name, value in found.get("measurements", {}).items() if name in mine}
     every = found | {"measurements": dict.fromkeys(mine)}
-    again = recompute.measured(stage, every, run.records[stage], run.published)
+    again = recompute.measured(stage, every, run.records[stage], run.claims)
     exact = {name for name, value in said.items() if value["low"] == value["high"]}
     left = [f"measurement of {name}" for name in sorted({*said} - {*again} - exact)]
     return said | {name: vars(value) for name, value in again.items()}, left

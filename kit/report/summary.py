@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from kit import estimate
-from kit.paths import PUBLISHED, ROOT, run_dir
+from kit.paths import PUBLISHED_RUNS, ROOT, run_dir
+from kit.pipeline.errors import read_json
 from kit.pipeline.provenance import write_json
-from kit.pipeline.refusals import read_json
 from kit.pipeline.run import clock, say, short
 from kit.pipeline.stages import LARGER, PREFLIGHT, Stage, read_profile
 
@@ -126,7 +126,7 @@ def print_verdicts(saved: Mapping) -> None:
     print("\n" + "\n".join(["Verdicts:", *(f"  {line}" for line in said if line)]))
 
 
-def print_reference(profile: str, published: Path = PUBLISHED) -> None:
+def print_reference(profile: str, published: Path = PUBLISHED_RUNS) -> None:
     """How this run differs from the published one of its profile, where there is one."""
     if not (published / profile).is_dir():
         return

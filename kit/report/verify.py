@@ -20,9 +20,9 @@ from kit import paths
 from kit.analysis import calibration, claims, tables
 from kit.analysis.verdicts import headline as headline_of
 from kit.pipeline import declared
-from kit.pipeline.refusals import Refused
+from kit.pipeline.errors import UserError
 from kit.report import bundle, exhibits, html, latex, regrading, remake
-from kit.report.bundle import FOLDERS, RECORDS, SUMS, VERDICTS, Damaged, Run
+from kit.report.bundle import FOLDERS, RECORDS, SUMS, VERDICTS, BundleError, Run
 
 BY_HASH = "by its hash alone"
 UNVOUCHED = f"without a {SUMS}, so that nothing says whether it was changed"
@@ -39,27 +39,27 @@ class Checked:
     whole: bool = False  # all that a report shows can be read
 
 
-def published() -> list[Path]:
+def published_runs() -> list[Path]:
     """Folders of the published runs; what else is published, such as figures of a GPU, is none."""
-    found = sorted(file.parent.parent for file in paths.PUBLISHED.glob(f"[!.]*/{VERDICTS}"))
+    found = sorted(file.parent.parent for file in paths.PUBLISHED_RUNS.glob(f"[!.]*/{VERDICTS}"))
     if not found:
-        raise Refused(f"{paths.PUBLISHED} holds no run; name a bundle or a folder")
+        raise UserError(f"{paths.PUBLISHED_RUNS} holds no run; name a bundle or a folder")
     return found
 
 
 def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Checked:
-    """Judge the run at `place` again; `tell` hears a line for each part. Damaged where there is no
-    run to judge."""
+    """Judge the run at `place` again; `tell` hears a line for each part. BundleError where there is
+    no run to judge."""
     run = bundle.read(place)
     packed = SUMS in run.files
     if not packed and RECORDS not in run.files:
-        raise Damaged(
+        raise BundleError(
             f"{place} has no {RECORDS}: pack the run with `make bundle` and verify the bundle."
         )
     wrong = _hashes(run) if packed else []
     left = []
     try:
-        tell(f"{len(run.every):,} records, {len(run.published)} claims")
+        tell(f"{len(run.every):,} records, {len(run.claims)} claims")
         wrong += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
         left += _other_claims(run) + _declared(run)
         tell("grading the answers again")
@@ -97,12 +97,12 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Che
 def rejudged(run: Run) -> pd.DataFrame:
     """Every claim's verdict made again from the records and measurements of `run`."""
     profile = run.stamps["07_verdicts"]["profile"]
-    return tables.verdicts(run.published, run.results, run.records, profile)
+    return tables.verdicts(run.claims, run.results, run.records, profile)
 
 
 def headline(run: Run, verdicts: pd.DataFrame) -> list[str]:
     """The four sentences of `verdicts.headline` on a run whose verdicts were made again."""
-    audits = tables.audits(run.published)
+    audits = tables.audits(run.claims)
     return headline_of(verdicts.to_dict("records"), audits, tables.models(run.every))
 
 
@@ -121,7 +121,9 @@ def write_report(checked: Checked) -> Path | None:
         return None
     stamp = run.stamps["07_verdicts"]
     if not re.fullmatch(r"\w[\w.-]*", str(stamp["profile"] or "")):
-        raise Damaged(f"the run says that its profile is {stamp['profile']!r}, which is no name")
+        raise BundleError(
+            f"the run says that its profile is {stamp['profile']!r}, which is no name"
+        )
     folder = paths.OUTPUTS / "verified" / stamp["profile"]
     shutil.rmtree(folder, ignore_errors=True)
     for name, data in run.files.items():
@@ -133,12 +135,12 @@ def write_report(checked: Checked) -> Path | None:
                for stage, of in run.stamps.items() if of}  # fmt: skip
     every_commit = "; ".join(f"{stage} {commit}" for stage, commit in commits.items())
     made_by = stamp | {"commit": every_commit, "dirty": False}
-    audits, again = tables.audits(run.published), (checked.wrong, checked.left)
+    audits, again = tables.audits(run.claims), (checked.wrong, checked.left)
     try:
         return html.write(stamp["profile"], run.records, verdicts, audits, run.results,
                             folder=folder, made_by=made_by, again=again)  # fmt: skip
     except KeyError as error:
-        raise Damaged(f"its notebooks or status files do not say {error}") from error
+        raise BundleError(f"its notebooks or status files do not say {error}") from error
 
 
 def _hashes(run: Run) -> list[str]:
@@ -180,7 +182,7 @@ def _other_claims(run: Run) -> list[str]:
     if "claims.toml" not in run.files:
         return []
     here = {claim.id: asdict(claim) for claim in claims.load()}
-    there = {claim.id: asdict(claim) for claim in run.published}
+    there = {claim.id: asdict(claim) for claim in run.claims}
     differ = [f"{name} not in both" for name in sorted({*here} ^ {*there})]
     for name in sorted({*here} & {*there}):
         fields = [key for key in here[name]
@@ -206,7 +208,7 @@ def _declared(run: Run) -> list[str]:
 def _judged(run: Run, verdicts: pd.DataFrame) -> list[str]:
     """Verdicts, and sentences on all of them, that come out otherwise when they are made again."""
     saved, again = run.json(VERDICTS), headline(run, verdicts)
-    chance = calibration.by_chance(run.published, verdicts.to_dict("records"))
+    chance = calibration.by_chance(run.claims, verdicts.to_dict("records"))
     said = {"headline": again, "by_chance": chance}
     return [
         f"{VERDICTS}: {name!r} is not what the verdicts say"

@@ -84,13 +84,13 @@ def test_each_claim_is_consistent_with_its_own_counts(subtests):
     for claim in CLAIMS.values():
         with subtests.test(claim.id):
             assert claim.statement.endswith(".") and not re.search(r"[.!?] [A-Z]", claim.statement)
-            assert claim.published is not None or claim.rule in (
+            assert claim.reported_value is not None or claim.rule in (
                 "direction",
                 "equivalence",
                 "non_inferiority",
             )
             if claim.rule == "direction" and claim.value is not None:
-                assert claim.published != 0
+                assert claim.reported_value != 0
             for share, counts in (
                 (claim.value, claim.counts),
                 (claim.baseline, claim.baseline_counts),
@@ -100,7 +100,7 @@ def test_each_claim_is_consistent_with_its_own_counts(subtests):
             if claim.pairs:
                 both, wins, losses, neither = claim.pairs
                 n = both + wins + losses + neither
-                assert claim.published == pytest.approx(100 * (wins - losses) / n, abs=0.5)
+                assert claim.reported_value == pytest.approx(100 * (wins - losses) / n, abs=0.5)
                 if claim.baseline is not None:
                     assert claim.baseline == pytest.approx(100 * (both + losses) / n, abs=0.5)
             assert claims.audit(claim).reading

@@ -37,14 +37,14 @@ def test_table_1_of_the_paper(name):
 
 
 def test_the_claims_about_bytes_are_those_of_the_ledger():
-    told = {claim.id: (claim, ledger.published(claim.contrast)) for claim in claims.load()}
+    told = {claim.id: (claim, ledger.reported_bytes(claim.contrast)) for claim in claims.load()}
     told = {name: (claim, number) for name, (claim, number) in told.items() if number}
     assert len(told) == 12 and all(name.startswith("nab-") for name in told)
     for name, (claim, (found, unit)) in told.items():
         assert unit == claim.unit
         off = abs(found - claim.value)
         assert off <= claim.tolerance or name == "nab-weights-0.6b-16bit" and off > 0.28
-    assert ledger.published({"value": "scale_threshold_gib"}) is None
+    assert ledger.reported_bytes({"value": "scale_threshold_gib"}) is None
 
 
 def test_a_cache_in_groups_of_64_with_16_bit_scale_and_zero_takes_half_a_bit_more():

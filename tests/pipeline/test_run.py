@@ -24,7 +24,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from kit import notebook, paths
 from kit.pipeline import imports, parameters, provenance, stages
 from kit.pipeline import run as pipeline
-from kit.pipeline.refusals import Refused
+from kit.pipeline.errors import UserError
 from kit.report import exhibits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +216,7 @@ def test_kit_dtype_reaches_the_notebooks_that_name_it_before_the_profile(project
     monkeypatch.setenv("KIT_DTYPE", "auto")
     assert states(project)[0] == ("fresh", "")
     monkeypatch.setenv("KIT_DTYPE", "fp32")
-    with pytest.raises(Refused, match="DTYPE is 'fp32'; take one of: auto, float32, bfloat16"):
+    with pytest.raises(UserError, match="DTYPE is 'fp32'; take one of: auto, float32, bfloat16"):
         dtypes("tour")
 
 
@@ -241,7 +241,7 @@ def test_some_stages_of_a_profile_run_on_the_model_that_was_chosen(tmp_path, mon
     assert of()["02"].parameters == small["02"].parameters
     assert of()["02"].why == "MODEL=bundled:smollm2-135m"
     assert not of("quick")["02"].why  # for which a run of laptop is compared with it
-    with pytest.raises(Refused, match="MODEL is for profiles with a table .larger., which quick"):
+    with pytest.raises(UserError, match="MODEL is for profiles with a table .larger., which quick"):
         pipeline.run("quick", outputs_dir=tmp_path)
 
 
@@ -279,9 +279,9 @@ def test_several_goals_a_value_for_once_and_a_plan(project, capsys):
     for given, words in (({"SIZE": "ten"}, "SIZE, as it was set, is 'ten', a text"),
                          ({"SPEED": "1"}, "has the parameter SPEED to be set; they have: BATCH, "),
                          ({"PROFILE": "big"}, "parameter PROFILE to be set")):  # fmt: skip
-        with pytest.raises(Refused, match=words):
+        with pytest.raises(UserError, match=words):
             run(project, given=given)
-    with pytest.raises(Refused, match="parameter LIMIT to be set"):
+    with pytest.raises(UserError, match="parameter LIMIT to be set"):
         run(project, only="01", given={"LIMIT": "2"})
 
 
@@ -297,7 +297,7 @@ def test_several_goals_a_value_for_once_and_a_plan(project, capsys):
     ],
 )
 def test_unknown_stage_or_profile(project, options, words):
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         run(project, **options)
     assert all(word in str(refusal.value) for word in words)
     assert refusal.value.code == 2
@@ -320,7 +320,7 @@ def test_unknown_stage_or_profile(project, options, words):
 )
 def test_a_wrong_profile_names_file_table_and_key(project, text, words):
     (project / "notebooks/profiles/big.toml").write_text(text)
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         run(project, "big")
     assert all(word in str(refusal.value) for word in words)
 
@@ -405,7 +405,7 @@ def test_a_damaged_results_file_is_named(tmp_path, monkeypatch):
     notebook.save_results("01_x", {"a": 1}, "tour")
     file = tmp_path / "tour/results/01_x.json"
     file.write_text('{"a": ')
-    with pytest.raises(Refused, match=f"{file} is damaged .*run its notebook again"):
+    with pytest.raises(UserError, match=f"{file} is damaged .*run its notebook again"):
         exhibits.load_results("tour")
 
 
@@ -476,7 +476,7 @@ def test_kill_of_the_pipeline_itself_repeats_only_the_stage_in_flight(project):
     first, second = stages.load_stages("tour", project / "notebooks", project / "outputs")
     wait_until(lambda: pipeline.running(second) == "cell 6 of 7")
     assert pipeline.running(first) == ""
-    with pytest.raises(Refused, match=f"process {child.pid}") as refusal:
+    with pytest.raises(UserError, match=f"process {child.pid}") as refusal:
         run(project)
     assert refusal.value.code == pipeline.LOCKED
     child.send_signal(signal.SIGKILL)
@@ -502,7 +502,7 @@ def wait_until(condition) -> None:
 def test_the_lock_goes_with_its_holder(project):
     with open(project / "outputs/tour/run.lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(Refused, match="another run"):
+        with pytest.raises(UserError, match="another run"):
             run(project)
     assert run(project) == 0
 
@@ -660,7 +660,9 @@ def test_an_import_without_a_file_is_an_error(folders, source, missing):
 
 def test_a_notebook_that_imports_no_file_is_refused_in_a_sentence(project):
     edit(project / "notebooks/01_first.ipynb", "from kit import alpha", "from kit import alfa")
-    with pytest.raises(Refused, match=r"01_first.ipynb imports.* does not exist: kit.alfa .*alfa"):
+    with pytest.raises(
+        UserError, match=r"01_first.ipynb imports.* does not exist: kit.alfa .*alfa"
+    ):
         states(project)
 
 

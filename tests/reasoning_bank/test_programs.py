@@ -96,7 +96,7 @@ def test_a_judgement_gives_reasons_and_ends_in_yes_or_no(said, read):
     judge = SelfJudge()
     with context:
         assert judge(question="Q", solution="S").correct is read
-    assert judge.unread == ([said] if read is None else []), "no verdict is not a wrong"
+    assert judge.unparsed == ([said] if read is None else []), "no verdict is not a wrong"
     assert len(engine.asked) == 1, "nothing is asked again in another format"
     assert "step by step" in engine.asked[0][0][1]
 
@@ -108,8 +108,8 @@ def test_an_unreadable_reply_is_counted_and_not_raised(adapter):
     """By whichever adapter, with and without await."""
     engine, solver = Scripted([""] * 9), Solver()
     with dspy.context(lm=language_model(engine), adapter=adapter()):
-        assert solver(question="Q").answer is None and len(solver.unread) == 1
-        assert asyncio.run(solver.acall(question="Q")).answer is None and len(solver.unread) == 2
+        assert solver(question="Q").answer is None and len(solver.unparsed) == 1
+        assert asyncio.run(solver.acall(question="Q")).answer is None and len(solver.unparsed) == 2
 
 
 @pytest.mark.parametrize(

@@ -159,10 +159,10 @@ def test_a_bundle_is_read_as_people_have_it(tmp_path):
         assert any(name.endswith("/") for name in zipfile.ZipFile(again).namelist())
         assert bundle.read(again).files == files
     shutil.copytree(out, out.with_name("other"))
-    with pytest.raises(bundle.Damaged, match="it holds 2 of them"):
+    with pytest.raises(bundle.BundleError, match="it holds 2 of them"):
         bundle.read(out.parent)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(bundle.Damaged, match="neither SHA256SUMS nor results"):
+    with pytest.raises(bundle.BundleError, match="neither SHA256SUMS nor results"):
         bundle.read(tmp_path / "empty")
 
 

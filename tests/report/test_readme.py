@@ -12,7 +12,7 @@ from kit.report.bundle import VERDICTS, Run
 
 
 def exhibit(which: tuple[str, str]) -> pd.DataFrame:
-    return readme.table(paths.PUBLISHED, *which)
+    return readme.table(paths.PUBLISHED_RUNS, *which)
 
 
 def test_the_figure_is_drawn_from_what_is_published(tmp_path):

@@ -60,13 +60,13 @@ def spoilt(records: pd.DataFrame) -> pd.DataFrame:
 def test_frames_come_back_from_their_records_in_their_order():
     frames = {"z": trained("z", 0.5, 3), "a": trained("a", 0.5, 1)}
     records, keys = stored(*frames.values())
-    found = through_json({"of": contrasts.places(frames, keys)})["of"]
-    again = contrasts.frames(found, keys, records)
+    found = through_json({"of": contrasts.index_records(frames, keys)})["of"]
+    again = contrasts.restore_frames(found, keys, records)
     assert [*again] == ["z", "a"]
     for arm, frame in frames.items():
         assert again[arm].equals(frame)
     with pytest.raises(KeyError):
-        contrasts.frames(found, keys, records.iloc[1:])
+        contrasts.restore_frames(found, keys, records.iloc[1:])
 
 
 def test_phase_2():
@@ -79,7 +79,7 @@ def test_phase_2():
     parts = {"arms": stored_frames, "rounds": ways}
     found = through_json({
         "keys": keys, "families": FAMILIES, "constants": constants,
-        "frames": {name: contrasts.places(part, keys) for name, part in parts.items()},
+        "frames": {name: contrasts.index_records(part, keys) for name, part in parts.items()},
     })  # fmt: skip
     shown = {recompute.TRAINED: tables.trained(frames, FAMILIES),
              recompute.COMPOUNDING: tables.compounded(ways, FAMILIES),
@@ -148,10 +148,10 @@ def test_parametric_memory():
     found = through_json({
         "keys": keys, "buckets": buckets, "bytes": held, "where": "late", "nats": nats,
         "measurements": {name: dataclasses.asdict(value) for name, value in given.items()},
-        "frames": {name: contrasts.places(part, keys) for name, part in parts.items()},
+        "frames": {name: contrasts.index_records(part, keys) for name, part in parts.items()},
     })  # fmt: skip
-    shown = {recompute.KNOWN: tables.told(options, free, buckets),
-             recompute.RECALL: tables.told(free, {}, buckets).drop(columns="free"),
+    shown = {recompute.KNOWN: tables.recall_by_frequency(options, free, buckets),
+             recompute.RECALL: tables.recall_by_frequency(free, {}, buckets).drop(columns="free"),
              recompute.FETCHED: recompute.fetched(options),
              recompute.RECALLED: recompute.fetched(free),
              recompute.BYTES: pd.DataFrame(held)}  # fmt: skip
@@ -207,8 +207,8 @@ def test_memory_budget():
         "keys": keys, "generations": 99, "scenarios": table.to_dict("records"),
         "places": places[keep].to_dict("records"),
         "measurements": {name: dataclasses.asdict(value) for name, value in given.items()},
-        "frames": {"scenarios": contrasts.places(runs, keys),
-                   "places": contrasts.places(kept, keys)},
+        "frames": {"scenarios": contrasts.index_records(runs, keys),
+                   "places": contrasts.index_records(kept, keys)},
     })  # fmt: skip
     shown = {
         recompute.STEPS.format(len(table), 99): effects.marginal_effects(table, outcomes, RNG(0)),
@@ -245,7 +245,7 @@ def test_the_gaps_that_claims_are_about():
 
 
 def test_the_published_run_follows_from_its_records():
-    run = bundle.read(paths.PUBLISHED / "laptop")
+    run = bundle.read(paths.PUBLISHED_RUNS / "laptop")
     stages = [stage for stage in run.results if stage != "07_verdicts"]
     left = []
     for stage in stages:

@@ -77,7 +77,7 @@ def test_what_is_not_published_is_not_renewed(tmp_path):
 
 
 def test_the_published_figures_say_what_the_records_say(subtests):
-    run, left = bundle.read(paths.PUBLISHED / "laptop"), []
+    run, left = bundle.read(paths.PUBLISHED_RUNS / "laptop"), []
     for stage, found in run.results.items():
         records, given = run.records[stage], run.stamps[stage]["parameters"]
         needs = (recompute.QUALITY, recompute.COMPOUNDING, recompute.KNOWN, recompute.BYTES)
@@ -95,7 +95,7 @@ def test_the_published_figures_say_what_the_records_say(subtests):
 
 
 def test_advice_follows_from_the_scenarios_of_a_sweep():
-    run = bundle.read(paths.PUBLISHED / "laptop")
+    run = bundle.read(paths.PUBLISHED_RUNS / "laptop")
     found, given = (of["06_memory_budget"] for of in (run.results, run.stamps))
     listed = run.json(f"exhibits/06_memory_budget/{exhibits.LIST}")
     (row,) = [row for row in listed if row["caption"] == renewal.ADVICE]

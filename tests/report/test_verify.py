@@ -223,7 +223,7 @@ def test_a_published_run_is_judged_by_its_records(tmp_path, capsys, monkeypatch)
     )
     assert cli.main(["verify", str(place)]) == 1
     assert "Differs: 01_baseline, table" in capsys.readouterr().out
-    with pytest.raises(bundle.Damaged, match="has no records.parquet: pack the run"):
+    with pytest.raises(bundle.BundleError, match="has no records.parquet: pack the run"):
         verify.check(tmp_path / "laptop")
     monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "nothing")
     assert cli.main(["verify"]) == 2
@@ -263,7 +263,7 @@ def test_a_bundle_writes_nowhere_else(tmp_path):
             return json.dumps(notebook).encode()
 
         other = tampered(made, "notebooks/07_verdicts.ipynb", renamed)
-        with pytest.raises(bundle.Damaged, match="is no name"):
+        with pytest.raises(bundle.BundleError, match="is no name"):
             verify.write_report(verify.check(other))
 
 

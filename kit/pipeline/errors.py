@@ -13,7 +13,7 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 ELSEWHERE = "or set KIT_OUTPUTS to another folder"
 
 
-class Refused(Exception):
+class UserError(Exception):
     """One sentence for the person at the terminal; `code` is the exit status."""
 
     def __init__(self, sentence: str, code: int = 2):
@@ -21,32 +21,32 @@ class Refused(Exception):
         self.code = code
 
 
-def of_system(error: OSError) -> Refused | None:
+def of_system(error: OSError) -> UserError | None:
     """What the system refused; None for what is no fault of a disk or a folder."""
     place = Path(str(error.filename or "the outputs folder"))
     if error.errno in FULL:
-        return Refused(f"the disk is full ({error}); free some space and run again", 1)
+        return UserError(f"the disk is full ({error}); free some space and run again", 1)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return file_in_the_way(place) or _a_file(place)
     if error.errno in CLOSED:
-        return Refused(f"{place} cannot be written ({error.strerror}); change that, {ELSEWHERE}")
+        return UserError(f"{place} cannot be written ({error.strerror}); change that, {ELSEWHERE}")
     return None
 
 
-def file_in_the_way(folder: Path) -> Refused | None:
+def file_in_the_way(folder: Path) -> UserError | None:
     """Where a file lies in the place of `folder`, or of a folder that it is in."""
     return next((_a_file(p) for p in [*reversed(folder.parents), folder] if p.is_file()), None)
 
 
-def _a_file(place: Path) -> Refused:
-    return Refused(f"{place} is a file where a folder should be; move it away, {ELSEWHERE}")
+def _a_file(place: Path) -> UserError:
+    return UserError(f"{place} is a file where a folder should be; move it away, {ELSEWHERE}")
 
 
 def read_json(file: Path):
-    """The value in a JSON file; Refused names a file that is damaged."""
+    """The value in a JSON file; UserError names a file that is damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError is one
-        raise Refused(
+        raise UserError(
             f"{file} is damaged ({error}); delete it and run its notebook again"
         ) from error
