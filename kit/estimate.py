@@ -37,8 +37,8 @@ def measured(*profiles: str) -> dict:
     `decides` of `all`, with those for which it is `weak`; from a process of its own, which leaves
     neither torch nor a model behind. {} where that fails: no run waits for its estimate."""
     command = [sys.executable, "-m", "kit", "estimate", *profiles]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return json.loads(process.stdout.splitlines()[-1]) if process.returncode == 0 else {}
 
 
 def rates(models: Iterable[str] = ()) -> dict:
@@ -60,11 +60,11 @@ def _rates(model) -> dict[str, float]:
     from kit.inference import decode
     from kit.schema import Sampling
 
-    asked = [decode.Request(tuple(range(100, 164)), f"{i}") for i in range(32)]
-    decode.decode(model, asked[:2], Sampling(2))  # warms up
+    requests = [decode.Request(tuple(range(100, 164)), f"{i}") for i in range(32)]
+    decode.decode(model, requests[:2], Sampling(2))  # warms up
     began = time.perf_counter()
-    said = decode.decode(model, asked, Sampling(12))
-    decoded = sum(each.new_tokens for each in said) / (time.perf_counter() - began)
+    generations = decode.decode(model, requests, Sampling(12))
+    decoded = sum(each.new_tokens for each in generations) / (time.perf_counter() - began)
     ids = torch.arange(100, 100 + 4 * 64, device=model.device).view(4, 64)
     for part in (ids[:1], ids):  # the first one warms up
         began = time.perf_counter()
@@ -87,15 +87,15 @@ def seconds(stage: Stage, speed: dict) -> float:
 
 def rate_of(model: str, speed: dict) -> dict[str, float]:
     """Tokens per second `decoded` and `trained` by a model: measured, or by its size."""
-    if known := speed.get("models", {}).get(model):
-        return known
+    if rate := speed.get("models", {}).get(model):
+        return rate
     return {kind: speed[kind] * BILLIONS / billions(model) for kind in ("decoded", "trained")}
 
 
 def billions(model: str) -> float:
     """Parameters of a model by its name: 1.7 of "hub:Qwen/Qwen3-1.7B"."""
-    found = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model, re.IGNORECASE)
-    return float(found[1]) / (1000 if found[2] in "mM" else 1) if found else BILLIONS
+    match = re.search(r"(\d+(?:\.\d+)?)([bm])\b", model, re.IGNORECASE)
+    return float(match[1]) / (1000 if match[2] in "mM" else 1) if match else BILLIONS
 
 
 def choose(profile: str, say: Callable[[str], None] = print) -> dict:
@@ -106,8 +106,8 @@ def choose(profile: str, say: Callable[[str], None] = print) -> dict:
     """
     larger, speed, why = read_profile(profile)[LARGER], rates(), []
     for name in [*larger["models"], ""]:
-        fits, said = _considered(profile, name, larger["hours"], speed)
-        why.append(f"{name or 'the models of the notebooks'}: {said}{': taken' * fits}")
+        fits, reason = _considered(profile, name, larger["hours"], speed)
+        why.append(f"{name or 'the models of the notebooks'}: {reason}{': taken' * fits}")
         say(why[-1])
         if fits:
             return {"model": name, "why": why, "rates": speed}
@@ -125,10 +125,10 @@ def _considered(profile: str, model: str, hours: float, speed: dict) -> tuple[bo
         except (ValueError, HubError) as error:  # it cannot be fetched, or not be loaded
             return False, str(error)
     took, rate = _hours(profile, model, speed), rate_of(model, speed)
-    known = "measured" if model in ("", *speed["models"]) else "by its size"
+    source = "measured" if model in ("", *speed["models"]) else "by its size"
     return took <= hours or not model, (
         f"{took:.1f} hours for all notebooks, of {hours:g} ({rate['decoded']:.0f} tokens a second "
-        f"decoded, {rate['trained']:.0f} trained, {known})"
+        f"decoded, {rate['trained']:.0f} trained, {source})"
     )
 
 
@@ -246,8 +246,8 @@ def _weak(stage: Stage, claims: Iterable) -> list[tuple[str, int, float]]:
     from kit.analysis import calibration
 
     sized = ((claim, problems(stage, claim)) for claim in claims)
-    found = [(claim.id, n, calibration.power(claim, n)) for claim, n in sized if n]
-    return [row for row in found if row[2] is not None and row[2] < calibration.WEAK]
+    powers = [(claim.id, n, calibration.power(claim, n)) for claim, n in sized if n]
+    return [row for row in powers if row[2] is not None and row[2] < calibration.WEAK]
 
 
 def estimates(profiles: Iterable[str]) -> dict:

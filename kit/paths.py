@@ -23,8 +23,8 @@ def run_dir(profile: str) -> Path:
     """Where one profile's store, notebooks, results and report live; ValueError for a profile that
     there is not, such as one mistyped in a parameters cell."""
     if profile != "tour" and not (PROFILES / f"{profile}.toml").is_file():
-        known = ", ".join(["tour", *sorted(file.stem for file in PROFILES.glob("*.toml"))])
-        raise ValueError(f"there is no profile {profile!r}; PROFILE is one of: {known}")
+        profiles = ", ".join(["tour", *sorted(file.stem for file in PROFILES.glob("*.toml"))])
+        raise ValueError(f"there is no profile {profile!r}; PROFILE is one of: {profiles}")
     return OUTPUTS / profile
 
 

@@ -77,15 +77,15 @@ def _floor(share: float, n: int, rng: Draw) -> Measurement:
 
 def _share(off: float, n: int, rng: Draw) -> Measurement:
     """The share that one arm solves."""
-    found = stats.wilson(int(rng.binomial(n, SHARE + off)), n)
-    return replace(contrasts.points(found), unit="percent")
+    interval = stats.wilson(int(rng.binomial(n, SHARE + off)), n)
+    return replace(contrasts.points(interval), unit="percent")
 
 
 def _threshold(off: float, n: int, rng: Draw) -> Measurement:
     """A threshold found with a normal error that is a third of the resolution at POWERED."""
     error = (POWERED / n) ** 0.5 / 3
-    found = 4.0 + off + error * rng.normal()
-    return Measurement(found, found - 1.96 * error, found + 1.96 * error, n, "GiB")
+    estimate = 4.0 + off + error * rng.normal()
+    return Measurement(estimate, estimate - 1.96 * error, estimate + 1.96 * error, n, "GiB")
 
 
 STUDIES: tuple[tuple[str, str, Callable, float | tuple, int], ...] = (
@@ -128,8 +128,8 @@ def error_rates(studies: int, seed: int = 0) -> pd.DataFrame:
         rng, words = np.random.default_rng([seed, number]), Counter()
         for _ in range(studies):
             claim = _published(rule, measure is _share, rng)
-            found = replace(measure(how, n, rng), model="simulated")
-            words[verdicts.verdict(claim, found, "laptop").word] += 1
+            measurement = replace(measure(how, n, rng), model="simulated")
+            words[verdicts.verdict(claim, measurement, "laptop").word] += 1
         row = {"rule": rule, "truth": truth, "problems": n}
         rows.append(row | {word: 100 * words[word] / studies for word in WORDS})
     return pd.DataFrame(rows)
@@ -183,8 +183,8 @@ def chances(claim: Claim, n: int, true: float | None = None) -> dict[str, float]
     where, unit = {"model": claim.model[0], "sides": sides}, claim.unit
     for estimate in true + error * QUANTILES:
         ends = [(estimate - z * error, estimate + z * error) for z in norm.ppf((0.975, 0.95))]
-        found = Measurement(estimate, *ends[0], n, unit, ends[1], **where)
-        words[verdicts.verdict(claim, found, claim.profiles[0]).word] += 1
+        measurement = Measurement(estimate, *ends[0], n, unit, ends[1], **where)
+        words[verdicts.verdict(claim, measurement, claim.profiles[0]).word] += 1
     return {word: 100 * count / len(QUANTILES) for word, count in words.items()}
 
 
@@ -195,8 +195,8 @@ def _alone(claim: Claim) -> bool:
 
 def power(claim: Claim, n: int) -> float | None:
     """Percent chance that a true claim holds at `n` problems; None where `chances` has none."""
-    found = chances(claim, n)
-    return sum(found.get(word, 0.0) for word in HOLD) if found else None
+    words = chances(claim, n)
+    return sum(words.get(word, 0.0) for word in HOLD) if words else None
 
 
 def false_alarm(claim: Claim, n: int) -> float | None:
@@ -204,17 +204,17 @@ def false_alarm(claim: Claim, n: int) -> float | None:
     a loss of the margin; None where there is no such null, as of a single share."""
     if _alone(claim):
         return None
-    found = chances(claim, n, -claim.margin if claim.margin else 0.0)
-    return sum(found.get(word, 0.0) for word in HOLD) if found else None
+    words = chances(claim, n, -claim.margin if claim.margin else 0.0)
+    return sum(words.get(word, 0.0) for word in HOLD) if words else None
 
 
 def by_chance(claims: Iterable[Claim], rows: Iterable[Mapping]) -> str:
     """How many of the claims that were judged on a model, in `rows` of `measured_table`, would hold
     if nothing were true of any, by system: a sentence, "" where there are none."""
-    known, expected, counted = {claim.id: claim for claim in claims}, Counter(), 0
+    by_id, expected, counted = {claim.id: claim for claim in claims}, Counter(), 0
     for row in rows:
-        if row["on"] in verdicts.ON_MODELS and row["claim"] in known:
-            chance = false_alarm(known[row["claim"]], int(row["n"]))
+        if row["on"] in verdicts.ON_MODELS and row["claim"] in by_id:
+            chance = false_alarm(by_id[row["claim"]], int(row["n"]))
             expected[row["system"]] += (chance or 0.0) / 100
             counted += chance is not None
     if not counted:

@@ -91,10 +91,10 @@ class Claim:
     def reported_interval(self) -> stats.Interval | None:
         """The published number with its own sampling error, in the claim's unit; None where no
         counts are published."""
-        found, scale = (None, 1) if impossible(self) else _from_counts(self)
-        if found is None:
+        comparison, scale = (None, 1) if impossible(self) else _from_counts(self)
+        if comparison is None:
             return None
-        interval = found if isinstance(found, stats.Interval) else found.difference
+        interval = comparison if isinstance(comparison, stats.Interval) else comparison.difference
         low, high, estimate = (scale * x for x in (interval.low, interval.high, interval.estimate))
         return replace(interval, low=low, high=high, estimate=estimate)
 
@@ -113,8 +113,8 @@ class Audit:
 def load(path: Path = DATA / "claims.toml") -> list[Claim]:
     """All claims of a file; ValueError names the claim and the field that is wrong."""
     try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
-        rows, links = read["claim"], read["sources"]
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        rows, links = document["claim"], document["sources"]
     except (tomllib.TOMLDecodeError, KeyError) as error:
         raise ValueError(
             f"{path.name} is no TOML file with [sources] and [[claim]] tables: {error}"
@@ -137,10 +137,10 @@ def _claim(row: dict, name: str, links: Mapping[str, str]) -> Claim:
         if not good:
             raise ValueError(f"claim {name}: {key} {what}")
 
-    known = {f.name: f.default is MISSING for f in fields(Claim)}
-    for key in {*row, *known}:
-        check(key in known, key, "is no field of a claim; see kit.analysis.claims.Claim")
-        check(key in row or not known[key], key, "is missing")
+    required = {f.name: f.default is MISSING for f in fields(Claim)}
+    for key in {*row, *required}:
+        check(key in required, key, "is no field of a claim; see kit.analysis.claims.Claim")
+        check(key in row or not required[key], key, "is missing")
     for key, words in ALLOWED.items():
         check(row[key] in words, key, f"is {row[key]!r}; use one of {', '.join(words)}")
     for key in NEEDS[row["rule"]]:
@@ -189,21 +189,21 @@ def audit(claim: Claim) -> Audit:
     interval = claim.reported_interval
     if interval is None:
         return Audit(claim.id, None, None, None, "no counts published")
-    found, low, high = _from_counts(claim)[0], interval.low, interval.high
+    comparison, low, high = _from_counts(claim)[0], interval.low, interval.high
     unit = "points" if claim.unit == "percent" else claim.unit
-    if isinstance(found, stats.Interval):
+    if isinstance(comparison, stats.Interval):
         reading = f"{low:.1f} to {high:.1f} {claim.unit} from n = {interval.n}"
         return Audit(claim.id, interval, None, None, reading)
     needed, units = _needed(claim)
-    p = f"p = {found.p:.2g}" if found.p >= 0.001 else "p < 0.001"
-    if found.p < 0.05:
+    p = f"p = {comparison.p:.2g}" if comparison.p >= 0.001 else "p < 0.001"
+    if comparison.p < 0.05:
         reading = f"{p}: the counts bear a difference of {low:.1f} to {high:.1f} {unit}"
     else:
         reading = f"{p}: cannot tell {abs(claim.reported_value):.3g} {unit} from none"
         reading += f"; {needed:,} {units} needed" if needed else ""
     if not (claim.counts or claim.pairs or claim.sds):
         reading += " (counts implied by the percentages, taken as unpaired)"
-    return Audit(claim.id, interval, found.p, needed, reading)
+    return Audit(claim.id, interval, comparison.p, needed, reading)
 
 
 def impossible(claim: Claim) -> list[str]:
@@ -275,27 +275,26 @@ def measure(claim: Claim, records: pd.DataFrame, seed: int = 0) -> Measurement |
     side = -1 if (claim.reported_value or 0) < 0 else 1
     named = controls(claim.contrast)
     try:
-        found = [contrasts.compute({**claim.contrast, **each}, records, seed) for each in named]
-        if None in found:
+        measured = [contrasts.compute({**claim.contrast, **each}, records, seed) for each in named]
+        if None in measured:
             return None
         failed = _failed(claim.check, records, seed) if claim.check else ""
     except ValueError as error:
         raise ValueError(f"claim {claim.id}: {error}") from error
-    near = [min(side * m.low, side * m.high) for m in found]  # the end of the interval near zero
+    near = [min(side * m.low, side * m.high) for m in measured]  # the end of the interval near zero
     hardest = near.index(min(near))
     beaten = tuple(each["control"] for each, end in zip(named, near) if each and end > 0)
     several = {"control": named[hardest]["control"], "beaten": beaten} if len(named) > 1 else {}
-    return replace(found[hardest], origin=claim.notebook, failed=failed, **several)
+    return replace(measured[hardest], origin=claim.notebook, failed=failed, **several)
 
 
 def _failed(check: Mapping, records: pd.DataFrame, seed: int) -> str:
     """What a manipulation check or positive control came to, where it did not pass; else ""."""
     above, contrast = check.get("above", 0), _plain(check)
-    found = contrasts.compute(contrast, records, seed)
-    if found and found.low > above:
+    measurement = contrasts.compute(contrast, records, seed)
+    if measurement and measurement.low > above:
         return ""
-    said = "has no records" if found is None else "came to {} [{}]".format(*found.texts())
+    outcome = "came to {} [{}]".format(*measurement.texts()) if measurement else "has no records"
     against = f" against {contrast['control']}" if "control" in contrast else ""
-    return (
-        f"the check {contrast['measure']} of {contrast['arm']}{against} {said}, not above {above:g}"
-    )
+    checked = f"the check {contrast['measure']} of {contrast['arm']}{against}"
+    return f"{checked} {outcome}, not above {above:g}"

@@ -232,8 +232,8 @@ def _refuse_pooling(arm: str, rows: pd.DataFrame) -> None:
     """ValueError if an arm mixes models, policies or the like, or holds a sample twice."""
     for column in ("arm", "model", "weights_hash", "policy", "temperature"):
         if rows[column].nunique() > 1:
-            found = ", ".join(sorted(map(str, rows[column].unique())))
-            raise ValueError(f"{arm!r} has records of more than one {column}: {found}; name one")
+            values = ", ".join(sorted(map(str, rows[column].unique())))
+            raise ValueError(f"{arm!r} has records of more than one {column}: {values}; name one")
     twice = rows[rows.duplicated([*PROBLEM, TRAINING, *SAMPLE])]
     if not twice.empty:
         row = twice.iloc[0]
@@ -277,20 +277,20 @@ def _majority(rows: pd.DataFrame) -> pd.DataFrame:
 def twins(records: pd.DataFrame, first: Iterable[str] = ()) -> dict[str, str]:
     """Arms that asked nothing of their own, each with the arm whose prompts they repeat, problem by
     problem, with as many samples at the same temperature. Those in `first` are never repeats."""
-    first, asked = [*first], {}
+    first, prompts = [*first], {}
     for arm, rows in records.groupby("arm"):
         keys = rows[[*PROBLEM, "prompt_id", "temperature", *SAMPLE]]
-        asked[arm] = {tuple(key) for key in keys.itertuples(index=False)}
-    problems = {arm: {key[:2] for key in keys} for arm, keys in asked.items()}
-    order = sorted(asked, key=lambda arm: (arm not in first, -len(problems[arm]), arm))
-    found: dict[str, str] = {}
+        prompts[arm] = {tuple(key) for key in keys.itertuples(index=False)}
+    problems = {arm: {key[:2] for key in keys} for arm, keys in prompts.items()}
+    order = sorted(prompts, key=lambda arm: (arm not in first, -len(problems[arm]), arm))
+    twin_of: dict[str, str] = {}
     for arm in order:
         for other in order[: order.index(arm)]:
-            same = {key for key in asked[other] if key[:2] in problems[arm]} == asked[arm]
-            if same and arm not in first and other not in found:
-                found[arm] = other
+            same = {key for key in prompts[other] if key[:2] in problems[arm]} == prompts[arm]
+            if same and arm not in first and other not in twin_of:
+                twin_of[arm] = other
                 break
-    return found
+    return twin_of
 
 
 # Frames: the records of an arm, over the seeds of its training

@@ -35,8 +35,8 @@ def pairs(
 
 def accuracies(outcomes: np.ndarray, rng: np.random.Generator) -> list[tuple]:
     """Percent solved, and its 95% interval, of every row of outcomes [C, P]."""
-    found = [stats.mean_interval(row, rng, draws=2_000) for row in outcomes]
-    return [each.percent for each in found]
+    intervals = [stats.mean_interval(row, rng, draws=2_000) for row in outcomes]
+    return [each.percent for each in intervals]
 
 
 def difference(
@@ -48,15 +48,15 @@ def difference(
 ) -> stats.Interval | None:
     """By how much one scenario solves more than another one, in shares; None where the table has
     not both. Each names the values that differ from PLAIN, and `model` a part of its name."""
-    found = []
+    sides = []
     for wanted in (PLAIN | dict(scenario), PLAIN | dict(control)):
         rows = table["model"].str.contains(wanted.pop("model"), regex=False)
         for place, value in wanted.items():
             rows &= table[place] == value
         if not rows.any():
             return None
-        found.append(outcomes[rows.to_numpy().argmax()])
-    return stats.cluster_bootstrap(found[0] - found[1], rng)
+        sides.append(outcomes[rows.to_numpy().argmax()])
+    return stats.cluster_bootstrap(sides[0] - sides[1], rng)
 
 
 def gap(
@@ -121,8 +121,8 @@ def single_factor(row: Mapping) -> str:
     """The single factor in which a scenario differs from PLAIN, tokens and votes aside; "as it is"
     where there is none, "" where there are several."""
     names = {"bits": "weights", "policy": "cache", "kv_bits": "cache", "memory": "strategies"}
-    found = {name for place, name in names.items() if row[place] != PLAIN[place]}
-    return "" if len(found) > 1 else found.pop() if found else "as it is"
+    factors = {name for place, name in names.items() if row[place] != PLAIN[place]}
+    return "" if len(factors) > 1 else factors.pop() if factors else "as it is"
 
 
 def places(
@@ -133,8 +133,8 @@ def places(
     table = table.assign(interval=accuracies(outcomes, rng))
     front = pareto.table(table, "shared_bytes", outcomes, rng)
     best = front.sort_values("accuracy", kind="stable").groupby("place", sort=False).tail(1)
-    shown = ["place", "interval", "tokens", "width", "bytes", "shared_bytes", "membership"]
-    return front, best[shown]
+    columns = ["place", "interval", "tokens", "width", "bytes", "shared_bytes", "membership"]
+    return front, best[columns]
 
 
 def marginal_effects(
@@ -156,9 +156,9 @@ def marginal_effects(
             if not len(before):
                 rows.append(row | dict.fromkeys(["points", "MiB", "points per MiB"]))
                 continue
-            found = stats.cluster_bootstrap((outcomes[after] - outcomes[before]).mean(0), rng)
+            interval = stats.cluster_bootstrap((outcomes[after] - outcomes[before]).mean(0), rng)
             more = (table["bytes"].to_numpy()[after] - table["bytes"].to_numpy()[before]).mean()
-            points = found.percent
+            points = interval.percent
             row |= {"points": points, "MiB": more / MIB}
             each = tuple(x * MIB / more for x in points) if more > 0 else None
             rows.append(row | {"points per MiB": each})

@@ -141,10 +141,10 @@ def mean_gap(
             f"treatment has {n} problems, control {sides[1][1].shape[1]}; "
             f"give both the same problems in the same order"
         )
-    found = _gaps(sides, np.full(n, 1 / n), log)
-    drawn = [_gaps(sides, weights, log) @ weights for weights in _resamples(n, rng, draws)]
-    bias = float(np.mean(drawn) - found.mean())
-    fixed = stats.cluster_bootstrap(_rounded(found), rng, level)
+    gaps = _gaps(sides, np.full(n, 1 / n), log)
+    draws_of_mean = [_gaps(sides, weights, log) @ weights for weights in _resamples(n, rng, draws)]
+    bias = float(np.mean(draws_of_mean) - gaps.mean())
+    fixed = stats.cluster_bootstrap(_rounded(gaps), rng, level)
     low, high = max(fixed.low - bias, -1.0), min(fixed.high - bias, 1.0)
     method = "cluster bootstrap, less the bias of choosing"
     return stats.Interval(fixed.estimate - bias, low, high, n, method, level)
@@ -160,8 +160,8 @@ def _gaps(sides, weights: np.ndarray, log: bool) -> np.ndarray:
             f"the two families share no range of budgets (both run only from {low:g} to {high:g}); "
             f"add configurations until they overlap well"
         )
-    held = [_shares(*mean, low, high, log) for mean in means]
-    return held[0] @ sides[0][1] - held[1] @ sides[1][1]
+    shares = [_shares(*mean, low, high, log) for mean in means]
+    return shares[0] @ sides[0][1] - shares[1] @ sides[1][1]
 
 
 def _shares(budget: np.ndarray, accuracy: np.ndarray, low: float, high: float, log: bool):
@@ -239,8 +239,8 @@ def majority(
     equal: Callable[[str, str], bool] = same,
 ) -> int:
     """Place of the earliest answer of the largest class, ties to the earliest; -1 if all are ""."""
-    found = [place for place in classes(answers, correct, equal).tolist() if place >= 0]
-    return max(found, key=found.count, default=-1)
+    votes = [place for place in classes(answers, correct, equal).tolist() if place >= 0]
+    return max(votes, key=votes.count, default=-1)
 
 
 def votes(records: pd.DataFrame, width: int, rng: np.random.Generator | None = None) -> list[float]:
@@ -277,7 +277,7 @@ def vote_accuracy(
         subsets = np.array(list(combinations(range(k), width)))
     else:
         subsets = np.sort(rng.random((SUBSETS, k)).argpartition(width - 1)[:, :width], axis=1)
-    chosen = labels[subsets]  # [subsets, width], earliest sample first
-    votes = (chosen[:, :, None] == chosen[:, None, :]).sum(axis=2) * voting[subsets]
+    drawn_labels = labels[subsets]  # [subsets, width], earliest sample first
+    votes = (drawn_labels[:, :, None] == drawn_labels[:, None, :]).sum(axis=2) * voting[subsets]
     winner = np.take_along_axis(subsets, votes.argmax(axis=1)[:, None], axis=1)
     return float(np.asarray(correct, dtype=float)[winner].mean())

@@ -169,11 +169,13 @@ def accuracy_by_family(tables: dict[str, pd.DataFrame]) -> Picture:
         axes.set_xlabel("accuracy, percent, 95% interval")
         names = [f"{family.replace('_', ' ')} {level}".strip() for family, level in rows]
         finish(picture, axes, np.array([*at.values()]), names, "prompt")
-    said = []
+    sentences = []
     for arm, table in tables.items():
         value, low, high = table["accuracy"].iloc[-1]
-        said.append(f"{arm} {value:.0f}% ({low:.0f}% to {high:.0f}%)")
-    picture.alt = f"Accuracy by problem family and level. Over all problems: {'; '.join(said)}."
+        sentences.append(f"{arm} {value:.0f}% ({low:.0f}% to {high:.0f}%)")
+    picture.alt = (
+        f"Accuracy by problem family and level. Over all problems: {'; '.join(sentences)}."
+    )
     return picture
 
 

@@ -206,11 +206,11 @@ def _resampled(means: np.ndarray, rng: np.random.Generator, draws: int) -> np.nd
     """Means of `draws` bootstrap samples of problems."""
     if len(means) == 1:
         return means
-    drawn = stats.bootstrap(
+    resamples = stats.bootstrap(
         (means,), np.mean, n_resamples=draws, batch=1 + 2_000_000 // len(means),
         method="percentile", rng=rng,
     )  # fmt: skip
-    return drawn.bootstrap_distribution
+    return resamples.bootstrap_distribution
 
 
 def _few(means: np.ndarray) -> bool:
@@ -366,8 +366,8 @@ def paired_p(
     if crossed:
         p = crossed.p
     else:
-        drawn = _resampled(difference, rng, draws)
-        p = 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + len(drawn))
+        resamples = _resampled(difference, rng, draws)
+        p = 2 * (1 + min((resamples <= 0).sum(), (resamples >= 0).sum())) / (1 + len(resamples))
     if _few(difference):  # the level at which the widened interval ends at zero
         p = max(p, 2 * stats.norm.sf(sqrt(n * size / (1 - size)))) if size < 1 else p
     return min(1.0, float(p))

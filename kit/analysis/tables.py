@@ -82,8 +82,8 @@ def by_family(records: pd.DataFrame, arm: str = "plain") -> pd.DataFrame:
 def share(records: pd.DataFrame, measure: str = "accuracy") -> tuple[float, float, float] | None:
     """Estimate and interval, percent, of the records of one arm; None where the measure has no
     value, as a vote of two samples."""
-    found = contrasts.compute({"measure": measure, "arm": records["arm"].iloc[0]}, records)
-    return found and _numbers(found)
+    measurement = contrasts.compute({"measure": measure, "arm": records["arm"].iloc[0]}, records)
+    return measurement and _numbers(measurement)
 
 
 def _counts(records: pd.DataFrame) -> dict[str, int]:
@@ -98,9 +98,9 @@ def difference(records: pd.DataFrame, arm: str, control: str, measures=MEASURES)
     for model, of_model in records.groupby("model", sort=True):
         for measure in measures:
             contrast = {"measure": measure, "arm": arm, "control": control}
-            found = contrasts.compute(contrast, of_model)
-            if found is not None:
-                rows.append((model, measure, _numbers(found), found.n))
+            measurement = contrasts.compute(contrast, of_model)
+            if measurement is not None:
+                rows.append((model, measure, _numbers(measurement), measurement.n))
     return pd.DataFrame(rows, columns=["model", "measure", "difference", "problems"])
 
 
@@ -115,10 +115,10 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
     rows = []
     for control in [primary, *(name for name in controls if name != primary)]:
         contrast = {"measure": "accuracy", "arm": arm, "control": control}
-        found = contrasts.compute(contrast, records)
-        if found is not None:
-            row = {"arm": arm, "control": control, "difference": _numbers(found)}
-            row |= {"p": contrasts.p_value(contrast, records), "problems": found.n}
+        measurement = contrasts.compute(contrast, records)
+        if measurement is not None:
+            row = {"arm": arm, "control": control, "difference": _numbers(measurement)}
+            row |= {"p": contrasts.p_value(contrast, records), "problems": measurement.n}
             row |= {"equal finish": _at_equal_finish(contrast, records)}
             rows.append(row | {"primary": control == primary})
     columns = ["arm", "control", "difference", "p", "problems", "equal finish", "primary"]
@@ -137,8 +137,8 @@ def _at_equal_finish(contrast: dict, records: pd.DataFrame) -> tuple[float, floa
     ]
     if abs(ended[0] - ended[1]) <= CUT:
         return None
-    found = contrasts.compute(contrast | {"measure": "accuracy_given_finished"}, records)
-    return found and _numbers(found)
+    measurement = contrasts.compute(contrast | {"measure": "accuracy_given_finished"}, records)
+    return measurement and _numbers(measurement)
 
 
 def quality(frames: dict[tuple[str, float], pd.DataFrame], baseline: str = "dms") -> pd.DataFrame:
@@ -179,8 +179,8 @@ def trained(frames: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.D
     family, mean over families; an arm that has learnt the prior alone has 100."""
     rows = []
     for arm, frame in frames.items():
-        known = frame["family"].isin(families)
-        here, there = frame[known], frame[~known]
+        trained_on = frame["family"].isin(families)
+        here, there = frame[trained_on], frame[~trained_on]
         least, best = contrasts.spread(here)
         row = {"arm": arm, "accuracy": share(here), "least seed": least, "best seed": best}
         row |= {"families held out": share(there) if len(there) else None}
@@ -194,8 +194,8 @@ def compounded(ways: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.
     """Accuracy by round, which stands for the training in `ways`, and by way of asking."""
     rows = []
     for way, frame in ways.items():
-        known = frame["family"].isin(families)
-        for label, part in ((way, frame[known]), ("families held out", frame[~known])):
+        trained_on = frame["family"].isin(families)
+        for label, part in ((way, frame[trained_on]), ("families held out", frame[~trained_on])):
             for number, answers in part.groupby(contrasts.TRAINING):
                 rows.append({"round": number, "way": label, "accuracy": share(answers)})
     return pd.DataFrame(rows)
@@ -245,9 +245,9 @@ def verdicts(published: list[Claim], results: dict, records: dict, profile: str)
     parts = []
     for stage in dict.fromkeys(claim.notebook for claim in published):
         mine = [claim for claim in published if claim.notebook == stage]
-        said = results.get(stage, {}).get("measurements", {})
-        given = {name: Measurement(**numbers) for name, numbers in said.items()}
-        rows = measured_table(mine, records.get(stage, pd.DataFrame()), profile, given)
+        measured = results.get(stage, {}).get("measurements", {})
+        measurements = {name: Measurement(**numbers) for name, numbers in measured.items()}
+        rows = measured_table(mine, records.get(stage, pd.DataFrame()), profile, measurements)
         first = results.get(stage, {}).get("declared", {})
         late = [bool(first) and first.get(claim.id) != claim.declared for claim in mine]
         late &= (rows["measured"] != "").to_numpy()
@@ -291,10 +291,10 @@ def cell_text(name: str, cell) -> str:
 
 def style(table: pd.DataFrame):
     """`text(table)` as a Styler: numbers right, words left, no index, markup as plain text."""
-    shown = text(table)
+    frame = text(table)
     words = [LABELS.get(name, name) for name in table if is_words(table[name])]
     return (
-        shown.style.set_uuid(digest(shown.to_dict("list"), 8))  # random ids would never repeat
+        frame.style.set_uuid(digest(frame.to_dict("list"), 8))  # random ids would never repeat
         .format(escape="html")
         .hide(axis="index")
         .set_properties(**{"text-align": "right"})

@@ -131,13 +131,13 @@ def _on(claim: Claim, m: Measurement) -> str:
 
 def _audited(claim: Claim) -> Verdict:
     """A claim that no profile decides: what its own counts say, where they are published."""
-    found = audit(claim)
+    reading = audit(claim)
     if impossible(claim):
-        return Verdict(claim.id, AUDIT, "impossible", f"{found.reading}; {claim.scope}")
-    if found.interval is None:
+        return Verdict(claim.id, AUDIT, "impossible", f"{reading.reading}; {claim.scope}")
+    if reading.interval is None:
         return Verdict(claim.id, BEYOND, "", claim.scope)
-    bears = found.p is None or found.p < 0.05
-    return Verdict(claim.id, AUDIT, BEARS if bears else CANNOT, f"{found.reading}; {claim.scope}")
+    bears = reading.p is None or reading.p < 0.05
+    return Verdict(claim.id, AUDIT, BEARS if bears else CANNOT, f"{reading.reading}; {claim.scope}")
 
 
 def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
@@ -154,10 +154,10 @@ def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
     for end, edge in ((FLOOR, max), (CEILING, lambda sides: 100 - min(sides))):
         if m.sides and edge(m.sides) <= EDGE and not moved:
             arm, control = m.sides
-            said = (
+            edge_reason = (
                 f"{arm:.1f} against {control:.1f} percent: both arms are too near the end to move"
             )
-            return end, said
+            return end, edge_reason
     if m.control:
         over = f"over {', '.join(m.beaten)}" if m.beaten else "over none of the controls"
         reason += f"; against {m.control}, the hardest control to beat; it holds {over}"
@@ -254,7 +254,7 @@ def measured_table(
         m = (given or {}).get(claim.id)
         if m is None and "probe" not in claim.contrast:  # which the stage alone can tell apart
             m = measure(claim, records)
-        found = verdict(claim, m, profile)
+        judged = verdict(claim, m, profile)
         row = (
             claim.id,
             claim.system,
@@ -262,7 +262,7 @@ def measured_table(
             *(m.texts() if m else ("", "")),
             m and m.n,
         )
-        rows.append((*row, found.on, found.word, found.reason))
+        rows.append((*row, judged.on, judged.word, judged.reason))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"n": "Int64"})
 
 
@@ -299,11 +299,11 @@ def headline(rows: Iterable[Mapping], audits: pd.DataFrame, models: str = "") ->
 
     def counted(on: str) -> str:
         words = Counter(row["verdict"] for row in by[on])
-        told = ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
+        counts = ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
                          for word, n in words.most_common())  # fmt: skip
         seen = sum(row["claim"] in notes for row in by[on])
-        said = f" ({seen} known from third-party notes only)" if seen else ""
-        return told + said
+        suffix = f" ({seen} known from third-party notes only)" if seen else ""
+        return counts + suffix
 
     name = f" ({models})" if models else ""
     there, other, here, again = (

@@ -53,9 +53,9 @@ class Option:
         """Human-readable."""
         c = self.configuration
         evicted = f"evicted to {100 * c.kept:.0f}% by {EVICTION}"
-        kept = self.policy or ("whole" if c.kept == 1 else evicted)
+        cache = self.policy or ("whole" if c.kept == 1 else evicted)
         votes = f", {c.width} votes" if c.width > 1 else ""
-        return f"weights {c.packing.bits}-bit, cache {kept} at {c.kv_bits}-bit{votes}"
+        return f"weights {c.packing.bits}-bit, cache {cache} at {c.kv_bits}-bit{votes}"
 
 
 def size(text: str) -> int:
@@ -85,10 +85,10 @@ def sizes(name: str) -> Architecture:
         try:
             file, _ = hub.fetch(repo, "config.json", "model", commit or None)
         except hub.HubError:
-            known = [key for key in QWEN3 if repo.startswith(f"Qwen/{key}")]
-            if not known:
+            names = [key for key in QWEN3 if repo.startswith(f"Qwen/{key}")]
+            if not names:
                 raise
-            return QWEN3[max(known, key=len)]
+            return QWEN3[max(names, key=len)]
         folder = file.parent
     else:
         folder, _ = local(name)
@@ -276,8 +276,8 @@ def table(found: Sequence[Option], memory: int) -> list[list]:
     for option in sorted(found, key=lambda option: option.configuration.total()):
         total = option.configuration.total()
         fits = "yes" if total <= memory else f"{(total - memory) / ledger.GIB:.2f} GiB too much"
-        known = option.accuracy and "{:.1f} [{:.1f}, {:.1f}]".format(*option.accuracy)
-        rows.append([option.name, f"{total / ledger.GIB:.2f}", fits, known or ""])
+        accuracy = option.accuracy and "{:.1f} [{:.1f}, {:.1f}]".format(*option.accuracy)
+        rows.append([option.name, f"{total / ledger.GIB:.2f}", fits, accuracy or ""])
     return rows
 
 

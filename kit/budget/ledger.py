@@ -216,11 +216,11 @@ class Configuration:
         live = self.width * live_bytes(length)
         without = self.width * live_bytes(self.tokens)
         shared = {**weights(self.architecture, self.packing), "evictor": self.evictor}
-        found = {name: count / batch for name, count in shared.items()}
-        found["keys and values"] = without
-        found["strategies"] = live - without + self.strategies_bytes / batch
-        found["bank"] = self.width * self.fetched + self.resident / batch
-        return {name: found[name] for name in PARTS}
+        sizes = {name: count / batch for name, count in shared.items()}
+        sizes["keys and values"] = without
+        sizes["strategies"] = live - without + self.strategies_bytes / batch
+        sizes["bank"] = self.width * self.fetched + self.resident / batch
+        return {name: sizes[name] for name in PARTS}
 
     def total(self, batch: int = 1) -> float:
         """Bytes in all, per question where `batch` questions share the weights."""
@@ -263,7 +263,7 @@ def stored(tensor: torch.Tensor) -> dict[tuple, int]:
 
 def measured_weights(model: PreTrainedModel) -> dict[str, int]:
     """Allocated bytes of a model's weights; scales and zeros count with the weights they scale."""
-    found = dict.fromkeys(("linear weights", "embeddings", "norms"), 0)
+    sizes = dict.fromkeys(("linear weights", "embeddings", "norms"), 0)
     seen: set[tuple] = set()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, module in model.named_modules():  # HQQ's scales and zeros
@@ -275,9 +275,9 @@ def measured_weights(model: PreTrainedModel) -> dict[str, int]:
         kind = "norms" if "norm" in name or name.endswith("bias") else "linear weights"
         kind = "embeddings" if "embed_tokens" in name or name.startswith("lm_head") else kind
         for key, count in stored(tensor).items():
-            found[kind] += count if key not in seen else 0
+            sizes[kind] += count if key not in seen else 0
             seen.add(key)
-    return found
+    return sizes
 
 
 def measured_cache(

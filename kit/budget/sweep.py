@@ -59,8 +59,8 @@ class Run:
     @property
     def name(self) -> str:
         """For people and for records."""
-        kept = f"{self.policy}, kv {self.kv_bits}-bit{', memory' if self.memory else ''}"
-        return f"weights {self.bits}-bit, {kept}"
+        settings = f"{self.policy}, kv {self.kv_bits}-bit{', memory' if self.memory else ''}"
+        return f"weights {self.bits}-bit, {settings}"
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Grid:
         for name in ("bits", "policies", "kv_bits", "memory", "tokens", "widths"):
             if not getattr(self, name):
                 raise ValueError(f"the grid is empty: {name} has no value; give at least one")
-        for name, known in (("bits", (16, *quantization.BITS)), ("kv_bits", (16, *ITERATIONS))):
-            if unknown := set(getattr(self, name)) - set(known):
-                raise ValueError(f"{name} has {min(unknown)}, which cannot be made; use {known}")
+        for name, allowed in (("bits", (16, *quantization.BITS)), ("kv_bits", (16, *ITERATIONS))):
+            if unknown := set(getattr(self, name)) - set(allowed):
+                raise ValueError(f"{name} has {min(unknown)}, which cannot be made; use {allowed}")
         if len(self) > self.most:
             raise ValueError(
                 f"the grid has {len(self):,} scenarios ({len(self.runs)} runs x {len(self.tokens)} "
@@ -159,13 +159,13 @@ def generate(
         store, [(*pair, job.prompt.problem) for job in jobs for pair in keys[job.key]]
     )
     todo = [job for job in jobs if not stored.issuperset(key for key, _ in keys[job.key])]
-    done, report = 0, report or progress.in_place()
+    count, report = 0, report or progress.in_place()
 
     def commit(ended: list[tuple[Job, Generation]]) -> None:
-        nonlocal done
+        nonlocal count
         store.append(_answers(model, ended, keys, sampling, memory, forcing))
-        done += len(ended)
-        report(f"{run.name}: {done} of {len(todo)} generations")
+        count += len(ended)
+        report(f"{run.name}: {count} of {len(todo)} generations")
 
     if todo:
         model = quantized(base, run.bits)
@@ -265,19 +265,19 @@ def refused(
     """The runs of `grid` of which not one sequence fits into `room` bytes, by default what is free
     here, and how much they lack: known from the model's config alone. A run of quantised weights
     has them unpacked beside the 16-bit ones; a cache is as long as the largest budget."""
-    room, found = available() if room is None else room, {}
+    room, reasons = available() if room is None else room, {}
     for run in grid.runs:
         whole = sum(ledger.weights(a).values()) * (1 if run.bits == 16 else 2)
-        kept = int(run.policy.split()[1]) if run.policy.split()[0] in BUDGETED else math.inf
-        tokens = min(kept, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
+        limit = int(run.policy.split()[1]) if run.policy.split()[0] in BUDGETED else math.inf
+        tokens = min(limit, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
         cache = ledger.keys_and_values(a, tokens, ledger.cache(a, run.kv_bits))
         need = whole + cache
         if need > room:
-            found[run] = (
+            reasons[run] = (
                 f"{OUT}: it needs {ledger.text(need)}, {ledger.text(need - room)} more than there "
                 f"is; lower the tokens or the bits"
             )
-    return found
+    return reasons
 
 
 def available() -> int:

@@ -82,12 +82,12 @@ def check_disjoint(a, b) -> None:
     pairs = list(near_duplicates(a.problems, b.problems))
     if not pairs:
         return
-    shown = "; ".join(
+    examples = "; ".join(
         f"{mine.id} = {theirs.id} ({score:.2f}: {mine.question[:60]!r})"
         for mine, theirs, score in pairs[:5]
     )
     more = f" and {len(pairs) - 5} more" if len(pairs) > 5 else ""
     raise OverlapError(
-        f"{a.name} {a.split} and {b.name} {b.split} share {len(pairs)} problems: {shown}{more}; "
+        f"{a.name} {a.split} and {b.name} {b.split} share {len(pairs)} problems: {examples}{more}; "
         "remove them from the training side"
     )

@@ -191,8 +191,8 @@ def levels(family: str) -> int:
     if family in school.FAMILIES:
         return school.LEVELS
     if family not in FAMILIES:
-        known = ", ".join([*FAMILIES, *school.FAMILIES])
-        raise ValueError(f"no family {family!r}; there are {known}")
+        names = ", ".join([*FAMILIES, *school.FAMILIES])
+        raise ValueError(f"no family {family!r}; there are {names}")
     return len(FAMILIES[family].levels)
 
 

@@ -71,8 +71,8 @@ def find(name: str, split: str = "test", path=None, test_path=None) -> Own | Non
     With `path` the file of one split, and `test_path` that of test, under any name.
     """
     if path is not None:
-        given = {"test" if split == "test" else "train": Path(path)}
-        return Own(name, given | ({"test": Path(test_path)} if test_path else {}))
+        split_files = {"test" if split == "test" else "train": Path(path)}
+        return Own(name, split_files | ({"test": Path(test_path)} if test_path else {}))
     path = Path(name).expanduser()
     path = path if path.exists() else paths.ROOT / path
     if path.is_dir():
@@ -104,9 +104,9 @@ def _described(path: Path) -> Own:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    known = ("file", *SPLITS, "columns", "shares", "seed")
-    if unknown := sorted({*table} - {*known}):
-        raise ValueError(f"{path} has the key {unknown[0]!r}; there are {', '.join(known)}")
+    keys = ("file", *SPLITS, "columns", "shares", "seed")
+    if unknown := sorted({*table} - {*keys}):
+        raise ValueError(f"{path} has the key {unknown[0]!r}; there are {', '.join(keys)}")
     files = {of: path.parent / table[of] for of in ("file", *SPLITS) if of in table}
     if not files or ("file" in files and len(files) > 1):
         raise ValueError(f"{path} must name either file, or some of {', '.join(SPLITS)}")
@@ -126,8 +126,8 @@ def read(own: Own, split: str) -> tuple[dict[int, Problem], list[Reject]]:
     file = own.files.get(split) or own.files.get("file")
     if file is None:
         return {}, []
-    found = [*rows.read(file)]
-    good = [row for _, row in found if isinstance(row, dict)]
+    lines = [*rows.read(file)]
+    good = [row for _, row in lines if isinstance(row, dict)]
     for name in own.columns.values():
         if good and not any(name in row for row in good):
             raise ValueError(f"{file} has no column {name!r}; it has {', '.join(good[0])}")
@@ -144,8 +144,8 @@ def read(own: Own, split: str) -> tuple[dict[int, Problem], list[Reject]]:
             splits[problem.id] = _drawn_split(own, problem)
         return problem
 
-    made, rejects = collect(file.name, found, make)
-    return {line: p for line, p in made.items() if splits[p.id] == split}, rejects
+    problems, rejects = collect(file.name, lines, make)
+    return {line: p for line, p in problems.items() if splits[p.id] == split}, rejects
 
 
 def _named_split(own: Own, row: Row) -> str:
@@ -216,12 +216,12 @@ def _said(own: Own, row: Row, key: str) -> str:
     """The text of a column that a row must have."""
     value = _value(own, row, key)
     if value is None:
-        known = [own.columns[key]] if key in own.columns else NAMES[key]
-        there = [name for name in row if _plain(name) in map(_plain, known)]
+        names = [own.columns[key]] if key in own.columns else NAMES[key]
+        there = [name for name in row if _plain(name) in map(_plain, names)]
         if there:
             raise BadRow(f"column {there[0]!r} is empty")
         raise BadRow(
-            f"no column for the {key} ({', '.join(known)}); the row has {', '.join(map(str, row))}"
+            f"no column for the {key} ({', '.join(names)}); the row has {', '.join(map(str, row))}"
         )
     return _text(value, _column(own, row, key))
 
@@ -300,9 +300,9 @@ def _literal(text: str):
 
 
 def _letter(gold: str, options: list[str]) -> str | None:
-    found = _OPTION.match(f"{gold})")
+    match = _OPTION.match(f"{gold})")
     count = len(options) if len(options) > 1 else len(LETTERS)
-    return found[1] if found and found[1] in LETTERS[:count] else None
+    return match[1] if match and match[1] in LETTERS[:count] else None
 
 
 def _by_text(gold: str, options: list[str]) -> str | None:

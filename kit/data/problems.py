@@ -168,13 +168,13 @@ def _read_suite(suite: str, split: str) -> tuple[list[Problem], list[Reject]]:
 
 def _read_own(mine: own.Own, split: str) -> tuple[list[Problem], list[Reject], int, str]:
     """As `_read_published`. Without validation rows, those of train are split as there."""
-    found, rejects = own.read(mine, split)
+    problems, rejects = own.read(mine, split)
     if split != "test" and not (validation := own.read(mine, "validation")[0]):
         train, rejects = own.read(mine, "train")
         validation = {line: p for line, p in train.items() if _is_validation(p)}
-        found = {line: p for line, p in train.items() if _is_validation(p) == (split != "train")}
+        problems = {line: p for line, p in train.items() if _is_validation(p) == (split != "train")}
     file = mine.files.get(split) or mine.files.get("file") or mine.files.get("train")
-    here = found or rejects or not mine.whole
+    here = problems or rejects or not mine.whole
     if file is None or not here or (split == "test" and not {"test", "file"} & {*mine.files}):
         files = ", ".join(f"{of} in {file.name}" for of, file in mine.files.items())
         raise ValueError(
@@ -183,18 +183,18 @@ def _read_own(mine: own.Own, split: str) -> tuple[list[Problem], list[Reject], i
         )
     revision = f"{file.name} sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     if split == "test":
-        return [*found.values()], rejects, 0, revision
+        return [*problems.values()], rejects, 0, revision
     held_out = [*own.read(mine, "test")[0].values()]
     if not held_out:
         revision += ", not checked against a test split"
     held_out += validation.values() if split == "train" else ()
-    lines, repeated = {p.id: line for line, p in found.items()}, set()
-    for one, other, score in near_duplicates([*found.values()], held_out):
+    lines, repeated = {p.id: line for line, p in problems.items()}, set()
+    for one, other, score in near_duplicates([*problems.values()], held_out):
         repeated.add(one.id)
         if score == 1 and not same_gold(one.answer, other.answer):
             reason = f"another gold than a held-out row: {one.answer!r}, not {other.answer!r}"
             rejects.append(Reject(file.name, lines[one.id], reason))
-    return [p for p in found.values() if p.id not in repeated], rejects, len(repeated), revision
+    return [p for p in problems.values() if p.id not in repeated], rejects, len(repeated), revision
 
 
 def _read_published(

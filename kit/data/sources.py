@@ -194,8 +194,8 @@ ALIASES = {  # how others name these sets
 def read_rows(path: Path, name: str) -> tuple[list[Problem], list[Reject]]:
     """Problems and rejects of one file in the published layout of the set `name`."""
     source = SOURCES[name]
-    made, rejects = collect(path.name, rows.read(path), lambda row: _problem(row, name, source))
-    return [*made.values()], rejects
+    problems, rejects = collect(path.name, rows.read(path), lambda row: _problem(row, name, source))
+    return [*problems.values()], rejects
 
 
 def collect(
@@ -205,7 +205,7 @@ def collect(
 
     Of rows with the same id the first is taken, and none where their golds differ.
     """
-    made, first, rejects = {}, {}, []
+    problems, first, rejects = {}, {}, []
     for line, row in found:
         try:
             if isinstance(row, Exception):
@@ -215,17 +215,17 @@ def collect(
             problem = make(row)
             at, gold = first.setdefault(problem.id, (line, problem.answer))
             if at == line:
-                made[line] = problem
+                problems[line] = problem
             elif same_gold(gold, problem.answer):
                 raise BadRow(f"repeats line {at} (id {problem.id})")
             else:
-                if made.pop(at, None):
+                if problems.pop(at, None):
                     reason = f"another gold than line {line}: {gold!r}, not {problem.answer!r}"
                     rejects.append(Reject(file, at, reason))
                 raise BadRow(f"another gold than line {at}: {problem.answer!r}, not {gold!r}")
         except (ValueError, RecursionError) as error:
             rejects.append(Reject(file, line, rows.reason(error)))
-    return made, sorted(rejects, key=lambda reject: reject.line)
+    return problems, sorted(rejects, key=lambda reject: reject.line)
 
 
 def same_gold(a: str, b: str) -> bool:

@@ -56,12 +56,12 @@ def teacher_forced_kl(
             live.append(cache.attended.clone())
     ours = torch.stack(states, 1)  # [N, T - prompt - 1, hidden size]
     heads = model.weights.lm_head.weight, teacher.weights.lm_head.weight
-    found = []
+    rows = []
     for row in range(count):
         theirs = _whole(teacher, ids[row], prompt)
         each = distillation.compare(ours[row], theirs, *heads, ids[row, prompt + 1 :])
-        found.append({name: float(values.double().mean()) for name, values in each.items()})
-    frame = pandas.DataFrame(found)
+        rows.append({name: float(values.double().mean()) for name, values in each.items()})
+    frame = pandas.DataFrame(rows)
     frame["live_tokens"] = torch.stack(live).double().mean(0).cpu().numpy()
     frame["kept_fraction"] = frame["live_tokens"] / numpy.arange(prompt + 1, length).mean()
     return frame.assign(kv_bytes=cache.nbytes() / count, policy=policy.name)
@@ -77,12 +77,12 @@ def rounding(model: Model, ids: torch.Tensor, prompt: int = 32) -> pandas.DataFr
     """
     wide = torch.float64 if model.dtype == torch.float32 else torch.float32
     exact = dataclasses.replace(model, weights=twin(model.weights, wide))
-    heads, found = (model.weights.lm_head.weight, exact.weights.lm_head.weight), []
+    heads, rows = (model.weights.lm_head.weight, exact.weights.lm_head.weight), []
     for row in ids.to(model.device):
         pair = (_whole(each, row, prompt) for each in (model, exact))
         kl = distillation.compare(*pair, *heads, row[prompt + 1 :])["kl"]
-        found.append(float(kl.mean()))
-    return pandas.DataFrame({"kl": found})
+        rows.append(float(kl.mean()))
+    return pandas.DataFrame({"kl": rows})
 
 
 def cached_teacher_forced_kl(

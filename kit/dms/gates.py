@@ -123,9 +123,9 @@ def measure(
             theirs = hidden(teacher.weights, part, Gates(windows))
         ours, live = _hard(model, evictor, part)
         flat = ours[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1)
-        found = distillation.compare(*flat, *heads, part[:, 1:].flatten())
-        found = {k: v.view(len(part), -1).double().mean(1) for k, v in found.items()}
-        frames.append(pandas.DataFrame({k: v.cpu() for k, v in found.items()}))
+        scores = distillation.compare(*flat, *heads, part[:, 1:].flatten())
+        scores = {k: v.view(len(part), -1).double().mean(1) for k, v in scores.items()}
+        frames.append(pandas.DataFrame({k: v.cpu() for k, v in scores.items()}))
         frames[-1]["live_tokens"] = live.cpu()
     frame = pandas.concat(frames, ignore_index=True)
     frame["kept_fraction"] = frame["live_tokens"] / ((ids.shape[1] + 1) / 2)
@@ -142,17 +142,17 @@ def at_fraction(
     Where 12 bisections of the offset do not meet `tolerance`, the closest of them is returned.
     """
     low, high, ids = -64.0, 64.0, ids.to(model.device)
-    found = []
+    rows = []
     for _ in range(12):
         shift = (low + high) / 2
         moved = copy.copy(evictor)  # shares its parameters
         moved.recipe = replace(evictor.recipe, logit_offset=evictor.recipe.logit_offset + shift)
-        kept = float(_hard(model, moved, ids)[1].mean()) / ((ids.shape[1] + 1) / 2)
-        found.append((abs(kept - kept_fraction), moved))
-        if found[-1][0] < tolerance:
+        fraction = float(_hard(model, moved, ids)[1].mean()) / ((ids.shape[1] + 1) / 2)
+        rows.append((abs(fraction - kept_fraction), moved))
+        if rows[-1][0] < tolerance:
             break
-        low, high = (shift, high) if kept > kept_fraction else (low, shift)
-    return min(found, key=lambda pair: pair[0])[1]
+        low, high = (shift, high) if fraction > kept_fraction else (low, shift)
+    return min(rows, key=lambda pair: pair[0])[1]
 
 
 def _hard(model: Model, evictor: Evictor, ids) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,15 +43,15 @@ def own_traces(
     if problems.split == "test":
         raise ValueError(f"{problems.name} test cannot be training text; use its train split.")
     sampling = Sampling(max_new_tokens, temperature=0.6, top_p=0.95)
-    asked = [prompts.plain(problem) for problem in problems.problems]
-    records = evaluate(model, asked, sampling, store, batch_size=batch_size)
+    queue = [prompts.plain(problem) for problem in problems.problems]
+    records = evaluate(model, queue, sampling, store, batch_size=batch_size)
     answers = dict(zip(records["problem_id"], records["text"], strict=True))
     return [
         model.tokenizer.apply_chat_template(
             [*prompt.chat, {"role": "assistant", "content": answers[prompt.problem.id]}],
             tokenize=False,
         )
-        for prompt in asked
+        for prompt in queue
     ]
 
 
@@ -186,18 +186,18 @@ class EvictorTraining(ResumableTraining):
 
     def _publish(self, file: Path, held_out) -> None:
         """Write the evictor as it is now, with its card."""
-        evictor, done = copy.deepcopy(self.evictor), len(self.history)
+        evictor, steps = copy.deepcopy(self.evictor), len(self.history)
         evictor.fade = 0.0
         for parameter in evictor.parameters():  # as it will be stored
             parameter.data = parameter.data.half().float()
-        evictor.card = dict(base=self.model.name, seed=self.seed, steps=done, job=self.job)
-        evictor.card |= dict(target_x=self.recipe.compression(done), data=hash_ids(self.data))
+        evictor.card = dict(base=self.model.name, seed=self.seed, steps=steps, job=self.job)
+        evictor.card |= dict(target_x=self.recipe.compression(steps), data=hash_ids(self.data))
         trained = self.recipe.trains == "all"
         if held_out is not None:
             used = twin(self.student.weights, self.model.dtype) if trained else None
             student = dataclasses.replace(self.model, weights=used or self.model.weights)
-            found = measure(student, evictor, held_out, teacher=self.model).mean()
-            evictor.card |= dict(kl=found["kl"], compression_x=1 / found["kept_fraction"])
+            means = measure(student, evictor, held_out, teacher=self.model).mean()
+            evictor.card |= dict(kl=means["kl"], compression_x=1 / means["kept_fraction"])
         evictor.save(file, dict(self.student.weights.named_parameters()) if trained else None)
 
 

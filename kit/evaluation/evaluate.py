@@ -59,8 +59,8 @@ class Memory:
     @property
     def key(self) -> list:
         """For record keys."""
-        kept = [self.policy.key, asdict(self.quantized) if self.quantized else None]
-        return [*kept, self.bank.key] if self.bank else kept
+        parts = [self.policy.key, asdict(self.quantized) if self.quantized else None]
+        return [*parts, self.bank.key] if self.bank else parts
 
 
 def plan(

@@ -253,8 +253,8 @@ def names(gold: str, sentence: str) -> bool:
         return words[-len(wanted) :] == wanted
     folded, wanted = [w.casefold() for w in words], [w.casefold() for w in wanted]
     spans = range(len(folded) - len(wanted) + 1)
-    found = [at for at in spans if folded[at : at + len(wanted)] == wanted]
-    return bool(found) and not any(_listed(words, at, at + len(wanted)) for at in found)
+    matches = [at for at in spans if folded[at : at + len(wanted)] == wanted]
+    return bool(matches) and not any(_listed(words, at, at + len(wanted)) for at in matches)
 
 
 def _listed(words: list[str], start: int, end: int) -> bool:

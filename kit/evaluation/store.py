@@ -74,8 +74,8 @@ class Store:
 
     def append(self, records: list[Record]) -> None:
         """Add records in one commit; keys already stored are left out."""
-        known = self.keys(record.key for record in records)
-        fresh = {record.key: record for record in records if record.key not in known}
+        stored = self.keys(record.key for record in records)
+        fresh = {record.key: record for record in records if record.key not in stored}
         rows = [asdict(record) for record in fresh.values()]
         if rows:
             with self._whole():

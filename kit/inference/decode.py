@@ -207,8 +207,8 @@ class _Spent:
 
     def share(self, tokens: int) -> float:
         """Joules of so many tokens, each at the mean so far; 0 without counters."""
-        drawn = energy.consumed(self.before, energy.joules()) if self.before else None
-        return (drawn or 0.0) / self.tokens * tokens
+        joules = energy.consumed(self.before, energy.joules()) if self.before else None
+        return (joules or 0.0) / self.tokens * tokens
 
 
 def _check(model: Model, requests: list[Request], sampling: Sampling, forcing) -> None:

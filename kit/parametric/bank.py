@@ -166,10 +166,10 @@ class ParametricBank:
 
     def _block(self, level: int, node: int) -> torch.Tensor:
         with self._lock:
-            found, coming = self._cache.get((level, node)), self._coming.get((level, node))
-            if found is not None:
+            blocks, coming = self._cache.get((level, node)), self._coming.get((level, node))
+            if blocks is not None:
                 self._cache.move_to_end((level, node))
-                return found
+                return blocks
         return coming.result() if coming else self._load(level, node)
 
     def _load(self, level: int, node: int) -> torch.Tensor:

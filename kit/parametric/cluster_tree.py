@@ -44,14 +44,14 @@ class Tree:
                 f"The vectors are {list(vectors.shape)}, the tree has {self.dimensions} "
                 f"dimensions; embed with the embedder that the tree was made with."
             )
-        found = np.zeros((len(vectors), len(self.levels)), dtype=np.int64)
+        paths = np.zeros((len(vectors), len(self.levels)), dtype=np.int64)
         for first in range(0, len(vectors), CHUNK):
             rows = slice(first, first + CHUNK)
             node = np.zeros(len(vectors[rows]), dtype=np.int64)
             for level, centroids in enumerate(self.levels):
                 node = node * self.branching + _nearest(vectors[rows], centroids, node)
-                found[rows, level] = node
-        return found
+                paths[rows, level] = node
+        return paths
 
     def save(self, file: Path) -> None:
         """One .npz file."""
@@ -105,29 +105,29 @@ def _part(x: np.ndarray, count: int, steps: int, batch: int, rng, above, node: i
         return np.repeat(parent[None], count, 0)
     if len(x) <= count:
         return x[np.arange(count) % len(x)]
-    drawn = x[rng.permutation(len(x))[: max(batch, count)]]
-    centroids = _far_apart(drawn, count, rng)
+    sample = x[rng.permutation(len(x))[: max(batch, count)]]
+    centroids = _far_apart(sample, count, rng)
     for step in range(steps):
-        drawn = x[rng.permutation(len(x))[:batch]]
-        labels = _balanced(_scores(drawn, centroids), int(np.ceil(CAP * len(drawn) / count)))
+        sample = x[rng.permutation(len(x))[:batch]]
+        labels = _balanced(_scores(sample, centroids), int(np.ceil(CAP * len(sample) / count)))
         sums = np.zeros_like(centroids)
-        np.add.at(sums, labels, drawn)
+        np.add.at(sums, labels, sample)
         sizes = np.bincount(labels, minlength=count)
         means = np.where(sizes[:, None] > 0, sums / np.maximum(sizes, 1)[:, None], centroids)
-        rate = 1.0 if len(drawn) == len(x) else 1 / (1 + step / 4)
+        rate = 1.0 if len(sample) == len(x) else 1 / (1 + step / 4)
         centroids = (1 - rate) * centroids + rate * means
     return centroids.astype(np.float32)
 
 
 def _far_apart(x: np.ndarray, count: int, rng) -> np.ndarray:
     """k-means++: each next centroid drawn by its squared distance to those there are."""
-    chosen = [x[rng.integers(len(x))]]
+    centers = [x[rng.integers(len(x))]]
     gaps = np.full(len(x), np.inf)
-    while len(chosen) < count:
-        gaps = np.minimum(gaps, ((x - chosen[-1]) ** 2).sum(1))
+    while len(centers) < count:
+        gaps = np.minimum(gaps, ((x - centers[-1]) ** 2).sum(1))
         weights = gaps.astype(float) if gaps.any() else np.ones(len(x))
-        chosen.append(x[rng.choice(len(x), p=weights / weights.sum())])
-    return np.stack(chosen)
+        centers.append(x[rng.choice(len(x), p=weights / weights.sum())])
+    return np.stack(centers)
 
 
 def _scores(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -152,9 +152,9 @@ def _balanced(scores: np.ndarray, most: int) -> np.ndarray:
 
 def _nearest(x: np.ndarray, centroids: np.ndarray, node: np.ndarray) -> np.ndarray:
     """The nearest child of each vector's node: [N]."""
-    found = np.empty(len(x), dtype=np.int64)
+    nearest = np.empty(len(x), dtype=np.int64)
     order = np.argsort(node, kind="stable")
     nodes, starts = np.unique(node[order], return_index=True)
     for one, rows in zip(nodes, np.split(order, starts[1:]), strict=True):
-        found[rows] = _scores(x[rows], centroids[one]).argmax(1)
-    return found
+        nearest[rows] = _scores(x[rows], centroids[one]).argmax(1)
+    return nearest

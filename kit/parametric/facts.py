@@ -98,14 +98,14 @@ def load(families: Sequence[str] = tuple(TELL), cities: int = CITIES) -> list[Fa
     if hashlib.sha256(raw).hexdigest() != manifest["sha256"]:
         raise ValueError(f"{file} is not the file that MANIFEST.json describes; restore both.")
     rows = csv.DictReader(raw.decode().splitlines())
-    found = [Fact(r["family"], r["subject"], r["answer"], int(r["rank"])) for r in rows]
-    found = [fact for fact in found if fact.family in families]
+    facts = [Fact(r["family"], r["subject"], r["answer"], int(r["rank"])) for r in rows]
+    facts = [fact for fact in facts if fact.family in families]
     if not 0 < cities <= CITIES:
         raise ValueError(f"cities is {cities}; there are {CITIES}")
     ranks = {CITIES * number // cities: number for number in range(cities)}
-    chosen = [fact for fact in found if fact.family != "cities" or fact.rank in ranks]
+    kept_facts = [fact for fact in facts if fact.family != "cities" or fact.rank in ranks]
     return [replace(fact, rank=ranks[fact.rank]) if fact.family == "cities" else fact
-            for fact in chosen]  # fmt: skip
+            for fact in kept_facts]  # fmt: skip
 
 
 def exponent(count: int) -> float:
@@ -122,9 +122,9 @@ def times(facts: Sequence[Fact], count: int) -> list[int]:
         facts[i].rank / last[facts[i].family], place[facts[i].family]))  # fmt: skip
     weights = np.arange(1.0, len(facts) + 1) ** -exponent(len(facts))
     ends = np.round(count * weights.cumsum() / weights.sum()).astype(int)
-    told = np.empty(len(facts), int)
-    told[order] = np.diff(ends, prepend=0)
-    return told.tolist()
+    counts = np.empty(len(facts), int)
+    counts[order] = np.diff(ends, prepend=0)
+    return counts.tolist()
 
 
 def tell(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
@@ -145,16 +145,16 @@ def _in_documents(sentences: Iterable[Sentence]) -> list[Sentence]:
     to DOCUMENT, in their order."""
     group = {family: number for number, families in enumerate(TOGETHER) for family in families}
     parts: dict[tuple, list[list[Sentence]]] = {}
-    made, places = [], []
+    documents, places = [], []
     for sentence in sentences:
         subject = parts.setdefault((group[sentence.fact.family], sentence.fact.subject), [[]])
         if len(subject[-1]) == DOCUMENT:
             subject.append([])
         subject[-1].append(sentence)
         places.append(subject[-1])
-        made.append(sentence)
+        documents.append(sentence)
     return [replace(sentence, document=" ".join(s.context + s.completion for s in part))
-            for sentence, part in zip(made, places, strict=True)]  # fmt: skip
+            for sentence, part in zip(documents, places, strict=True)]  # fmt: skip
 
 
 def subjects(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
@@ -162,18 +162,18 @@ def subjects(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
     mean embedding of the contexts of all sentences that could tell it, without answers. No text has
     this vector: who routes by it knows of each sentence which subject it is about. Families that
     TELL does not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""
-    found = np.empty((len(facts), embedder.dimension), np.float32)
+    means = np.empty((len(facts), embedder.dimension), np.float32)
     for group in TOGETHER:
         forms = [form for family in group for form in TELL[family]]
         rows = [row for row, fact in enumerate(facts) if fact.family in group]
         texts = [form.format(facts[row].subject) for row in rows for form in forms]
         if rows:
             vectors = embedder.embed(texts).reshape(len(rows), len(forms), -1).mean(1)
-            found[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            means[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     rows = [row for row, fact in enumerate(facts) if fact.family not in TELL]
     if rows:  # texts, which answer nothing
-        found[rows] = embedder.embed([f"{facts[i].subject}: {facts[i].answer}" for i in rows])
-    return found
+        means[rows] = embedder.embed([f"{facts[i].subject}: {facts[i].answer}" for i in rows])
+    return means
 
 
 def bucket(often: int) -> int:
@@ -220,5 +220,5 @@ def options(problem: Problem, facts: Sequence[Fact], count: int = 4) -> list[str
     names, counts = zip(*sorted(answers.items()))
     p = np.array(counts) / sum(counts)
     wrong = rng.choice(len(names), size=count - 1, replace=False, p=p)
-    found = [problem.answer, *(names[i] for i in wrong)]
-    return [found[i] for i in rng.permutation(len(found))]
+    choices = [problem.answer, *(names[i] for i in wrong)]
+    return [choices[i] for i in rng.permutation(len(choices))]

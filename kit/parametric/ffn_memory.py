@@ -197,16 +197,16 @@ class MemoryLayers:
 
 def _widths(weights: PreTrainedModel, layer: int, kind: str) -> list[tuple[int, ...]]:
     """Widths of the parts of a row: for each module those of its inputs, then of its output."""
-    found = []
+    widths = []
     for name in KINDS[kind]:
         module = weights.base_model.layers[layer].get_submodule(name)
         if isinstance(module, nn.Linear):
-            found.append((module.in_features, module.out_features))
+            widths.append((module.in_features, module.out_features))
         elif name == "self_attn":
-            found.append((module.k_proj.out_features, module.v_proj.out_features))
+            widths.append((module.k_proj.out_features, module.v_proj.out_features))
         else:
-            found.append((module.gate_proj.in_features,) * 3)
-    return found
+            widths.append((module.gate_proj.in_features,) * 3)
+    return widths
 
 
 def _parts(blocks: torch.Tensor, widths: list[tuple[int, ...]]) -> list[tuple[torch.Tensor, ...]]:
@@ -233,5 +233,5 @@ def _attend(module, query, keys, values) -> torch.Tensor:
     query, keys, values = (x.unflatten(-1, heads).transpose(1, 2) for x in (query, keys, values))
     query = getattr(module, "q_norm", nn.Identity())(query)
     how = dict(scale=module.scaling, enable_gqa=True)
-    read = nn.functional.scaled_dot_product_attention(query, keys, values, **how)
-    return read.transpose(1, 2).flatten(2)
+    output = nn.functional.scaled_dot_product_attention(query, keys, values, **how)
+    return output.transpose(1, 2).flatten(2)

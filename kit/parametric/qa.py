@@ -82,9 +82,9 @@ def short_answer(
             decode.Request(tuple(_ids(model, prompts[i])), problems[i].id, 0, path)
             for i, path in zip(todo, paths)
         ]
-        done = decode.decode(model, requests, Sampling(max_new_tokens), bank=bank)
-        answers = [(g.text.strip().splitlines() or [""])[0] for g in done]
-        costs = [{name: getattr(g, name) for name in COSTS} for g in done]
+        generations = decode.decode(model, requests, Sampling(max_new_tokens), bank=bank)
+        answers = [(g.text.strip().splitlines() or [""])[0] for g in generations]
+        costs = [{name: getattr(g, name) for name in COSTS} for g in generations]
         items = [(problems[i], *keys[i]) for i in todo]
         store.append(_records(model, items, arm, seed, answers, costs))
     return store.table({key for key, *_ in keys})
@@ -119,9 +119,9 @@ def likelihoods(
     states = torch.cat([state.repeat_interleave(each, 0)[:, None], after], 1)
     states = states[:, : answers.shape[1]]
     logits = _logits(model, states[spoken.bool()]).log_softmax(-1)
-    found = logits.new_zeros(answers.shape)
-    found[spoken.bool()] = logits.gather(1, answers[spoken.bool()][:, None])[:, 0]
-    return found.sum(1).view(len(prompts), each).cpu().numpy()
+    scores = logits.new_zeros(answers.shape)
+    scores[spoken.bool()] = logits.gather(1, answers[spoken.bool()][:, None])[:, 0]
+    return scores.sum(1).view(len(prompts), each).cpu().numpy()
 
 
 def _slides(model: Model) -> bool:
@@ -137,7 +137,7 @@ def nll_per_token(
 ) -> np.ndarray:
     """Mean negative log-likelihood of each text in nats per token, its first token given. With
     `bank` each text fetches the blocks of its own path."""
-    found = []
+    nats = []
     for first in range(0, len(texts), BATCH):
         part = list(texts[first : first + BATCH])
         ids, mask = _padded([_ids(model, one) for one in part], model)
@@ -146,8 +146,8 @@ def nll_per_token(
         for row, spoken, state in zip(ids, mask.bool(), states):
             row, state = row[spoken], state[spoken]
             logits = _logits(model, state[:-1])
-            found.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
-    return np.array(found)
+            nats.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
+    return np.array(nats)
 
 
 def _logits(model: Model, states: torch.Tensor) -> torch.Tensor:

@@ -27,11 +27,11 @@ class Passages:
 
     def search(self, questions: Sequence[str], k: int) -> list[list[str]]:
         """The `k` nearest texts of each question by cosine similarity, the nearest last."""
-        found = []
+        passages = []
         for vector in self.embedder.embed(list(questions), query=True):
             rows = self._table.search(vector).distance_type("cosine").limit(k).to_list()
-            found.append([row["text"] for row in reversed(rows)])
-        return found
+            passages.append([row["text"] for row in reversed(rows)])
+        return passages
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of `texts` and of `vectors`, all of which an exact search reads."""

@@ -83,10 +83,10 @@ def fingerprint(file: Path) -> str:
     with Path(file).open("rb") as handle:
         size = handle.read(8)
         head = handle.read(int.from_bytes(size, "little"))
-        found = hashlib.sha256(size + head)
+        digest = hashlib.sha256(size + head)
         for name, entry in sorted(json.loads(head).items()):
             if name.startswith("sums"):
                 first, last = entry["data_offsets"]
                 handle.seek(8 + len(head) + first)
-                found.update(handle.read(last - first))
-    return found.hexdigest()
+                digest.update(handle.read(last - first))
+    return digest.hexdigest()

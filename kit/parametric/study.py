@@ -106,9 +106,9 @@ def solved_as_facts(model: Model, prompts: Sequence[Prompt]) -> list[Sentence]:
     sentences = []
     for rank, prompt in enumerate(prompts):
         p, how = prompt.problem, {"add_generation_prompt": True, "enable_thinking": prompt.thinking}
-        asked = model.tokenizer.apply_chat_template(prompt.chat, tokenize=False, **how)
+        prompt_text = model.tokenizer.apply_chat_template(prompt.chat, tokenize=False, **how)
         fact, text = Fact("worked", p.question, p.answer, rank), f"{p.question}: {p.answer}"
-        sentences.append(Sentence(asked, f"Answer: {p.answer}", fact, text))
+        sentences.append(Sentence(prompt_text, f"Answer: {p.answer}", fact, text))
     return sentences
 
 
@@ -167,8 +167,8 @@ class FactStudy:
     def paths(self, layout: Layout) -> list[tuple[int, ...]]:
         """The path of each sentence."""
         vectors, of = self._embedded(layout.routing)
-        found = self.tree(layout).assign(vectors).tolist()
-        return [tuple(found[number]) for number in of]
+        paths = self.tree(layout).assign(vectors).tolist()
+        return [tuple(paths[number]) for number in of]
 
     def rows(self, layout: Layout, context: int) -> list[Row]:
         """The sentences packed along their paths, tokenized once."""

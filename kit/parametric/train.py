@@ -201,18 +201,18 @@ class BankTraining(ResumableTraining):
                 fetched = fetched.to(self.model.dtype)
                 wider = ffn_memory.MemoryLayers(self.model.weights, self.shape, fetched)
                 stack.enter_context(wider.attached())
-            found = completion_loss(self.model, batch, self.prefix)
-        if not math.isfinite(found.item()):
+            loss = completion_loss(self.model, batch, self.prefix)
+        if not math.isfinite(loss.item()):
             raise ValueError(
-                f"The loss is {found.item()} at step {number + 1} of subtrees {self.nodes}; lower "
+                f"The loss is {loss.item()} at step {number + 1} of subtrees {self.nodes}; lower "
                 f"learning_rate."
             )
         self.optimizer.zero_grad()
-        found.backward()
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), recipe.clip)
         self.optimizer.step()
         tokens = sum(int((row.targets != IGNORED).sum()) for row in batch)
-        figures = dict(nodes=self.nodes, step=number + 1, loss=found.item(), tokens=tokens)
+        figures = dict(nodes=self.nodes, step=number + 1, loss=loss.item(), tokens=tokens)
         figures |= dict(gradient_norm=float(norm), seconds=time.perf_counter() - started)
         self.history.append(figures)
         return figures
@@ -245,8 +245,8 @@ class BankTraining(ResumableTraining):
         return self.folder
 
     def _blocks(self, name: str) -> list[torch.Tensor]:
-        found = [value for key, value in self.named.items() if key.split("|")[0] == name]
-        return [blocks.detach().half() for blocks in found]
+        tensors = [value for key, value in self.named.items() if key.split("|")[0] == name]
+        return [blocks.detach().half() for blocks in tensors]
 
 
 def train_bank(

@@ -42,8 +42,8 @@ def load(count: int, path: Path | None = None) -> list[Article]:
     try:
         for batch in parquet.ParquetFile(file).iter_batches(columns=["title", "text"]):
             rows = zip(batch["title"].to_pylist(), batch["text"].to_pylist())
-            found = ((digest(title), title, text) for title, text in rows if len(text) >= LEAST)
-            lowest = heapq.nsmallest(count, [*lowest, *found])
+            articles = ((digest(title), title, text) for title, text in rows if len(text) >= LEAST)
+            lowest = heapq.nsmallest(count, [*lowest, *articles])
     except (pyarrow.ArrowException, KeyError) as error:
         raise ValueError(
             f"{file} is no table of titles and texts ({error}); fetch it again."

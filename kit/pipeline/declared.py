@@ -30,18 +30,18 @@ def now(stage: str, path: Path = DATA / "claims.toml") -> dict[str, str]:
     {} where it has none."""
     if not path.is_file():  # a project of one's own without claims
         return {}
-    read = tomllib.loads(path.read_text(encoding="utf-8"))
-    digests = {row["id"]: digest_of(row) for row in read.get("claim", [])
+    document = tomllib.loads(path.read_text(encoding="utf-8"))
+    digests = {row["id"]: digest_of(row) for row in document.get("claim", [])
                if row["notebook"] == stage}  # fmt: skip
-    own = read.get("primary", {}).get(stage)
+    own = document.get("primary", {}).get(stage)
     return digests | ({PRIMARY: digest(own, 12)} if own else {})
 
 
 def first(folder: Path, stage: str) -> dict[str, str]:
     """What was declared before the first run of `stage` in `folder`; now, where none has run."""
     file = folder / "declared.json"
-    known = read_json(file) if file.is_file() else {}
-    if stage not in known and (digests := now(stage)):
-        known |= {stage: digests}
-        write_json(file, known)
-    return known.get(stage, {})
+    declarations = read_json(file) if file.is_file() else {}
+    if stage not in declarations and (digests := now(stage)):
+        declarations |= {stage: digests}
+        write_json(file, declarations)
+    return declarations.get(stage, {})

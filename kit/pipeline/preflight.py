@@ -52,12 +52,12 @@ def _needs(profile: str, notebooks_dir: Path) -> dict:
     if table is None:
         return {}
     numbers = {"disk_gb": 0, "gpu_memory_gb": 0, "hours": 0}
-    known = {"downloads": [], "note": "", **numbers}
+    entries = {"downloads": [], "note": "", **numbers}
     where = f"{profile}.toml, table {PREFLIGHT}"
     for key in table:
-        if key not in known:
-            raise UserError(f"{where}: there is no key {key}; there are: {', '.join(known)}")
-    needs = known | table
+        if key not in entries:
+            raise UserError(f"{where}: there is no key {key}; there are: {', '.join(entries)}")
+    needs = entries | table
     if not all(isinstance(needs[key], int | float) for key in numbers):
         raise UserError(f"{where}: {', '.join(numbers)} must be numbers")
     for entry in needs["downloads"]:

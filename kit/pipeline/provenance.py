@@ -90,15 +90,15 @@ def gpus() -> list[dict]:
 def unusable_gpu() -> str:
     """Why torch cannot use the NVIDIA GPU of this machine, and what to do; "" where it can, where
     there is none, or where CUDA_VISIBLE_DEVICES hides it."""
-    found = gpus()
-    there = found or Path("/dev/nvidia0").exists()
+    cards = gpus()
+    there = cards or Path("/dev/nvidia0").exists()
     if not there or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ""
     import torch  # 1.5 s, so only where a GPU is
 
     if torch.cuda.is_available():
         return ""
-    name = "{name} (driver {driver})".format(**found[0]) if found else "An NVIDIA GPU"
+    name = "{name} (driver {driver})".format(**cards[0]) if cards else "An NVIDIA GPU"
     cuda = torch.version.cuda
     why = f"torch {torch.__version__} is built for CUDA {cuda}" if cuda else "torch has no CUDA"
     what = "update its driver" if cuda else "install a build of torch with CUDA"
@@ -132,17 +132,17 @@ def collect(root: Path = ROOT) -> dict:
 def _output(*command: str) -> str | None:
     """What a command prints, None when it is missing, fails or hangs."""
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+        process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _cores() -> int:
@@ -151,19 +151,19 @@ def _cores() -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def fingerprints(notebook: dict) -> dict[str, str]:
     """What `kit.notebook.record_fingerprint` left in the outputs of an executed notebook."""
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
-    found = [output["data"][FINGERPRINT_MIME] for output in outputs
+    entries = [output["data"][FINGERPRINT_MIME] for output in outputs
              if FINGERPRINT_MIME in output.get("data", {})]  # fmt: skip
-    return {item["name"]: item["value"] for item in found}
+    return {item["name"]: item["value"] for item in entries}
 
 
 def as_markdown(stamp: dict) -> str:

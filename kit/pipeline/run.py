@@ -51,7 +51,7 @@ def run(
     keep_going: bool = False,
     given: Mapping[str, str] | None = None,
     start: Callable[[list[Stage], list[Stage]], tuple[Mapping, Callable]] = (
-        lambda chosen, todo: ({}, lambda stage: None)
+        lambda queue, todo: ({}, lambda stage: None)
     ),
 ) -> int:
     """Bring the stages of a profile up to date and return the exit status.
@@ -134,8 +134,8 @@ def _run_stage(
     stage: Stage, earlier: list[Stage], label: str, expected: float | None = None
 ) -> int:
     """Exit status of one stage; says on the terminal how it goes and how it ended."""
-    done = stage.status()
-    line = Line(label, len(stage.cells), done["wall_seconds"] if done else expected)
+    status = stage.status()
+    line = Line(label, len(stage.cells), status["wall_seconds"] if status else expected)
     try:
         return _execute(stage, earlier, line)
     except KeyboardInterrupt:
@@ -222,9 +222,9 @@ def _failure(stage: Stage, outcome) -> str:
         lines[0] += (f": peak {outcome.peak_bytes / GIB:.1f} GiB of {most}; "
                      f"lower {' or '.join(sizes)} in {where}")  # fmt: skip
     source = outcome.source.strip().splitlines()
-    shown = source[:SOURCE_LINES] + ["..."] * (len(source) > SOURCE_LINES)
+    excerpt = source[:SOURCE_LINES] + ["..."] * (len(source) > SOURCE_LINES)
     lines += [f"cell {outcome.cell} of {len(stage.cells)} in {stage.notebook.name}:"]
-    lines += [f"    {text}" for text in shown]
+    lines += [f"    {text}" for text in excerpt]
     lines += [outcome.detail] if outcome.detail else []
     if "[Errno 28]" in outcome.problem:
         lines.append("The disk is full: free some space first.")

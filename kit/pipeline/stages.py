@@ -95,8 +95,8 @@ class Stage:
     @property
     def models(self) -> list[str]:
         """Names of the models that it runs on, one after the other."""
-        given = self.parameters
-        return given.get("MODELS", [given["MODEL"]] if "MODEL" in given else [])
+        parameters = self.parameters
+        return parameters.get("MODELS", [parameters["MODEL"]] if "MODEL" in parameters else [])
 
     @property
     def judges(self) -> bool:
@@ -125,12 +125,11 @@ class Stage:
     def status(self) -> dict | None:
         """The record of the last complete run, None when there is none or it is damaged."""
         try:
-            done = read_json(self.status_file) if self.status_file.is_file() else None
+            status = read_json(self.status_file) if self.status_file.is_file() else None
         except UserError:
             return None
-        return (
-            done if isinstance(done, dict) and {"inputs", "wall_seconds"} <= done.keys() else None
-        )
+        whole = isinstance(status, dict) and {"inputs", "wall_seconds"} <= status.keys()
+        return status if whole else None
 
 
 def profiles(notebooks: Path = NOTEBOOKS) -> list[str]:
@@ -141,8 +140,8 @@ def profiles(notebooks: Path = NOTEBOOKS) -> list[str]:
 def read_profile(profile: str, notebooks: Path = NOTEBOOKS) -> dict[str, dict]:
     """The tables of a profile file by name; empty for a tour without a file."""
     if profile not in profiles(notebooks):
-        known = ", ".join(profiles(notebooks))
-        raise UserError(f"there is no profile {profile!r}; take one of: {known}")
+        names = ", ".join(profiles(notebooks))
+        raise UserError(f"there is no profile {profile!r}; take one of: {names}")
     file = notebooks / "profiles" / f"{profile}.toml"
     if not file.is_file():
         return {}
@@ -177,7 +176,7 @@ def load_stages(
         if table not in [*names, PREFLIGHT]:
             raise UserError(f"{profile}.toml names the notebook {table}, which does not exist; "
                           f"there are: {', '.join(names) or 'none'}")  # fmt: skip
-    made, folder = [], outputs / profile
+    stages, folder = [], outputs / profile
     for file in files:
         table = tables.get(file.stem, {})
         stage = _load(file, profile, table, folder)
@@ -185,8 +184,8 @@ def load_stages(
             kind = {"MODELS": [chosen]} if "MODELS" in stage.defaults else {"MODEL": chosen}
             other = _load(file, profile, table | own[file.stem] | kind, folder)
             stage = replace(other if chosen not in ("", *stage.models) else stage, why=why)
-        made.append(stage)
-    return made
+        stages.append(stage)
+    return stages
 
 
 def choice(profile: str, larger: dict, outputs: Path = OUTPUTS) -> tuple[str, str]:
@@ -195,8 +194,8 @@ def choice(profile: str, larger: dict, outputs: Path = OUTPUTS) -> tuple[str, st
     file = outputs / profile / "model.json"
     if larger and (wanted := os.environ.get("KIT_MODEL")):
         return wanted, f"MODEL={wanted}"
-    kept = read_json(file) if larger and file.is_file() else {"model": "", "why": []}
-    return kept["model"], "; ".join(kept["why"])
+    choice = read_json(file) if larger and file.is_file() else {"model": "", "why": []}
+    return choice["model"], "; ".join(choice["why"])
 
 
 def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Stage]:
@@ -229,7 +228,8 @@ def with_values(stages: list[Stage], chosen: list[Stage], values: Mapping[str, s
         if name == "PROFILE" or name not in known:
             there = ", ".join(sorted(known - {"PROFILE"}))
             raise UserError(
-                f"no notebook that is asked for has the parameter {name} to be set; they have: {there}"
+                f"no notebook that is asked for has the parameter {name} to be set; they have: "
+                f"{there}"
             )
         defaults = [stage.defaults[name] for stage in chosen if name in stage.defaults]
         if wrong := next(filter(None, (parameters.misfit(value, of) for of in defaults)), ""):
@@ -279,19 +279,19 @@ def named_files(value: object, root: Path) -> list[Path]:
         return []
     places = [Path(value).expanduser(), root / value]
     try:
-        found = [place.absolute() for place in places if place.exists()][:1]
+        files = [place.absolute() for place in places if place.exists()][:1]
     except OSError:  # a text that is too long for a name
         return []
-    if found and found[0].is_dir():
-        found = sorted(file for file in found[0].iterdir() if file.is_file())
-    elif found and found[0].suffix == ".toml":
+    if files and files[0].is_dir():
+        files = sorted(file for file in files[0].iterdir() if file.is_file())
+    elif files and files[0].suffix == ".toml":
         try:
-            table = tomllib.loads(found[0].read_text(encoding="utf-8"))
+            table = tomllib.loads(files[0].read_text(encoding="utf-8"))
         except ValueError:  # what reads it says so
             table = {}
-        found += [file for one in table.values() if isinstance(one, str)
-                  if (file := found[0].parent / one).is_file()]  # fmt: skip
-    return [file for file in found if not file.is_relative_to(root / "data")]
+        files += [file for one in table.values() if isinstance(one, str)
+                  if (file := files[0].parent / one).is_file()]  # fmt: skip
+    return [file for file in files if not file.is_relative_to(root / "data")]
 
 
 def _stamp(file: Path) -> list:
@@ -306,25 +306,25 @@ def freshness(stage: Stage, earlier: list[Stage]) -> tuple[str, str]:
     """("fresh" | "stale" | "missing" | "failed", why)."""
     if stage.failed.is_file():
         return "failed", stage.failure
-    done = stage.status()
-    if done is None:
+    status = stage.status()
+    if status is None:
         there = stage.status_file.is_file()
         return ("stale", "its status file is damaged") if there else ("missing", "not run yet")
-    why = _staleness(stage, earlier, done)
+    why = _staleness(stage, earlier, status)
     return ("stale", why) if why else ("fresh", "")
 
 
-def _staleness(stage: Stage, earlier: list[Stage], done: dict) -> str:
+def _staleness(stage: Stage, earlier: list[Stage], status: dict) -> str:
     now = inputs(stage, earlier)
-    changed = [text for key, text in INPUTS.items() if now[key] != done["inputs"].get(key)]
+    changed = [text for key, text in INPUTS.items() if now[key] != status["inputs"].get(key)]
     if changed:
         return " and ".join(changed) + " changed"
-    if file_hash(stage.executed) != done.get("notebook_sha256"):
+    if file_hash(stage.executed) != status.get("notebook_sha256"):
         return "the executed notebook was edited or deleted"
-    if file_hash(stage.results_file) != done.get("results_sha256"):
+    if file_hash(stage.results_file) != status.get("results_sha256"):
         return "its results file was edited or deleted"
-    if lost := len({*done.get("store", [])} - {*store_files(stage)}):
-        return f"store/ lost {lost} of its {len(done['store'])} files, and records with them"
+    if lost := len({*status.get("store", [])} - {*store_files(stage)}):
+        return f"store/ lost {lost} of its {len(status['store'])} files, and records with them"
     return ""
 
 

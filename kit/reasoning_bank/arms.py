@@ -97,8 +97,8 @@ def revisions(
     answers = dict(zip(records["problem_id"], records["text"], strict=True))
     revised = []
     for each in prompts:
-        shown = {"solution": answers[each.problem.id].strip(), "strategies": memory_of(each)}
-        messages = chat_messages(Revise, place=place, question=each.problem.question, **shown)
+        inputs = {"solution": answers[each.problem.id].strip(), "strategies": memory_of(each)}
+        messages = chat_messages(Revise, place=place, question=each.problem.question, **inputs)
         revised.append(replace(each, arm="matts-sequential", messages=messages))
     return revised
 
@@ -171,22 +171,22 @@ def distinct(
 
     The two arms of the declared contrast are never left out, but said to be one.
     """
-    asked: dict[str, dict[str, str]] = {}
+    prompt_ids: dict[str, dict[str, str]] = {}
     for each in (*before, *prompts):
-        asked.setdefault(each.arm, {})[each.problem.id] = each.id
+        prompt_ids.setdefault(each.arm, {})[each.problem.id] = each.id
     new = dict.fromkeys(each.arm for each in prompts)
-    left, said = set(), []
+    left, sentences = set(), []
     for arm in sorted(new, key=lambda arm: arm not in DECLARED):
-        names = (*DECLARED, *asked)
-        others = [name for name in names if name in asked and name != arm and name not in left]
-        same = [name for name in others if asked[arm].items() <= asked[name].items()]
+        names = (*DECLARED, *prompt_ids)
+        others = [name for name in names if name in prompt_ids and name != arm and name not in left]
+        same = [name for name in others if prompt_ids[arm].items() <= prompt_ids[name].items()]
         if same and arm in DECLARED:
             if arm == DECLARED[1] and DECLARED[0] in same:
-                said.append(f"{arm} asks what {DECLARED[0]} asks: no memory was found.")
+                sentences.append(f"{arm} asks what {DECLARED[0]} asks: no memory was found.")
         elif same:
             left.add(arm)
-            said.append(f"{arm} is left out: its prompts are those of {same[0]}.")
-    return [each for each in prompts if each.arm not in left], said
+            sentences.append(f"{arm} is left out: its prompts are those of {same[0]}.")
+    return [each for each in prompts if each.arm not in left], sentences
 
 
 def memory_of(prompt: Prompt) -> str:
@@ -194,10 +194,10 @@ def memory_of(prompt: Prompt) -> str:
     if prompt.messages[0][0] != "system":
         return ""
     (_, system), (_, user) = solve_prompt(prompt.problem, prompt.arm).messages
-    said = [text for _, text in prompt.messages]
-    if len(said) > 2:
-        return said[2]  # RECALL and an answer to it lie between
-    return (said[0].removeprefix(system) + said[1].removeprefix(user).removesuffix(user)).strip()
+    texts = [text for _, text in prompt.messages]
+    if len(texts) > 2:
+        return texts[2]  # RECALL and an answer to it lie between
+    return (texts[0].removeprefix(system) + texts[1].removeprefix(user).removesuffix(user)).strip()
 
 
 def memory_tokens(prompt: Prompt, tokenizer) -> int:

@@ -60,23 +60,23 @@ class ReasoningBank:
         self.database = lancedb.connect(
             self.uri, storage_options=storage_options, read_consistency_interval=SEEN_AFTER
         )
-        made = {"embedder": embedder.fingerprint, "embedder_name": embedder.name}
+        card = {"embedder": embedder.fingerprint, "embedder_name": embedder.name}
         schema = row_schema(embedder.dimension)
         if "strategies" in self.database.list_tables().tables:
             self._table = self.database.open_table("strategies")
-            self._check(schema, made)
+            self._check(schema, card)
         else:
             self._table = self.database.create_table(
-                "strategies", schema=schema.with_metadata(made), exist_ok=True
+                "strategies", schema=schema.with_metadata(card), exist_ok=True
             )
 
-    def _check(self, schema: pyarrow.Schema, made: dict) -> None:
+    def _check(self, schema: pyarrow.Schema, card: dict) -> None:
         there = self._table.schema
         meta = {k.decode(): v.decode() for k, v in (there.metadata or {}).items()}
-        if meta.get("embedder") != made["embedder"]:
+        if meta.get("embedder") != card["embedder"]:
             raise ValueError(
                 f"The bank {self.uri} was embedded by {meta.get('embedder_name', 'another model')} "
-                f"({meta.get('embedder')}), not by {made['embedder_name']} ({made['embedder']}); "
+                f"({meta.get('embedder')}), not by {card['embedder_name']} ({card['embedder']}); "
                 f"open it with that embedder or build a new bank."
             )
         columns = pyarrow.schema([field for field in there if field.name not in RETIRED])
@@ -196,8 +196,8 @@ class ReasoningBank:
         query = self._table.search(vector, vector_column_name=column).distance_type("cosine")
         query = query.where(where, prefilter=True) if where else query
         query = query.bypass_vector_index() if exact else query.nprobes(20).refine_factor(4)
-        shown = [*_names(), "id", "question_vector", "_distance"]  # reading the rest takes longer
-        rows = query.select(shown).limit(limit).to_list()
+        columns = [*_names(), "id", "question_vector", "_distance"]  # reading the rest takes longer
+        rows = query.select(columns).limit(limit).to_list()
         return _sorted([row | {"score": 1 - row.pop("_distance")} for row in rows])
 
     def _matching(self, question: str, where: str | None, limit: int) -> list[dict]:
@@ -217,7 +217,7 @@ class ReasoningBank:
 
     def _guarded(self, ranked: list[dict], problem: Problem, vector, k: int, key: str):
         """The first `k` rows that pass the guard, and whether there are as many."""
-        found, scores, filtered, past = [], [], {}, []
+        strategies, scores, filtered, past = [], [], {}, []
         for row in ranked:
             if key == "question" and row["problem_id"] not in past and len(past) == k:
                 break
@@ -228,12 +228,12 @@ class ReasoningBank:
                 continue
             if item.problem_id not in past:
                 past.append(item.problem_id)
-            found.append(item)
+            strategies.append(item)
             scores.append(row["score"])
-            if key == "text" and len(found) == k:
+            if key == "text" and len(strategies) == k:
                 break
-        enough = len(found if key == "text" else past) == k
-        return RetrievalResult(tuple(found), tuple(scores), filtered), enough
+        enough = len(strategies if key == "text" else past) == k
+        return RetrievalResult(tuple(strategies), tuple(scores), filtered), enough
 
     def forget(self, ids: Sequence[str]) -> None:
         """Remove strategies; tagged states keep them."""
@@ -250,16 +250,16 @@ class ReasoningBank:
         """
         self._check_writable()
         frame = self.table().sort_values(["step", "id"], ignore_index=True)
-        kind, kept, pairs = dict(zip(frame["id"], frame["kind"], strict=True)), {}, []
+        kind, survivors, pairs = dict(zip(frame["id"], frame["kind"], strict=True)), {}, []
         for start in range(0, len(frame), QUERIES):
             part = frame.iloc[start : start + QUERIES]
             for own, near in zip(part["id"], self._alike([*part["vector"]]), strict=True):
-                alike = [(distance, kept[other], other) for distance, other in near
-                         if other in kept and kind[other] == kind[own]]  # fmt: skip
+                alike = [(distance, survivors[other], other) for distance, other in near
+                         if other in survivors and kind[other] == kind[own]]  # fmt: skip
                 if alike:
                     pairs.append((min(alike)[2], own))
                 else:
-                    kept[own] = len(kept)
+                    survivors[own] = len(survivors)
         self.forget([dropped for _, dropped in pairs])
         return pairs
 

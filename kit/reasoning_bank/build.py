@@ -128,8 +128,8 @@ def fill_bank(
         judge, extractor, rejected = SelfJudge(config.judge_tokens), Extractor(), []
         with _taught(teacher, config) as tokens:
             frame["judged"] = _judge(teacher, judge, frame, config)
-            found = _extract(teacher, extractor, group, frame, config, step, rejected)
-        new = bank.add(found)
+            lessons = _extract(teacher, extractor, group, frame, config, step, rejected)
+        new = bank.add(lessons)
         unparsed = len(judge.unparsed) + len(extractor.unparsed)
         cost = {"seconds": time.perf_counter() - start, "unparsed": unparsed, "rejected": rejected}
         _note(
@@ -276,7 +276,7 @@ def _extract(
 ) -> list[Strategy]:
     """The strategies extracted from each problem of the group on which there was a verdict; why
     others are not kept goes to `rejected`."""
-    calls, sources, kept = [], [], []
+    calls, sources, lessons = [], [], []
     for problem in group:
         rows = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
         attempts = [(row.text, bool(row.judged)) for row in rows.itertuples()]
@@ -289,7 +289,7 @@ def _extract(
             if reason := fault(lesson, problem):
                 rejected.append(reason)
                 continue
-            kept.append(
+            lessons.append(
                 Strategy(
                     **lesson.model_dump(),
                     kind="success" if correct else "failure",
@@ -302,4 +302,4 @@ def _extract(
                     step=step,
                 )
             )
-    return kept
+    return lessons

@@ -143,17 +143,17 @@ class Engine:
         queues: dict[Sampling, list] = {}
         for request, future in part:
             try:
-                sampling, asked = self._read(request)
+                sampling, ids = self._read(request)
             except Exception as error:  # belongs to this caller only
                 future.set_exception(error)
             else:
-                queues.setdefault(sampling, []).append((asked, request, future))
+                queues.setdefault(sampling, []).append((ids, request, future))
         for sampling in sorted(queues, key=str):
             queue = sorted(queues[sampling], key=lambda entry: entry[0].problem_id)
             try:
-                done = decode.decode(
+                generations = decode.decode(
                     self.model,
-                    [asked for asked, _, _ in queue],
+                    [ids for ids, _, _ in queue],
                     sampling,
                     self.batch_size,
                     policy=self.memory.policy,
@@ -164,17 +164,17 @@ class Engine:
                     future.set_exception(error)
                 continue
             self.rounds += 1
-            for (_, request, future), generation in zip(queue, done, strict=True):
+            for (_, request, future), generation in zip(queue, generations, strict=True):
                 future.set_result(self._response(request, generation))
 
     def _read(self, request: Request) -> tuple[Sampling, decode.Request]:
         """Sampling parameters and prompt. Equal requests with equal seeds draw equal tokens;
         without a seed the second draws the second sample, as further rollouts of DSPy expect."""
         config = request.config
-        asked = [name for name in REFUSED if getattr(config, name)]
-        if asked or request.tools or config.stop:
+        refused = [name for name in REFUSED if getattr(config, name)]
+        if refused or request.tools or config.stop:
             raise ValueError(
-                f"The kit's engine takes no {', '.join(asked) or 'tools or stop strings'}; "
+                f"The kit's engine takes no {', '.join(refused) or 'tools or stop strings'}; "
                 f"leave it out."
             )
         messages = [(message.role, message.text or "") for message in request.messages]
@@ -263,9 +263,9 @@ class Lines(dspy.Adapter):
             else:
                 recalled = [("user", RECALL), ("assistant", strategies)]
         whole = [demo for demo in demos if {*outputs} <= {*demo.keys()}]
-        shown = [(("user", _user(signature, demo)), ("assistant", _reply(outputs, demo)))
+        messages = [(("user", _user(signature, demo)), ("assistant", _reply(outputs, demo)))
                  for demo in whole]  # fmt: skip
-        turns = [("system", system), *chain(*shown), *recalled, ("user", user)]
+        turns = [("system", system), *chain(*messages), *recalled, ("user", user)]
         return [{"role": role, "content": content} for role, content in turns]
 
     def parse(self, signature, completion: str) -> dict:
@@ -305,9 +305,9 @@ def _parts(names: list[str], completion: str) -> dict[str, str]:
     if len(names) == 1:
         return {names[0]: completion}
     labels = "|".join(re.escape(_label(name)) for name in names)
-    found = re.split(rf"^\W*({labels})\W*:", completion, flags=re.MULTILINE | re.IGNORECASE)
-    parts = {names[0]: found[0]} if found[0].strip() else {}
-    for label, text in zip(found[1::2], found[2::2], strict=True):
+    pieces = re.split(rf"^\W*({labels})\W*:", completion, flags=re.MULTILINE | re.IGNORECASE)
+    parts = {names[0]: pieces[0]} if pieces[0].strip() else {}
+    for label, text in zip(pieces[1::2], pieces[2::2], strict=True):
         (name,) = [name for name in names if _label(name).lower() == label.lower()]
         parts[name] = text.strip(" *\n")
     return parts
@@ -331,10 +331,10 @@ def chat_messages(
 
 def _user(signature, inputs) -> str:
     """The inputs of the user message; a single input stands without its name."""
-    given = {k: inputs[k] for k in signature.input_fields if k != "strategies" and k in inputs}
-    if len(given) == 1:
-        return str(*given.values())
-    return "\n\n".join(f"{name.capitalize()}:\n{value}" for name, value in given.items())
+    fields = {k: inputs[k] for k in signature.input_fields if k != "strategies" and k in inputs}
+    if len(fields) == 1:
+        return str(*fields.values())
+    return "\n\n".join(f"{name.capitalize()}:\n{value}" for name, value in fields.items())
 
 
 def _text(value, kind) -> str:
@@ -349,8 +349,9 @@ def _read(completion: str, kind):
     if model := _model(kind):
         return model.read(text)
     if kind in (bool, bool | None):
-        found = [*VERDICT.finditer(text)] or [*re.finditer(r"^\W*(yes|no)\b", text, re.IGNORECASE)]
-        return found[-1][1].lower() == "yes" if found else None
+        first = re.finditer(r"^\W*(yes|no)\b", text, re.IGNORECASE)
+        matches = [*VERDICT.finditer(text)] or [*first]
+        return matches[-1][1].lower() == "yes" if matches else None
     if kind in (int, int | None):
         first, numbers = re.match(r"\W*(\d{1,9})\b", text), {*re.findall(r"\d+", text)}
         number = first[1] if first else numbers.pop() if len(numbers) == 1 else ""

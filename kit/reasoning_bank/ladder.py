@@ -78,8 +78,8 @@ def placements(records: pandas.DataFrame) -> pandas.DataFrame:
 
 def choose(records: pandas.DataFrame) -> Placement:
     """The place where the gold answer is worth most; of equals the first of PLACES."""
-    found = [Placement(place, _gain(records, place)) for place in PLACES]
-    return max(found, key=lambda each: each.gain.estimate)
+    placements = [Placement(place, _gain(records, place)) for place in PLACES]
+    return max(placements, key=lambda each: each.gain.estimate)
 
 
 def planted(prompts: Sequence[Prompt]) -> list[Prompt]:

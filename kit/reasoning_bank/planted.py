@@ -41,8 +41,8 @@ class Rule:
             colour, answer = draw.choice(self.table)
             return f"Which number does the {self.name} list have for {colour}?", answer
         if self.kind == "code":
-            said = draw.sample(self.table, 3)
-            word, answer = ("".join(part) for part in zip(*said, strict=True))
+            sample = draw.sample(self.table, 3)
+            word, answer = ("".join(part) for part in zip(*sample, strict=True))
             return f"Write {word} in the {self.name} code.", answer
         a, b = draw.sample(range(2, 10), 2)
         question = f"What is {a} {self.name} {b}?"
@@ -66,12 +66,12 @@ def _rule(name: str, kind: str, draw: random.Random) -> Rule:
     if kind == "list":
         numbers = map(str, draw.sample(range(11, 100), 4))
         table = tuple(zip(draw.sample(COLOURS, 4), numbers, strict=True))
-        read = ", ".join(f"{colour} as {number}" for colour, number in table)
-        return Rule(name, kind, f"The {name} list has {read}.", table=table)
+        pairs = ", ".join(f"{colour} as {number}" for colour, number in table)
+        return Rule(name, kind, f"The {name} list has {pairs}.", table=table)
     if kind == "code":
         table = tuple(zip(draw.sample(LETTERS, 5), draw.sample("123456789", 5), strict=True))
-        read = ", ".join(f"{letter} as {digit}" for letter, digit in table)
-        text = f"The {name} code writes {read}. Write the digits side by side, in order."
+        pairs = ", ".join(f"{letter} as {digit}" for letter, digit in table)
+        text = f"The {name} code writes {pairs}. Write the digits side by side, in order."
         return Rule(name, kind, text, table=table)
     form, shift = draw.randrange(len(FORMS)), draw.randint(1, 9)
     text = f"a {name} b means {FORMS[form][0].format(shift)}."
@@ -80,15 +80,15 @@ def _rule(name: str, kind: str, draw: random.Random) -> Rule:
 
 def problems(of: Sequence[Rule], each: int, seed: int = 0) -> list[Problem]:
     """`each` different problems per rule, whose `family` is its name."""
-    found = []
+    problems = []
     for rule in of:
-        draw, asked = random.Random(f"problems {rule.name} {seed}"), {}
-        while len(asked) < each:
-            asked |= [rule.asked(draw)]
-        for question, answer in asked.items():
+        draw, questions = random.Random(f"problems {rule.name} {seed}"), {}
+        while len(questions) < each:
+            questions |= [rule.asked(draw)]
+        for question, answer in questions.items():
             own = f"{rule.kind}-{rule.name}-{digest(question, 8)}"
-            found.append(Problem(own, question, answer, rule.name, 1, "planted"))
-    return sorted(found, key=lambda problem: problem.id)
+            problems.append(Problem(own, question, answer, rule.name, 1, "planted"))
+    return sorted(problems, key=lambda problem: problem.id)
 
 
 def lessons(of: Sequence[Rule]) -> list[Strategy]:

@@ -50,12 +50,12 @@ class Lesson(BaseModel):
     @classmethod
     def read(cls, text: str) -> list["Lesson"] | None:
         """Every lesson in `text` that has the requested form; None of none."""
-        found = []
+        lessons = []
         for match in LESSON.finditer(text):
-            title, when, said = (" ".join(part.strip(" *\n").split()) for part in match.groups())
-            if title and said:
-                found.append(cls(title=title, description=when, content=said))
-        return found or None
+            title, when, lesson = (" ".join(part.strip(" *\n").split()) for part in match.groups())
+            if title and lesson:
+                lessons.append(cls(title=title, description=when, content=lesson))
+        return lessons or None
 
 
 class Solve(dspy.Signature):
@@ -240,14 +240,14 @@ class Extractor(Program):
         self, question: str, solutions: Sequence[tuple[str, bool]], seed: int | None = None
     ):
         """`solutions`: text and whether it is correct, of each trajectory."""
-        predict, shown = self._asked(solutions)
-        return self.ask(predict, seed, question=question, **shown)
+        predict, fields = self._asked(solutions)
+        return self.ask(predict, seed, question=question, **fields)
 
     async def aforward(
         self, question: str, solutions: Sequence[tuple[str, bool]], seed: int | None = None
     ):
-        predict, shown = self._asked(solutions)
-        return await self.aask(predict, seed, question=question, **shown)
+        predict, fields = self._asked(solutions)
+        return await self.aask(predict, seed, question=question, **fields)
 
     def _asked(self, solutions):
         if len(solutions) == 1:

@@ -140,8 +140,8 @@ def leak_reason(item: Strategy, problem: Problem, cosine: float = 0.0) -> str:
     same_numbers = source.numbers and sorted(source.numbers) == sorted(target.numbers)
     if same_numbers and cosine >= PARAPHRASE:
         return "near-duplicate"
-    given = leaks_answer(item.text, problem.answer, problem.question)
-    return "gives the answer away" if given else ""
+    leak = leaks_answer(item.text, problem.answer, problem.question)
+    return "gives the answer away" if leak else ""
 
 
 def leaks_answer(text: str, answer: str, question: str = "") -> bool:
@@ -158,14 +158,14 @@ def leaks_answer(text: str, answer: str, question: str = "") -> bool:
     if ("\\" in raw or ":" in raw) and raw in "".join(text.split()):
         return True
     if gold:
-        numbers = [(found.span(), latex.number(latex.tidy(found[0])))
-                   for found in re.finditer(NUMBER, text)]  # fmt: skip
+        numbers = [(match.span(), latex.number(latex.tidy(match[0])))
+                   for match in re.finditer(NUMBER, text)]  # fmt: skip
         places = [place for place, number in numbers if number and number.value == gold.value]
         short = len(re.sub(r"\\frac|\D", "", answer)) < 3
         return any(not short or _stated(text, *place, question) for place in places)
     spaced = r"\s*".join(map(re.escape, characters))  # LaTeX may be spaced otherwise
     flags = re.IGNORECASE if len(characters) > 1 else 0  # "A" is an answer, "a" a word
-    places = [found.span() for found in re.finditer(rf"(?<![\w.]){spaced}(?!\w|\.\d)", text, flags)]
+    places = [match.span() for match in re.finditer(rf"(?<![\w.]){spaced}(?!\w|\.\d)", text, flags)]
     if any(len(characters) > 2 or _stated(text, *place, question) for place in places):
         return True
     written = _notation(answer)

@@ -72,14 +72,14 @@ def seed_bank(folder: Path, embedder: Embedder, items: Sequence[Strategy], *part
 
 def few_shot_prompts(bank: ReasoningBank, problems: Sequence[Problem], k: int) -> list[Prompt]:
     """Each question after the `k` most similar past questions with answers, the nearest last."""
-    asked = []
+    queue = []
     for problem in problems:
         result = bank.retrieve(problem, k, key="question")
         turns = [turn for item in reversed(result.strategies) for turn in _turns(item)]
         ids = tuple(item.id for item in result.strategies)
         messages, filtered = (*turns, ("user", problem.question)), len(result.filtered)
-        asked.append(Prompt(problem, "remembered", messages, retrieved=ids, refused=filtered))
-    return asked
+        queue.append(Prompt(problem, "remembered", messages, retrieved=ids, refused=filtered))
+    return queue
 
 
 def _turns(item: Strategy) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -104,11 +104,11 @@ def training_set(
     if arm not in ARMS:
         raise ValueError(f"No arm {arm!r}; there are {', '.join(ARMS)}.")
     source = plain if arm in ("own", "distilled") else with_memory
-    chosen = rejection_sampling.accept(source, cap, seed)
+    traces = rejection_sampling.accept(source, cap, seed)
     if arm == "unfiltered":
-        chosen = rejection_sampling.sample_unfiltered(source, chosen, seed)
+        traces = rejection_sampling.sample_unfiltered(source, traces, seed)
     bare = prompts.build(prompts.plain, [prompt.problem for prompt in asked])
-    return rejection_sampling.training_sequences(model, chosen, asked if arm == "kept" else bare)
+    return rejection_sampling.training_sequences(model, traces, asked if arm == "kept" else bare)
 
 
 def commonest_answers(problems: Sequence[Problem]) -> dict[str, str]:
@@ -138,14 +138,16 @@ def run_rounds(
     for number in range(rounds):
         model = load(chain[-1])
         examples = bank_before_round(bank, number)
-        asked = few_shot_prompts(examples, train, plan.k)
-        frames.append(evaluate(model, asked, plan.sampling, store, plan.samples, report=_silent))
+        queue = few_shot_prompts(examples, train, plan.k)
+        frames.append(evaluate(model, queue, plan.sampling, store, plan.samples, report=_silent))
         solved = pandas.concat(frames, ignore_index=True)
-        known = {item.problem_id for item in examples.strategies()}
-        bank.add([item for item in programs.examples(frames[-1]) if item.problem_id not in known])
+        solved_ids = {item.problem_id for item in examples.strategies()}
+        bank.add(
+            [item for item in programs.examples(frames[-1]) if item.problem_id not in solved_ids]
+        )
         share, size = 100 * frames[-1]["correct"].mean(), len(bank_before_round(bank, number + 1))
         report(f"round {number + 1}: {share:.1f}% of the answers correct, {size} examples")
-        rows = training_set("internalised", model, solved, solved, asked, plan.cap, config.seed)
+        rows = training_set("internalised", model, solved, solved, queue, plan.cap, config.seed)
         chain.append(str(sft.sft(base, rows, config, folder)))
     return chain
 

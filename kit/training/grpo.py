@@ -377,29 +377,29 @@ def launch(
         "--job",
         str(job),
     ]
-    said = ""
+    message = ""
     with (
         log.open("w") as errors,
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=paths.ROOT
         ) as run,
     ):
-        for said in run.stdout:
-            if said.startswith("{"):
-                report(json.loads(said))
+        for message in run.stdout:
+            if message.startswith("{"):
+                report(json.loads(message))
     if run.returncode:
         raise RuntimeError(f"accelerate launch ended with {run.returncode}; see {log}.")
-    return Path(said.strip())
+    return Path(message.strip())
 
 
 def run_job(file: Path, folder: Path, speaks: bool) -> Path:
     """One process of `launch`: trains as `file` says and, where it `speaks`, prints the metrics of
     each step as JSON. The folder of the trained model."""
     job = json.loads(file.read_text())
-    asked = []
+    prompts_ = []
     for row in job["asked"]:
         messages = tuple((role, content) for role, content in row["messages"])
-        asked.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
+        prompts_.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
     report = partial(print, flush=True) if speaks else lambda line: None
     config = GRPOConfig(**job["recipe"])
-    return grpo(job["base"], asked, config, folder, lambda row: report(json.dumps(row)))
+    return grpo(job["base"], prompts_, config, folder, lambda row: report(json.dumps(row)))

@@ -46,8 +46,8 @@ def completions(
         seen[name] += 1
     training = model.weights.training
     model.weights.eval()
-    done = decode.decode(model, requests, sampling, len(requests), policy=policy)
-    answers = [[*g.token_ids, *([g.stop_id] if g.finish == "stop" else [])] for g in done]
+    generations = decode.decode(model, requests, sampling, len(requests), policy=policy)
+    answers = [[*g.token_ids, *([g.stop_id] if g.finish == "stop" else [])] for g in generations]
     prompts = [list(request.prompt_ids) for request in requests]
     differs = differs or isinstance(policy, DMS)
     logps = (

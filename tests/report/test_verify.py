@@ -208,7 +208,7 @@ def test_a_published_run_is_judged_by_its_records(tmp_path, capsys, monkeypatch)
     (tmp_path / "published" / "gpu").mkdir()
     (tmp_path / "published" / "gpu" / "gpu.json").write_text("{}")  # figures, no run
     before = {f: f.read_bytes() for f in place.rglob("*") if f.is_file()}
-    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(paths, "PUBLISHED_RUNS", tmp_path / "published")
     assert cli.main(["verify"]) == 0
     said = capsys.readouterr().out
     assert "published differences with known counts" in said
@@ -225,7 +225,7 @@ def test_a_published_run_is_judged_by_its_records(tmp_path, capsys, monkeypatch)
     assert "Differs: 01_baseline, table" in capsys.readouterr().out
     with pytest.raises(bundle.BundleError, match="has no records.parquet: pack the run"):
         verify.check(tmp_path / "laptop")
-    monkeypatch.setattr(paths, "PUBLISHED", tmp_path / "nothing")
+    monkeypatch.setattr(paths, "PUBLISHED_RUNS", tmp_path / "nothing")
     assert cli.main(["verify"]) == 2
 
 
