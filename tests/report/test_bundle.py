@@ -226,7 +226,7 @@ def test_a_run_is_held_against_the_published_one(tmp_path, capsys):
 def test_runs_stand_side_by_side_and_a_profile_is_the_published_one_where_it_has_not_run(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(reference, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(reference, "PUBLISHED_RUNS", tmp_path / "published")
     into = reference.publish("laptop", tmp_path / "published") if ran("laptop") else None
     other = ran("workstation", seed=1, gain=-0.2)
     assert reference.place("laptop") == tmp_path / "laptop"
