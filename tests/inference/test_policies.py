@@ -576,7 +576,8 @@ def test_synthetic_tokens_stand_for_a_read_prompt(families):
 def test_the_kernel_is_handed_what_attention_reads(families, monkeypatch):
     """The branch for CUDA devices, with a plain kernel that honours the same contract."""
 
-    def paged_attention(query, keys, values, bias, table, count):
+    def paged_attention(query, keys, values, bias, table, count, codes):
+        assert codes is None
         assert (table.dtype, count.dtype, bias.dtype) == (torch.int32, torch.int32, torch.float32)
         assert all(x.is_contiguous() for x in (query, keys, values, bias, table))
         out = torch.zeros_like(query)
