@@ -17,6 +17,7 @@ import pandas as pd
 from kit.analysis import stats
 from kit.evaluation.grader import same
 
+DIGITS = 12  # of a cost, as of a stored float (kit.report.exhibits)
 SUBSETS = 2_000  # of a problem's samples: up to so many are enumerated, else so many drawn
 
 
@@ -30,6 +31,7 @@ def table(
     budgets, outcomes = _checked(configurations[budget].to_numpy(), outcomes)
     accuracy = outcomes.mean(axis=1)
     added = configurations.assign(
+        **{budget: budgets},
         accuracy=100 * accuracy,
         on_frontier=pareto(budgets, accuracy),
         membership=membership(budgets, outcomes, rng),
@@ -189,7 +191,13 @@ def _checked(budgets, outcomes) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"outcomes must be numbers from 0 to 1 without gaps: {where}")
     if not (np.isfinite(budgets) & (budgets > 0)).all():
         raise ValueError(f"budgets must be positive numbers; one is {budgets.min()}")
-    return budgets, outcomes
+    return _digits(budgets), outcomes
+
+
+def _digits(budgets: np.ndarray) -> np.ndarray:
+    """Without the last digits, in which equal costs differ by order of summation, and which results
+    do not keep."""
+    return np.array([float(f"{x:.{DIGITS}g}") for x in budgets.flat]).reshape(budgets.shape)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from kit.training import plots as training_plots
 POINTS = 0.02  # 1/72 inch: the low bits of a machine move a line by less
 NUMBER = re.compile(rb"-?\d+(?:\.\d+)?|-?\.\d+")
 STREAM = re.compile(rb"stream\r?\n(.*?)\r?\nendstream", re.DOTALL)
+SPACE = re.compile(rb"\s+")  # lines of a PDF are as long as their numbers let them
 # Digests of paths in SVG, and what counts bytes in a PDF: they move with the low bits.
 MOVES = re.compile(
     rb'(?:id="|href="#|url\(#)\w+|\d{10} \d{5} [nf]|startxref\s+\d+|obj\n\d+\nendobj'
@@ -98,6 +99,6 @@ def _same(one: bytes, other: bytes, kind: str) -> bool:
             )
     except (ValueError, OSError, SyntaxError, zlib.error):  # of PIL: no picture
         return False
-    one, other = (MOVES.sub(b"", data) for data in (one, other))
+    one, other = (SPACE.sub(b" ", MOVES.sub(b"", data)) for data in (one, other))
     numbers = [np.array([*map(float, NUMBER.findall(data))]) for data in (one, other)]
     return NUMBER.split(one) == NUMBER.split(other) and np.allclose(*numbers, rtol=0, atol=POINTS)

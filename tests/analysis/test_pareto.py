@@ -121,6 +121,15 @@ def test_table_keeps_rows_and_outcomes_together():
     assert found.loc["cheap", "membership"] == 1 and found.loc["waste", "membership"] == 0
 
 
+def test_costs_that_differ_by_the_order_of_their_sums_are_equal():
+    """Results are stored without these digits, and must show the same frontier."""
+    noisy = pd.DataFrame({"reads": [0.1 + 0.2, 0.3]})
+    for frame in (noisy, noisy.round(12)):
+        found = pareto.table(frame, "reads", np.zeros((2, 4)), rng())
+        assert found["reads"].nunique() == 1 and found["on_frontier"].all()
+        assert found["membership"].tolist() == [1, 1]
+
+
 # ------------------------------------------------------------------ the gap
 
 
