@@ -272,12 +272,15 @@ def counted(rows: Iterable[Mapping]) -> str:
     rows = [*rows]
     words = Counter(row["verdict"] for row in rows if row["verdict"])
     others = Counter(row["on"] for row in rows if not row["verdict"])
-    said, left = (
-        ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
-                  for word, n in of.most_common()) for of in (words, others)
-    )  # fmt: skip
+    said, left = _tally(words), _tally(others)
     head = f"Of {len(rows)} published claims {words.total() or 'none'} got a verdict here"
     return f"{head}{': ' * bool(said)}{said}." + f" Without one: {left}." * bool(left)
+
+
+def _tally(words: Counter) -> str:
+    """How often each word stands, the most frequent first."""
+    return ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
+                     for word, n in words.most_common())  # fmt: skip
 
 
 def as_published(claim: Claim) -> str:
@@ -297,17 +300,14 @@ def headline(rows: Iterable[Mapping], audits: pd.DataFrame, models: str = "") ->
         if row["verdict"]:
             by.setdefault(row["on"], []).append(row)
 
-    def counted(on: str) -> str:
-        words = Counter(row["verdict"] for row in by[on])
-        counts = ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
-                         for word, n in words.most_common())  # fmt: skip
+    def judged(on: str) -> str:
         seen = sum(row["claim"] in notes for row in by[on])
         suffix = f" ({seen} known from third-party notes only)" if seen else ""
-        return counts + suffix
+        return _tally(Counter(row["verdict"] for row in by[on])) + suffix
 
     name = f" ({models})" if models else ""
     there, other, here, again = (
-        f"{len(by[on])} claim{'s' * (len(by[on]) > 1)}, {counted(on)}" if on in by else ""
+        f"{len(by[on])} claim{'s' * (len(by[on]) > 1)}, {judged(on)}" if on in by else ""
         for on in (PUBLISHED, OTHER_TASK, STAND_IN, RECOMPUTED)
     )
     effects = audits.dropna(subset=["p"])
