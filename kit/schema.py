@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 
 ASKS = ("any", "evaluated", "simplified", "factored")  # any form, or a required one
+DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
 DTYPES = ("float32", "bfloat16", "float16", "float64")  # that weights are loaded as
 
 

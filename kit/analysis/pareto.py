@@ -16,8 +16,8 @@ import pandas as pd
 
 from kit.analysis import stats
 from kit.evaluation.grader import same
+from kit.schema import DIGITS
 
-DIGITS = 12  # of a cost, as of a stored float (kit.report.exhibits)
 SUBSETS = 2_000  # of a problem's samples: up to so many are enumerated, else so many drawn
 
 

@@ -23,9 +23,9 @@ from kit.analysis.plots import STYLE, Picture
 from kit.paths import run_dir
 from kit.pipeline.errors import read_json
 from kit.pipeline.provenance import write_json, write_text
+from kit.schema import DIGITS
 
 LIST = "exhibits.json"
-DIGITS = 12  # of a stored float: the low bits differ between machines and mean nothing
 BASELINE = "Baseline: accuracy and costs of each prompt"  # a caption that others look for
 FEW, MANY = 4, 8  # rows at most, columns more, of a LaTeX table that is turned
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
