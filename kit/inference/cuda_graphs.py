@@ -10,9 +10,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from kit.inference.kv_cache import SlotCache
+from kit.inference.kv_cache import SlotCache, forward
 from kit.models.load import Model
 
 SHORTEST = 512  # tokens of the sequences of the first graph; each further one takes twice as many
@@ -61,13 +60,8 @@ class StepGraphs:
     def _pass(self, longest: int) -> torch.Tensor:
         """Logits [capacity, V] of one more token of each active sequence."""
         positions = self.cache.step_active(self.active, longest)
-        out = self.model.weights(
-            input_ids=self.tokens,
-            position_ids=F.pad(positions, (0, self.tokens.shape[1] - self.cache.capacity)),
-            use_cache=False,
-            slots=self.cache,
-        )
-        return out.logits[0, : self.cache.capacity]
+        logits = forward(self.model.weights, self.cache, self.tokens, positions)
+        return logits[: self.cache.capacity]
 
     def _capture(self, longest: int) -> None:
         try:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from kit.inference import energy, prefix_sharing
 from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
 from kit.inference.cuda_graphs import StepGraphs
-from kit.inference.kv_cache import SlotCache
+from kit.inference.kv_cache import SlotCache, forward
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Full
 from kit.inference.sampling import sample_tokens, seeded_uniforms
@@ -237,20 +237,12 @@ def _forward(model: Model, cache: SlotCache, ids, positions, rows: int, last=Non
 
     The tokens are padded to a multiple of `rows`, what is kept of them to one of STEP_ROWS.
     """
-    padding = -len(ids) % rows
-    tokens = torch.tensor([[*ids, *[0] * padding]], device=model.device)
+    tokens = torch.tensor([[*ids, *[0] * (-len(ids) % rows)]], device=model.device)
     kept, keep = len(ids), 0
     if last is not None:
         kept = len(last)
         keep = F.pad(last, (0, -kept % STEP_ROWS[model.device.type]))
-    out = model.weights(
-        input_ids=tokens,
-        position_ids=F.pad(positions, (0, padding)),
-        use_cache=False,
-        logits_to_keep=keep,
-        slots=cache,
-    )
-    return out.logits[0, :kept].float()
+    return forward(model.weights, cache, tokens, positions, keep)[:kept].float()
 
 
 def _admit(model: Model, cache: SlotCache, running, places, reuse: _Reuse, after) -> torch.Tensor:

@@ -601,6 +601,22 @@ class SlotCache:
         return sum(x.nbytes() for x in [*self.pools, *self.layer_groups])
 
 
+def forward(
+    weights: PreTrainedModel, cache: SlotCache, tokens: torch.Tensor, positions, keep=0
+) -> torch.Tensor:
+    """Logits after the announced tokens, or after those at `keep`: [rows, V].
+
+    tokens [1, rows]; position ids [1, n] of the announced ones, which padding follows.
+    """
+    return weights(
+        input_ids=tokens,
+        position_ids=F.pad(positions, (0, tokens.shape[1] - positions.shape[1])),
+        use_cache=False,
+        logits_to_keep=keep,
+        slots=cache,
+    ).logits[0]
+
+
 def slot_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """Attention function of transformers' models, computed by the SlotCache passed as `slots`."""
     if kwargs.get("softcap") is not None:
