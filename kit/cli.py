@@ -162,8 +162,8 @@ def reproduce(
     return code
 
 
-def _values(given: list[str]) -> dict[str, str]:
-    pairs = [each.partition("=") for each in given]
+def _values(assignments: list[str]) -> dict[str, str]:
+    pairs = [each.partition("=") for each in assignments]
     if wrong := [name for name, equals, _ in pairs if not (name and equals)]:
         raise UserError(f"--set takes NAME=VALUE, such as PROBLEMS=20; this is {wrong[0]!r}")
     return {name: value for name, _, value in pairs}
@@ -179,9 +179,9 @@ def status(profile: Profile = None, as_json: Json = False) -> None:
         word, why = stages.freshness(stage, earlier)
         if now := pipeline.running(stage):
             word, why = "running", now
-        done = stage.status() or {}
-        wall = pipeline.clock(done["wall_seconds"]) if done else ""
-        rows.append([stage.name, word, why, wall, done.get("finished", "")])
+        stamp = stage.status() or {}
+        wall = pipeline.clock(stamp["wall_seconds"]) if stamp else ""
+        rows.append([stage.name, word, why, wall, stamp.get("finished", "")])
         earlier.append(stage)
     heads = ["stage", "state", "why", "wall time", "finished (UTC)"]
     if as_json:
@@ -215,7 +215,7 @@ def advise(
         sizes = advisor.sizes(model)
         rows = advisor.load(run_dir(profile), model)
         options = advisor.candidates(sizes, tokens, rows)
-        chosen, why = advisor.choose(options, limit)
+        option, why = advisor.choose(options, limit)
     except (ValueError, hub.HubError) as error:
         raise UserError(str(error), 2) from error
     if as_json:
@@ -229,19 +229,19 @@ def advise(
             }
             for each, total in totals.items()
         ]
-        said = {"run": chosen.name, "why": why, "configurations": configurations}
-        print(json.dumps(said, indent=1))
+        advice = {"run": option.name, "why": why, "configurations": configurations}
+        print(json.dumps(advice, indent=1))
         return
     print(f"{model} at {tokens:,} tokens in {ledger.text(limit)}\n")
-    known = chosen.accuracy is not None
-    shown = advisor.table(options if known else advisor.narrow(options, chosen), limit)
+    measured = option.accuracy is not None
+    table = advisor.table(options if measured else advisor.narrow(options, option), limit)
     heads = ["configuration", "GiB", "fits", "accuracy, percent"]
-    print(tabulate(shown, heads, disable_numparse=True))
-    print(f"\nRun: {chosen.name}\nWhy: {why}\n")
-    print("\n".join(advisor.arithmetic(chosen)))
-    if explain and not known:
-        print("\n" + "\n".join(f"- {said}. {evidence}" for said, evidence in
-                               advisor.reasons(chosen, limit)))  # fmt: skip
+    print(tabulate(table, heads, disable_numparse=True))
+    print(f"\nRun: {option.name}\nWhy: {why}\n")
+    print("\n".join(advisor.arithmetic(option)))
+    if explain and not measured:
+        print("\n" + "\n".join(f"- {sentence}. {evidence}" for sentence, evidence in
+                               advisor.reasons(option, limit)))  # fmt: skip
 
 
 @app.command("choose-model", **_example("choose-model laptop"))
@@ -258,9 +258,9 @@ def choose_model(profile: Annotated[str, Argument(metavar="PROFILE")]) -> None:
     file = run_dir(profile) / "model.json"
     print(f"measuring which model {profile} runs on here ...", flush=True)
     with _in_one_sentence():
-        found = estimate.choose(profile)
+        choice = estimate.choose(profile)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, found)
+    write_json(file, choice)
 
 
 @app.command(**_example("estimate quick laptop"))
@@ -290,10 +290,10 @@ def bundle(profile: Profile = None) -> None:
 
     profile = profile or default_profile()
     with _in_one_sentence():
-        made = bundle.write(profile)
-    print(f"{pipeline.short(made)}, {made.stat().st_size / 1e6:.1f} MB")
-    if left := stages.incomplete(stages.load_stages(profile, outputs=made.parent.parent)):
-        print(f"INCOMPLETE: {left}")
+        file = bundle.write(profile)
+    print(f"{pipeline.short(file)}, {file.stat().st_size / 1e6:.1f} MB")
+    if unfinished := stages.incomplete(stages.load_stages(profile, outputs=file.parent.parent)):
+        print(f"INCOMPLETE: {unfinished}")
 
 
 VERIFIED = "Exit status: 0 nothing differs, 1 something does, 2 there is no bundle to judge"
@@ -318,19 +318,19 @@ def verify(
     for run in runs or verify.published_runs():
         tell(pipeline.short(run.resolve()))
         try:
-            checked = verify.check(run, lambda line: tell(f"  {line}"))
-            tell("\n".join(verify.summary(checked)))
-            if checked.verdicts is not None and not as_json:
-                again = verify.headline(checked.run, checked.verdicts)
-                rows = checked.verdicts.to_dict("records")
+            judgement = verify.check(run, lambda line: tell(f"  {line}"))
+            tell("\n".join(verify.summary(judgement)))
+            if judgement.verdicts is not None and not as_json:
+                again = verify.headline(judgement.run, judgement.verdicts)
+                rows = judgement.verdicts.to_dict("records")
                 summary.print_verdicts({"verdicts": rows, "headline": again})
-            page = verify.write_report(checked)
+            page = verify.write_report(judgement)
         except bundle.BundleError as error:
             raise UserError(str(error), 2) from error
         tell(f"\nReport:    {pipeline.short(page) if page else 'none, see what is damaged'}\n")
         if as_json:
-            print(json.dumps({"differs": checked.wrong, "not_recomputed": checked.left}))
-        differs |= bool(checked.wrong)
+            print(json.dumps({"differs": judgement.wrong, "not_recomputed": judgement.left}))
+        differs |= bool(judgement.wrong)
     return int(differs)
 
 
@@ -440,20 +440,20 @@ def train_evictor(
     from kit.models.load import load as load_model
 
     with _in_one_sentence():
-        chosen, loaded = _named(RECIPES, recipe, "recipe"), load_model(model)
+        config, teacher = _named(RECIPES, recipe, "recipe"), load_model(model)
         store = Store(folder / "traces")
         ids, held_out = (
             train.pack_documents(
-                loaded,
-                train.own_traces(loaded, load(problems, split, n=count), store),
-                chosen.context,
+                teacher,
+                train.own_traces(teacher, load(problems, split, n=count), store),
+                config.context,
             )
             for split in ("train", "validation")
         )
-        training = train.EvictorTraining(loaded, ids, chosen, folder / f"seed{seed}", seed)
+        training = train.EvictorTraining(teacher, ids, config, folder / f"seed{seed}", seed)
         full, layers = len(training.evictor.layers), len(training.windows)
         print(f"{full} of {layers} layers have full attention")
-        bar = tqdm(total=chosen.steps, initial=len(training.history), unit="step")
+        bar = tqdm(total=config.steps, initial=len(training.history), unit="step")
 
         def show(metrics: dict) -> None:
             bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("kl", "closed", "target")})
@@ -499,26 +499,26 @@ def grpo(
     from kit.training import grpo
     from kit.training.grpo import RECIPES, mix_difficulties
 
-    speaks = not int(os.environ.get("RANK", 0))  # of several processes one does
+    is_first = not int(os.environ.get("RANK", 0))  # of several processes one does
     with _in_one_sentence():
         if job:  # a file by kit.training.grpo.launch, instead of all options
-            trained = grpo.run_job(job, folder, speaks)
+            weights_folder = grpo.run_job(job, folder, is_first)
         else:
             changes = {"steps": steps, "seed": seed, "rollouts": rollouts}
             changes = {name: value for name, value in changes.items() if value is not None}
-            chosen = replace(_named(RECIPES, recipe, "recipe"), **changes)
-            every = load(problems, "train").problems
-            asked = prompts.build(chosen.arm, mix_difficulties(every, *mix) if mix else every)
+            config = replace(_named(RECIPES, recipe, "recipe"), **changes)
+            suite = load(problems, "train").problems
+            tasks = prompts.build(config.arm, mix_difficulties(suite, *mix) if mix else suite)
             policy = DMS(load_evictor(evictor, load_model(model))) if evictor else Full()
-            bar = tqdm(total=chosen.steps, unit="step", disable=not speaks)
+            bar = tqdm(total=config.steps, unit="step", disable=not is_first)
 
             def show(metrics: dict) -> None:
                 bar.set_postfix(reward=f"{metrics.get('reward', 0):.3f}")
                 bar.update(metrics["step"] - bar.n)
 
-            trained = grpo.grpo(model, asked, chosen, folder, show, policy)
-    if speaks:
-        print(trained)
+            weights_folder = grpo.grpo(model, tasks, config, folder, show, policy)
+    if is_first:
+        print(weights_folder)
 
 
 @app.command("train-bank", **_example("train-bank outputs/bank --only 0 --only 1"))
@@ -547,8 +547,8 @@ def train_bank(
 
     with _in_one_sentence():
         names = families.split(",") if families else [*facts.TELL]
-        known = facts.load(names, cities or facts.CITIES)
-        sentences = tuple(facts.tell(known, told, seed=0))
+        fact_set = facts.load(names, cities or facts.CITIES)
+        sentences = tuple(facts.tell(fact_set, told, seed=0))
         layout = study.Layout(
             branching, tuple(int(size) for size in sizes.split(",")), where, layers
         )
@@ -560,10 +560,10 @@ def train_bank(
             bar.set_postfix(subtree=metrics["nodes"][0], loss=f"{metrics['loss']:.2f}")
             bar.update()
 
-        trained = study.FactStudy(
-            load_model(model), embedder.load(), tuple(known), sentences, folder, show
+        bank = study.FactStudy(
+            load_model(model), embedder.load(), tuple(fact_set), sentences, folder, show
         ).bank(layout, MemoryTrainConfig(), only=only)
-    print(trained or "These subtrees are done, others are not: the last to end makes the bank.")
+    print(bank or "These subtrees are done, others are not: the last to end makes the bank.")
 
 
 @app.command("freeze-problems", **_example("freeze-problems school --families rates --show"))

@@ -39,13 +39,13 @@ def highlighted(function: Callable) -> dict[str, str]:
 
 def banner() -> None:
     """Print one line saying which code runs on what. Differs between machines."""
-    here = collect()
-    dirty = " with uncommitted changes" if here["dirty"] else ""
-    packages = [f"{name} {here['versions'].get(name, 'absent')}"
+    stamp = collect()
+    dirty = " with uncommitted changes" if stamp["dirty"] else ""
+    packages = [f"{name} {stamp['versions'].get(name, 'absent')}"
                 for name in ("python", "torch", "transformers")]  # fmt: skip
-    devices = [gpu["name"] for gpu in here["hardware"]["gpus"]] or [here["hardware"]["cpu"]]
-    size = f"{here['hardware']['cores']} cores, {here['hardware']['ram_gib']} GiB"
-    print(f"commit {here['commit'][:10]}{dirty} | {', '.join(packages)} | {devices[0]}, {size}")
+    devices = [gpu["name"] for gpu in stamp["hardware"]["gpus"]] or [stamp["hardware"]["cpu"]]
+    size = f"{stamp['hardware']['cores']} cores, {stamp['hardware']['ram_gib']} GiB"
+    print(f"commit {stamp['commit'][:10]}{dirty} | {', '.join(packages)} | {devices[0]}, {size}")
 
 
 def follow(total: int, draw: Callable[[list[dict]], object], every: int = 5) -> Callable:
@@ -57,10 +57,10 @@ def follow(total: int, draw: Callable[[list[dict]], object], every: int = 5) -> 
 
     def report(row: dict) -> None:
         rows.append(row)
-        each = (time.perf_counter() - began) / len(rows)
-        done = 20 * row["step"] // total
-        line = f"{'█' * done}{'░' * (20 - done)} step {row['step']} of {total}, {each:.1f} s each"
-        line += f", {each * (total - row['step']):.0f} s left"
+        seconds = (time.perf_counter() - began) / len(rows)
+        filled = 20 * row["step"] // total
+        line = f"{'█' * filled}{'░' * (20 - filled)} step {row['step']} of {total}, "
+        line += f"{seconds:.1f} s each, {seconds * (total - row['step']):.0f} s left"
         if len(rows) == 1:
             bar.display({"text/plain": line}, raw=True)
             figure.display(draw(rows))

@@ -68,11 +68,11 @@ class Run:
     def results(self) -> dict[str, dict]:
         """By stage."""
         names = sorted(name for name in self.files if name.startswith("results/"))
-        found = {name: self.json(name) for name in names}
-        for name, value in found.items():
+        payloads = {name: self.json(name) for name in names}
+        for name, value in payloads.items():
             if not isinstance(value, dict):
                 raise ValueError(f"{name} is damaged, it holds a {type(value).__name__}")
-        return {Path(name).stem: value for name, value in found.items()}
+        return {Path(name).stem: value for name, value in payloads.items()}
 
     @cached_property
     def verdicts(self) -> dict[str, dict]:
@@ -98,22 +98,22 @@ class Run:
     @cached_property
     def environment(self) -> dict[str, str]:
         """What its executed notebooks say of code, lock, machine and versions; the newest says."""
-        found: dict[str, str] = {}
+        entries: dict[str, str] = {}
         for stage, stamp in self.stamps.items():
             keys = ("commit", "lock_sha256", "kit_sha256", "system")
-            found |= {key: str(stamp[key]) for key in keys if key in stamp}
+            entries |= {key: str(stamp[key]) for key in keys if key in stamp}
             marks = stamp.get("fingerprints", {})
             dtype = marks.get("dtype") or marks.get("model", "").partition("torch.")[2]
-            found |= {"dtype": dtype} if dtype else {}
+            entries |= {"dtype": dtype} if dtype else {}
             hardware = stamp.get("hardware", {})
-            found |= {f"hardware: {key}": str(value) for key, value in hardware.items()}
-            found |= {f"version of {k}": v for k, v in stamp.get("versions", {}).items()}
+            entries |= {f"hardware: {key}": str(value) for key, value in hardware.items()}
+            entries |= {f"version of {k}": v for k, v in stamp.get("versions", {}).items()}
             for key, value in stamp.get("parameters", {}).items():
-                found[f"{stage}: {key}"] = repr(value)
-        return found
+                entries[f"{stage}: {key}"] = repr(value)
+        return entries
 
     @cached_property
-    def every(self) -> pd.DataFrame:
+    def all_records(self) -> pd.DataFrame:
         """All records. ValueError where there are none to read."""
         if RECORDS not in self.files:
             raise ValueError(f"{RECORDS} is missing")
@@ -125,9 +125,9 @@ class Run:
     @cached_property
     def records(self) -> dict[str, pd.DataFrame]:
         """By stage, those that its results name."""
-        every = self.every
-        return {stage: every[every["key"].isin(found.get("keys", []))].reset_index(drop=True)
-                for stage, found in self.results.items()}  # fmt: skip
+        records = self.all_records
+        return {stage: records[records["key"].isin(results.get("keys", []))].reset_index(drop=True)
+                for stage, results in self.results.items()}  # fmt: skip
 
 
 def evictors() -> dict[str, Path]:
@@ -158,12 +158,12 @@ def _of_folder(place: Path) -> dict[str, bytes]:
     if len(packed) > 1:
         raise OSError(f"it holds {len(packed)} of them: {', '.join(map(str, packed))}")
     place = packed[0].parent if packed else place
-    found = [file for name in (*FOLDERS, "evictors") for file in (place / name).rglob("*")]
-    found += [place / name for name in (RECORDS, SUMS, CRATE, *BESIDE, "README.md", "report.html")]
+    paths = [file for name in (*FOLDERS, "evictors") for file in (place / name).rglob("*")]
+    paths += [place / name for name in (RECORDS, SUMS, CRATE, *BESIDE, "README.md", "report.html")]
     if not packed:  # of outputs/<profile> what a bundle takes over as it is
-        found = [file for file in found if file.relative_to(place).parts[0] in (*FOLDERS, RECORDS)]
-    found = [f for f in sorted(found) if f.is_file() and not f.name.startswith(".")]
-    files = {f.relative_to(place).as_posix(): f for f in found if ".running." not in f.name}
+        paths = [file for file in paths if file.relative_to(place).parts[0] in (*FOLDERS, RECORDS)]
+    paths = [f for f in sorted(paths) if f.is_file() and not f.name.startswith(".")]
+    files = {f.relative_to(place).as_posix(): f for f in paths if ".running." not in f.name}
     if not packed and not any(name.startswith("results/") for name in files):
         raise OSError(f"it has neither {SUMS} nor results")
     return {name: file.read_bytes() for name, file in files.items()}
@@ -188,14 +188,14 @@ def write(profile: str) -> Path:
     """
     folder = run_dir(profile)
     scrub = provenance.scrubber(ROOT, folder.parent)
-    for needed in (folder / VERDICTS, folder / "report.html"):
-        if not needed.is_file():
+    for file in (folder / VERDICTS, folder / "report.html"):
+        if not file.is_file():
             raise ValueError(
                 f"{folder} has no verdicts yet; `make reproduce PROFILE={profile}` makes them"
             )
     from kit.report import crate  # half a second that reading a bundle need not take
 
-    every = stages.load_stages(profile, outputs=folder.parent)
+    all_stages = stages.load_stages(profile, outputs=folder.parent)
     run = read(folder)
     try:
         files = {name: _clean(name, run, scrub) for name in run.files}
@@ -216,15 +216,15 @@ def write(profile: str) -> Path:
     trained = [f for f in folder.glob("evictors/**/*.safetensors") if f.stem != "state"]
     files |= {file.relative_to(folder).as_posix(): file.read_bytes() for file in trained}
     commit = run.environment.get("commit", "unknown")
-    files["README.md"] = _readme(profile, every, run, commit).encode()
-    files[CRATE] = crate.metadata(profile, files, every, commit).encode()
+    files["README.md"] = _readme(profile, all_stages, run, commit).encode()
+    files[CRATE] = crate.metadata(profile, files, all_stages, commit).encode()
     files[SUMS] = sums(files)
-    made = folder / "bundle.zip"
-    temporary = made.with_suffix(".tmp")
+    archive_file = folder / "bundle.zip"
+    temporary = archive_file.with_suffix(".tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in sorted(files.items()):
             archive.writestr(zipfile.ZipInfo(name, DATES), data, zipfile.ZIP_DEFLATED)
-    return temporary.replace(made)
+    return temporary.replace(archive_file)
 
 
 def sums(files: Mapping[str, bytes]) -> bytes:
@@ -250,7 +250,7 @@ def _stored(folder: Path, profile: str, run: Run) -> pd.DataFrame:
     from kit.evaluation.store import Store  # where a bundle is only checked LanceDB may be absent
 
     again = f"put it back, or `make reproduce PROFILE={profile} FORCE=1` makes its records again"
-    keys = {stage: {*found.get("keys", [])} for stage, found in run.results.items()}
+    keys = {stage: {*results.get("keys", [])} for stage, results in run.results.items()}
     if any(keys.values()) and not (folder / "store").is_dir():
         raise ValueError(f"the store is missing; {again}")
     try:
@@ -258,22 +258,22 @@ def _stored(folder: Path, profile: str, run: Run) -> pd.DataFrame:
     except (OSError, RuntimeError, ValueError) as error:  # of LanceDB
         first = str(error).partition("\n")[0]
         raise ValueError(f"the store is damaged ({first}); {again}") from error
-    for stage, wanted in keys.items():
-        if lost := wanted.difference(records["key"]):
-            raise ValueError(f"the store lacks {len(lost):,} of the {len(wanted):,} records that "
+    for stage, names in keys.items():
+        if missing := names.difference(records["key"]):
+            raise ValueError(f"the store lacks {len(missing):,} of the {len(names):,} records that "
                              f"{stage} reports; {again}")  # fmt: skip
     return records
 
 
-def _readme(profile: str, every: Sequence[stages.Stage], run: Run, commit: str) -> str:
+def _readme(profile: str, all_stages: Sequence[stages.Stage], run: Run, commit: str) -> str:
     """What is in the bundle, and first of all what is not."""
     rows = ["| stage | state | finished (UTC) |", "|---|---|---|"]
-    for stage in every:
+    for stage in all_stages:
         state = f"{stage.state}: {stage.failure}" if stage.failure else stage.state
-        done = run.json(f"status/{stage.name}.json").get("finished", "–")
-        rows.append(f"| {stage.name} | {state} | {done} |".replace("\n", " "))
-    left = stages.incomplete(every)
-    complete = f"**INCOMPLETE**: {left}." if left else "Every stage ran to its end."
+        finish_time = run.json(f"status/{stage.name}.json").get("finished", "–")
+        rows.append(f"| {stage.name} | {state} | {finish_time} |".replace("\n", " "))
+    unfinished = stages.incomplete(all_stages)
+    complete = f"**INCOMPLETE**: {unfinished}." if unfinished else "Every stage ran to its end."
     return README.format(profile=profile, complete=complete, table="\n".join(rows), commit=commit)
 
 

@@ -56,37 +56,37 @@ class Figure:
 
 
 def save(
-    folder: Path, shown: Mapping[str, pd.DataFrame], drawn: Mapping[str, Picture]
+    folder: Path, frames: Mapping[str, pd.DataFrame], pictures: Mapping[str, Picture]
 ) -> list[Path]:
     """Write tables and figures, by caption, into `folder`, which they replace: the files."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    rows, names = [], [slug(caption) for caption in (*drawn, *shown)]
+    rows, names = [], [slug(caption) for caption in (*pictures, *frames)]
     if len(set(names)) < len(names):
         raise ValueError(f"captions make equal file names: {sorted(names)}; tell them apart")
-    rows += [_draw(folder, caption, picture) for caption, picture in drawn.items()]
-    rows += [_write(folder, caption, frame) for caption, frame in shown.items()]
+    rows += [_draw(folder, caption, picture) for caption, picture in pictures.items()]
+    rows += [_write(folder, caption, frame) for caption, frame in frames.items()]
     write_json(folder / LIST, rows)
     return sorted(folder.iterdir())
 
 
 def renew(
-    folder: Path, shown: Mapping[str, pd.DataFrame], drawn: Mapping[str, Picture]
+    folder: Path, frames: Mapping[str, pd.DataFrame], pictures: Mapping[str, Picture]
 ) -> list[str]:
     """Write those tables and figures of `folder` again, in their places, that are given here by
     caption: the captions of the others."""
-    rows, kept = read_json(folder / LIST), []
+    rows, others = read_json(folder / LIST), []
     for number, row in enumerate(rows):
         caption = row["caption"]
-        if caption in drawn:
-            rows[number] = _draw(folder, caption, drawn[caption])
-        elif caption in shown:
-            rows[number] = _write(folder, caption, shown[caption])
+        if caption in pictures:
+            rows[number] = _draw(folder, caption, pictures[caption])
+        elif caption in frames:
+            rows[number] = _write(folder, caption, frames[caption])
         else:
-            kept.append(caption)
+            others.append(caption)
     write_json(folder / LIST, rows)
-    return kept
+    return others
 
 
 def _draw(folder: Path, caption: str, picture: Picture) -> dict:
@@ -114,45 +114,45 @@ def _write(folder: Path, caption: str, frame: pd.DataFrame) -> dict:
 
 def spread(frame: pd.DataFrame) -> pd.DataFrame:
     """`frame` with three columns for one of (estimate, low, high): NAME, NAME_low, NAME_high."""
-    made = {}
+    columns = {}
     for name in frame:
         cells = [*frame[name]]
         if any(isinstance(cell, tuple) for cell in cells):
             rows = [cell if isinstance(cell, tuple) else (None,) * 3 for cell in cells]
             ends = [f"{name}{end}" for end in ("", *ENDS)]
-            made |= {end: pd.Series(of, dtype=float) for end, of in zip(ends, zip(*rows))}
+            columns |= {end: pd.Series(of, dtype=float) for end, of in zip(ends, zip(*rows))}
         else:
-            made[name] = pd.Series(cells, dtype=frame[name].dtype)
-    return pd.DataFrame(made)
+            columns[name] = pd.Series(cells, dtype=frame[name].dtype)
+    return pd.DataFrame(columns)
 
 
 def gathered(frame: pd.DataFrame) -> pd.DataFrame:
     """`frame`, as it is read from a CSV, with the three columns of an interval in one again."""
-    made = {}
+    columns = {}
     for name in frame:
         ends = [f"{name}{end}" for end in ("", *ENDS)]
         if {*ends} <= {*frame}:
             rows = frame[ends].itertuples(index=False, name=None)
-            made[name] = [None if pd.isna(row[0]) else row for row in rows]
-        elif not any(str(name) == f"{other}{end}" for other in frame for end in ENDS):
-            made[name] = frame[name]
-    return pd.DataFrame(made)
+            columns[name] = [None if pd.isna(row[0]) else row for row in rows]
+        elif not any(str(name) == f"{base}{end}" for base in frame for end in ENDS):
+            columns[name] = frame[name]
+    return pd.DataFrame(columns)
 
 
-def plain(value, where: str):
+def plain(value, place: str):
     """`value` as JSON types, floats to 12 significant digits, a NaN or an infinity as null;
-    TypeError names `where` something else is."""
+    TypeError names the `place` where something else is."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):
-        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): plain(item, f"{place}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
         return value
-    raise TypeError(f"save_results: {where} is a {type(value).__name__}; convert it to numbers, "
+    raise TypeError(f"save_results: {place} is a {type(value).__name__}; convert it to numbers, "
                     "texts, lists or dicts first")  # fmt: skip
 
 
@@ -201,15 +201,15 @@ def latex(table: Table) -> str:
         lines = textwrap.wrap(name, max(longest, NARROW), break_long_words=False)
         heads[i] = escaped(name) if len(lines) < 2 else _stacked(lines, i in words)
         widths[i] = max([longest, *map(len, lines)]) + BETWEEN
-    made = []
+    tabulars = []
     for part in _parts(widths, words):
         cells = [[escaped(row[i]) if i in words else numeric(row[i]) for i in part] for row in rows]
         frame = pd.DataFrame(cells, columns=range(len(part)))
-        shown = frame.style.hide(axis="index")
-        shown = shown.format_index(lambda at, part=part: heads[part[at]], axis="columns")
+        styler = frame.style.hide(axis="index")
+        styler = styler.format_index(lambda at, part=part: heads[part[at]], axis="columns")
         form = "".join("l" if number in words else "r" for number in part)
-        made.append(shown.to_latex(hrules=True, column_format=form))
-    return f"% {table.caption}\n" + "\\par\\medskip\n".join(made)
+        tabulars.append(styler.to_latex(hrules=True, column_format=form))
+    return f"% {table.caption}\n" + "\\par\\medskip\n".join(tabulars)
 
 
 def _stacked(lines: list[str], left: bool) -> str:
@@ -233,7 +233,7 @@ def _parts(widths: Mapping[int, int], words: tuple[int, ...]) -> list[list[int]]
 def numeric(text: str) -> str:
     """`text` for LaTeX with each number of it for siunitx, which gives it a true minus sign."""
     parts = NUMBER.split(text)
-    numbers = [f"\\num{{{found.replace(',', '')}}}" for found in NUMBER.findall(text)]
+    numbers = [f"\\num{{{number.replace(',', '')}}}" for number in NUMBER.findall(text)]
     signs = {"<": "$<$", ">": "$>$"}
     texts = ["".join(signs.get(sign, sign) for sign in escaped(part)) for part in parts]
     return "".join(text + number for text, number in zip(texts, [*numbers, ""], strict=True))

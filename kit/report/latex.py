@@ -56,43 +56,43 @@ JUDGED = r"""\section{Verdicts}
 def write(profile: str) -> list[Path]:
     """Write macros.tex and paper.tex of what the notebooks have saved: the files."""
     folder, results = run_dir(profile), exhibits.load_results(profile)
-    shown = {stage: exhibits.load(folder / "exhibits" / stage) for stage in results}
-    made = files(profile, results, shown)
-    for name, text in made.items():
+    exhibits_of = {stage: exhibits.load(folder / "exhibits" / stage) for stage in results}
+    texts = files(profile, results, exhibits_of)
+    for name, text in texts.items():
         write_text(folder / "paper" / name, text)
-    return [folder / "paper" / name for name in made]
+    return [folder / "paper" / name for name in texts]
 
 
 def files(
-    profile: str, results: Mapping[str, dict], shown: Mapping[str, Sequence[Table | Figure]]
+    profile: str, results: Mapping[str, dict], exhibits_of: Mapping[str, Sequence[Table | Figure]]
 ) -> dict[str, str]:
     """macros.tex and paper.tex of a run: its results and what it shows, by stage."""
-    lines, seen = [MACROS], set()
-    for names, stage, value, source in macros(results, shown):
-        if free := [name for name in names if name not in seen]:
+    lines, defined = [MACROS], set()
+    for names, stage, value, source in macros(results, exhibits_of):
+        if free := [name for name in names if name not in defined]:
             lines.append(f"\\kitset{{{free[0]}}}{{{_link(stage)}}}{{{value}}}% {source}\n")
-            seen.add(free[0])
+            defined.add(free[0])
     body = [HEAD % profile]
-    body += [f"\\kit{{headline/{name}}}\n\n" for name in HEADLINE if f"headline/{name}" in seen]
-    if "baseline/plain/accuracy" in seen:
+    body += [f"\\kit{{headline/{name}}}\n\n" for name in HEADLINE if f"headline/{name}" in defined]
+    if "baseline/plain/accuracy" in defined:
         body.append("Without memory \\kit{baseline/plain/accuracy}\\% of the problems are solved, "
                     "95\\% interval \\kit{baseline/plain/accuracy/interval}.\n\n")  # fmt: skip
     body += _judged(results.get(VERDICTS, {}).get("verdicts", []))
     for stage in sorted(results):
-        body += [f"\\section{{{escaped(stage)}}}\n"] * bool(shown[stage])
-        body += [_placed(stage, each) for each in shown[stage]]
+        body += [f"\\section{{{escaped(stage)}}}\n"] * bool(exhibits_of[stage])
+        body += [_placed(stage, exhibit) for exhibit in exhibits_of[stage]]
     return {"macros.tex": "".join(lines), "paper.tex": "".join([*body, "\\end{document}\n"])}
 
 
-def _placed(stage: str, each: Table | Figure) -> str:
+def _placed(stage: str, exhibit: Table | Figure) -> str:
     """A figure or table where it stands, so that a long one may go over pages."""
-    place = f"../exhibits/{stage}/{exhibits.slug(each.caption)}"
+    place = f"../exhibits/{stage}/{exhibits.slug(exhibit.caption)}"
     kind, inside = "table", f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{4pt}}\\input{{{place}}}}}"
-    if isinstance(each, Figure):
+    if isinstance(exhibit, Figure):
         kind, inside = "figure", f"\\includegraphics[width=0.7\\linewidth]{{{place}.pdf}}"
     cell = _cell(stage, ", cell ")
     origin = f"\\href{{{_link(stage)}}}{{Notebook {escaped(stage)}{cell}}}"
-    caption = f"\\captionof{{{kind}}}{{{escaped(each.caption)}. {origin}.}}"
+    caption = f"\\captionof{{{kind}}}{{{escaped(exhibit.caption)}. {origin}.}}"
     return (f"\\begin{{center}}\n{caption}\n\\nopagebreak\\smallskip\\nopagebreak\n{inside}\n"
             f"\\end{{center}}\n")  # fmt: skip
 
@@ -105,10 +105,10 @@ def _judged(rows: Sequence[Mapping]) -> list[str]:
         f"{escaped(row['verdict'])} \\\\\n"
         for row in rows if row["measured"]
     ]  # fmt: skip
-    others = Counter(row["on"] for row in rows if not row["measured"])
-    counted = ", ".join(f"{n} {escaped(on)}" for on, n in others.most_common())
-    return [JUDGED % "".join(lines)] * bool(lines) + [f"Not measured: {counted}.\n\n"] * bool(
-        counted
+    unmeasured = Counter(row["on"] for row in rows if not row["measured"])
+    summary = ", ".join(f"{n} {escaped(on)}" for on, n in unmeasured.most_common())
+    return [JUDGED % "".join(lines)] * bool(lines) + [f"Not measured: {summary}.\n\n"] * bool(
+        summary
     )
 
 
@@ -117,18 +117,18 @@ def _ends(row: Mapping) -> str:
 
 
 def macros(
-    results: Mapping[str, dict], shown: Mapping[str, Sequence[Table | Figure]]
+    results: Mapping[str, dict], exhibits_of: Mapping[str, Sequence[Table | Figure]]
 ) -> Iterator[tuple[list[str], str, str, str]]:
     """(names, stage, LaTeX, source) of every number in the key tables and of every verdict; it gets
     the first of its names that is free."""
     for stage in results:
-        for each in shown[stage]:
-            if isinstance(each, Table):
-                yield from _of_table(stage, each)
-    said = results.get(VERDICTS, {})
-    for name, line in zip(HEADLINE, said.get("headline", [])):
+        for exhibit in exhibits_of[stage]:
+            if isinstance(exhibit, Table):
+                yield from _of_table(stage, exhibit)
+    saved = results.get(VERDICTS, {})
+    for name, line in zip(HEADLINE, saved.get("headline", [])):
         yield [f"headline/{name}"], VERDICTS, escaped(line), "07_verdicts: headline"
-    for row in said.get("verdicts", []):
+    for row in saved.get("verdicts", []):
         name, source = f"claim/{row['claim']}", f"verdict on {row['claim']}"
         yield [f"{name}/verdict"], VERDICTS, escaped(row["verdict"] or row["on"]), source
         yield [f"{name}/on"], VERDICTS, escaped(row["on"]), source
@@ -140,10 +140,10 @@ def macros(
 
 
 def _of_table(stage: str, table: Table) -> Iterator[tuple[list[str], str, str, str]]:
-    same = {i for i in table.words if len({row[i] for row in table.rows}) == 1}
-    named = [i for i in table.words if i not in same] or [*table.words]
+    constant = {i for i in table.words if len({row[i] for row in table.rows}) == 1}
+    labels = [i for i in table.words if i not in constant] or [*table.words]
     for row in table.rows:
-        label = " ".join(row[i] for i in named)
+        label = " ".join(row[i] for i in labels)
         for i, cell in enumerate(row):
             if i in table.words or not NUMBER.match(cell):
                 continue
@@ -153,8 +153,8 @@ def _of_table(stage: str, table: Table) -> Iterator[tuple[list[str], str, str, s
             first = _name(re.sub(r"^\d\d_", "", stage))
             names = [f"{first}/{ends}", f"{first}/{exhibits.slug(table.caption)}/{ends}"]
             yield names, stage, numeric(INTERVAL.sub("", cell)), source
-            if found := INTERVAL.search(cell):
-                yield [f"{name}/interval" for name in names], stage, numeric(found[1]), source
+            if interval := INTERVAL.search(cell):
+                yield [f"{name}/interval" for name in names], stage, numeric(interval[1]), source
 
 
 def _name(text: str) -> str:
@@ -173,5 +173,5 @@ def _cell(stage: str, before: str = "") -> str:
     """The id of that cell behind `before`; "" where there is no such notebook."""
     file = NOTEBOOKS / f"{stage}.ipynb"
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.is_file() else []
-    found = [cell["id"] for cell in cells if "save_results(" in "".join(cell["source"])]
-    return f"{before}{found[-1]}" if found else ""
+    ids = [cell["id"] for cell in cells if "save_results(" in "".join(cell["source"])]
+    return f"{before}{ids[-1]}" if ids else ""

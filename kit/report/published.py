@@ -44,12 +44,12 @@ def publish(profile: str, into: Path = PUBLISHED_RUNS) -> Path:
     old = bundle.read(place) if place.is_dir() else Run({})
     files = {name: data for name, data in old.files.items()
              if not any(crate.of_stage(name, stage) for stage in new.results)}  # fmt: skip
-    left = (".html", ".failed.ipynb")
+    suffixes = (".html", ".failed.ipynb")
     files |= {name: data for name, data in new.files.items()
-              if name.startswith(KEPT) and not name.endswith(left)}  # fmt: skip
-    every = [run.every for run in (new, old) if RECORDS in run.files]
-    keys = {key for found in Run(files).results.values() for key in found.get("keys", [])}
-    records = pd.concat(every).drop_duplicates("key").sort_values("key", ignore_index=True)
+              if name.startswith(KEPT) and not name.endswith(suffixes)}  # fmt: skip
+    frames = [run.all_records for run in (new, old) if RECORDS in run.files]
+    keys = {key for results in Run(files).results.values() for key in results.get("keys", [])}
+    records = pd.concat(frames).drop_duplicates("key").sort_values("key", ignore_index=True)
     buffer = io.BytesIO()
     records[records["key"].isin(keys)].to_parquet(buffer, index=False)
     files[RECORDS] = buffer.getvalue()
@@ -72,17 +72,17 @@ def again(profile: str, into: Path = PUBLISHED_RUNS) -> list[str]:
         raise ValueError(f"{place} is no published run; `python -m kit publish {profile}` makes it")
     with _replaced(place) as fresh:
         shutil.copytree(place, fresh)
-        old, made = bundle.read(place), renewal.renew(fresh)
+        old, changes = bundle.read(place), renewal.renew(fresh)
     parts = diff(old, bundle.read(place))
     heads = {"numbers": ["claim", "before", "now", "moved"], "verdicts": ["claim", "before", "now"]}
-    grades = made.grades["graded otherwise"].sum()
-    lines = [f"{grades:,} of {len(old.every):,} answers are graded otherwise"]
-    lines += [tabulate(made.grades, [*made.grades], showindex=False)] if grades else []
+    grades = changes.grades["graded otherwise"].sum()
+    lines = [f"{grades:,} of {len(old.all_records):,} answers are graded otherwise"]
+    lines += [tabulate(changes.grades, [*changes.grades], showindex=False)] if grades else []
     for part, columns in heads.items():
         lines.append(f"{part} of claims: {len(parts[part])} differ")
         lines += [tabulate(parts[part], columns, disable_numparse=True)] if parts[part] else []
-    lines += [f"reads otherwise: {name}" for name in made.tables]
-    return lines + [f"stays as it was: {name}" for name in made.kept]
+    lines += [f"reads otherwise: {name}" for name in changes.tables]
+    return lines + [f"stays as it was: {name}" for name in changes.kept]
 
 
 def _back(place: Path) -> None:
@@ -108,34 +108,34 @@ def _replaced(place: Path) -> Iterator[Path]:
 def place(name: str) -> Path:
     """Where the run lies that a person means: a bundle or folder, what has run here of a profile,
     or else what is published of it."""
-    here, there = paths.OUTPUTS / name, PUBLISHED_RUNS / name
+    local_run, published_run = paths.OUTPUTS / name, PUBLISHED_RUNS / name
     if Path(name).exists():
         return Path(name)
-    if there.is_dir() and not [*here.glob("results/*.json")]:
-        return there
+    if published_run.is_dir() and not [*local_run.glob("results/*.json")]:
+        return published_run
     return run_dir(name)
 
 
-def diff(one: Run, other: Run) -> dict[str, list[list[str]]]:
+def diff(first: Run, second: Run) -> dict[str, list[list[str]]]:
     """Where two runs differ: `numbers` of claims, `verdicts`, `environment`.
 
     A number moved beyond noise where the two 95% intervals, taken as normal and independent, differ
     by more than 1.96 standard errors of the difference.
     """
     numbers, words = [], []
-    for claim in [claim for claim in one.verdicts if claim in other.verdicts]:
-        pair = one.verdicts[claim], other.verdicts[claim]
+    for claim in [claim for claim in first.verdicts if claim in second.verdicts]:
+        pair = first.verdicts[claim], second.verdicts[claim]
         if pair[0]["verdict"] != pair[1]["verdict"]:
             words.append([claim, *(row["verdict"] or row.get("on", "") for row in pair)])
         if all(row["measured"] for row in pair) and pair[0]["measured"] != pair[1]["measured"]:
             numbers.append(
                 [claim, *map(_shown, pair), "beyond noise" if _moved(*pair) else "within noise"]
             )
-    left, right = one.environment, other.environment
+    before, after = first.environment, second.environment
     changed = [
-        [key, left.get(key, "absent"), right.get(key, "absent")]
-        for key in sorted({*left, *right})
-        if left.get(key) != right.get(key)
+        [key, before.get(key, "absent"), after.get(key, "absent")]
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
     ]
     return {"numbers": numbers, "verdicts": words, "environment": changed}
 
@@ -161,9 +161,9 @@ def _shown(row: dict) -> str:
     return f"{row['measured']} [{interval}]" if interval else row["measured"]
 
 
-def _moved(one: dict, other: dict) -> bool:
+def _moved(first: dict, second: dict) -> bool:
     at, error = [], 0.0
-    for row in (one, other):
+    for row in (first, second):
         at.append(float(row["measured"].split()[0]))
         if row["interval"]:
             low, high = (float(end) for end in row["interval"].split(" to "))
@@ -171,21 +171,21 @@ def _moved(one: dict, other: dict) -> bool:
     return abs(at[0] - at[1]) > error**0.5
 
 
-def against(there: Run, here: Run) -> list[str]:
-    """How a run, `here`, differs from the published one, `there`, in what both measured: lines."""
-    found = diff(there, here)
-    both = [claim for claim, row in there.verdicts.items()
-            if row["measured"] and here.verdicts.get(claim, {}).get("measured")]  # fmt: skip
-    beyond = [row for row in found["numbers"] if row[3] == "beyond noise"]
-    changed = [row for row in found["verdicts"] if row[0] in both]
-    head = (f"Against the published run of this profile: of {len(both)} claims measured in both, "
+def against(theirs: Run, ours: Run) -> list[str]:
+    """How a run, `ours`, differs from the published one, `theirs`, in what both measured: lines."""
+    differences = diff(theirs, ours)
+    common = [claim for claim, row in theirs.verdicts.items()
+              if row["measured"] and ours.verdicts.get(claim, {}).get("measured")]  # fmt: skip
+    beyond = [row for row in differences["numbers"] if row[3] == "beyond noise"]
+    changed = [row for row in differences["verdicts"] if row[0] in common]
+    head = (f"Against the published run of this profile: of {len(common)} claims measured in both, "
             f"{len(beyond)} moved beyond noise, {len(changed)} verdicts differ")  # fmt: skip
-    lines = [f"  {claim}: {theirs} there, {ours} here"
-             for claim, theirs, ours, *_ in beyond + changed]  # fmt: skip
-    theirs, ours = (run.environment.get("dtype", "unknown") for run in (there, here))
-    if theirs != ours:
-        lines.append(f"  the models were {theirs} there and {ours} here, so tokens differ from the "
-                     f"first rounding on; DTYPE={theirs} runs as published")  # fmt: skip
+    lines = [f"  {claim}: {before} there, {now} here"
+             for claim, before, now, *_ in beyond + changed]  # fmt: skip
+    there, here = (run.environment.get("dtype", "unknown") for run in (theirs, ours))
+    if there != here:
+        lines.append(f"  the models were {there} there and {here} here, so tokens differ from the "
+                     f"first rounding on; DTYPE={there} runs as published")  # fmt: skip
     return [head, *lines]
 
 
@@ -200,49 +200,50 @@ def _section(place: Path) -> str:
     from kit.analysis import claims
     from kit.report import exhibits
 
-    run, known = bundle.read(place), {claim.id: claim for claim in claims.load()}
+    run, claims_by_id = bundle.read(place), {claim.id: claim for claim in claims.load()}
     stages = [stage for stage in run.results if stage in claims.NOTEBOOKS]
-    here = run.environment
-    said = [f"Profile {place.name}: {', '.join(f'`{stage}`' for stage in stages)}, on "
-            f"{here.get('hardware: cpu')}, {here.get('hardware: cores')} cores, torch "
-            f"{here.get('version of torch')}. Every claim that its records decide, with 95% "
-            f"intervals:", ""]  # fmt: skip
-    said[:0] = _renewed(run)
+    machine = run.environment
+    lines = [f"Profile {place.name}: {', '.join(f'`{stage}`' for stage in stages)}, on "
+             f"{machine.get('hardware: cpu')}, {machine.get('hardware: cores')} cores, torch "
+             f"{machine.get('version of torch')}. Every claim that its records decide, with 95% "
+             f"intervals:", ""]  # fmt: skip
+    lines[:0] = _renewed(run)
     rows = []
     for row in run.verdicts.values():
         if row["measured"]:
-            claim = known[row["claim"]]
+            claim = claims_by_id[row["claim"]]
             command = f"`make reproduce PROFILE={place.name} ONLY={claim.notebook[:2]}`"
             word = f"*{row['verdict']}*" if row["verdict"] else "–"
             rows.append([claim.statement, row["published"], _shown(row), row["on"], word, command])
     counts = Counter(row["on"] for row in run.verdicts.values())
-    counted = ", ".join(f"{n} {on}" for on, n in counts.most_common())
-    said += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {counted}.", ""]
+    summary = ", ".join(f"{n} {on}" for on, n in counts.most_common())
+    lines += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {summary}.", ""]
     for stage in stages:
-        shown = [each for each in exhibits.load(place / "exhibits" / stage)
-                 if isinstance(each, exhibits.Table)][:1]  # fmt: skip
-        for table in shown:
-            where = f"../outputs/published/{place.name}/exhibits/{stage}"
+        first_table = [each for each in exhibits.load(place / "exhibits" / stage)
+                       if isinstance(each, exhibits.Table)][:1]  # fmt: skip
+        for table in first_table:
+            url = f"../outputs/published/{place.name}/exhibits/{stage}"
             more = ", its first columns" if len(table.columns) > MOST else ""
-            said += [f"`{stage}`: {table.caption}{more} ([all tables and figures]({where}))", ""]
+            lines += [f"`{stage}`: {table.caption}{more} ([all tables and figures]({url}))", ""]
             rows = [row[:MOST] for row in table.rows]
-            said += [*_markdown(table.columns[:MOST], rows), ""]
-    return "\n".join(said)
+            lines += [*_markdown(table.columns[:MOST], rows), ""]
+    return "\n".join(lines)
 
 
 def _renewed(run: Run) -> list[str]:
     """A sentence where grades, tables and verdicts are newer than the notebooks that lie beside."""
-    marks = {stage: found["renewed"] for stage, found in run.results.items() if "renewed" in found}
+    marks = {name: stage["renewed"] for name, stage in run.results.items() if "renewed" in stage}
     if not marks:
         return []
     versions = sorted({mark["grade_version"] for mark in marks.values()})
-    kept = [f"{name} (`{stage}`)" for stage, mark in marks.items() for name in mark["kept"]]
+    unchanged = [f"{name} (`{stage}`)" for stage, mark in marks.items() for name in mark["kept"]]
     return [
         f"**Made again from the stored texts**, by version {', '.join(map(str, versions))} of the "
         f"grader and the claims and rules of this kit: the grades, tables, figures and verdicts of "
         f"{', '.join(f'`{stage}`' for stage in marks)}. The executed notebooks beside them show "
         f"what the run itself printed, which may be another verdict; what was trained or retrieved "
-        f"by the grades of that day is as it was, and so is: {', '.join(kept) or 'nothing else'}.",
+        f"by the grades of that day is as it was, and so is: "
+        f"{', '.join(unchanged) or 'nothing else'}.",
         "",
     ]
 
@@ -252,14 +253,14 @@ def _markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def renewed(page: str, made: str) -> str:
-    """The Markdown `page` with `made` between its two marks; ValueError where they are missing."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+def renewed(page: str, section: str) -> str:
+    """The Markdown `page` with `section` between its two marks; ValueError where it lacks them."""
+    head, begin, remainder = page.partition(BEGIN)
+    _, end, tail = remainder.partition(END)
     if not begin or not end:
         raise ValueError(f"README.md or docs/results.md lacks the lines {BEGIN} and {END}; "
                          f"put them back")  # fmt: skip
-    return f"{head}{BEGIN}\n\n{made}\n{END}{tail}"
+    return f"{head}{BEGIN}\n\n{section}\n{END}{tail}"
 
 
 def pages(published: Path = PUBLISHED_RUNS) -> dict[Path, str]:
@@ -269,6 +270,6 @@ def pages(published: Path = PUBLISHED_RUNS) -> dict[Path, str]:
 
 def renew() -> None:
     """Write what the published runs say into README.md and docs/results.md, and the figure."""
-    for file, made in pages().items():
-        write_text(file, renewed(file.read_text(encoding="utf-8"), made))
+    for file, section in pages().items():
+        write_text(file, renewed(file.read_text(encoding="utf-8"), section))
     readme.save_figure(ROOT / readme.FIGURE)

@@ -30,20 +30,22 @@ def text(published: Path = PUBLISHED_RUNS) -> str:
     """The counts of verdicts, in Markdown, and the figure with its alternative text."""
     folders = sorted(file.parent.parent for file in published.glob(f"[!.]*/{VERDICTS}"))
     lines = [line for place in folders for line in _measured(bundle.read(place), place.name)]
-    shown = f"![{figure(published).alt}]({FIGURE.as_posix()})"
-    return "\n".join([*lines, "", shown, ""])
+    image = f"![{figure(published).alt}]({FIGURE.as_posix()})"
+    return "\n".join([*lines, "", image, ""])
 
 
 def _measured(run: Run, profile: str) -> list[str]:
     """The headline of one run, and what of all claims it leaves open: Markdown."""
     audits = tables.audits(claims.load())
     rows = [row for row in run.verdicts.values() if row["claim"] in {*audits["claim"]}]
-    said = headline(rows, audits, f"`{tables.models(run.every)}`, profile {profile}")
-    left = Counter(row["on"] for row in rows if not row["verdict"])
-    others = ", ".join(f"{n} {PLURAL.get(on, on) if n > 1 else on}" for on, n in left.most_common())
-    parts = [line.partition(": ") for line in said[:2]]
-    ends = [f"**{start}:** {rest}" for start, _, rest in parts]
-    ends += [f"**{said[2]}**", said[3], f"Not judged, of {len(rows)} claims: {others}."]
+    sentences = headline(rows, audits, f"`{tables.models(run.all_records)}`, profile {profile}")
+    counts = Counter(row["on"] for row in rows if not row["verdict"])
+    others = ", ".join(
+        f"{n} {PLURAL.get(on, on) if n > 1 else on}" for on, n in counts.most_common()
+    )
+    parts = [line.partition(": ") for line in sentences[:2]]
+    ends = [f"**{start}:** {text}" for start, _, text in parts]
+    ends += [f"**{sentences[2]}**", sentences[3], f"Not judged, of {len(rows)} claims: {others}."]
     return [f"- {line}" for line in ends]
 
 
@@ -104,8 +106,10 @@ def _lowest(quality: pd.DataFrame) -> str:
     """The policy of the lowest KL at each compression, with its KL."""
     rows = quality[quality["policy"] != "full"].assign(mean=lambda frame: frame["kl"].str[0])
     rows = rows.loc[rows.groupby("compression_x")["mean"].idxmin()]
-    said = [f"{row.policy} {row.mean:.2f} at {row.compression_x:g}x" for row in rows.itertuples()]
-    return ", ".join(said)
+    entries = [
+        f"{row.policy} {row.mean:.2f} at {row.compression_x:g}x" for row in rows.itertuples()
+    ]
+    return ", ".join(entries)
 
 
 def _said(frame: pd.DataFrame) -> str:

@@ -42,27 +42,27 @@ ENTRIES = {
 }  # fmt: skip
 
 
-def table(stage: str, caption: str, found: Mapping, records: pd.DataFrame) -> pd.DataFrame | None:
+def table(stage: str, caption: str, results: Mapping, records: pd.DataFrame) -> pd.DataFrame | None:
     """The table of a stage by its caption, from its results and records; None where it does not
     follow from these."""
     simulated = re.fullmatch(RATES.format(r"(\d+)"), caption)
     if simulated:
         return calibration.error_rates(int(simulated[1]))
     if caption == QUALITY:
-        rows = pd.DataFrame(found["sequences"]).groupby(["policy", "compression_x"], sort=False)
+        rows = pd.DataFrame(results["sequences"]).groupby(["policy", "compression_x"], sort=False)
         return tables.quality({key: frame.reset_index(drop=True) for key, frame in rows})
-    if "frames" not in found:
+    if "frames" not in results:
         return _of_arms(stage, caption, records)
-    frames = {name: contrasts.restore_frames(at, found["keys"], records)
-              for name, at in found["frames"].items()}  # fmt: skip
+    frames = {name: contrasts.restore_frames(at, results["keys"], records)
+              for name, at in results["frames"].items()}  # fmt: skip
     if stage == "04_phase2":
-        if "constants" in found:
+        if "constants" in results:
             base = frames["arms"]["base"]
-            frames["arms"]["constant"] = contrasts.constant(base, found["constants"])
-        return _trained(caption, found["families"], frames)
+            frames["arms"]["constant"] = contrasts.constant(base, results["constants"])
+        return _trained(caption, results["families"], frames)
     if stage == "05_parametric":
-        return _told(caption, found, frames)
-    return _swept(caption, found, frames)
+        return _told(caption, results, frames)
+    return _swept(caption, results, frames)
 
 
 def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
@@ -71,8 +71,8 @@ def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | 
     if stage == "02_strategies":
         return _of_strategies(caption, records)
     if (stage, caption) == ("03_dms", "Accuracy with a thinned cache"):
-        made = tables.arms(records.assign(arm=records["policy"]))
-        return made.drop(columns=["model", "compliance"])
+        frame = tables.arms(records.assign(arm=records["policy"]))
+        return frame.drop(columns=["model", "compliance"])
     return None
 
 
@@ -93,9 +93,9 @@ def _of_strategies(caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
 def strategies(records: pd.DataFrame) -> pd.DataFrame:
     """The arms of the strategy study that are compared: neither its earlier controls, which are on
     other problems, nor arms that repeat the prompts of another."""
-    own = claims.primary()["02_strategies"]
+    primary = claims.primary()["02_strategies"]
     records = records[~records["arm"].str.match(CONTROLS)]
-    repeated = contrasts.twins(records, (own["control"], own["arm"]))
+    repeated = contrasts.twins(records, (primary["control"], primary["arm"]))
     return records[~records["arm"].isin(repeated)]
 
 
@@ -114,64 +114,66 @@ def taught(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFr
     return against("04_phase2", records, frames).drop(columns="primary")
 
 
-def _told(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
+def _told(caption: str, results: Mapping, frames: dict) -> pd.DataFrame | None:
     if caption == KNOWN:
-        return tables.recall_by_frequency(frames["options"], frames["free"], found["buckets"])
+        return tables.recall_by_frequency(frames["options"], frames["free"], results["buckets"])
     if caption == RECALL:
-        return tables.recall_by_frequency(frames["free"], {}, found["buckets"]).drop(columns="free")
+        return tables.recall_by_frequency(frames["free"], {}, results["buckets"]).drop(
+            columns="free"
+        )
     if caption in (FETCHED, RECALLED):
         return fetched(frames["options" if caption == FETCHED else "free"])
     if caption == BYTES:
         rows = []
-        for row in found["bytes"]:
+        for row in results["bytes"]:
             frame = frames["options"][row["arm"]]
-            made = {"arm": row["arm"], "accuracy": tables.share(frame)}
+            cells = {"arm": row["arm"], "accuracy": tables.share(frame)}
             if "free" in row:
-                made["free"] = tables.share(frames["free"][row["arm"]])
+                cells["free"] = tables.share(frames["free"][row["arm"]])
             sizes = (*SIZES, "held_bytes", "read_bytes")
-            made |= {name: row[name] for name in sizes if name in row}
-            rows.append(made | {"prompt_tokens": frame["prompt_tokens"].mean()})
+            cells |= {name: row[name] for name in sizes if name in row}
+            rows.append(cells | {"prompt_tokens": frame["prompt_tokens"].mean()})
         return pd.DataFrame(rows)
     return None
 
 
 def fetched(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Fetched blocks minus every other arm."""
-    every = pd.concat(frames.values())
-    return against("05_parametric", every, frames).drop(columns="primary")
+    records = pd.concat(frames.values())
+    return against("05_parametric", records, frames).drop(columns="primary")
 
 
 def against(stage: str, records: pd.DataFrame, arms: Iterable[str]) -> pd.DataFrame:
     """The stage's declared arm minus every other one, its declared control first."""
-    own = claims.primary()[stage]
-    controls = sorted({*arms} - {own["arm"]})
-    return tables.against(records, own["arm"], controls, own["control"])
+    primary = claims.primary()[stage]
+    controls = sorted({*arms} - {primary["arm"]})
+    return tables.against(records, primary["arm"], controls, primary["control"])
 
 
-def _swept(caption: str, found: Mapping, frames: dict) -> pd.DataFrame | None:
-    rows = pd.DataFrame(found["scenarios"])
-    if caption == STEPS.format(len(rows), found["generations"]):
+def _swept(caption: str, results: Mapping, frames: dict) -> pd.DataFrame | None:
+    rows = pd.DataFrame(results["scenarios"])
+    if caption == STEPS.format(len(rows), results["generations"]):
         return effects.marginal_effects(rows, _outcomes(rows, frames["scenarios"]), _rng())
     if caption == GAPS:
         outcomes = _outcomes(rows, frames["scenarios"])
         return effects.gap_rows(effects.gaps(rows, outcomes, _rng()))
     if caption == PLACES:
-        rows = pd.DataFrame(found["places"])
+        rows = pd.DataFrame(results["places"])
         return effects.places(rows, _outcomes(rows, frames["places"]), _rng())[1]
     return None
 
 
 def _outcomes(rows: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> np.ndarray:
     """What each scenario solves, [C, P]: the widths of a budget of tokens lie side by side."""
-    each = [frame for frame in frames.values() for _ in range(rows["width"].nunique())]
-    pairs = zip(each, rows["width"], strict=True)
+    widths_of = [frame for frame in frames.values() for _ in range(rows["width"].nunique())]
+    pairs = zip(widths_of, rows["width"], strict=True)
     return np.array([pareto.votes(frame, width) for frame, width in pairs])
 
 
-def outcomes(found: Mapping, name: str, records: pd.DataFrame) -> np.ndarray:
+def outcomes(results: Mapping, name: str, records: pd.DataFrame) -> np.ndarray:
     """What each row of the `scenarios` or `places` of a sweep solves: [C, P]."""
-    frames = contrasts.restore_frames(found["frames"][name], found["keys"], records)
-    return _outcomes(pd.DataFrame(found[name]), frames)
+    frames = contrasts.restore_frames(results["frames"][name], results["keys"], records)
+    return _outcomes(pd.DataFrame(results[name]), frames)
 
 
 def _rng() -> np.random.Generator:
@@ -202,9 +204,9 @@ def on_facts(
         layers = [frames["fetched"].assign(arm=f"fetched-{where}")] if "fetched" in frames else []
         parts = [*frames.values(), *layers]
         of[probe] = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    made = {claim.id: claims.measure(claim, of[claim.contrast.get("probe", "options")])
-            for claim in published if "measure" in claim.contrast}  # fmt: skip
-    return {name: number for name, number in made.items() if number}
+    measurements = {claim.id: claims.measure(claim, of[claim.contrast.get("probe", "options")])
+                    for claim in published if "measure" in claim.contrast}  # fmt: skip
+    return {name: number for name, number in measurements.items() if number}
 
 
 def on_prose(nats: Mapping[str, list[float]], model: str = "") -> dict[str, Measurement]:
@@ -221,7 +223,7 @@ def on_scenarios(
 ) -> dict[str, Measurement]:
     """What a sweep says of claims, by claim: of gaps of frontiers, of two scenarios, and of the
     scale threshold."""
-    made: dict[str, Measurement] = {}
+    measurements: dict[str, Measurement] = {}
     gaps = effects.gaps(rows, outcomes, _rng())
     evicted, quantized = effects.evicted_or_quantized(rows)
     pairs = {"frontier_gap_with_kv_compression": (evicted, (quantized[0], evicted[1])),
@@ -234,58 +236,58 @@ def on_scenarios(
             sides = claim.contrast["scenario"], claim.contrast["against"]
             interval = effects.difference(rows, outcomes, _rng(), *sides)
         elif kind == "scale_threshold_gib":
-            found = effects.threshold(rows, outcomes, _rng())
-            if len(found):
-                ends = [size / 2**30 for size in effects.switch(found)]
-                made[claim.id] = Measurement(
+            curve = effects.threshold(rows, outcomes, _rng())
+            if len(curve):
+                ends = [size / 2**30 for size in effects.switch(curve)]
+                measurements[claim.id] = Measurement(
                     *ends, outcomes.shape[1], "GiB", origin="bootstrap of problems"
                 )
         if interval:
-            made[claim.id] = contrasts.points(interval, "paired by problem")
+            measurements[claim.id] = contrasts.points(interval, "paired by problem")
     models = ", ".join(sorted({*rows["model"]}))
-    return {name: replace(number, model=models) for name, number in made.items()}
+    return {name: replace(number, model=models) for name, number in measurements.items()}
 
 
 def entries(
-    stage: str, found: Mapping, shown: Mapping[str, pd.DataFrame], records: pd.DataFrame
+    stage: str, results: Mapping, frames: Mapping[str, pd.DataFrame], records: pd.DataFrame
 ) -> dict:
     """The entries of the results of a stage that follow from its records and its tables by caption,
     measurements and verdicts aside."""
-    made = {name: shown[caption].to_dict("records")
-            for name, caption in ENTRIES.get(stage, {}).items() if caption in shown}  # fmt: skip
+    values = {name: frames[caption].to_dict("records")
+              for name, caption in ENTRIES.get(stage, {}).items() if caption in frames}  # fmt: skip
     if stage == "01_baseline":
         arms = tables.arms(records).itertuples()
-        made["accuracy"] = {f"{row.model} {row.arm}": row.accuracy for row in arms}
+        values["accuracy"] = {f"{row.model} {row.arm}": row.accuracy for row in arms}
     if stage == "02_strategies":
         compared = strategies(records)
         differences = against(stage, compared, {*compared["arm"]})
-        made["contrasts"] = differences.to_dict("records")
-    if stage == "06_memory_budget" and "frames" in found:
-        rows, solved = pd.DataFrame(found["scenarios"]), outcomes(found, "scenarios", records)
-        shares = effects.accuracies(solved, _rng())
-        made["scenarios"] = rows.assign(accuracy=shares).to_dict("records")
-        made["threshold"] = effects.threshold(rows, solved, _rng()).to_dict("records")
-        caption = STEPS.format(len(rows), found["generations"])
-        made |= {"marginal": shown[caption].to_dict("records")} if caption in shown else {}
-    return {name: value for name, value in made.items() if name in found}
+        values["contrasts"] = differences.to_dict("records")
+    if stage == "06_memory_budget" and "frames" in results:
+        rows, correct = pd.DataFrame(results["scenarios"]), outcomes(results, "scenarios", records)
+        shares = effects.accuracies(correct, _rng())
+        values["scenarios"] = rows.assign(accuracy=shares).to_dict("records")
+        values["threshold"] = effects.threshold(rows, correct, _rng()).to_dict("records")
+        caption = STEPS.format(len(rows), results["generations"])
+        values |= {"marginal": frames[caption].to_dict("records")} if caption in frames else {}
+    return {name: value for name, value in values.items() if name in results}
 
 
 def measured(
-    stage: str, found: Mapping, records: pd.DataFrame, published: Iterable[claims.Claim]
+    stage: str, results: Mapping, records: pd.DataFrame, published: Iterable[claims.Claim]
 ) -> dict[str, Measurement]:
     """The measurements in the results of a stage that follow from its records, by claim."""
-    mine = [claim for claim in published if claim.id in found.get("measurements", {})]
+    mine = [claim for claim in published if claim.id in results.get("measurements", {})]
     if stage == "03_dms":
-        return on_sequences(found.get("kl", {}), found.get("model", ""))
-    if stage == "05_parametric" and "frames" in found:
+        return on_sequences(results.get("kl", {}), results.get("model", ""))
+    if stage == "05_parametric" and "frames" in results:
         options, free = (
-            contrasts.restore_frames(found["frames"].get(probe, []), found["keys"], records)
+            contrasts.restore_frames(results["frames"].get(probe, []), results["keys"], records)
             for probe in ("options", "free")
         )
-        prose = on_prose(found.get("nats", {}), found.get("model", ""))
-        return on_facts(mine, options, free, found["where"]) | prose
-    if stage == "06_memory_budget" and "frames" in found:
-        frames = contrasts.restore_frames(found["frames"]["scenarios"], found["keys"], records)
-        rows = pd.DataFrame(found["scenarios"])
+        prose = on_prose(results.get("nats", {}), results.get("model", ""))
+        return on_facts(mine, options, free, results["where"]) | prose
+    if stage == "06_memory_budget" and "frames" in results:
+        frames = contrasts.restore_frames(results["frames"]["scenarios"], results["keys"], records)
+        rows = pd.DataFrame(results["scenarios"])
         return on_scenarios(mine, rows, _outcomes(rows, frames))
     return {}

@@ -29,33 +29,33 @@ MOVES = re.compile(
 
 
 def figure(
-    caption: str, found: Mapping, shown: Mapping[str, pd.DataFrame], records: pd.DataFrame,
-    given: Mapping,
+    caption: str, results: Mapping, frames: Mapping[str, pd.DataFrame], records: pd.DataFrame,
+    parameters: Mapping,
 ) -> Picture | None:  # fmt: skip
     """The figure of a stage by its caption, as its notebook draws it: from results, tables by
     caption, records and parameters. None where it does not follow from these."""
     if caption == "Accuracy without memory, by family and level":
-        first = records[records["model"] == given["MODELS"][0]]
+        first = records[records["model"] == parameters["MODELS"][0]]
         by_arm = {arm: tables.by_family(first, arm) for arm in ("plain", "format")}
         return plots.accuracy_by_family(by_arm)
     if caption == "Retrieved strategies minus each control":
-        return plots.forest(pd.DataFrame(found["contrasts"]))
+        return plots.forest(pd.DataFrame(results["contrasts"]))
     if caption == "KL to full attention against what is kept":
-        rows = shown[recompute.QUALITY]
+        rows = frames[recompute.QUALITY]
         return dms_plots.quality(rows[rows["policy"] != "full"])
     if caption == "Compounding, with and without the bank":
-        return training_plots.rounds(shown[recompute.COMPOUNDING])
-    told = {"By how often a fact was told": recompute.KNOWN,
-            "Recall by how often a fact was told": recompute.RECALL}  # fmt: skip
-    if caption in told:
-        arms = shown[told[caption]]
-        best = arms["arm"].isin(["plain", "larger anchor", "fetched", *given["ARMS"], "rag"])
-        return parametric_plots.accuracy_by_frequency(arms[best], found["buckets"])
+        return training_plots.rounds(frames[recompute.COMPOUNDING])
+    frequency_tables = {"By how often a fact was told": recompute.KNOWN,
+                        "Recall by how often a fact was told": recompute.RECALL}  # fmt: skip
+    if caption in frequency_tables:
+        arms = frames[frequency_tables[caption]]
+        best = arms["arm"].isin(["plain", "larger anchor", "fetched", *parameters["ARMS"], "rag"])
+        return parametric_plots.accuracy_by_frequency(arms[best], results["buckets"])
     if caption == "Accuracy against bytes read":
-        return parametric_plots.accuracy_by_bytes(shown[recompute.BYTES])
+        return parametric_plots.accuracy_by_bytes(frames[recompute.BYTES])
     by = {"Accuracy against bytes, weights shared": ("scenarios", "cache"),
           "Five memories on one axis of bytes": ("places", "place")}  # fmt: skip
-    return _frontier(*by[caption], found, records, given["BATCH"]) if caption in by else None
+    return _frontier(*by[caption], results, records, parameters["BATCH"]) if caption in by else None
 
 
 def _frontier(
@@ -77,28 +77,30 @@ def _frontier(
 def compare(picture: Picture, files: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
     """Names of those `files` of a figure that show something else than `picture`, and of those that
     cannot be compared, since another version of Matplotlib wrote them."""
-    by = {m[1] for data in files.values() if (m := re.search(rb"Matplotlib v([\d.]+)", data))}
-    if by - {matplotlib.__version__.encode()}:
+    versions = {m[1] for data in files.values() if (m := re.search(rb"Matplotlib v([\d.]+)", data))}
+    if versions - {matplotlib.__version__.encode()}:
         return [], [*files]
     kinds = {name: name.rpartition(".")[2] for name in files}
     return [name for name, kind in kinds.items()
             if not _same(exhibits.drawn(picture, kind), files[name], kind)], []  # fmt: skip
 
 
-def _same(one: bytes, other: bytes, kind: str) -> bool:
+def _same(first: bytes, second: bytes, kind: str) -> bool:
     """Whether two files of a figure show the same but for the low bits of numbers."""
-    if one == other:
+    if first == second:
         return True
     try:
         if kind == "png":
-            pixels = [imread(io.BytesIO(data)) for data in (one, other)]
+            pixels = [imread(io.BytesIO(data)) for data in (first, second)]
             return pixels[0].shape == pixels[1].shape and np.abs(pixels[0] - pixels[1]).max() < 0.1
         if kind == "pdf":
-            one, other = (
-                STREAM.sub(lambda m: zlib.decompress(m[1]), data) for data in (one, other)
+            first, second = (
+                STREAM.sub(lambda m: zlib.decompress(m[1]), data) for data in (first, second)
             )
     except (ValueError, OSError, SyntaxError, zlib.error):  # of PIL: no picture
         return False
-    one, other = (SPACE.sub(b" ", MOVES.sub(b"", data)) for data in (one, other))
-    numbers = [np.array([*map(float, NUMBER.findall(data))]) for data in (one, other)]
-    return NUMBER.split(one) == NUMBER.split(other) and np.allclose(*numbers, rtol=0, atol=POINTS)
+    first, second = (SPACE.sub(b" ", MOVES.sub(b"", data)) for data in (first, second))
+    numbers = [np.array([*map(float, NUMBER.findall(data))]) for data in (first, second)]
+    return NUMBER.split(first) == NUMBER.split(second) and np.allclose(
+        *numbers, rtol=0, atol=POINTS
+    )

@@ -20,22 +20,24 @@ UNDECIDED = ("timeout", "memory", "incomparable", "no worker")  # reasons that h
 @cache
 def known() -> dict[tuple[str, str], tuple[str, str]]:
     """Gold answer and required form of every problem in data/, by its source and id."""
-    suite = [each for split in problems.SPLITS for each in problems.load("laptop", split).problems]
-    found = {(each.source, each.id): (each.answer, each.asks) for each in suite}
-    return found | {("facts", facts.name(fact)): (fact.answer, "any") for fact in facts.load()}
+    suite = [p for split in problems.SPLITS for p in problems.load("laptop", split).problems]
+    golds = {(p.source, p.id): (p.answer, p.asks) for p in suite}
+    return golds | {("facts", facts.name(fact)): (fact.answer, "any") for fact in facts.load()}
 
 
 def graded(records: pd.DataFrame) -> pd.DataFrame:
     """`records`, one or more, with the grades of this kit; equal answers are graded once."""
-    asked = records.reindex(columns=["text", "answer", "asks"])
-    here = [known().get(problem) for problem in _problems(records)]
-    before = asked["asks"].astype(object).where(asked["asks"].notna(), "any")
-    asked["asks"] = [found[1] if found else old for found, old in zip(here, before, strict=True)]
-    once = asked.drop_duplicates()
-    grades = grader.grade_many([*once["text"]], [*once["answer"]], FORM, [*once["asks"]])
-    made = pd.DataFrame(grades, index=pd.MultiIndex.from_frame(once))
-    made = made.loc[pd.MultiIndex.from_frame(asked)].set_index(records.index)
-    return records.assign(asks=asked["asks"], **{name: made[name] for name in made})
+    answers = records.reindex(columns=["text", "answer", "asks"])
+    own = [known().get(problem) for problem in _problems(records)]
+    stored = answers["asks"].astype(object).where(answers["asks"].notna(), "any")
+    answers["asks"] = [entry[1] if entry else old for entry, old in zip(own, stored, strict=True)]
+    distinct = answers.drop_duplicates()
+    grades = grader.grade_many(
+        [*distinct["text"]], [*distinct["answer"]], FORM, [*distinct["asks"]]
+    )
+    by_answer = pd.DataFrame(grades, index=pd.MultiIndex.from_frame(distinct))
+    by_answer = by_answer.loc[pd.MultiIndex.from_frame(answers)].set_index(records.index)
+    return records.assign(asks=answers["asks"], **{name: by_answer[name] for name in by_answer})
 
 
 def differing(records: pd.DataFrame, again: pd.DataFrame) -> pd.Series:
@@ -59,41 +61,41 @@ def check(records: pd.DataFrame) -> tuple[list[str], list[str]]:
     A grade that differs is wrong where the same version of the grader gave it. Where an earlier one
     did, the difference says what changed between the two.
     """
-    again, here = graded(records), grader.GRADE_VERSION
+    again, newest = graded(records), grader.GRADE_VERSION
     golds = [known().get(problem, (None,))[0] for problem in _problems(records)]
     golds = pd.Series(golds, index=records.index, dtype=object)
     altered = golds.notna() & (golds != records["answer"])
-    changed, made_by = differing(records, again), versions(records)
-    wrong, left = [], []
+    changed, graders = differing(records, again), versions(records)
+    wrong, unclear = [], []
     if altered.any():
         first = records[altered].iloc[0]
         wrong.append(f"the gold answer of {altered.sum():,} records is not that of data/, such as "
                      f"{first['answer']!r} of {first['problem_id']}")  # fmt: skip
-    if (bad := changed & (made_by == here)).any():
+    if (bad := changed & (graders == newest)).any():
         first, now = records[bad].iloc[0], again[bad].iloc[0]
         wrong.append(
             f"{bad.sum():,} of {len(records):,} answers are graded otherwise from their texts, "
             f"such as {first['extracted'][:40]!r} to {first['problem_id']} of {first['arm']}: "
             f"{first['reason']} in the records, {now['reason']} from its text"
         )
-    for version in sorted(set(made_by) - {here}):
-        of_it = changed & (made_by == version)
-        said = f"version {version} of the grader" if version else "the grader of an earlier kit"
-        right = of_it & again["correct"] & ~records["correct"]
+    for version in sorted(set(graders) - {newest}):
+        of_it = changed & (graders == version)
+        author = f"version {version} of the grader" if version else "the grader of an earlier kit"
+        gained = of_it & again["correct"] & ~records["correct"]
         lost = of_it & ~again["correct"] & records["correct"]
-        left.append(
-            f"grades of {(made_by == version).sum():,} answers by {said}: version {here}, of this "
-            f"kit, grades {of_it.sum():,} otherwise ({right.sum():,} right, {lost.sum():,} wrong "
-            f"instead); `python -m kit publish PROFILE --again` renews a published run"
+        unclear.append(
+            f"grades of {(graders == version).sum():,} answers by {author}: version {newest}, of "
+            f"this kit, grades {of_it.sum():,} otherwise ({gained.sum():,} right, {lost.sum():,} "
+            f"wrong instead); `python -m kit publish PROFILE --again` renews a published run"
         )
     if (open_ := undecided(records, again)).any():
-        left.append(f"{open_.sum():,} answers could not be graded again: the time or memory of the "
-                    f"grader ran out")  # fmt: skip
+        unclear.append(f"{open_.sum():,} answers could not be graded again: the time or memory of "
+                       f"the grader ran out")  # fmt: skip
     if golds.isna().any():
         sources = ", ".join(sorted(set(records[golds.isna()]["source"])))
-        left.append(f"gold answers of {golds.isna().sum():,} records: data/ does not have these "
-                    f"problems ({sources})")  # fmt: skip
-    return wrong, left
+        unclear.append(f"gold answers of {golds.isna().sum():,} records: data/ does not have these "
+                       f"problems ({sources})")  # fmt: skip
+    return wrong, unclear
 
 
 def _problems(records: pd.DataFrame):

@@ -22,7 +22,7 @@ CHECKED = ("keys", "verdicts", "headline", "by_chance", "measurements", "declare
 
 
 @dataclass
-class Remade:
+class Remake:
     """What came of making the things of a stage again."""
 
     wrong: list[str] = field(default_factory=list)  # what differs, a sentence each
@@ -31,58 +31,58 @@ class Remade:
     count: int = 0  # tables, figures and measurements made
 
 
-def stage(run: Run, name: str) -> Remade:
+def stage(run: Run, name: str) -> Remake:
     """Make all again that the stage `name` of a run left. ValueError, KeyError, TypeError,
     IndexError or AttributeError where its files are damaged."""
-    made = Remade()
-    listed = f"exhibits/{name}/{LIST}"
-    rows = run.json(listed) or []
-    shown = _tables(run, name, [row for row in rows if "file" not in row], made)
-    _figures(run, name, [row for row in rows if "file" in row], shown, made)
-    made.files |= {listed} if listed in run.files and not made.left else set()
-    _entries(run, name, shown, made)
-    _measured(run, name, made)
-    return made
+    remade = Remake()
+    list_file = f"exhibits/{name}/{LIST}"
+    rows = run.json(list_file) or []
+    frames = _tables(run, name, [row for row in rows if "file" not in row], remade)
+    _figures(run, name, [row for row in rows if "file" in row], frames, remade)
+    remade.files |= {list_file} if list_file in run.files and not remade.left else set()
+    _entries(run, name, frames, remade)
+    _measured(run, name, remade)
+    return remade
 
 
-def _tables(run: Run, stage: str, rows: list[dict], made: Remade) -> dict[str, pd.DataFrame]:
+def _tables(run: Run, stage: str, rows: list[dict], remade: Remake) -> dict[str, pd.DataFrame]:
     """The tables of a stage that follow from its records, by caption."""
-    shown = {}
+    frames = {}
     for row in rows:
         caption = row["caption"]
         frame = recompute.table(stage, caption, run.results[stage], run.records[stage])
         if frame is None:
-            made.left.append(f"{stage}, table {caption!r}: does not follow from records")
+            remade.left.append(f"{stage}, table {caption!r}: does not follow from records")
         else:
-            shown[caption] = frame
-            made.count += 1
+            frames[caption] = frame
+            remade.count += 1
             if exhibits.as_table(caption, frame).rows != row["rows"]:
-                made.wrong.append(f"{stage}, table {caption!r} is not what the records say")
+                remade.wrong.append(f"{stage}, table {caption!r} is not what the records say")
         tex, csv = (f"exhibits/{stage}/{exhibits.slug(caption)}.{kind}" for kind in ("tex", "csv"))
-        made.files |= {tex, csv}
+        remade.files |= {tex, csv}
         for name in (tex, csv):
             if name not in run.files:
                 raise ValueError(f"{name} is missing")
         if run.files[tex] != exhibits.latex(exhibits.listed(row)).encode():
-            made.wrong.append(f"{tex} is not what its table says")
+            remade.wrong.append(f"{tex} is not what its table says")
         if not _same_csv(run.files[csv], row, frame):
-            made.wrong.append(f"{csv} is not what its table says")
-    return shown
+            remade.wrong.append(f"{csv} is not what its table says")
+    return frames
 
 
 def _same_csv(data: bytes, row: dict, frame: pd.DataFrame | None) -> bool:
     """Whether a CSV has the numbers of `frame`, or, without one, shows what the table shows."""
     try:
-        read = pd.read_csv(io.BytesIO(data), **AS_WRITTEN)
+        stored = pd.read_csv(io.BytesIO(data), **AS_WRITTEN)
         if frame is None:
-            table = exhibits.gathered(read)
-            texts = _texts(data) if len(table.columns) == len(read.columns) else table
-            shown = exhibits.as_table(row["caption"], table).rows
-            cells = zip(texts.to_numpy().ravel(), sum(shown, []), sum(row["rows"], []), strict=True)
-            return all(said in both for *both, said in cells)
+            table = exhibits.gathered(stored)
+            texts = _texts(data) if len(table.columns) == len(stored.columns) else table
+            rows = exhibits.as_table(row["caption"], table).rows
+            cells = zip(texts.to_numpy().ravel(), sum(rows, []), sum(row["rows"], []), strict=True)
+            return all(text in both for *both, text in cells)
         text = exhibits.spread(frame).to_csv(index=False)
         again = pd.read_csv(io.StringIO(text), **AS_WRITTEN)
-        pd.testing.assert_frame_equal(read, again, check_dtype=False, rtol=CLOSE, atol=1e-9)
+        pd.testing.assert_frame_equal(stored, again, check_dtype=False, rtol=CLOSE, atol=1e-9)
     except (AssertionError, ValueError, TypeError):  # also of pandas, that it is no CSV
         return False
     return True
@@ -93,58 +93,60 @@ def _texts(data: bytes) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
 
 
-def _figures(run: Run, stage: str, rows: list[dict], shown: dict, made: Remade) -> None:
-    given = run.stamps.get(stage, {}).get("parameters", {})
+def _figures(run: Run, stage: str, rows: list[dict], frames: dict, remade: Remake) -> None:
+    parameters = run.stamps.get(stage, {}).get("parameters", {})
     for row in rows:
         caption, place = row["caption"], f"exhibits/{stage}/{row['file'].rpartition('.')[0]}"
         names = [f"{place}.{kind}" for kind in exhibits.FORMATS]
-        if lost := [name for name in names if name not in run.files]:
-            raise ValueError(f"{lost[0]} is missing")
-        picture = redraw.figure(caption, run.results[stage], shown, run.records[stage], given)
+        if missing := [name for name in names if name not in run.files]:
+            raise ValueError(f"{missing[0]} is missing")
+        picture = redraw.figure(caption, run.results[stage], frames, run.records[stage], parameters)
         if picture is None:
-            made.left.append(f"{stage}, figure {caption!r}: does not follow from records")
+            remade.left.append(f"{stage}, figure {caption!r}: does not follow from records")
             continue
-        made.count += 1
+        remade.count += 1
         if picture.alt != row["alt"]:
-            made.wrong.append(
+            remade.wrong.append(
                 f"{stage}, figure {caption!r}: its words are not what the records say"
             )
-        other, unknown = redraw.compare(picture, {name: run.files[name] for name in names})
-        made.wrong += [f"{name} is not what the records say" for name in other]
-        made.left += [f"{name}: another version of Matplotlib drew it" for name in unknown]
-        made.files |= {*names} - {*unknown}
+        different, unknown = redraw.compare(picture, {name: run.files[name] for name in names})
+        remade.wrong += [f"{name} is not what the records say" for name in different]
+        remade.left += [f"{name}: another version of Matplotlib drew it" for name in unknown]
+        remade.files |= {*names} - {*unknown}
 
 
-def _entries(run: Run, stage: str, shown: dict, made: Remade) -> None:
-    found = run.results[stage]
-    again = recompute.entries(stage, found, shown, run.records[stage])
+def _entries(run: Run, stage: str, frames: dict, remade: Remake) -> None:
+    results = run.results[stage]
+    again = recompute.entries(stage, results, frames, run.records[stage])
     for name, value in again.items():
-        if not _alike(exhibits.plain(value, name), found[name]):
-            made.wrong.append(f"results/{stage}.json: {name!r} is not what the records say")
-    if others := [name for name in found if name not in (*again, *CHECKED)]:
-        made.left.append(f"results/{stage}.json, what no record holds: {', '.join(others)}")
+        if not _alike(exhibits.plain(value, name), results[name]):
+            remade.wrong.append(f"results/{stage}.json: {name!r} is not what the records say")
+    if unchecked := [name for name in results if name not in (*again, *CHECKED)]:
+        remade.left.append(f"results/{stage}.json, what no record holds: {', '.join(unchecked)}")
 
 
-def _alike(one, other) -> bool:
+def _alike(first, second) -> bool:
     """Whether two values of JSON are the same but for the low bits of numbers."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    if isinstance(one, float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=CLOSE, abs_tol=1e-9)
-    return one == other
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(
+            _alike(first[key], second[key]) for key in first
+        )
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_alike, first, second))
+    if isinstance(first, float) and isinstance(second, int | float):
+        return math.isclose(first, second, rel_tol=CLOSE, abs_tol=1e-9)
+    return first == second
 
 
-def _measured(run: Run, stage: str, made: Remade) -> None:
+def _measured(run: Run, stage: str, remade: Remake) -> None:
     """Measurements that come out otherwise, and those that no record holds, such as arithmetic."""
-    found = run.results[stage]
-    again = recompute.measured(stage, found, run.records[stage], run.claims)
+    results = run.results[stage]
+    again = recompute.measured(stage, results, run.records[stage], run.claims)
     for claim, value in again.items():
-        said = Measurement(**found["measurements"][claim]).texts()
-        if value.texts() != said:
-            made.wrong.append(f"{claim} measured {' ['.join(said)}] in the results, "
-                              f"{' ['.join(value.texts())}] from the records")  # fmt: skip
-    made.count += len(again)
-    if others := sorted({*found.get("measurements", {})} - {*again}):
-        made.left.append(f"{stage}, measurements that no record holds: {', '.join(others)}")
+        texts = Measurement(**results["measurements"][claim]).texts()
+        if value.texts() != texts:
+            remade.wrong.append(f"{claim} measured {' ['.join(texts)}] in the results, "
+                                f"{' ['.join(value.texts())}] from the records")  # fmt: skip
+    remade.count += len(again)
+    if unchecked := sorted({*results.get("measurements", {})} - {*again}):
+        remade.left.append(f"{stage}, measurements that no record holds: {', '.join(unchecked)}")

@@ -22,7 +22,7 @@ ADVICE = "What to run here"
 
 
 @dataclass(frozen=True)
-class Renewed:
+class Renewal:
     """What a renewal changed, and what it could not make again."""
 
     grades: pd.DataFrame  # by stage and arm: answers, graded otherwise, now right, now wrong
@@ -30,85 +30,87 @@ class Renewed:
     kept: list[str]  # tables, figures and measurements that stay as they were
 
 
-def renew(folder: Path) -> Renewed:
+def renew(folder: Path) -> Renewal:
     """Renew the run in `folder`, which is as outputs/published/<profile>: see the module."""
     old = bundle.read(folder)
-    regrading.graded(old.every).to_parquet(folder / RECORDS, index=False)
+    regrading.graded(old.all_records).to_parquet(folder / RECORDS, index=False)
     run = Run({**old.files, RECORDS: (folder / RECORDS).read_bytes()})
-    changed, kept = [], []
-    for stage, found in run.results.items():
-        where = folder / "exhibits" / stage
-        before = _read(where)
-        shown = _tables(stage, [*before], found, run)
-        found = found | recompute.entries(stage, found, shown, run.records[stage])
-        given = run.stamps[stage].get("parameters", {})
-        if "kl" in found:  # older kits did not say of which model
-            found = {"model": given["MODEL"]} | found
-        drawn = {name: redraw.figure(name, found, shown, run.records[stage], given)
-                 for name in before}  # fmt: skip
-        drawn = {name: picture for name, picture in drawn.items() if picture}
+    changed, unchanged = [], []
+    for stage, results in run.results.items():
+        exhibits_folder = folder / "exhibits" / stage
+        before = _read(exhibits_folder)
+        frames = _tables(stage, [*before], results, run)
+        results = results | recompute.entries(stage, results, frames, run.records[stage])
+        parameters = run.stamps[stage].get("parameters", {})
+        if "kl" in results:  # older kits did not say of which model
+            results = {"model": parameters["MODEL"]} | results
+        pictures = {name: redraw.figure(name, results, frames, run.records[stage], parameters)
+                    for name in before}  # fmt: skip
+        pictures = {name: picture for name, picture in pictures.items() if picture}
         if ADVICE in before:
-            shown[ADVICE] = advice(found, given)
-        left = exhibits.renew(where, shown, drawn) if before else []
-        after = _read(where)
+            frames[ADVICE] = advice(results, parameters)
+        unchanged_here = exhibits.renew(exhibits_folder, frames, pictures) if before else []
+        after = _read(exhibits_folder)
         changed += [f"{stage}: {name}" for name in before if before[name] != after[name]]
-        measurements, more = _measurements(stage, found, run)
-        left += more
-        kept += [f"{stage}: {name}" for name in left]
-        if measurements or "measurements" in found:
-            found["measurements"] = measurements
-        found |= {"renewed": {"grade_version": GRADE_VERSION, "kept": left}}
-        write_json(folder / "results" / f"{stage}.json", exhibits.plain(found, stage))
+        measurements, unrecorded = _measurements(stage, results, run)
+        unchanged_here += unrecorded
+        unchanged += [f"{stage}: {name}" for name in unchanged_here]
+        if measurements or "measurements" in results:
+            results["measurements"] = measurements
+        results |= {"renewed": {"grade_version": GRADE_VERSION, "kept": unchanged_here}}
+        write_json(folder / "results" / f"{stage}.json", exhibits.plain(results, stage))
     judge(folder)
-    return Renewed(_grades(old, run), changed, kept)
+    return Renewal(_grades(old, run), changed, unchanged)
 
 
 def judge(folder: Path) -> None:
     """Write the verdicts that the claims of this kit get from the records and measurements of the
     run in `folder` into its results, where these have any."""
     run = bundle.read(folder)
-    judged = verify.rejudged(run)
-    rows = judged.drop(columns="n")
-    for stage, found in run.results.items():
-        if "verdicts" in found:
-            every = f"results/{stage}.json" == VERDICTS
-            mine = {claim.id for claim in run.claims if every or claim.notebook == stage}
-            found["verdicts"] = rows[rows["claim"].isin(mine)].to_dict("records")
-            if every:
-                found["headline"] = verify.headline(run, judged)
-                chance = calibration.by_chance(run.claims, judged.to_dict("records"))
-                found["by_chance"] = chance
-            write_json(folder / "results" / f"{stage}.json", exhibits.plain(found, stage))
+    verdicts = verify.rejudged(run)
+    rows = verdicts.drop(columns="n")
+    for stage, results in run.results.items():
+        if "verdicts" in results:
+            is_last = f"results/{stage}.json" == VERDICTS
+            mine = {claim.id for claim in run.claims if is_last or claim.notebook == stage}
+            results["verdicts"] = rows[rows["claim"].isin(mine)].to_dict("records")
+            if is_last:
+                results["headline"] = verify.headline(run, verdicts)
+                chance = calibration.by_chance(run.claims, verdicts.to_dict("records"))
+                results["by_chance"] = chance
+            write_json(folder / "results" / f"{stage}.json", exhibits.plain(results, stage))
 
 
 def _read(folder: Path) -> dict[str, list | None]:
     """The rows of each table in `folder` as a reader sees them, by caption; None for a figure."""
-    return {each.caption: getattr(each, "rows", None) for each in exhibits.load(folder)}
+    return {exhibit.caption: getattr(exhibit, "rows", None) for exhibit in exhibits.load(folder)}
 
 
-def _tables(stage: str, captions: list[str], found: Mapping, run: Run) -> dict[str, pd.DataFrame]:
-    made = {name: recompute.table(stage, name, found, run.records[stage]) for name in captions}
-    return {name: frame for name, frame in made.items() if frame is not None}
+def _tables(stage: str, captions: list[str], results: Mapping, run: Run) -> dict[str, pd.DataFrame]:
+    frames = {name: recompute.table(stage, name, results, run.records[stage]) for name in captions}
+    return {name: frame for name, frame in frames.items() if frame is not None}
 
 
-def _measurements(stage: str, found: Mapping, run: Run) -> tuple[dict, list[str]]:
+def _measurements(stage: str, results: Mapping, run: Run) -> tuple[dict, list[str]]:
     """Measurements of the claims that there are now, and those of them that no record holds."""
     mine = {claim.id for claim in run.claims if claim.notebook == stage}
-    said = {name: value for name, value in found.get("measurements", {}).items() if name in mine}
-    every = found | {"measurements": dict.fromkeys(mine)}
-    again = recompute.measured(stage, every, run.records[stage], run.claims)
-    exact = {name for name, value in said.items() if value["low"] == value["high"]}
-    left = [f"measurement of {name}" for name in sorted({*said} - {*again} - exact)]
-    return said | {name: vars(value) for name, value in again.items()}, left
+    stored = {
+        name: value for name, value in results.get("measurements", {}).items() if name in mine
+    }
+    results_with_all = results | {"measurements": dict.fromkeys(mine)}
+    again = recompute.measured(stage, results_with_all, run.records[stage], run.claims)
+    exact = {name for name, value in stored.items() if value["low"] == value["high"]}
+    unrecorded = [f"measurement of {name}" for name in sorted({*stored} - {*again} - exact)]
+    return stored | {name: vars(value) for name, value in again.items()}, unrecorded
 
 
-def advice(found: Mapping, given: Mapping) -> pd.DataFrame:
+def advice(results: Mapping, parameters: Mapping) -> pd.DataFrame:
     """What the advisor says of the scenarios of a sweep, with the parameters of its notebook."""
     from kit.budget import advisor  # imports torch
 
-    room, context = advisor.size(given["CARD"][0]), advisor.tokens(given["CARD"][1])
-    known = [row for row in found["scenarios"] if row["model"] == given["MODELS"][0]]
-    options = advisor.measured(advisor.sizes(given["MODELS"][0]), context, known)
+    room, context = advisor.size(parameters["CARD"][0]), advisor.tokens(parameters["CARD"][1])
+    rows_of_model = [row for row in results["scenarios"] if row["model"] == parameters["MODELS"][0]]
+    options = advisor.measured(advisor.sizes(parameters["MODELS"][0]), context, rows_of_model)
     rows = advisor.table(advisor.narrow(options, advisor.choose(options, room)[0]), room)
     return pd.DataFrame(rows, columns=["configuration", "GiB", "fits", "accuracy"])
 
@@ -126,7 +128,7 @@ def _grades(before: Run, after: Run) -> pd.DataFrame:
             "now right": (again["correct"] & ~records["correct"]).astype(int),
             "now wrong": (~again["correct"] & records["correct"]).astype(int),
         })  # fmt: skip
-        found = marks.groupby("arm").sum().reset_index()
-        rows.append(found[found["graded otherwise"] > 0].assign(stage=stage))
+        counts = marks.groupby("arm").sum().reset_index()
+        rows.append(counts[counts["graded otherwise"] > 0].assign(stage=stage))
     names = ["stage", "arm", "answers", "graded otherwise", "now right", "now wrong"]
     return pd.concat(rows, ignore_index=True)[names] if rows else pd.DataFrame(columns=names)

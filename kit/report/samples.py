@@ -19,25 +19,25 @@ def choose(
 ) -> list[dict[str, str | bool]]:
     """Texts of EACH right and EACH wrong answers per stage and arm: those of the smallest keys,
     which are hashes. `banks` holds strategies by their `id`."""
-    made, seen = [], set()
+    samples, keys = [], set()
     for stage, frame in records.items():
         if frame.empty:
             continue
-        ordered = frame[~frame["key"].isin(seen)].sort_values("key")
-        seen |= {*frame["key"]}
-        for _, group in ordered.groupby(["arm", "correct"], sort=True):
-            made += [_shown(stage, row, banks) for row in group.head(EACH).to_dict("records")]
-    return made
+        frame_by_key = frame[~frame["key"].isin(keys)].sort_values("key")
+        keys |= {*frame["key"]}
+        for _, group in frame_by_key.groupby(["arm", "correct"], sort=True):
+            samples += [_shown(stage, row, banks) for row in group.head(EACH).to_dict("records")]
+    return samples
 
 
 def _shown(stage: str, row: Mapping, banks: pd.DataFrame | None) -> dict[str, str | bool]:
     mark = "right" if row["correct"] else "wrong"
-    read = f"{row['extracted']!r}, by {row['method']}" if row["extracted"] else "nothing"
+    extraction = f"{row['extracted']!r}, by {row['method']}" if row["extracted"] else "nothing"
     return {
         "stage": stage, "arm": row["arm"], "mark": mark, "question": _cut(row["question"]),
         "head": textwrap.shorten(row["question"], 90, placeholder=" …"),
         "prompt": _cut(_prompt(row)), "memory": _cut(_memory(row.get("retrieved") or "", banks)),
-        "text": _cut(row["text"].strip()) or "(nothing)", "read": _cut(read),
+        "text": _cut(row["text"].strip()) or "(nothing)", "read": _cut(extraction),
         "gold": _cut(row["answer"]), "reason": row["reason"],
         "finish": {"stop": "ended by itself", "length": "was cut off at the token limit"}.get(
             row["finish"], row["finish"]),
@@ -51,9 +51,9 @@ def _prompt(row: Mapping) -> str:
                       row["level"], row["source"])  # fmt: skip
     for arm in (prompts.plain, prompts.format_only):
         for thinking in (False, True):
-            made = arm(problem, thinking)
-            if made.id == row["prompt_id"]:
-                return "\n".join(f"[{role}] {text}" for role, text in made.messages)
+            prompt = arm(problem, thinking)
+            if prompt.id == row["prompt_id"]:
+                return "\n".join(f"[{role}] {text}" for role, text in prompt.messages)
     return ""
 
 
@@ -68,5 +68,5 @@ def _memory(retrieved: str, banks: pd.DataFrame | None) -> str:
 
 
 def _cut(text: str) -> str:
-    left = len(text) - MOST
-    return text if left <= 0 else f"{text[:MOST]} … ({left:,} more characters)"
+    excess = len(text) - MOST
+    return text if excess <= 0 else f"{text[:MOST]} … ({excess:,} more characters)"

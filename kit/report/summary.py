@@ -43,14 +43,14 @@ def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
     if not any(stage.name in estimate.WORK for stage in todo):
         return {}
     say("measuring how fast this machine is ...")
-    found = estimate.measured(*dict.fromkeys([profile, *SIZES]))
-    if not found:
+    machine = estimate.measured(*dict.fromkeys([profile, *SIZES]))
+    if not machine:
         say("the time could not be estimated")
         return {}
-    write_json(run_dir(profile) / "estimate.json", found)
-    speed, rows = found["rates"], found["profiles"][profile]
-    whole = longer(sum(rows[stage.name]["seconds"] for stage in todo))
-    say(f"{whole} at {speed['decoded']:.0f} tokens a second decoded and "
+    write_json(run_dir(profile) / "estimate.json", machine)
+    speed, rows = machine["rates"], machine["profiles"][profile]
+    total = longer(sum(rows[stage.name]["seconds"] for stage in todo))
+    say(f"{total} at {speed['decoded']:.0f} tokens a second decoded and "
         f"{speed['trained']:.0f} trained ({speed['dtype']}, {speed['device']})")  # fmt: skip
     for stage in todo:
         row = rows[stage.name]
@@ -65,38 +65,42 @@ def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
 def after(todo: Sequence[Stage], times: Mapping[str, float]) -> Callable[[Stage], None]:
     """What says, when a stage is done, the time since now and the verdicts that the stage left;
     those of notebook 07 are the table at the end."""
-    began, whole = time.monotonic(), sum(times.get(stage.name, 0) for stage in todo)
+    began, total = time.monotonic(), sum(times.get(stage.name, 0) for stage in todo)
 
-    def told(stage: Stage) -> None:
-        saved = {}
+    def say_verdicts(stage: Stage) -> None:
+        results = {}
         if stage.results_file.is_file() and not stage.judges:
-            saved = read_json(stage.results_file)
-        rows = saved.get("verdicts", [])
-        of = f" of about {clock(whole)}" if whole else ""
+            results = read_json(stage.results_file)
+        rows = results.get("verdicts", [])
+        of = f" of about {clock(total)}" if total else ""
         say(f"      {clock(time.monotonic() - began)}{of}" + f", {len(rows)} claims:" * bool(rows))
-        measured = [row for row in rows if row["measured"]]
-        for row in sorted(measured, key=lambda row: not row["verdict"]):
+        numbers = [row for row in rows if row["measured"]]
+        for row in sorted(numbers, key=lambda row: not row["verdict"]):
             interval = f" [{row['interval'].replace(' to ', ', ')}]" if row["interval"] else ""
             word, on = row["verdict"] or row["on"], f" ({row['on']})" * bool(row["verdict"])
             say(f"      {word:17} {row['claim']}: {row['measured']}{interval}, "
                 f"published {row['published']}{on}")  # fmt: skip
-        if len(measured) < len(rows):
-            say(f"      {'not measured':17} {len(rows) - len(measured)} that nothing here measures")
+        if len(numbers) < len(rows):
+            say(f"      {'not measured':17} {len(rows) - len(numbers)} that nothing here measures")
 
-    return told
+    return say_verdicts
 
 
 def larger(profile: str) -> None:
     """Say what the larger profiles would take here and decide, as measured before this one ran."""
     file = run_dir(profile) / "estimate.json"
-    found = read_json(file) if file.is_file() else {"profiles": {}}
-    for other in [size for size in SIZES[1:] if size in found["profiles"] and size != profile]:
-        rows = found["profiles"][other].values()
-        said = f"{longer(sum(row['seconds'] for row in rows))} here"
-        if other == LARGEST:
-            said = _on_a_gpu() if found["rates"]["device"] == "cuda" else f"{said}, {_on_a_gpu()}"
-        whole = {key: sum(row[key] for row in rows) for key in ("decides", "all")}
-        say(f"PROFILE={other}: {said}; {_decides(whole)}")
+    estimates = read_json(file) if file.is_file() else {"profiles": {}}
+    for size in [size for size in SIZES[1:] if size in estimates["profiles"] and size != profile]:
+        rows = estimates["profiles"][size].values()
+        duration = f"{longer(sum(row['seconds'] for row in rows))} here"
+        if size == LARGEST:
+            duration = (
+                _on_a_gpu()
+                if estimates["rates"]["device"] == "cuda"
+                else f"{duration}, {_on_a_gpu()}"
+            )
+        counts = {key: sum(row[key] for row in rows) for key in ("decides", "all")}
+        say(f"PROFILE={size}: {duration}; {_decides(counts)}")
 
 
 def saved_verdicts(profile: str) -> dict:
@@ -106,24 +110,24 @@ def saved_verdicts(profile: str) -> dict:
     return read_json(file) if file.is_file() else {}
 
 
-def print_verdicts(saved: Mapping) -> None:
+def print_verdicts(results: Mapping) -> None:
     """The headline, the judged claims in full, the others counted; nothing where there are none."""
-    verdicts = saved.get("verdicts", [])
+    verdicts = results.get("verdicts", [])
     if not verdicts:
         return
     from tabulate import tabulate
 
     columns = ["claim", "published", "measured", "on", "verdict", "reason"]
-    judged = [row for row in verdicts if row["measured"] and row["verdict"]]
-    others = Counter(row["on"] for row in verdicts if row not in judged)
+    judged_rows = [row for row in verdicts if row["measured"] and row["verdict"]]
+    unmeasured = Counter(row["on"] for row in verdicts if row not in judged_rows)
     print()
-    rows = [[row[column] for column in columns] for row in judged]
+    rows = [[row[column] for column in columns] for row in judged_rows]
     if rows:
         print(tabulate(rows, columns, maxcolwidths=[30, 14, 14, 14, 14, 40], disable_numparse=True))
-    if others:
-        print("Not measured here: " + ", ".join(f"{n} {on}" for on, n in others.most_common()))
-    said = [*saved.get("headline", []), saved.get("by_chance", "")]
-    print("\n" + "\n".join(["Verdicts:", *(f"  {line}" for line in said if line)]))
+    if unmeasured:
+        print("Not measured here: " + ", ".join(f"{n} {on}" for on, n in unmeasured.most_common()))
+    sentences = [*results.get("headline", []), results.get("by_chance", "")]
+    print("\n" + "\n".join(["Verdicts:", *(f"  {line}" for line in sentences if line)]))
 
 
 def print_reference(profile: str, published: Path = PUBLISHED_RUNS) -> None:

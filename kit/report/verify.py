@@ -29,7 +29,7 @@ UNVOUCHED = f"without a {SUMS}, so that nothing says whether it was changed"
 
 
 @dataclass(frozen=True)
-class Checked:
+class Judgement:
     """What came of judging a run again."""
 
     run: Run
@@ -41,13 +41,13 @@ class Checked:
 
 def published_runs() -> list[Path]:
     """Folders of the published runs; what else is published, such as figures of a GPU, is none."""
-    found = sorted(file.parent.parent for file in paths.PUBLISHED_RUNS.glob(f"[!.]*/{VERDICTS}"))
-    if not found:
+    folders = sorted(file.parent.parent for file in paths.PUBLISHED_RUNS.glob(f"[!.]*/{VERDICTS}"))
+    if not folders:
         raise UserError(f"{paths.PUBLISHED_RUNS} holds no run; name a bundle or a folder")
-    return found
+    return folders
 
 
-def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Checked:
+def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Judgement:
     """Judge the run at `place` again; `tell` hears a line for each part. BundleError where there is
     no run to judge."""
     run = bundle.read(place)
@@ -57,41 +57,45 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Che
             f"{place} has no {RECORDS}: pack the run with `make bundle` and verify the bundle."
         )
     wrong = _hashes(run) if packed else []
-    left = []
+    unchecked = []
     try:
-        tell(f"{len(run.every):,} records, {len(run.claims)} claims")
+        tell(f"{len(run.all_records):,} records, {len(run.claims)} claims")
         wrong += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
-        left += _other_claims(run) + _declared(run)
+        unchecked += _other_claims(run) + _declared(run)
         tell("grading the answers again")
-        otherwise, untold = regrading.check(run.every)
-        wrong += [f"{RECORDS}: {line}" for line in otherwise]
-        left += untold
+        different, undecided = regrading.check(run.all_records)
+        wrong += [f"{RECORDS}: {line}" for line in different]
+        unchecked += undecided
     except (ValueError, KeyError, TypeError) as error:
-        return Checked(run, [*wrong, f"cannot be judged: {error}"], left)
-    whole, files = True, {SUMS, RECORDS, "claims.toml", *_of_the_kit(run)}
+        return Judgement(run, [*wrong, f"cannot be judged: {error}"], unchecked)
+    readable, files = True, {SUMS, RECORDS, "claims.toml", *_of_the_kit(run)}
     for stage in run.results:
         try:
-            made = remake.stage(run, stage)
-            tell(f"{stage}: {made.count} tables, figures and measurements made again")
-            wrong, left, files = wrong + made.wrong, left + made.left, files | made.files
+            remade = remake.stage(run, stage)
+            tell(f"{stage}: {remade.count} tables, figures and measurements made again")
+            wrong, unchecked, files = (
+                wrong + remade.wrong,
+                unchecked + remade.left,
+                files | remade.files,
+            )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             damaged = f"results/{stage}.json or exhibits/{stage}/{exhibits.LIST}"
             wrong.append(f"{stage} cannot be made again, {damaged} is damaged ({error!r})")
-            whole = False
+            readable = False
     try:
         verdicts = rejudged(run)
         wrong += _judged(run, verdicts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return Checked(run, [*wrong, f"verdicts cannot be made again ({error!r})"], left)
-    if whole:
+        return Judgement(run, [*wrong, f"verdicts cannot be made again ({error!r})"], unchecked)
+    if readable:
         paper = _paper(run)
         wrong += [f"{name} is not what the tables say" for name, text in paper.items()
                   if run.files[name] != text]  # fmt: skip
         files |= {*paper}
-    others = {*run.files} - files - {f"results/{stage}.json" for stage in run.results}
-    for_all = BY_HASH if packed else UNVOUCHED
-    left += [f"{for_all}: {', '.join(sorted(others))}"] * bool(others)
-    return Checked(run, wrong, left, verdicts, whole)
+    unmade = {*run.files} - files - {f"results/{stage}.json" for stage in run.results}
+    reason = BY_HASH if packed else UNVOUCHED
+    unchecked += [f"{reason}: {', '.join(sorted(unmade))}"] * bool(unmade)
+    return Judgement(run, wrong, unchecked, verdicts, readable)
 
 
 def rejudged(run: Run) -> pd.DataFrame:
@@ -103,21 +107,21 @@ def rejudged(run: Run) -> pd.DataFrame:
 def headline(run: Run, verdicts: pd.DataFrame) -> list[str]:
     """The four sentences of `verdicts.headline` on a run whose verdicts were made again."""
     audits = tables.audits(run.claims)
-    return headline_of(verdicts.to_dict("records"), audits, tables.models(run.every))
+    return headline_of(verdicts.to_dict("records"), audits, tables.models(run.all_records))
 
 
-def summary(checked: Checked) -> list[str]:
+def summary(judgement: Judgement) -> list[str]:
     """Whether the run holds, and what was taken as it is: lines."""
-    held = "Nothing differs: every verdict, measurement and table follows from the records"
-    lines = [f"Differs: {line}" for line in checked.wrong] or [held]
-    return [*lines, *(f"Taken as it is: {line}" for line in checked.left)]
+    all_well = "Nothing differs: every verdict, measurement and table follows from the records"
+    lines = [f"Differs: {line}" for line in judgement.wrong] or [all_well]
+    return [*lines, *(f"Taken as it is: {line}" for line in judgement.left)]
 
 
-def write_report(checked: Checked) -> Path | None:
+def write_report(judgement: Judgement) -> Path | None:
     """Lay the run out under outputs/verified/<profile> with a report of the verdicts made again,
     in place of one that was there; None where what it would show is damaged."""
-    run, verdicts = checked.run, checked.verdicts
-    if verdicts is None or not checked.whole:
+    run, verdicts = judgement.run, judgement.verdicts
+    if verdicts is None or not judgement.whole:
         return None
     stamp = run.stamps["07_verdicts"]
     if not re.fullmatch(r"\w[\w.-]*", str(stamp["profile"] or "")):
@@ -135,45 +139,47 @@ def write_report(checked: Checked) -> Path | None:
                for stage, of in run.stamps.items() if of}  # fmt: skip
     every_commit = "; ".join(f"{stage} {commit}" for stage, commit in commits.items())
     made_by = stamp | {"commit": every_commit, "dirty": False}
-    audits, again = tables.audits(run.claims), (checked.wrong, checked.left)
+    audits, differences = tables.audits(run.claims), (judgement.wrong, judgement.left)
     try:
         return html.write(stamp["profile"], run.records, verdicts, audits, run.results,
-                            folder=folder, made_by=made_by, again=again)  # fmt: skip
+                          folder=folder, made_by=made_by, again=differences)  # fmt: skip
     except KeyError as error:
         raise BundleError(f"its notebooks or status files do not say {error}") from error
 
 
 def _hashes(run: Run) -> list[str]:
-    listed = {line[66:]: line[:64] for line in run.files[SUMS].decode().splitlines()}
-    wrong = [f"{name} is missing" for name in sorted(set(listed) - set(run.files))]
-    wrong += [f"{name} is not in {SUMS}" for name in sorted(set(run.files) - {*listed, SUMS})]
+    digests = {line[66:]: line[:64] for line in run.files[SUMS].decode().splitlines()}
+    wrong = [f"{name} is missing" for name in sorted(set(digests) - set(run.files))]
+    wrong += [f"{name} is not in {SUMS}" for name in sorted(set(run.files) - {*digests, SUMS})]
     return wrong + [
         f"{name} is not what {SUMS} says: it was changed"
-        for name in sorted(set(listed) & set(run.files))
-        if hashlib.sha256(run.files[name]).hexdigest() != listed[name]
+        for name in sorted(set(digests) & set(run.files))
+        if hashlib.sha256(run.files[name]).hexdigest() != digests[name]
     ]
 
 
 def _lost(run: Run, stage: str) -> list[str]:
     """Whether records that a stage reports are gone."""
     keys = {*run.results[stage].get("keys", [])}
-    lost = keys.difference(run.every["key"])
-    return [f"{RECORDS} lacks {len(lost):,} of the {len(keys):,} records it reports"] * bool(lost)
+    missing = keys.difference(run.all_records["key"])
+    return [f"{RECORDS} lacks {len(missing):,} of the {len(keys):,} records it reports"] * bool(
+        missing
+    )
 
 
 def _paper(run: Run) -> dict[str, bytes]:
     """Those files of its LaTeX that a run has, made again from its results and tables."""
-    shown = {stage: [exhibits.listed(row) for row in run.json(f"exhibits/{stage}/{exhibits.LIST}")]
-             for stage in run.results}  # fmt: skip
-    made = latex.files(run.stamps["07_verdicts"]["profile"], run.results, shown)
-    made = {f"paper/{name}": text.encode() for name, text in made.items()}
-    return {name: text for name, text in made.items() if name in run.files}
+    lists = {stage: run.json(f"exhibits/{stage}/{exhibits.LIST}") for stage in run.results}
+    exhibits_of = {stage: [*map(exhibits.listed, rows)] for stage, rows in lists.items()}
+    texts = latex.files(run.stamps["07_verdicts"]["profile"], run.results, exhibits_of)
+    texts = {f"paper/{name}": text.encode() for name, text in texts.items()}
+    return {name: text for name, text in texts.items() if name in run.files}
 
 
 def _of_the_kit(run: Run) -> list[str]:
     """Files of a bundle that are, byte by byte, those of this kit."""
-    here = bundle.BESIDE | bundle.evictors()
-    return [name for name, file in here.items()
+    own_files = bundle.BESIDE | bundle.evictors()
+    return [name for name, file in own_files.items()
             if file.is_file() and run.files.get(name) == file.read_bytes()]  # fmt: skip
 
 
@@ -181,12 +187,12 @@ def _other_claims(run: Run) -> list[str]:
     """In what the claims of a bundle are not those of this kit."""
     if "claims.toml" not in run.files:
         return []
-    here = {claim.id: asdict(claim) for claim in claims.load()}
-    there = {claim.id: asdict(claim) for claim in run.claims}
-    differ = [f"{name} not in both" for name in sorted({*here} ^ {*there})]
-    for name in sorted({*here} & {*there}):
-        fields = [key for key in here[name]
-                  if key != "declared" and here[name][key] != there[name][key]]  # fmt: skip
+    ours = {claim.id: asdict(claim) for claim in claims.load()}
+    theirs = {claim.id: asdict(claim) for claim in run.claims}
+    differ = [f"{name} not in both" for name in sorted({*ours} ^ {*theirs})]
+    for name in sorted({*ours} & {*theirs}):
+        fields = [key for key in ours[name]
+                  if key != "declared" and ours[name][key] != theirs[name][key]]  # fmt: skip
         differ += [f"{name} ({', '.join(fields)})"] * bool(fields)
     return [f"judged by its own claims.toml, other than this kit's: {'; '.join(differ)}"] * bool(
         differ
@@ -207,18 +213,18 @@ def _declared(run: Run) -> list[str]:
 
 def _judged(run: Run, verdicts: pd.DataFrame) -> list[str]:
     """Verdicts, and sentences on all of them, that come out otherwise when they are made again."""
-    saved, again = run.json(VERDICTS), headline(run, verdicts)
+    stored, headline_now = run.json(VERDICTS), headline(run, verdicts)
     chance = calibration.by_chance(run.claims, verdicts.to_dict("records"))
-    said = {"headline": again, "by_chance": chance}
+    sentences = {"headline": headline_now, "by_chance": chance}
     return [
         f"{VERDICTS}: {name!r} is not what the verdicts say"
-        for name, made in said.items()
-        if name in saved and saved[name] != made
+        for name, value in sentences.items()
+        if name in stored and stored[name] != value
     ] + [
-        f"{row['claim']}: {key} is {before.get(key)!r} in the results, "
+        f"{row['claim']}: {key} is {stored_row.get(key)!r} in the results, "
         f"{row[key]!r} from the records"
         for row in verdicts.to_dict("records")
-        for before in [run.verdicts.get(row["claim"], {})]
+        for stored_row in [run.verdicts.get(row["claim"], {})]
         for key in ("measured", "interval", "on", "verdict")
-        if before.get(key) != row[key]
+        if stored_row.get(key) != row[key]
     ]

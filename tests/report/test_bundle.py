@@ -262,7 +262,7 @@ def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
     first = bundle.read(place)
     assert {"records.parquet", "results/01_baseline.json", "exhibits/01_baseline/exhibits.json",
             "notebooks/01_baseline.ipynb"} < set(first.files)  # fmt: skip
-    assert not any(name.endswith(".html") for name in first.files) and len(first.every) == 224
+    assert not any(name.endswith(".html") for name in first.files) and len(first.all_records) == 224
     assert first.verdicts == bundle.read(here).verdicts
     # On another machine only another stage has run; what was published of the first one stays.
     kept = {one: row for one, row in first.verdicts.items() if row["measured"]}
@@ -275,7 +275,7 @@ def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
     notebook.save_results("05_parametric", {"keys": [], "measurements": given}, "laptop")
     both = bundle.read(reference.publish("laptop", into))
     measured = {one: row for one, row in both.verdicts.items() if row["measured"]}
-    assert {one: measured.pop(one) for one in kept} == kept and len(both.every) == 224
+    assert {one: measured.pop(one) for one in kept} == kept and len(both.all_records) == 224
     assert [*measured] == ["hier-bank-parameters"]
     again = bundle.read(reference.publish("laptop", into))
     assert again.files == both.files and sorted(into.iterdir()) == [into / "laptop"]

@@ -39,7 +39,9 @@ def test_the_counts_are_the_headline_of_the_run():
     verdicts = {"verdicts": [dict(zip(names, row)) for row in rows]}
     run = Run({VERDICTS: json.dumps(verdicts).encode()})
     model = "bundled:smollm2-135m"
-    run.__dict__["every"] = pd.DataFrame({"model": [model, f"{model} 4-bit g64", "outputs/x/y"]})
+    run.__dict__["all_records"] = pd.DataFrame(
+        {"model": [model, f"{model} 4-bit g64", "outputs/x/y"]}
+    )
     there, here, audit, again, left = readme._measured(run, "some")
     assert there == "- **On the published models and tasks:** 1 claim, 1 reproduced."
     assert here.startswith(

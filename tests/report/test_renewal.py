@@ -29,7 +29,7 @@ def test_a_run_that_another_grader_graded_is_renewed(tmp_path):
     table = right.json(f"exhibits/01_baseline/{exhibits.LIST}")
     # An earlier kit, with other columns and another claim, took every answer without a form for
     # correct, and drew its verdicts and its table from that.
-    records = right.every.drop(columns=["grade_version", "asks"])
+    records = right.all_records.drop(columns=["grade_version", "asks"])
     records.loc[records["arm"] == "plain", "correct"] = True
     records.to_parquet(place / RECORDS, index=False)
     measured = {"rbslm-of-another-day": {"estimate": 1, "low": 0, "high": 2, "n": 3, "unit": "x"}}
@@ -48,13 +48,13 @@ def test_a_run_that_another_grader_graded_is_renewed(tmp_path):
     said = "\n".join(published.again("laptop", into))
     now, lost = (
         bundle.read(place),
-        (~right.every["correct"] & (right.every["arm"] == "plain")).sum(),
+        (~right.all_records["correct"] & (right.all_records["arm"] == "plain")).sum(),
     )
-    assert now.every[right.every.columns].equals(right.every)
+    assert now.all_records[right.all_records.columns].equals(right.all_records)
     assert now.json(f"exhibits/01_baseline/{exhibits.LIST}") == table
     assert now.verdicts == right.verdicts
     assert now.results["01_baseline"]["accuracy"]["bundled:smollm2-135m plain"] == pytest.approx(
-        [*tables.arms(right.every).set_index("arm").loc["plain", "accuracy"]]
+        [*tables.arms(right.all_records).set_index("arm").loc["plain", "accuracy"]]
     )
     assert now.results["01_baseline"]["measurements"] == {}
     assert f"{lost} of 224 answers are graded otherwise" in said
