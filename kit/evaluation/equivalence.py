@@ -21,7 +21,10 @@ _BASE = re.compile(r"(-?[0-9A-Z.]*[0-9][0-9A-Z.]*)_(?:([0-9]+)|\{ ?([0-9]+) ?\})
 _CLOCK = re.compile(r":[0-9]{2} ?[ap]m$")
 _WORDS = re.compile(r"\(?([A-Za-z][A-Za-z .'\-]*)\)?")
 _SET_LIKE = re.compile(r"[<>]|\\(?:le|leq|lt|ge|geq|gt|in|cup|cap|setminus|mathbb)(?![a-z])")
-_COMMA = re.compile(r"(-?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-9]{1,2}|[0-9]{4,9})")
+_COMMA = re.compile(
+    r"(-?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-9]{1,2}|[0-9]{4,9})"
+    rf"({latex.POWER_OF_TEN})?"
+)
 _DOTS = re.compile(r"-?[0-9]{1,3}(?:\.[0-9]{3}){2,6}")
 _RATIO = re.compile(r"[0-9]{1,9}(?: ?: ?[0-9]{1,9}){2,8}")
 _BUILDER = re.compile(
@@ -91,7 +94,7 @@ def _decimal_point(text: str) -> str:
     if _DOTS.fullmatch(text):
         return text.replace(".", "")
     match = _COMMA.fullmatch(text)
-    return f"{re.sub('[. ]', '', match[1])}.{match[2]}" if match else ""
+    return f"{re.sub('[. ]', '', match[1])}.{match[2]}{match[3] or ''}" if match else ""
 
 
 def _equal_ratios(gold: list[str], answer: list[str]) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kit.data import boxed
 from kit.evaluation import latex
 
+TAIL = 100_000  # characters in which a last number is looked for
 BELOW = 20  # lines after an unfinished answer line that may belong to it
 
 _HEAD = (
@@ -35,10 +36,10 @@ _JSON = re.compile(
     re.IGNORECASE,
 )
 _NEXT_TURN = re.compile(r"^[ \t]*+(?:question|problem|q|human|user)[ \t]*+:", re.I | re.M)
-_LAST_NUMBER = re.compile(
-    r"(?<![\w.)])-?+\\[dt]?frac\{-?[0-9]{1,99}\}\{[0-9]{1,99}\}"
-    r"|(?:(?<![\w)])-)?+\$?+(?:[0-9]++(?:,[0-9]{3}(?![0-9]))*+(?:\.[0-9]++)?+|\.[0-9]++)"
-    r"(?:/[0-9]++)?+(?:\s?\\?%)?+"
+_DENIED = re.compile(
+    r"(?:(?:\bnot|n['’]t|\brather than|\binstead of)(?: be)?(?: equal(?: to|s)?)?[ $(]{1,3}"
+    r"|(?:\\neq?|\\not ?=|≠|!=) ?)$",
+    re.IGNORECASE,
 )
 _LETTER = re.compile(
     r"(?:\b(?i:option|choice|answer)\b(?:\s+is)?[\s:*$(]*+([A-J])\b(?!['’])"
@@ -91,8 +92,8 @@ def extract(text: str, letters: bool = False) -> Extraction:
 
     Only text after a closed `<think>` block counts, unless it is blank; a new question after the
     answer does not. Of a box and a line "Answer: ..." the later one counts; "the answer is ..."
-    counts only without a box. With `letters` an option (A to J) is extracted. Linear in the length
-    of the text.
+    counts only without a box. A number that the text denies ("not 5") is not the last. With
+    `letters` an option (A to J) is extracted. Linear in the length of the text.
     """
     text = first_turn(after_thinking(text))
     boxes = boxed.boxes(text)
@@ -108,9 +109,9 @@ def extract(text: str, letters: bool = False) -> Extraction:
         return Extraction(option, result.method if result.answer else "letter", result.sentence)
     if result.answer:
         return result
-    last = ""
-    for match in _LAST_NUMBER.finditer(latex.ascii_digits(text).replace("\u2212", "-")):
-        last = match[0]
+    numbers = latex.numbers(text[-TAIL:])
+    said = (number for number, before in numbers[::-1] if not _DENIED.search(before))
+    last = next(said, "")
     return Extraction(last, "last number") if last else result
 
 
@@ -220,8 +221,8 @@ def _predicate(sentence: str) -> str:
         rest = _ARTICLE.sub("", strip(sentence[heads[-1].end() :]), count=1)
         if rest and len(_WORD.findall(rest)) <= 2:
             return strip(rest)
-    numbers = [match[0] for match in _LAST_NUMBER.finditer(sentence)]
-    return numbers[0] if len(numbers) == 1 and "\\" not in sentence else sentence
+    numbers = latex.numbers(sentence)
+    return numbers[0][0] if len(numbers) == 1 and "\\" not in sentence else sentence
 
 
 def _option(text: str, answer: str) -> str:

@@ -13,7 +13,15 @@ LONGEST = 2000  # characters of an answer that are compared at most
 
 _SYMBOLS = {
     **dict.fromkeys("−–", "-"),
-    **{"×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt "},
+    **{
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "÷": "/",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "√": r"\sqrt ",
+    },
     **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "≈": r"\approx ", "°": r"^\circ "},
     **{"<=": r"\le ", ">=": r"\ge ", "**": "^", "±": r"\pm ", "⁄": "/", "’": "'"},
     **{"、": ",", "或": " or ", "和": " and ", "。": ".", "⩽": r"\le ", "⩾": r"\ge "},
@@ -170,21 +178,24 @@ class Number:
 
 
 _BRACED = rf"(?:\{{ ?([-+]?{_NUMBER}) ?\}}|([0-9]))"
+_EXPONENT = r" ?\^ ?(?:\{ ?([-+]?[0-9]{1,3}) ?\}|([-+]?[0-9]{1,3}))(?![0-9])"
+POWER_OF_TEN = (
+    rf"(?:[eE]([-+]?[0-9]{{1,3}})(?![0-9A-Za-z])| ?(?:\\times|\\cdot|\*|[xX]) ?10{_EXPONENT})"
+)
+_REPEATED = r"(?:\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?|\(([0-9]+)\))"
 _PLAIN = re.compile(rf"([-+]?) ?({_NUMBER})")
 _FRACTION = re.compile(rf"([-+]?) ?(?:([0-9]+) ?)?\\frac ?{_BRACED} ?{_BRACED}")
 _SLASH = re.compile(rf"([-+]?) ?(?:([0-9]+) )?({_NUMBER}) ?(?:[/:]|to) ?({_NUMBER})")
-
-
-_TEN = r" ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]{1,3}) ?\}|([-+]?[0-9]{1,3}))"
-_SCIENTIFIC = re.compile(rf"([-+]?) ?({_NUMBER})(?:[eE]([-+]?[0-9]{{1,3}})|{_TEN})")
-_REPEATING = re.compile(
-    r"([-+]?) ?([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?|\(([0-9]+)\))"
-)
+_SCIENTIFIC = re.compile(rf"([-+]?) ?({_NUMBER}){POWER_OF_TEN}")
+_REPEATING = re.compile(rf"([-+]?) ?([0-9]*)\.([0-9]*){_REPEATED}")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = rf" ?({'|'.join(_SCALES)})"
+_SCALED = re.compile(rf"([-+]?) ?({_NUMBER}){_SCALE}")
 
 
 def number(text: str) -> Number | None:
     r"""Read a tidied integer, decimal, fraction, mixed number, ratio a:b, with or without `%`, a
-    repeating decimal `0.\overline{3}`, or `1.5e-4` and `1.5 \times 10^{-4}`.
+    repeating decimal `0.\overline{3}`, `1.5e-4`, `1.5 \times 10^{-4}` or `5 million`.
 
     None for anything else, for a zero denominator and for more than 100 characters.
     """
@@ -206,6 +217,9 @@ def number(text: str) -> Number | None:
         power = int(next(filter(None, match.groups()[2:])))
         value = Fraction(_ungrouped(match[2]).rstrip(".")) * Fraction(10) ** power
         whole, places, digits = 0, -1, 0
+    elif match := _SCALED.fullmatch(text):
+        value = Fraction(_ungrouped(match[2]).rstrip(".")) * 10 ** _SCALES[match[3]]
+        whole, places, digits = 0, -1, 0
     elif match := _REPEATING.fullmatch(text):
         fixed, cycle = match[3], match[4] or match[5]
         nines = 10 ** len(fixed) * (10 ** len(cycle) - 1)
@@ -218,6 +232,47 @@ def number(text: str) -> Number | None:
 
 def _ungrouped(digits: str) -> str:
     return digits.replace(",", "").replace(" ", "")
+
+
+_COMMA = (  # 3,14 and 1.234,5 and 1.234.567, but not the end of 1,2,3
+    r"(?<![0-9],)(?:[1-9][0-9]{0,2}(?:[. ][0-9]{3}){1,6}|[0-9]{1,99}),(?:[0-9]{1,2}|[0-9]{4,9})"
+    r"(?![0-9]|,[0-9])|[1-9][0-9]{0,2}(?:\.[0-9]{3}){2,6}(?![0-9]|[.,][0-9])"
+)
+_DECIMAL = rf"(?:{_COMMA}|{_NUMBER})(?![0-9])"
+_WRITTEN_NUMBERS = "|".join(
+    [
+        rf"[0-9]{{0,99}}\.[0-9]{{0,99}}{_REPEATED}",
+        rf"{_DECIMAL}{POWER_OF_TEN}",
+        rf"(?:[0-9]{{1,99}} ?)?\\frac ?{_BRACED} ?{_BRACED}",
+        rf"(?:[0-9]{{1,99}} )?{_NUMBER}/{_NUMBER}(?![0-9])",
+        r"[0-9]{1,99}(?::[0-9]{1,99}){1,9}(?![0-9])",
+        rf"[0-9]{{1,99}}(?:_(?:[0-9]{{1,3}}|\{{[0-9]{{1,3}}\}})|{_EXPONENT})",
+        rf"{_DECIMAL}(?:{_SCALE}\b)?",
+    ]
+)
+_RUNNING = re.compile(
+    # Commands, words (H2O, e4, 0x3e5), the x of 2x3, indices and exponents: read over.
+    r"\\(?!frac)[A-Za-z]++|0[xX][0-9A-Fa-f]++|(?<=[0-9])[xX](?=[0-9])|[A-Za-z][A-Za-z0-9]*+"
+    r"|(?<=[A-Za-z0-9)}\]|])[_^] ?(?:\{[^{}]{0,99}\}|[-+]?[0-9]++)"
+    r"|(?P<number>(?:(?<![\w)}\]!])-|(?<==)-\s|(?<==\s)-\s)?\$?(?<![0-9])(?<![0-9]\.)"
+    rf"(?:{_WRITTEN_NUMBERS})(?:\s?\\?%)?)"
+)
+
+
+def numbers(text: str) -> list[tuple[str, str]]:
+    r"""The numbers in running text in what `number` and `equal` read, each with the text before it
+    (60 characters), in order: `6.02 \times 10^{23}`, `1 1/2` and `2^{10}` are one.
+
+    Digits inside a word, an index and the exponent of a letter are none; "3 / 5" and "3 to 5" are
+    two.
+    """
+    text = re.sub(r"(?<=[0-9])(?:, ?\\!|\{, ?\}|\\,) ?(?=[0-9]{3}(?![0-9]))", "", ascii_signs(text))
+    text = re.sub(r"(?<=[0-9])\*\*(?=[-+]?[0-9{])", "^", text)
+    text = re.sub(r"\\(?:[dtc]|nice|s)frac", r"\\frac", text)
+    text = re.sub("[−–×·⋅]", lambda m: _SYMBOLS[m[0]], text)
+    text = re.sub(r"(?:[ \t\u00a0\u2009\u202f]|\\[,;:! ])+", " ", text)
+    found = (match for match in _RUNNING.finditer(text) if match["number"])
+    return [(m["number"].rstrip("."), text[max(m.start() - 60, 0) : m.start()]) for m in found]
 
 
 _OPEN, _CLOSE = "([{", ")]}"

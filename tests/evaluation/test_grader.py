@@ -168,6 +168,8 @@ SAME = {
         ("1234.5", "1 234,5"),
         ("1/2", "1 to 2"),
         ("5", "about 5"),
+        ("5000000", r"5 \text{ million}"),
+        ("6.02e23", r"6,02 \cdot 10^{23}"),
     ],
     "percent, money, degrees, units": [
         (r"10\%", "10"),
@@ -328,6 +330,7 @@ SENTENCES = [
     ("Answer: The symbol of iodine is I.", "I", True),
     ("Answer: He gave the symbol of indium.", "He", False),
     ("Answer: He has 7 apples left.", "7", True),
+    ("Answer: There are 6.02 x 10^23 atoms in it.", "6.02e23", True),
     ("Answer: He has 7 of 9 apples left.", "7", False),
     ("Answer: It is not 7.", "7", False),
     ("Answer: 5 or 6", "5", False),
@@ -367,6 +370,75 @@ SENTENCES = [
     ("Answer: log (x+1)", r"\log(x+1)", True),
     ("Answer: 5 mod (7)", "5", False),
 ]
+
+
+UNMARKED = [  # neither box nor answer line: (text, the number it ends with; "" for none)
+    ("It is 6.02e23", "6.02e23"),
+    ("We get 1.5E-3.", "0.0015"),
+    ("6.02 x 10^23 atoms", "6.02e23"),
+    (r"so $6.02 \times 10^{23}$ atoms in 1 mol", "1"),
+    (r"There are $6.02 \times 10^{23}$ atoms.", "6.02e23"),
+    (r"about 6.02\,\times\,10^{ 23 }", "6.02e23"),
+    ("roughly 6.02×10²³ atoms", "6.02e23"),
+    ("a charge of −1.6 · 10⁻¹⁹ C", "-1.6e-19"),
+    ("-1.6*10^-19 C", "-1.6e-19"),
+    ("1.6*10**-19", "1.6e-19"),
+    ("1,234.5 x 10^3", "1234500"),
+    ("12 500 people", "12500"),
+    ("1{,}234{,}567 in all", "1234567"),
+    ("es sind 6,02 · 10^23", "6.02e23"),
+    ("es ist 3,14", "3.14"),
+    ("zusammen 1.234,5", "1234.5"),
+    ("zusammen 1.234.567", "1234567"),
+    ("2.5 million dollars", "2500000"),
+    ("10^23", "10^{23}"),
+    ("2^{10} ways", "1024"),
+    ("5²", "25"),
+    ("1 1/2 cups", "3/2"),
+    ("2½ cups", "5/2"),
+    (r"2\frac{1}{3} cups", "7/3"),
+    ("we have 3/4", "0.75"),
+    ("x = 28 / 4", "4"),  # an operation, as 7 * 4 is
+    ("as 3:5", "3/5"),
+    (r"that is 0.\overline{3}", "1/3"),
+    ("written 2516_8", "2516_8"),
+    ("x = - 5", "-5"),
+    ("|-5|", "-5"),
+    ("2 x 10 = 20", "20"),
+    ("a photo of 5x7", "7"),
+    ("room 5e", "5"),
+    ("in step 3 e4 moves", "3"),
+    ("3e4kg", "3"),
+    ("1e4b is the hash", "1"),
+    ("0x3e5", ""),
+    ("deadbeef12e4", ""),
+    ("H2O", ""),
+    ("x^2", ""),
+    ("e^{-5}", ""),
+    ("25 m^2", "25"),
+    ("5 m s^{-1}", "5"),
+    ("a_{12} is 5, as is a_{12}", "5"),
+    ("from 3 to 5", "5"),
+    ("1,2,3", "3"),
+    ("10 - 5", "5"),
+    ("- 5 apples", "5"),
+    ("section 2.3.1", "2.3"),
+    ("_5_", "5"),
+    ("**5** or **7**", "7"),
+    ("It is 7, not 5.", "7"),
+    ("It isn't 5 but 6.", "6"),
+    ("It is 7 rather than $5$", "7"),
+    (r"x = 3, as x \neq 2", "3"),
+    ("It is 5; no wait, it is 7", "7"),
+    ("It is not 7.", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "number"), UNMARKED)
+def test_the_last_number_of_an_unmarked_text_is_read_as_a_whole(text, number):
+    assert grade(text, number or "5").correct == bool(number)
+    for part in {"1", "2", "5", "10", "19", "23"} - {number}:
+        assert not grade(text, part).correct, part
 
 
 @pytest.mark.parametrize(("text", "gold", "correct"), SENTENCES)
@@ -589,6 +661,11 @@ HOSTILE = {
     "100k digits": (box("7" * 100_000), "too long"),
     "1,900 digits": (box("7" * 1900), "different"),
     "nul in a box": (box("5\0"), "different"),
+    "signs": ("×" * 10**6, "no answer"),
+    "powers of ten": ("1x10^" * 200_000, "different"),
+    "indices": ("a_{" * 300_000, "no answer"),
+    "denials": ("not 100 " * 125_000, "no answer"),
+    "open fractions": ("\\frac{1" * 150_000, "different"),
     "nuls": ("\0" * 10**6, "no answer"),
     "nested fractions": (box("\\frac{1}{" * 150 + "2" + "}" * 150), SLOW),
     "nested roots": (box("\\sqrt{" * 100 + "x" + "}" * 100), SLOW),
