@@ -47,15 +47,6 @@ class Comparison:
     test: str
 
 
-@dataclass(frozen=True)
-class Equivalence:
-    """Outcome of two one-sided tests at 5% each: the 90% interval against a margin."""
-
-    difference: Interval  # at level 0.90
-    margin: float
-    equivalent: bool  # the interval lies inside (-margin, margin)
-
-
 def wilson(correct: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of `correct` out of `n`."""
     if not 0 <= correct <= n or n == 0:
@@ -99,17 +90,10 @@ def welch(treatment: tuple[float, float], control: tuple[float, float], runs: in
 # Paired proportions
 
 
-def mcnemar(only_treatment: int, only_control: int, mid_p: bool = False) -> float:
-    """Two-sided exact McNemar p-value from the discordant counts; optionally the mid-p."""
+def mcnemar(only_treatment: int, only_control: int) -> float:
+    """Two-sided exact McNemar p-value from the discordant counts."""
     total = only_treatment + only_control
-    if total == 0:
-        return 1.0
-    p = float(stats.binomtest(only_treatment, total, 0.5).pvalue)
-    if not mid_p:
-        return p
-    # both tails hold the observed count, unless it sits in the middle and the tails meet there
-    tails = 1 if only_treatment != only_control else 0.5
-    return p - tails * float(stats.binom.pmf(only_treatment, total, 0.5))
+    return float(stats.binomtest(only_treatment, total, 0.5).pvalue) if total else 1.0
 
 
 def tango(only_treatment: int, only_control: int, n: int, level: float = 0.95) -> Interval:
@@ -142,13 +126,6 @@ def paired(both: int, only_treatment: int, only_control: int, neither: int) -> C
     n = both + only_treatment + only_control + neither
     interval = tango(only_treatment, only_control, n)
     return Comparison(interval, mcnemar(only_treatment, only_control), "exact McNemar")
-
-
-def power_pairs(n: int, only_treatment: float, only_control: float) -> float:
-    """Power of McNemar's 5% test with `n` pairs at these rates of discordance (Connor 1987)."""
-    effect, discordant = abs(only_treatment - only_control), only_treatment + only_control
-    shift = effect * sqrt(n) - stats.norm.ppf(0.975) * sqrt(discordant)
-    return float(stats.norm.cdf(shift / sqrt(discordant - effect**2)))
 
 
 def pairs_needed(only_treatment: float, only_control: float, power: float = 0.8) -> int:
@@ -373,29 +350,12 @@ def paired_p(
     return min(1.0, float(p))
 
 
-def tost(
-    treatment: np.ndarray, control: np.ndarray, margin: float, rng: np.random.Generator
-) -> Equivalence:
-    """Two one-sided tests at 5% that the paired difference lies inside (-margin, margin)."""
-    if margin <= 0:
-        raise ValueError(f"the equivalence margin is {margin}; declare one above 0")
-    interval = paired_interval(treatment, control, rng, level=0.90)
-    return Equivalence(interval, margin, -margin < interval.low and interval.high < margin)
-
-
 def holm(pvalues: Sequence[float]) -> np.ndarray:
     """Holm's adjusted p-values, in the order given."""
     return multipletests(pvalues, method="holm")[1]
 
 
 # Several samples of one problem, several checkpoints of one run
-
-
-def avg_at_k(correct: np.ndarray, k: int) -> float:
-    """Mean accuracy over the first `k` samples of each problem."""
-    if np.ndim(correct) != 2 or np.shape(correct)[1] < k:
-        raise ValueError(f"avg@{k} needs a matrix with at least {k} samples per problem")
-    return float(np.nanmean(problem_means(np.asarray(correct)[:, :k])))
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:

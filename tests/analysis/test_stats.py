@@ -79,7 +79,6 @@ def test_wilson_matches_published_intervals():
 def test_required_pairs_match_the_published_power():
     assert stats.pairs_needed(0.16, 0.08) == 292
     assert stats.pairs_needed(0.14, 0.10) == 1175
-    assert stats.power_pairs(292, 0.16, 0.08) == pytest.approx(0.80, abs=0.001)
 
 
 def test_best_of_eight_checkpoints_flatters_by_twelve_points():
@@ -98,8 +97,6 @@ def test_mcnemar_equals_statsmodels_and_enumeration():
         rarer = sum(q for q in chances if q < chances[b] - 1e-12)
         ties = sum(q for q in chances if abs(q - chances[b]) < 1e-12)
         assert exact == pytest.approx(rarer + ties)
-        if b + c:  # mid-p counts half of what is exactly as rare as the observation
-            assert stats.mcnemar(b, c, mid_p=True) == pytest.approx(rarer + ties / 2)
 
 
 def test_tango_excludes_zero_exactly_where_asymptotic_mcnemar_rejects():
@@ -245,23 +242,29 @@ def test_bootstrap_quantiles_equal_enumeration_where_no_floor_applies():
     assert (found.low, found.high) == pytest.approx(tuple(oracle), abs=1e-9)
 
 
-def test_tost_agrees_with_statsmodels_on_nested_samples():
+def equivalent(treatment, control, margin: float) -> bool:
+    """Two one-sided tests at 5%, as the rule "equivalence" of verdicts has them."""
+    interval = stats.paired_interval(treatment, control, rng(), level=0.90)
+    return -margin < interval.low and interval.high < margin
+
+
+def test_the_90_percent_interval_agrees_with_tost_of_statsmodels_on_nested_samples():
     treatment, control = nested(reps=150, n=120, k=6, gain=0.03, seed=3)
     agree, yes = 0, 0
     for a, b in zip(treatment, control, strict=True):
         oracle = ttost_paired(a.mean(1), b.mean(1), -0.06, 0.06)[0] < 0.05
-        agree += stats.tost(a, b, 0.06, rng()).equivalent == oracle
+        agree += equivalent(a, b, 0.06) == oracle
         yes += oracle
     assert 20 < yes < 130  # the comparison is not trivial
     assert agree >= 145  # a bootstrap and a t-test may differ at the border
 
 
-def test_tost_refuses_losses_as_well_as_gains():
+def test_equivalence_refuses_losses_as_well_as_gains():
     ahead, behind = np.ones((300, 1)), np.ones((300, 1))
     behind[:60] = 0
-    assert not stats.tost(ahead, behind, 0.05, rng()).equivalent
-    assert not stats.tost(behind, ahead, 0.05, rng()).equivalent
-    assert stats.tost(behind, ahead, 0.30, rng()).equivalent
+    assert not equivalent(ahead, behind, 0.05)
+    assert not equivalent(behind, ahead, 0.05)
+    assert equivalent(behind, ahead, 0.30)
 
 
 def test_holm_steps_down():
@@ -284,12 +287,6 @@ def test_pass_at_k_equals_all_subsets():
             per_problem.append(np.mean([max(subset) for subset in subsets]))
         assert stats.pass_at_k(correct, k) == pytest.approx(np.mean(per_problem))
     assert np.isfinite(stats.pass_at_k(np.eye(3000)[:2], 1500))
-
-
-def test_avg_at_k_is_the_mean_over_problems():
-    correct = np.array([[1, 0, 1], [0, 0, 1]])
-    assert stats.avg_at_k(correct, 2) == pytest.approx(0.25)
-    assert stats.avg_at_k(correct, 3) == pytest.approx(0.5)
 
 
 def test_best_of_optimism_equals_enumeration():
@@ -376,7 +373,7 @@ def test_a_share_over_trainings_covers_and_stays_a_share():
     assert (none.low, none.high) == pytest.approx((0, stats.wilson(0, 40).high))
 
 
-def test_tost_errs_in_one_of_twenty_at_the_margin():
+def test_equivalence_errs_in_one_of_twenty_at_the_margin():
     b, c, chance = discordance(400, 0.15, 0.10)  # the true difference is the margin
     cells = zip(b, c, strict=True)
     shown = [stats.tango(int(x), int(y), 400, level=0.90).high < 0.05 for x, y in cells]
@@ -390,10 +387,10 @@ def test_few_problems_without_a_difference_prove_nothing():
     same = np.ones((10, 4))
     found = stats.paired_interval(same, same, rng())
     assert found.low < -0.25 and found.high > 0.25
-    assert not stats.tost(same, same, 0.05, rng()).equivalent
+    assert not equivalent(same, same, 0.05)
     assert stats.mean_interval(same, rng()).low < 0.75
     many = np.ones((200, 4))
-    assert stats.tost(many, many, 0.05, rng()).equivalent
+    assert equivalent(many, many, 0.05)
 
 
 def test_single_samples_use_the_exact_counts():
@@ -416,9 +413,7 @@ def test_same_generator_same_interval():
         (lambda: stats.wilson(5, 0), "5 correct of 0"),
         (lambda: stats.tango(3, 4, 5), "do not fit into 5 pairs"),
         (lambda: stats.pairs_needed(0.1, 0.1), "two different discordance rates"),
-        (lambda: stats.tost(np.ones(3), np.ones(3), 0.0, rng()), "margin is 0"),
         (lambda: stats.pass_at_k(np.ones((2, 3)), 4), "needs 4 samples"),
-        (lambda: stats.avg_at_k(np.ones((2, 3)), 4), "at least 4 samples"),
         (lambda: stats.cluster_bootstrap(np.full((2, 2), np.nan), rng()), "at least one"),
     ],
 )
