@@ -119,7 +119,8 @@ class Source:
     read: Callable[[Row], tuple]  # row -> question, gold, family, level
     licence: str
     id_field: str | None = None  # None: the id is a hash of the question
-    gated: bool = False
+    gated: bool = False  # the hub asks to accept its terms
+    redistributable: bool = True  # else a bundle leaves its texts out, see kit.report.withheld
 
 
 _SUBJECTS = [
@@ -167,19 +168,30 @@ SOURCES = {
         _test(f"data/train-{_SHARD}"),
         lambda row: _aime(row, "aime24"),
         "problems (c) MAA",
+        redistributable=False,
     ),
     "aime25": Source(
         "math-ai/aime25",
         _test("test.jsonl"),
         lambda row: _aime(row, "aime25"),
         "Apache-2.0, problems (c) MAA",
+        redistributable=False,
     ),
-    "amc23": Source("math-ai/amc23", _test(f"test-{_SHARD}"), _amc, "problems (c) MAA"),
+    "amc23": Source(
+        "math-ai/amc23", _test(f"test-{_SHARD}"), _amc, "problems (c) MAA", redistributable=False
+    ),
     "minerva": Source("math-ai/minervamath", _test("test.jsonl"), _minerva, "as published"),
     "olympiad": Source("math-ai/olympiadbench", _test("test.jsonl"), _olympiad, "as published"),
     "open-rs": Source("knoveleng/open-rs", _train(), lambda row: _open_rs(row, "open-rs"), "MIT"),
     "open-s1": Source("knoveleng/open-s1", _train(), lambda row: _open_rs(row, "open-s1"), "MIT"),
-    "gpqa": Source("Idavidrein/gpqa", _test("gpqa_diamond.csv"), _gpqa, "CC-BY-4.0", gated=True),
+    "gpqa": Source(  # its authors ask that examples stay off the web
+        "Idavidrein/gpqa",
+        _test("gpqa_diamond.csv"),
+        _gpqa,
+        "CC-BY-4.0",
+        gated=True,
+        redistributable=False,
+    ),
 }
 
 ALIASES = {  # how others name these sets

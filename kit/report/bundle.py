@@ -24,6 +24,7 @@ import pandas as pd
 from kit.analysis import claims
 from kit.paths import DATA, ROOT, run_dir
 from kit.pipeline import provenance, stages
+from kit.report import withheld
 
 SUMS, RECORDS, VERDICTS = "SHA256SUMS", "records.parquet", "results/07_verdicts.json"
 CRATE = "ro-crate-metadata.json"
@@ -202,7 +203,13 @@ def write(profile: str) -> Path:
         records = _stored(folder, profile, run)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    for name in [name for name in files if name.endswith(".ipynb")]:
+    notebooks = [name for name in files if name.endswith(".ipynb")]
+    questions = {*records.loc[withheld.rows(records), "question"]}
+    for name in notebooks if questions else ():
+        tree = withheld.without_quotes(json.loads(files[name]), questions)
+        files[name] = _json(tree)
+    records = withheld.without_texts(records)
+    for name in notebooks:
         files[name.replace(".ipynb", ".html")] = scrub(_page(files[name])).encode()
     buffer = io.BytesIO()
     records = records.assign(model=records["model"].map(scrub), policy=records["policy"].map(scrub))
@@ -233,11 +240,15 @@ def sums(files: Mapping[str, bytes]) -> bytes:
     return "".join(lines).encode()
 
 
+def _json(tree) -> bytes:
+    return json.dumps(tree, indent=1, ensure_ascii=False).encode()
+
+
 def _clean(name: str, run: Run, scrub) -> bytes:
     """A file without names of this machine; notebooks keep their pictures as they are."""
     if name.endswith(".ipynb"):
         tree = provenance.scrub_tree(run.json(name), scrub)
-        return json.dumps(tree, indent=1, ensure_ascii=False).encode()
+        return _json(tree)
     if name.endswith(".json"):
         run.json(name)
     data = run.files[name]

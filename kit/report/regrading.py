@@ -12,6 +12,7 @@ from kit.data import problems
 from kit.data.prompts import FORM
 from kit.evaluation import grader
 from kit.parametric import facts
+from kit.report import withheld
 
 GRADES = ["correct", "extracted", "reason", "method", "compliant"]  # columns of records
 UNDECIDED = ("timeout", "memory", "incomparable", "no worker")  # reasons that hang on the machine
@@ -26,7 +27,8 @@ def known() -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def graded(records: pd.DataFrame) -> pd.DataFrame:
-    """`records`, one or more, with the grades of this kit; equal answers are graded once."""
+    """`records`, one or more, with the grades of this kit; equal answers are graded once. What has
+    hashes in place of its texts keeps its grades."""
     answers = records.reindex(columns=["text", "answer", "asks"])
     own = [known().get(problem) for problem in _problems(records)]
     stored = answers["asks"].astype(object).where(answers["asks"].notna(), "any")
@@ -37,7 +39,10 @@ def graded(records: pd.DataFrame) -> pd.DataFrame:
     )
     by_answer = pd.DataFrame(grades, index=pd.MultiIndex.from_frame(distinct))
     by_answer = by_answer.loc[pd.MultiIndex.from_frame(answers)].set_index(records.index)
-    return records.assign(asks=answers["asks"], **{name: by_answer[name] for name in by_answer})
+    grades = {name: by_answer[name] for name in by_answer}
+    if (hashed := withheld.hashed(records)).any():
+        grades = {name: grades[name].mask(hashed, records[name]) for name in grades}
+    return records.assign(asks=answers["asks"], **grades)
 
 
 def differing(records: pd.DataFrame, again: pd.DataFrame) -> pd.Series:
@@ -61,12 +66,19 @@ def check(records: pd.DataFrame) -> tuple[list[str], list[str]]:
     A grade that differs is wrong where the same version of the grader gave it. Where an earlier one
     did, the difference says what changed between the two.
     """
+    wrong, unclear = [], []
+    if (hashed := withheld.hashed(records)).any():
+        sources = ", ".join(sorted(set(records[hashed]["source"])))
+        unclear.append(f"grades of {hashed.sum():,} answers to {sources}: its texts may not be "
+                       f"redistributed, hashes stand in their place")  # fmt: skip
+        records = records[~hashed]
+    if records.empty:
+        return wrong, unclear
     again, newest = graded(records), grader.GRADE_VERSION
     golds = [known().get(problem, (None,))[0] for problem in _problems(records)]
     golds = pd.Series(golds, index=records.index, dtype=object)
     altered = golds.notna() & (golds != records["answer"])
     changed, graders = differing(records, again), versions(records)
-    wrong, unclear = [], []
     if altered.any():
         first = records[altered].iloc[0]
         wrong.append(f"the gold answer of {altered.sum():,} records is not that of data/, such as "

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from kit.data import prompts
+from kit.report import withheld
 from kit.schema import Problem
 
 EACH = 3  # right ones, and as many wrong ones, of an arm; all others are in records.parquet
@@ -18,11 +19,13 @@ def choose(
     records: Mapping[str, pd.DataFrame], banks: pd.DataFrame | None = None
 ) -> list[dict[str, str | bool]]:
     """Texts of EACH right and EACH wrong answers per stage and arm: those of the smallest keys,
-    which are hashes. `banks` holds strategies by their `id`."""
+    which are hashes; none of data sets whose texts may not be redistributed. `banks` holds
+    strategies by their `id`."""
     samples, keys = [], set()
     for stage, frame in records.items():
         if frame.empty:
             continue
+        frame = frame[~withheld.rows(frame)]
         frame_by_key = frame[~frame["key"].isin(keys)].sort_values("key")
         keys |= {*frame["key"]}
         for _, group in frame_by_key.groupby(["arm", "correct"], sort=True):
