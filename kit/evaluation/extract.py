@@ -41,11 +41,18 @@ _DENIED = re.compile(
     r"|(?:\\neq?|\\not ?=|≠|!=) ?)$",
     re.IGNORECASE,
 )
+_CORRECTED = re.compile(  # No wait, it is 7.
+    r"\b(?:no,?\s+wait|wait,?\s+no|correction|scratch\s+that|sorry)\b\W{1,5}"
+    r"(?:(?:it|that|this|the\s+answer)(?:['’]s|\s+is|\s+(?:should|must)\s+be|\s+equals)\s+|(?=[-$0-9]))"
+    r"([^\s\n]{1,80}?(?:\s?[A-Za-z]{1,20})?)(?:[.!]*\s*$|[.!,;]\s)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _LETTER = re.compile(
     r"(?:\b(?i:option|choice|answer)\b(?:\s+is)?[\s:*$(]*+([A-J])\b(?!['’])"
-    r"|\b(?i:choose|pick|select|think)\b(?:\s+it\s+is)?[\s:*$(]*+([A-HJ])\b(?!['’]|\s+[a-z])"
+    r"|\b(?i:choose|pick|select|think|go\s+with)\b(?:\s+it\s+is)?[\s:*$(]*+([A-HJ])\b"
+    r"(?!['’]|\s+(?!because\b|since\b)[a-z])"
     r"|(?<!\w)([A-J])\)?\**\s(?i:is|seems|must\s+be)\s(?:the\s)?(?:(?:correct|right|best)\b|answer\b)"
-    r"|\b(?i:so|thus|hence|therefore)\b,?\s[\s:*$(]*+([A-J])(?:\W*+$|[.!]\s)"
+    r"|\b(?i:so|thus|hence|therefore|it['’]s|it\s+is)\b,?\s[\s:*$(]*+([A-J])(?:\W*+$|[.!]\s)"
     r"|\(([A-J])\)|^\W*+([A-J])[).]?\W*+$)",
     re.MULTILINE,
 )
@@ -92,19 +99,23 @@ def extract(text: str, letters: bool = False) -> Extraction:
 
     Only text after a closed `<think>` block counts, unless it is blank; a new question after the
     answer does not. Of a box and a line "Answer: ..." the later one counts; "the answer is ..."
-    counts only without a box. A number that the text denies ("not 5") is not the last. With
-    `letters` an option (A to J) is extracted. Linear in the length of the text.
+    counts only without a box; "No wait, it is 7." after it takes its place. A number that the text
+    denies ("not 5") is not the last. With `letters` an option (A to J) is extracted. Linear in the
+    length of the text.
     """
     text = first_turn(after_thinking(text))
     boxes = boxed.boxes(text)
     line = _answer_line(text)
     if boxes and (line is None or not line[2] or boxes[-1].start > line[1]):
-        result = Extraction(boxes[-1].content, "boxed")
+        result, start = Extraction(boxes[-1].content, "boxed"), boxes[-1].start
     elif line:
+        start = line[1]
         answer = value(line[0])
         result = Extraction(answer, "answer line", "" if answer == line[0] else line[0])
     else:
-        result = Extraction("", "none")
+        result, start = Extraction("", "none"), len(text)
+    if corrections := _CORRECTED.findall(text, start):
+        result = Extraction(strip(corrections[-1]), "answer line")
     if letters and (option := _option(text, result.answer)):
         return Extraction(option, result.method if result.answer else "letter", result.sentence)
     if result.answer:

@@ -21,7 +21,7 @@ from kit.schema import ASKS, Grade
 
 # Part of every record's key. Raise it by one when a verdict on the same text may differ: records
 # that were stored under another version are graded again, not decoded.
-GRADE_VERSION = 3
+GRADE_VERSION = 4
 FORMS = ("boxed", "answer line", "any")
 
 _COMPLIANT_LINE = re.compile(r"^[ \t]*+answer:[ \t]*+\S", re.IGNORECASE | re.MULTILINE)
