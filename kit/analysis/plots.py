@@ -207,7 +207,7 @@ def published_effects(audits: pd.DataFrame) -> Picture:
         axes.set_xlabel("published difference, points")
         finish(picture, axes, at, [*effects["claim"]], "95% interval")
     picture.alt = (
-        f"Of {len(effects)} published differences with known counts, the 95% interval of "
+        f"Of {len(effects)} published differences in points with known counts, the 95% interval of "
         f"{(~zero).sum()} excludes zero and that of {zero.sum()} includes it."
     )
     return picture

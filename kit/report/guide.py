@@ -24,6 +24,14 @@ ASKED = {
     "05_parametric": "Does a model know more when it fetches weights that fit the question?",
     "06_memory_budget": "Which way to spend the next byte of memory buys the most accuracy?",
 }
+ARMS = {  # of the contrasts that stages declare
+    "retrieved": "with strategies retrieved into the prompt",
+    "format-only": "with a prompt that asks for the form alone",
+    "internalised": "trained on its own correct answers",
+    "base": "untrained",
+    "fetched": "with fetched weights",
+    "plain": "with no memory",
+}
 READING = {  # how a figure is read, by its caption
     "Accuracy without memory, by family and level": "Each row is a kind of problem at one "
     "difficulty, each colour a prompt; the bar is the 95% interval of the share solved. Where two "
@@ -88,12 +96,13 @@ def _contrast(stage: str, results: Mapping[str, Mapping]) -> tuple[str, str] | N
     for row in results.get(stage, {}).get("contrasts", ()):
         if own and row["arm"] == own["arm"] and row["control"] == own["control"]:
             shown = tables.cell_text("difference", tuple(row["difference"]))
-            found = f"{row['arm']} against {row['control']}: {shown} points of accuracy"
+            arms = [f"{ARMS[row[key]]} ({row[key]})" for key in ("arm", "control")]
+            found = f"Points of accuracy {arms[0]} minus {arms[1]}: {shown}"
             low, high = row["difference"][1:]
             sure = f"{NOT_HELD if low <= 0 <= high else HELD}, on {row['problems']:,} problems"
             if row.get("equal finish"):
                 equal = tables.cell_text("difference", tuple(row["equal finish"]))
-                sure += f"; over the answers that both ended, {equal}"
+                sure += f"; on problems where both ended their answers by themselves, {equal}"
             return found, sure
     return None
 

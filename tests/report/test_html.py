@@ -366,10 +366,13 @@ def test_what_was_asked_and_found_stands_first_for_who_read_no_paper():
     results = {"02_strategies": {"contrasts": [row | {"difference": [3.4, -3.2, 10.2]}]}}
     text = Page(write(baseline(), results=results)).text
     asked, verdicts = text.index("What was asked, what came out"), text.index("Each claim got its")
-    assert asked < text.index("retrieved against format-only: +3.4 [-3.2, 10.2] points") < verdicts
+    found = "with a prompt that asks for the form alone (format-only): +3.4 [-3.2, 10.2]"
+    assert asked < text.index(found) < verdicts
     assert "Zero lies in the interval: no difference is shown, on 147 problems" in text
     results["02_strategies"]["contrasts"][0]["difference"] = [3.4, 1.2, 10.2]
     assert "The interval excludes zero" in Page(write(baseline(), results=results)).text
+    declared = [(own["arm"], own["control"]) for own in claims.primary().values()]
+    assert {arm for arms in declared for arm in arms} == {*guide.ARMS}
 
 
 def test_every_figure_that_a_run_saves_is_explained_and_numbered(page):
