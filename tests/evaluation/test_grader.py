@@ -20,7 +20,7 @@ from kit.data.boxed import last_boxed
 from kit.evaluation import sandbox
 from kit.evaluation.extract import extract
 from kit.evaluation.grader import LONGEST, grade, grade_many
-from kit.evaluation.latex import tidy
+from kit.evaluation.latex import number, tidy
 from kit.paths import ROOT
 
 DATA = Path(os.environ.get("KIT_DATA", ROOT.parent / "shared" / "data"))
@@ -546,6 +546,17 @@ def test_every_gold_is_correct_when_boxed_and_on_an_answer_line():
         failed = [(g, v) for g, v in zip(golds, verdicts, strict=True) if not v.correct]
         assert failed == []
         assert all(v.compliant and v.method == method for v in verdicts)
+
+
+@needs_data
+def test_every_gold_that_is_a_number_is_found_in_an_unmarked_text():
+    golds = [gold for gold in math_golds() if gold]
+    golds += [row["answer"].split("####")[1].strip() for row in rows("gsm8k_test.jsonl")]
+    golds = sorted({gold for gold in golds if number(tidy(gold))})
+    assert len(golds) > 2000
+    verdicts = grade_many([f"so we find ${gold}$, as was asked." for gold in golds], golds)
+    failed = [gold for gold, each in zip(golds, verdicts, strict=True) if not each.correct]
+    assert failed == [r"- \frac 32", r"-\$0.50", "1 : 2"]  # a sign apart, a ratio apart
 
 
 @needs_data
