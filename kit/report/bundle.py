@@ -33,6 +33,16 @@ BESIDE = {  # name in the bundle: file of the project
     "claims.toml": DATA / "claims.toml", "LICENSES.md": DATA / "LICENSES.md",
     **{name: ROOT / name for name in ("requirements.lock", "LICENSE", "CITATION.cff")},
 }  # fmt: skip
+COLOURS = """
+:root { --jp-mirror-editor-operator-color: #7a00c2; --jp-mirror-editor-comment-color: #2f6f6f;
+  --jp-mirror-editor-number-color: #006d00; --jp-cell-prompt-not-active-opacity: 1 }
+.jp-RenderedHTMLCommon a, .jp-RenderedHTMLCommon a:link { text-decoration: underline }
+@media (prefers-color-scheme: dark) { %s
+:root { color-scheme: dark; --jp-mirror-editor-operator-color: #c792ff;
+  --jp-mirror-editor-comment-color: #7fc4c4; --jp-mirror-editor-number-color: #7fd07f }
+.jp-RenderedHTML pre { background: #f8f8f8 !important; color: black !important }
+.jp-OutputArea-output img { background: white } }
+"""  # of a notebook's page
 DATES = (1980, 1, 1, 0, 0, 0)  # of all members: equal runs make equal bundles
 README = """# A run of the {profile} profile
 
@@ -289,8 +299,13 @@ def _readme(profile: str, all_stages: Sequence[stages.Stage], run: Run, commit: 
 
 
 def _page(notebook: bytes) -> str:
+    """A notebook as HTML, dark where its reader prefers that, with more contrast than nbconvert's
+    own colours have."""
     from nbconvert import HTMLExporter  # takes a second
 
-    return HTMLExporter(embed_images=True).from_notebook_node(
-        nbformat.reads(notebook.decode(), as_version=4)
-    )[0]
+    exporter = HTMLExporter(embed_images=True)
+    tree = nbformat.reads(notebook.decode(), as_version=4)
+    page, _ = exporter.from_notebook_node(tree)
+    loader, environment = exporter.environment.loader, exporter.environment
+    dark, *_ = loader.get_source(environment, "static/theme-dark.css")
+    return page.replace("</head>", f"<style>{COLOURS % dark}</style></head>", 1)
