@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import lancedb
@@ -121,10 +121,18 @@ class ReasoningBank:
         if files <= FRAGMENTS and not new:
             return
         try:
-            self._table.optimize(cleanup_older_than=UNTAGGED)
+            self._table.optimize(cleanup_older_than=self._age_of_the_oldest_kept())
         except (RuntimeError, OSError) as error:
             if "conflict" not in str(error):  # with another writer, who does the same
                 raise
+
+    def _age_of_the_oldest_kept(self) -> timedelta:
+        """UNTAGGED, or more where there are tags: LanceDB refuses to delete any state as long as a
+        tagged one is among those to be deleted."""
+        tagged = {tag["version"] for tag in self._table.tags.list().values()}
+        states = self._table.list_versions()
+        ages = [datetime.now() - s["timestamp"] for s in states if s["version"] in tagged]
+        return max(UNTAGGED, *(age + timedelta(minutes=1) for age in ages), timedelta(0))
 
     def _rows(self, items: list[Strategy]) -> pyarrow.Table:
         columns = {name: [getattr(item, name) for item in items] for name in _names()}

@@ -277,6 +277,18 @@ def test_tagged_states_can_be_opened_again(bank, train, minilm):
         then.add([lesson(train[2])])
 
 
+def test_tagged_states_outlive_the_age_at_which_others_are_deleted(tmp_path, train, monkeypatch):
+    """A bank that is added to long after it was tagged, as in rounds of hours."""
+    monkeypatch.setattr("kit.reasoning_bank.bank.UNTAGGED", timedelta(0))
+    made = ReasoningBank(tmp_path, HashEmbedder())
+    made.add([lesson(train[0])])
+    made.tag("round-0")
+    for i, problem in enumerate(train[1:30]):
+        made.add([lesson(problem, f"Lesson {i}")])
+        made.retrieve(train[100], method="text")
+    assert len(made.checkout("round-0")) == 1 and len(made) == 30
+
+
 def test_many_small_writes_leave_few_files(tmp_path, train):
     made = ReasoningBank(tmp_path, HashEmbedder())
     for i, problem in enumerate(train[:60]):
