@@ -196,19 +196,20 @@ def published_effects(audits: pd.DataFrame) -> Picture:
     """
     points = audits["published"].str.endswith((" percent", " points"))
     effects = audits[audits["p"].notna() & points]
-    zero = ((effects["low"] <= 0) & (effects["high"] >= 0)).to_numpy(dtype=bool)
+    unsure = (effects["p"] >= 0.05).to_numpy(dtype=bool)
     with matplotlib.rc_context(STYLE):
         picture, axes = rows_of(len(effects), 0.17)
         at = np.arange(len(effects))[::-1]
         numbers = effects[["estimate", "low", "high"]].to_numpy()
-        for series, (keep, label) in enumerate(((~zero, "excludes zero"), (zero, "includes zero"))):
+        kinds = (~unsure, "told from zero"), (unsure, "not told from zero")
+        for series, (keep, label) in enumerate(kinds):
             intervals(axes, at[keep], numbers[keep], series, f"{label} ({keep.sum()})")
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("published difference, points")
         finish(picture, axes, at, [*effects["claim"]], "95% interval")
     picture.alt = (
-        f"Of {len(effects)} published differences in points with known counts, the 95% interval of "
-        f"{(~zero).sum()} excludes zero and that of {zero.sum()} includes it."
+        f"Of {len(effects)} published differences in points with known counts, {(~unsure).sum()} "
+        f"can be told from zero by their own numbers and {unsure.sum()} cannot."
     )
     return picture
 

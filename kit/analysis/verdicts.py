@@ -311,7 +311,7 @@ def headline(rows: Iterable[Mapping], audits: pd.DataFrame, models: str = "") ->
         for on in (PUBLISHED, OTHER_TASK, STAND_IN, RECOMPUTED)
     )
     effects = audits.dropna(subset=["p"])
-    unsure = int(((effects["low"] <= 0) & (effects["high"] >= 0)).sum())
+    unsure = int((effects["p"] >= 0.05).sum())
     return [
         f"On the published models and tasks: {there or 'nothing measured yet'}."
         + f" On the published models with other tasks: {other}." * bool(other),

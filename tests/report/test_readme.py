@@ -49,7 +49,9 @@ def test_the_counts_are_the_headline_of_the_run():
     )
     assert "2 known from third-party notes only" in here
     effects = [found for found in map(claims.audit, claims.load()) if found.p is not None]
-    assert f"Of {len(effects)} published differences" in audit and "told from zero" in audit
+    unsure = sum("cannot tell" in found.reading for found in effects)
+    assert f"Of {len(effects)} published differences" in audit
+    assert f"{unsure} cannot be told from zero" in audit
     assert "1 claim, 1 agrees" in again and "outputs" not in here
     assert left == (
         "- Not judged, of 6 claims: 1 needs the workstation profile, 1 beyond this kit."
