@@ -30,6 +30,10 @@ SURELY = 1.5  # times its hours by size, a profile does not fit on a model
 # 05 is by the times of its steps and questions, see 2026-11-27.
 FACTORS = {"00_tour": 1.0, "01_baseline": 0.95, "02_strategies": 1.35, "03_dms": 1.8,
            "04_phase2": 1.1, "05_parametric": 1.05, "06_memory_budget": 0.8}  # fmt: skip
+# What a stage takes beside its model's work, in `start`s: imports, loading, statistics, figures.
+# Measured on quick with all records stored, see the log book of 2026-11-27.
+FIXED = {"00_tour": 1.6, "01_baseline": 2.1, "02_strategies": 2.6, "03_dms": 2.0, "04_phase2": 3.6,
+         "05_parametric": 2.5, "06_memory_budget": 2.5, "07_verdicts": 1.5}  # fmt: skip
 
 
 def measured(*profiles: str) -> dict:
@@ -41,10 +45,11 @@ def measured(*profiles: str) -> dict:
     return json.loads(process.stdout.splitlines()[-1]) if process.returncode == 0 else {}
 
 
-def rates(models: Iterable[str] = ()) -> dict:
-    """`start`, seconds until the bundled model is loaded; its tokens per second `decoded` in a
-    batch and `trained` (forward and backward); both of `models` by name; `device` and `dtype`."""
-    began = time.perf_counter()
+def rates(models: Iterable[str] = (), began: float | None = None) -> dict:
+    """`start`, seconds until the bundled model is loaded, all imports in it, since `began` (of
+    `time.perf_counter`; now where it is not given); its tokens per second `decoded` in a batch and
+    `trained` (forward and backward); both of `models` by name; `device` and `dtype`."""
+    began = time.perf_counter() if began is None else began
     from kit.models.load import BUNDLED, load
     from kit.parametric import train  # noqa: F401 (the imports of a notebook)
 
@@ -75,15 +80,16 @@ def _rates(model) -> dict[str, float]:
 
 def seconds(stage: Stage, speed: dict) -> float:
     """About how long a stage takes, all of it, at the `rates` of a machine."""
+    fixed = FIXED.get(stage.name, 1.5) * speed["start"]
     if stage.name not in WORK:
-        return 1.5 * speed["start"]
+        return fixed
     given = SimpleNamespace(**stage.parameters)
     decoded, trained = WORK[stage.name](given)
     spent = 0
     for model in stage.models:
         rate = rate_of(model, speed)
         spent += decoded / rate["decoded"] + trained / rate["trained"]
-    return 1.5 * speed["start"] + FACTORS[stage.name] * spent
+    return fixed + FACTORS[stage.name] * spent
 
 
 def rate_of(model: str, speed: dict) -> dict[str, float]:
@@ -252,7 +258,8 @@ def _weak(stage: Stage, claims: Iterable) -> list[tuple[str, int, float]]:
 
 
 def estimates(profiles: Iterable[str]) -> dict:
-    """What `measured` returns, measured in this process."""
+    """What `measured` returns, measured in this process, which has not imported torch yet."""
+    began = time.perf_counter()
     from kit.analysis import claims
     from kit.models import gguf
     from kit.models.bundled import MODELS
@@ -261,7 +268,7 @@ def estimates(profiles: Iterable[str]) -> dict:
     ran = {name for profile in profiles for stage in load_stages(profile)
            for name in stage.models if name in MODELS and name != BUNDLED}  # fmt: skip
     here = [name for name in sorted(ran) if gguf.is_whole(MODELS[name].folder)]
-    speed, published, found = rates(here), claims.load(), {}
+    speed, published, found = rates(here, began), claims.load(), {}
     for profile in profiles:
         found[profile] = {}
         for stage in load_stages(profile):

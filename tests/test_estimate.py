@@ -69,7 +69,7 @@ def test_a_measured_rate_of_a_model_outranks_its_size():
     assert by_size["decoded"] == pytest.approx(108 * 0.135 / 1.5)
     twice = OLD | {"models": {LARGE: {name: 2 * rate for name, rate in by_size.items()}}}
     slow, fast = (minutes("laptop", speed, LARGE)["02_strategies"] for speed in (OLD, twice))
-    fixed = 1.5 * OLD["start"] / 60
+    fixed = estimate.FIXED["02_strategies"] * OLD["start"] / 60
     assert (slow - fixed) / (fast - fixed) == pytest.approx(2)
 
 

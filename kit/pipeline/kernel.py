@@ -65,7 +65,7 @@ class Watch(threading.Thread):
         self.cell, self.source = 0, ""
         self.injected = 0  # cells of papermill before it
         self.peak_bytes = 0
-        self.exit_code: int | None = None
+        self.exit_code: int | None = None  # of a kernel that nobody asked to end
         self.kernel: psutil.Process | None = None
         self.family: set[psutil.Process] = set()
         self._stop_event = threading.Event()
@@ -161,6 +161,8 @@ def _papermill(
         start_timeout=START_SECONDS,
         iopub_timeout=IOPUB_SECONDS,
         kernel_manager_class=manager,
+        # All is stored by now, and a process that holds models takes seconds to end by itself.
+        shutdown_kernel="immediate",
         on_cell_start=_follow(watch),
     )
 
@@ -188,7 +190,7 @@ def _manager(folder: Path, env: dict, watch: Watch, log: TextIO) -> type[AsyncKe
 
         async def _async_is_alive(self) -> bool:
             alive = await super()._async_is_alive()
-            if not alive and self.provisioner is not None:
+            if not (alive or self.shutting_down) and self.provisioner is not None:
                 watch.exit_code = await self.provisioner.poll()
             return alive
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import dspy
-import pandas
 from dspy.utils.exceptions import AdapterParseError
 from pydantic import BaseModel, Field
 
@@ -279,28 +278,6 @@ def picked(reply: str, count: int) -> int:
     except AdapterParseError:
         return 0
     return number - 1 if 0 < number <= count else 0
-
-
-def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
-    """Worked examples instead of lessons: correct attempts of at most `longest` tokens, verbatim,
-    one per problem."""
-    rows = records[records["correct"] & (records["new_tokens"] <= longest)]
-    rows = rows.drop_duplicates("problem_id")
-    return [
-        Strategy(
-            title="Worked example",
-            description="",
-            content=f"{row.question}\n{row.text.strip()}",
-            kind="success",
-            problem_id=row.problem_id,
-            family=row.family,
-            level=row.level,
-            question=row.question,
-            model=f"{row.model}@{row.weights_hash}",
-            extractor="trajectory",
-        )
-        for row in rows.itertuples()
-    ]
 
 
 def _demos() -> list[dspy.Example]:

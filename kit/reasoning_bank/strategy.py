@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas
 import pyarrow
 from lancedb.pydantic import LanceModel, Vector
 
@@ -93,6 +94,28 @@ def read(file: Path) -> list[Strategy]:
                 f"{strategies[-1].content[:20]!r}; kinds are {KINDS}, content must not be empty."
             )
     return strategies
+
+
+def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
+    """Worked examples instead of lessons: correct attempts of at most `longest` tokens, verbatim,
+    one per problem."""
+    rows = records[records["correct"] & (records["new_tokens"] <= longest)]
+    rows = rows.drop_duplicates("problem_id")
+    return [
+        Strategy(
+            title="Worked example",
+            description="",
+            content=f"{row.question}\n{row.text.strip()}",
+            kind="success",
+            problem_id=row.problem_id,
+            family=row.family,
+            level=row.level,
+            question=row.question,
+            model=f"{row.model}@{row.weights_hash}",
+            extractor="trajectory",
+        )
+        for row in rows.itertuples()
+    ]
 
 
 def row_model(dimension: int) -> type[LanceModel]:

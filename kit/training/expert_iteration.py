@@ -18,7 +18,7 @@ from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.models.embedder import Embedder
 from kit.models.load import Model, load
-from kit.reasoning_bank import programs
+from kit.reasoning_bank import strategy
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.strategy import Strategy
 from kit.schema import Problem, Prompt, Sampling, digest
@@ -143,7 +143,7 @@ def run_rounds(
         solved = pandas.concat(frames, ignore_index=True)
         solved_ids = {item.problem_id for item in examples.strategies()}
         bank.add(
-            [item for item in programs.examples(frames[-1]) if item.problem_id not in solved_ids]
+            [item for item in strategy.examples(frames[-1]) if item.problem_id not in solved_ids]
         )
         share, size = 100 * frames[-1]["correct"].mean(), len(bank_before_round(bank, number + 1))
         report(f"round {number + 1}: {share:.1f}% of the answers correct, {size} examples")
