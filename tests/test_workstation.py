@@ -26,6 +26,7 @@ from kit import paths
 from kit.data import sources
 from kit.evaluation.store import Store
 from kit.parametric import wikipedia
+from kit.reasoning_bank import protocols
 from kit.report import verify
 from tests.conftest import TOKENS, save_tokenizer
 from tests.fake_hub import build_cache
@@ -62,8 +63,8 @@ def tiny_qwen3(folder, tokenizer, seed: int) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def math_rows(subject: str, half: str) -> bytes:
-    """A parquet file of one subject in the published columns: three problems of levels 3 and 4, and
+def math_rows(subject: str, half: str, count: int) -> bytes:
+    """A parquet file of one subject in the published columns: `count` of levels 3 and 4 each, and
     of the others eight, as many as it takes for each split to have some."""
     rows = [
         {
@@ -73,7 +74,7 @@ def math_rows(subject: str, half: str) -> bytes:
             "solution": f"It is $\\boxed{{{gold}}}$.",
         }
         for level in range(1, 6)
-        for i in range(3 if level in (3, 4) else 8)
+        for i in range(count if level in (3, 4) else 8)
         for gold in [GOLDS[level % 2]]
     ]
     return parquet(rows)
@@ -141,15 +142,15 @@ SHORT = {
 }
 
 
-def shortened(folder):
-    """A copy of the notebooks whose workstation profile trains for a moment."""
+def shortened(folder, name: str = "workstation", short: dict = SHORT):
+    """A copy of the notebooks whose profile `name` trains for a moment."""
     shutil.copytree(paths.ROOT / "notebooks", folder)
-    profile = folder / "profiles" / "workstation.toml"
+    profile = folder / "profiles" / f"{name}.toml"
     text = profile.read_text()
-    for notebook, knobs in SHORT.items():
-        for knob, short in knobs.items():
+    for notebook, knobs in short.items():
+        for knob, value in knobs.items():
             head, table = text.split(f'["{notebook}"]\n')
-            table, count = re.subn(rf"(?m)^{knob} = .+$", f"{knob} = {short}", table, count=1)
+            table, count = re.subn(rf"(?m)^{knob} = .+$", f"{knob} = {value}", table, count=1)
             assert count == 1, knob
             text = f'{head}["{notebook}"]\n{table}'
     profile.write_text(text)
@@ -162,14 +163,64 @@ def kit(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=paths.ROOT, env=env, capture_output=True, text=True)
 
 
+def surroundings(tmp_path, tokenizer, repos, notebooks, count: int = 3) -> dict[str, str]:
+    """A hub cache with tiny `repos` and MATH, see `math_rows`, and the environment of
+    `kit` that reads it."""
+    hub, cache, outputs = (tmp_path / name for name in ("hub", "cache", "outputs"))
+    for seed, repo in enumerate(sorted(repos)):
+        build_cache(hub, "model", repo, tiny_qwen3(tmp_path / str(seed), tokenizer, seed))
+    names = [n for split in ("test", "train") for n in sources.SOURCES["math"].files[split]]
+    files = {name: math_rows(*name.split("-")[0].split("/"), count) for name in names}
+    build_cache(hub, "dataset", MATH, files)
+    cache.mkdir()
+    (cache / "models").symlink_to(paths.MODELS)
+    return {
+        "HF_HUB_CACHE": str(hub),
+        "HF_HUB_OFFLINE": "1",
+        "KIT_CACHE": str(cache),
+        "KIT_DATA": "",
+        "KIT_DTYPE": "bfloat16",
+        "KIT_OUTPUTS": str(outputs),
+        "KIT_NOTEBOOKS": str(notebooks),
+    }
+
+
+PUBLISHED = {"TRAIN": 4, "TEST": 6, "FURTHER": 3, "CONTROLS": "[3, 3]"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reasoning-bank-slm", "reasoningbank"])
+def test_a_published_protocol_runs_to_its_end(tmp_path, bundled, name):
+    notebooks = shortened(tmp_path / "notebooks", name, {"02_strategies": PUBLISHED})
+    repos = {MODELS[0], EMBEDDER}
+    environment = surroundings(tmp_path, bundled.tokenizer, repos, notebooks, count=20)
+    done = kit("reproduce", "--profile", name, "--only", "02", **environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = tmp_path / "outputs" / name
+    said = json.loads((folder / "results" / "02_strategies.json").read_text())
+    records = Store(folder / "store").table(set(said["keys"]))
+    arms, protocol = records["arm"].value_counts(), protocols.load(name)
+    assert arms["format-only"] == arms["retrieved"] == 6 and said["placement"]["place"] == "system"
+    assert said["draws"]["banks"] == 3 and said["draws"]["gain"]["unit"] == "points"
+    if name == "reasoningbank":
+        ways = [
+            f"{who}-{way}" for who in ("matts", "no-memory") for way in ("sequential", "parallel")
+        ]
+        scaled = {way + width for way in ways for width in ("-2", "-3", "-4", "")}
+        whole = Store(folder / "store").table()["arm"]  # also of arms that ask the same on toys
+        assert scaled <= {*whole} and arms["no-memory-samples"] == 15
+    else:
+        assert {*records["family"]} - {"planted"} >= {"intermediate_algebra"}
+    tested = records[records["arm"].isin(["format-only", "retrieved", "streaming"])]
+    assert {*tested["temperature"]} == {protocol.temperature}
+
+
 @pytest.mark.slow
 def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     hub, cache, outputs = (tmp_path / name for name in ("hub", "cache", "outputs"))
-    for seed, repo in enumerate(sorted({*MODELS, *SWEPT, *KNOWING, EMBEDDER, *REINFORCED})):
-        build_cache(hub, "model", repo, tiny_qwen3(tmp_path / str(seed), bundled.tokenizer, seed))
-    names = [n for split in ("test", "train") for n in sources.SOURCES["math"].files[split]]
-    files = {name: math_rows(*name.split("-")[0].split("/")) for name in names}
-    build_cache(hub, "dataset", MATH, files)
+    repos = {*MODELS, *SWEPT, *KNOWING, EMBEDDER, *REINFORCED}
+    notebooks = shortened(tmp_path / "notebooks")
+    environment = surroundings(tmp_path, bundled.tokenizer, repos, notebooks)
     for name, rows in benchmark_rows().items():
         ((file,),) = sources.SOURCES[name].files.values()
         lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -179,17 +230,6 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
         {"title": f"Town {i}", "text": f"It has {i} streets and a mill. " * 400} for i in range(4)
     ]
     build_cache(hub, "dataset", wikipedia.REPO, {wikipedia.FILE: parquet(pages)})
-    cache.mkdir()
-    (cache / "models").symlink_to(paths.MODELS)
-    environment = {
-        "HF_HUB_CACHE": str(hub),
-        "HF_HUB_OFFLINE": "1",
-        "KIT_CACHE": str(cache),
-        "KIT_DATA": "",
-        "KIT_DTYPE": "bfloat16",
-        "KIT_OUTPUTS": str(outputs),
-        "KIT_NOTEBOOKS": str(shortened(tmp_path / "notebooks")),
-    }
     done = kit("reproduce", "--profile", "workstation", "--force", **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for said in (*MODELS, EMBEDDER, MATH, "GPU memory", "free", "Verdicts:", "report.html"):

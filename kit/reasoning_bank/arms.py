@@ -7,11 +7,14 @@ https://arxiv.org/abs/2509.25140.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pandas
 
+from kit.analysis import contrasts
+from kit.evaluation.evaluate import derive
+from kit.evaluation.store import Store
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.build import solve_prompt
 from kit.reasoning_bank.dspy_backend import chat_messages
@@ -26,7 +29,7 @@ from kit.reasoning_bank.programs import (
     shown,
 )
 from kit.reasoning_bank.strategy import RetrievalResult, Strategy, leak_reason
-from kit.schema import Problem, Prompt, digest
+from kit.schema import Problem, Prompt, Sampling, digest
 
 DECLARED = ("format-only", "retrieved")  # the arms of the declared contrast
 BUDGET = 1500  # most tokens of memory in a prompt
@@ -57,7 +60,8 @@ def shuffled(
             p for p in problems if p.id != problem.id
         ]
         other = random.Random(f"{seed} {problem.id}").choice(others or [problem])
-        result = _filter(results[other.id].strategies, problem, k)
+        others = results[other.id].strategies
+        result = _filter(others, problem, len(others))
         prompts.append(solve_prompt(problem, "shuffled", shown(result.strategies), result, place))
     return prompts
 
@@ -90,7 +94,10 @@ def expressions(problems: Sequence[Problem]) -> list[Prompt]:
 
 
 def revisions(
-    records: pandas.DataFrame, prompts: Sequence[Prompt], place: str = "system"
+    records: pandas.DataFrame,
+    prompts: Sequence[Prompt],
+    place: str = "system",
+    arm: str = "matts-sequential",
 ) -> list[Prompt]:
     """Sequential MaTTS (self-refinement): prompts to check and rewrite the answers in `records` to
     `prompts`, whose memory stays in the prompt."""
@@ -99,7 +106,7 @@ def revisions(
     for each in prompts:
         inputs = {"solution": answers[each.problem.id].strip(), "strategies": memory_of(each)}
         messages = chat_messages(Revise, place=place, question=each.problem.question, **inputs)
-        revised.append(replace(each, arm="matts-sequential", messages=messages))
+        revised.append(replace(each, arm=arm, messages=messages))
     return revised
 
 
@@ -124,6 +131,52 @@ def chosen_samples(samples: pandas.DataFrame, replies: pandas.DataFrame) -> pand
     return pandas.DataFrame(rows).astype(samples.dtypes)
 
 
+def scaled(
+    prompts: Sequence[Prompt],
+    answers: pandas.DataFrame,
+    widths: Sequence[int],
+    ask: Callable[..., pandas.DataFrame],
+    store: Store,
+    choice: Sampling = Sampling(8),  # noqa: B008 (frozen)
+    place: str = "system",
+    name: str = "matts",
+) -> pandas.DataFrame:
+    """Test-time scaling of `prompts` to each of `widths`: the records of as many checks one after
+    another (`answers` are those of the prompts), and of the model's choice among as many samples.
+
+    `ask(prompts, samples[, sampling])` evaluates, `choice` samples a choice. The arms of the widest
+    are named "matts-sequential" and "matts-parallel", of others also by width ("matts-parallel-2"),
+    and "matts-samples" has the samples of the widest. With prompts without memory, under another
+    `name`, this is the control that costs as much.
+    """
+    widest, frames, checked = max(widths), [], answers
+    problems = [each.problem for each in prompts]
+    label = {width: "" if width == widest else f"-{width}" for width in widths}
+    for width in range(1, widest + 1):
+        arm = f"{name}-sequential{label.get(width, '-between')}"
+        checked = ask(revisions(checked, prompts, place, arm), 1)
+        frames += [checked] if width in widths else []
+    samples = ask([replace(each, arm=f"{name}-samples") for each in prompts], widest)
+    for width in widths:
+        several = samples[samples["sample"] < width]
+        replies = ask(choices(several, problems), 1, choice)
+        best = chosen_samples(several, replies)
+        arm = f"{name}-parallel{label[width]}"
+        frames.append(derive(best, best["text"].tolist(), arm, store))
+    return pandas.concat([*frames, samples], ignore_index=True)
+
+
+def over_draws(
+    draws: Sequence[pandas.DataFrame], control: pandas.DataFrame
+) -> contrasts.Measurement:
+    """Accuracy with memory minus that of `control`, in points, on the problems that all `draws` of
+    a bank were tried on; draws are crossed with problems in its interval."""
+    common = set.intersection(*(set(frame["problem_id"]) for frame in draws))
+    trainings = {draw: frame[frame["problem_id"].isin(common)] for draw, frame in enumerate(draws)}
+    records = pandas.concat([contrasts.pooled("drawn", trainings), control.assign(arm="control")])
+    return contrasts.compute({"measure": "accuracy", "arm": "drawn", "control": "control"}, records)
+
+
 def from_program(program: Solver, problems: Sequence[Problem], arm: str) -> list[Prompt]:
     """The prompts of a solver to which `optimize` gave other instructions or worked examples."""
     solve, prompts = program.solve, []
@@ -135,7 +188,7 @@ def from_program(program: Solver, problems: Sequence[Problem], arm: str) -> list
 
 def subset(bank: ReasoningBank, size: int, folder) -> ReasoningBank:
     """A bank in `folder` with the first `size` strategies of `bank` by id, or all of fewer."""
-    part = ReasoningBank(folder, bank.embedder)
+    part = ReasoningBank(folder, bank.embedder, embedded=bank.embedded)
     part.add(sorted(bank.strategies(), key=lambda item: item.id)[:size])
     return part
 

@@ -50,17 +50,21 @@ METHODS = ("vector", "text", "hybrid")
 class ReasoningBank:
     """Strategies at `uri`: a folder, `s3://bucket/prefix` or whatever LanceDB opens.
 
-    `storage_options` go to LanceDB (credentials, endpoint). Raises ValueError where the table
-    there has other columns or was made with another embedder.
+    `storage_options` go to LanceDB (credentials, endpoint). What is embedded and searched of a
+    strategy is its `text`, or its `summary`. Raises ValueError where the table there has other
+    columns, or was made with another embedder or of something else.
     """
 
-    def __init__(self, uri, embedder: "Embedder", storage_options: dict | None = None):
-        self.uri, self.embedder = str(uri), embedder
+    def __init__(
+        self, uri, embedder: "Embedder", storage_options: dict | None = None, embedded: str = "text"
+    ):
+        self.uri, self.embedder, self.embedded = str(uri), embedder, embedded
         self._options, self._read_only, self._indexed = storage_options, False, set()
         self.database = lancedb.connect(
             self.uri, storage_options=storage_options, read_consistency_interval=SEEN_AFTER
         )
         card = {"embedder": embedder.fingerprint, "embedder_name": embedder.name}
+        card["embedded"] = embedded
         schema = row_schema(embedder.dimension)
         if "strategies" in self.database.list_tables().tables:
             self._table = self.database.open_table("strategies")
@@ -78,6 +82,11 @@ class ReasoningBank:
                 f"The bank {self.uri} was embedded by {meta.get('embedder_name', 'another model')} "
                 f"({meta.get('embedder')}), not by {card['embedder_name']} ({card['embedder']}); "
                 f"open it with that embedder or build a new bank."
+            )
+        if meta.get("embedded", "text") != self.embedded:
+            raise ValueError(
+                f"The bank {self.uri} has the {meta.get('embedded', 'text')} of its strategies "
+                f"embedded; open it so, not with embedded={self.embedded!r}."
             )
         columns = pyarrow.schema([field for field in there if field.name not in RETIRED])
         if columns != schema:
@@ -136,7 +145,7 @@ class ReasoningBank:
 
     def _rows(self, items: list[Strategy]) -> pyarrow.Table:
         columns = {name: [getattr(item, name) for item in items] for name in _names()}
-        columns |= {"id": [i.id for i in items], "text": [i.text for i in items]}
+        columns |= {"id": [i.id for i in items], "text": [getattr(i, self.embedded) for i in items]}
         columns |= dict.fromkeys(RETIRED, [0] * len(items))  # where this table still has them
         schema = self._table.schema
         columns["vector"] = list(self.embedder.embed(columns["text"]))
@@ -297,7 +306,7 @@ class ReasoningBank:
         """The bank as it was when tagged `name`, read-only."""
         if name not in self.tags():
             raise ValueError(f"The bank {self.uri} has no tag {name!r}; it has {self.tags()}.")
-        then = ReasoningBank(self.uri, self.embedder, self._options)
+        then = ReasoningBank(self.uri, self.embedder, self._options, self.embedded)
         then._table.checkout(name)
         then._read_only = True
         return then

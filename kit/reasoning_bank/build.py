@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import dspy
 import pandas
 import pyarrow
 
+from kit.data.prompts import FORMAT_INSTRUCTION
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.inference.decode import DECODE_VERSION
@@ -41,6 +42,8 @@ JUDGES = ("gold", "self")
 Teacher = Engine | dspy.BaseLM
 CALLS = 8  # of a dspy.LM at once
 WIDTH = 3  # default number of trajectories, or of revisions, of MaTTS
+CONTRAST_ITEMS = 5  # most lessons of several trajectories together, as published
+DRAW = 1_000_000  # between the seeds of two draws of a bank
 STEP = pyarrow.schema(
     [
         ("step", pyarrow.int64()),
@@ -69,7 +72,12 @@ class BankBuildConfig:
     extract_temperature: float = 0.7
     extract_tokens: int = 160
     judge_tokens: int = 160  # of a judgement with its reasons
-    group: int = 32  # problems between two commits
+    group: int = 32  # problems between two commits; 1 appends after every task
+    seed: int = 0  # of attempts and lessons; another one draws another bank
+    instruction: str = FORMAT_INSTRUCTION  # of solving
+    thinking: bool = False  # while solving
+    corrected: bool = False  # whether who learns from a failure is told the right answer
+    embedded: str = "text"  # of a strategy, see `ReasoningBank`
 
     def __post_init__(self):
         if self.judge not in JUDGES or min(self.width, self.group) < 1 or self.k < 0:
@@ -94,7 +102,7 @@ def build_bank(
     parts = [engine.name, embedder.fingerprint, asdict(config), *programs]
     parts += [_name(teacher)] if teacher else []
     name = digest([*parts, [problem.id for problem in problems]], 12)
-    bank = ReasoningBank(f"{folder}/{name}", embedder)
+    bank = ReasoningBank(f"{folder}/{name}", embedder, embedded=config.embedded)
     return bank, fill_bank(bank, engine, problems, store, config, teacher=teacher)
 
 
@@ -126,7 +134,7 @@ def fill_bank(
             frame["judged"] = list(judgements[step])
             continue
         judge, extractor, rejected = SelfJudge(config.judge_tokens), Extractor(), []
-        with _taught(teacher, config) as tokens:
+        with taught(teacher, config) as tokens:
             frame["judged"] = _judge(teacher, judge, frame, config)
             lessons = _extract(teacher, extractor, group, frame, config, step, rejected)
         new = bank.add(lessons)
@@ -156,7 +164,7 @@ def _name(teacher: Teacher) -> str:
 
 
 @contextmanager
-def _taught(teacher: Teacher, config: BankBuildConfig) -> Iterator[dict[str, int]]:
+def taught(teacher: Teacher, config: BankBuildConfig) -> Iterator[dict[str, int]]:
     """The DSPy context in which the teacher answers; the dictionary has its tokens afterwards.
 
     A kit engine is asked by `Lines`, a dspy.LM by the adapter that DSPy is configured with.
@@ -209,6 +217,24 @@ def solve_prompt(
     return Prompt(problem, arm, messages, retrieved=ids, refused=len(retrieval.filtered))
 
 
+def worded(
+    prompts: Sequence[Prompt], instruction: str = FORMAT_INSTRUCTION, thinking: bool = False
+) -> list[Prompt]:
+    """The same prompts with another `instruction` for that of `programs.Solve`, wherever it stands,
+    and with or without `thinking`."""
+    return [
+        replace(
+            each,
+            messages=tuple(
+                (role, text.replace(FORMAT_INSTRUCTION, instruction))
+                for role, text in each.messages
+            ),
+            thinking=thinking,
+        )
+        for each in prompts
+    ]
+
+
 def format_only(problems: Sequence[Problem]) -> list[Prompt]:
     """The same instructions without memory: the control of retrieved strategies."""
     return [solve_prompt(problem, "format-only") for problem in problems]
@@ -255,7 +281,8 @@ def _solve(
         prompts = retrieved(bank, group, config.k, "streaming", config.place, key=config.key)
     else:
         prompts = format_only(group)
-    sampling = Sampling(config.solve_tokens, config.temperature, top_p=0.95)
+    prompts = worded(prompts, config.instruction, config.thinking)
+    sampling = Sampling(config.solve_tokens, config.temperature, top_p=0.95, seed=config.seed)
     return evaluate(
         engine.model, prompts, sampling, store, config.width, engine.batch_size,
         report=lambda line: None, memory=engine.memory,
@@ -280,12 +307,16 @@ def _extract(
     for problem in group:
         rows = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
         attempts = [(row.text, bool(row.judged)) for row in rows.itertuples()]
+        if config.corrected:
+            told = f"\n\nThe correct answer is {problem.answer}."
+            attempts = [(text if correct else text + told, correct) for text, correct in attempts]
         if attempts:
-            calls.append(partial(extractor, problem.question, attempts, seed=step))
+            seed = step + DRAW * config.seed
+            calls.append(partial(extractor, problem.question, attempts, seed=seed))
             sources.append((problem, any(correct for _, correct in attempts)))
     fingerprint = digest([extractor.dump_state(), config.extract_tokens], 12)
     for (problem, correct), outcome in zip(sources, _together(teacher, calls), strict=True):
-        for lesson in (outcome.lessons or [])[:ITEMS]:
+        for lesson in (outcome.lessons or [])[: ITEMS if config.width == 1 else CONTRAST_ITEMS]:
             if reason := fault(lesson, problem):
                 rejected.append(reason)
                 continue

@@ -58,8 +58,9 @@ class Engine:
         max_new_tokens: int = 256,
         batch_size: int = 64,
         memory: Memory = Memory(),  # noqa: B008 (frozen)
+        thinking: bool = False,
     ):
-        self.model, self.max_new_tokens = model, max_new_tokens
+        self.model, self.max_new_tokens, self.thinking = model, max_new_tokens, thinking
         self.batch_size, self.memory = batch_size, memory
         self.calls = self.rounds = self.prompt_tokens = self.new_tokens = self.truncated = 0
         self._asked: Counter = Counter()  # requests without a seed
@@ -73,7 +74,8 @@ class Engine:
         """The model string for DSPy: all that determines an answer except the request."""
         memory = digest(self.memory.key, 8)
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return f"kit/{self.model.name}@{self.model.weights_hash}/{dtype}/{memory}"
+        name = f"kit/{self.model.name}@{self.model.weights_hash}/{dtype}/{memory}"
+        return f"{name}/thinking" if self.thinking else name
 
     def complete(self, request: Request) -> Response:
         """Answer one request in a batch with those that wait at the same time."""
@@ -188,7 +190,8 @@ class Engine:
             top_p=config.top_p or 1.0,
             top_k=config.top_k or 0,
         )
-        prompt = Prompt(Problem("", "", "", "", 0, "dspy"), "dspy", tuple(messages))
+        problem = Problem("", "", "", "", 0, "dspy")
+        prompt = Prompt(problem, "dspy", tuple(messages), self.thinking)
         ids = decode.tokenize(self.model, prompt)
         name, sample = json.dumps([prompt.id, config.seed]), 0
         if config.seed is None:

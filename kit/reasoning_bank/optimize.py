@@ -56,12 +56,14 @@ def optimize(
     demos: int = 2,
     trials: int = 6,
     seed: int = 0,
+    proposer: dspy.BaseLM | None = None,
 ) -> dspy.Module:
     """An optimized copy of `program`; model and adapter are those of the DSPy context.
 
     `how` is one of OPTIMIZERS, `demos` the most demonstrations in a prompt, `trials` the number of
-    candidates. ValueError for another optimizer, for a problem in both splits, or without a
-    reflection model for GEPA.
+    candidates. `proposer` writes the instructions: the same model for MIPROv2 unless it is given,
+    for GEPA that of KIT_REFLECTION_MODEL. ValueError for another optimizer, for a problem in both
+    splits, or without a proposer for GEPA.
     """
     if how not in OPTIMIZERS:
         raise ValueError(f"No optimizer {how!r}; choose one of {', '.join(OPTIMIZERS)}.")
@@ -74,9 +76,10 @@ def optimize(
         return few.compile(program, **data)
     data["valset"] = examples(validation)
     if how == "gepa":
-        calls = dict(max_metric_calls=trials * len(validation), reflection_lm=_stronger())
-        return dspy.GEPA(feedback, **calls, seed=seed).compile(program, **data)
-    few = dict(max_bootstrapped_demos=demos, max_labeled_demos=0)
+        calls, reflection = trials * len(validation), proposer or _stronger()
+        made = dspy.GEPA(feedback, max_metric_calls=calls, reflection_lm=reflection, seed=seed)
+        return made.compile(program, **data)
+    few = dict(max_bootstrapped_demos=demos, max_labeled_demos=0, prompt_model=proposer)
     search = dspy.MIPROv2(metric, auto=None, num_candidates=max(2, trials // 2), seed=seed, **few)
     # A small model cannot make use of programs or data sets: it proposes another wording only.
     aware = ("data", "program", "tip", "fewshot")

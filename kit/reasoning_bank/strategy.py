@@ -67,6 +67,11 @@ class Strategy:
         """The text that is embedded and searched."""
         return f"{self.title}. {self.description} {self.content}".strip()
 
+    @property
+    def summary(self) -> str:
+        """Title and description, which reasoning-bank-slm embeds."""
+        return f"{self.title}. {self.description}".strip()
+
 
 @dataclass(frozen=True)
 class RetrievalResult:

@@ -30,7 +30,8 @@ SIZES = ("fetched", "stored", "trained")  # parameters, parameters, tokens of tr
 GAPS = "Frontiers of cache settings at equal bytes"
 READ = "Where the gold answer is read"
 WORTH = "Planted rules, retrieved against each control"
-CONTROLS = r"(?:no-hint$|hint-|planted-)"  # arms of the strategy study's first two steps
+# Arms of the strategy study's first two steps, and of other draws of its bank.
+CONTROLS = r"(?:no-hint$|hint-|planted-|retrieved-draw)"
 PLACES = "Five memories, the best of each alone"
 QUALITY = "Quality at equal live tokens"
 # Entries of the results that are tables, by caption.
@@ -92,7 +93,7 @@ def _of_strategies(caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
 
 def strategies(records: pd.DataFrame) -> pd.DataFrame:
     """The arms of the strategy study that are compared: neither its earlier controls, which are on
-    other problems, nor arms that repeat the prompts of another."""
+    other problems, nor other draws of the bank, nor arms that repeat the prompts of another."""
     primary = claims.primary()["02_strategies"]
     records = records[~records["arm"].str.match(CONTROLS)]
     repeated = contrasts.twins(records, (primary["control"], primary["arm"]))

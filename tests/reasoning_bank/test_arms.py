@@ -5,11 +5,14 @@ import pandas as pd
 import pytest
 
 from kit.data import problems
+from kit.evaluation.evaluate import evaluate
+from kit.evaluation.store import Store
 from kit.models import embedder
 from kit.reasoning_bank import arms, build
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.dspy_backend import PLACES
 from kit.reasoning_bank.programs import Solver
+from kit.schema import Sampling
 from tests.reasoning_bank.test_bank import lesson
 
 PROSE = " ".join(f"The river carries sand number {i} to the sea." for i in range(200))
@@ -114,6 +117,43 @@ def test_a_revision_shows_the_first_answer(bank, tests):
     assert all(text and text in p.messages[0][1] for text, p in zip(kept, again)), "memory stays"
     assert {p.arm for p in again} == {"matts-sequential"}
     assert [p.problem for p in again] == [p.problem for p in prompts]
+
+
+def test_scaling_without_memory_costs_what_it_costs_with_it(bank, tests, tiny, tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def ask(prompts, samples=1, sampling=Sampling(8, temperature=1.0)):  # noqa: B008 (frozen)
+        calls.append((prompts[0].arm, samples, len(prompts)))
+        return evaluate(tiny, prompts, sampling, store, samples, report=lambda line: None)
+
+    made = {}
+    for name, prompts in (("matts", build.retrieved(bank, tests[:2])),
+                          ("no-memory", build.format_only(tests[:2]))):  # fmt: skip
+        records = arms.scaled(prompts, ask(prompts), (1, 3), ask, store, name=name)
+        made[name] = records["arm"].value_counts().to_dict()
+        assert {*records["temperature"]} == {1.0}
+    assert made["matts"] == {"matts-samples": 6, "matts-sequential-1": 2, "matts-parallel-1": 2,
+                             "matts-sequential": 2, "matts-parallel": 2}  # fmt: skip
+    assert {*made["no-memory"]} == {arm.replace("matts", "no-memory") for arm in made["matts"]}
+    half = len(calls) // 2
+    assert [call[1:] for call in calls[:half]] == [call[1:] for call in calls[half:]]
+
+
+def test_draws_of_a_bank_are_crossed_with_problems():
+    def frame(correct):
+        rows = {"problem_id": [*"abcdefgh"][: len(correct)], "correct": [c == "1" for c in correct]}
+        same = dict(arm="a", source="s", seed=0, sample=0, model="m", weights_hash="w",
+                    policy="full", finish="stop", family="f", level=1, temperature=0.0,
+                    compliant=True, method="none", extracted="", answer="", asks="any")  # fmt: skip
+        return pd.DataFrame(rows).assign(**same)
+
+    control = frame("00000000")
+    one = arms.over_draws([frame("11110000")], control)
+    same = arms.over_draws([frame("11110000")] * 3, control)
+    apart = arms.over_draws([frame(x) for x in ("11110000", "1111", "0000")], control)
+    assert one.estimate == same.estimate == 50 and one.n == 8
+    assert apart.estimate == pytest.approx(200 / 3) and apart.n == 4
+    assert apart.high - apart.low > same.high - same.low, "banks that differ widen the interval"
 
 
 def test_one_of_several_samples_is_chosen_by_its_number(tests):

@@ -1,6 +1,7 @@
 """Filling a bank: what is learnt from whom, and that a killed build ends with the same bank."""
 
 import dataclasses
+import itertools
 import json
 
 import dspy
@@ -13,7 +14,7 @@ from kit.models import embedder
 from kit.reasoning_bank import build
 from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.build import BankBuildConfig
-from kit.reasoning_bank.dspy_backend import Engine
+from kit.reasoning_bank.dspy_backend import Engine, Lines
 from kit.schema import digest
 from tests.fake_openai import served
 from tests.scripted import Scripted
@@ -129,6 +130,47 @@ def test_streaming_solves_each_group_with_what_came_before(tmp_path, minilm, tea
     unread = frame[frame["judged"].isna()]["problem_id"]
     assert len(unread) and not set(unread) & {item.problem_id for item in bank.strategies()}
     assert teacher.told.count("judge") == 19
+
+
+def test_what_was_learnt_is_appended_after_every_task(tmp_path, minilm, teacher, group):
+    recipe = dataclasses.replace(QUICK, judge="self", k=1, group=1)
+    bank, frame = built(tmp_path, minilm, teacher, group[:8], recipe)
+    taught = frame["judged"].notna().tolist()
+    assert [len(bank.checkout(tag)) for tag in bank.tags()[1:]] == [*itertools.accumulate(taught)]
+    assert (frame["retrieved"][: taught.index(True) + 1] == "").all()
+    assert frame["retrieved"].iloc[-1], "the last task sees what those before it taught"
+
+
+def test_another_seed_draws_another_bank(tmp_path, minilm, tiny, group):
+    """Its attempts and its lessons; a bank that is there is not drawn again."""
+    seeds, replies = [], []
+
+    class Counted(Engine):
+        def _response(self, request, generation):
+            seeds.append(request.config.seed)
+            return super()._response(request, generation)
+
+    for seed in (0, 1, 0):
+        recipe = dataclasses.replace(QUICK, seed=seed)
+        given = Counted(tiny, batch_size=8), minilm, group[:6], Store(tmp_path / "store"), recipe
+        replies.append(build.build_bank(tmp_path, *given)[1]["text"].tolist())
+    assert replies[0] == replies[2] != replies[1]
+    assert len(seeds) == 12 and len({*seeds}) == 2
+
+
+def test_who_learns_from_a_failure_may_be_told_the_answer(tmp_path, minilm, tiny, group):
+    def shown(corrected: bool) -> str:
+        scripted = Scripted(["nothing"] * 6)
+        server = dspy.LM("kit/scripted", engine=scripted, cache=False, num_retries=0)
+        recipe = dataclasses.replace(QUICK, corrected=corrected)
+        bank = ReasoningBank(tmp_path / str(corrected), minilm)
+        store = Store(tmp_path / "store")
+        with dspy.context(adapter=Lines()):
+            build.fill_bank(bank, Engine(tiny), group[:1], store, recipe, print, server)
+        return scripted.asked[0][-1][1]
+
+    told = f"The correct answer is {group[0].answer}."
+    assert told in shown(True) and told not in shown(False)
 
 
 def test_several_trajectories_are_contrasted(tmp_path, minilm, teacher, group):
