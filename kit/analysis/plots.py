@@ -8,7 +8,8 @@ readable letters.
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,22 @@ from matplotlib.figure import Figure
 WIDTH = 4.6  # inches
 SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
 SERIES += (("#E69F00", "v"), ("#56B4E9", "P"), ("#999999", "X"))
+# Names that figures share, as places in SERIES: one colour and marker a name in every figure.
+SHARED = {
+    name: place
+    for group in (
+        ("plain", "format"),
+        ("plain", "fetched", "rag", "shared", "lora-ffn", "wrong", "generic", "continued",
+         "fetched-oracle", "rag + fetched", "shared-bank", "shared-lora-ffn", "fetched-early",
+         "larger anchor", "rag 5", "rag 5 + fetched"),
+        ("full", "dms", "window", "h2o", "tova", "random"),
+        ("as it is", "blocks", "strategies", "trained", "cache", "weights"),
+        ("without the bank", "with the bank"),
+        ("linear weights", "keys and values", "strategies", "embeddings", "bank",
+         "scales and zeros", "norms", "evictor"),
+    )
+    for place, name in enumerate(group)
+}  # fmt: skip
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -33,6 +50,11 @@ STYLE = {
     "svg.fonttype": "path",  # the same letters where the font is missing
     "svg.hashsalt": "kit",  # the same ids, so the same bytes, each time
 }
+
+
+def three_digits(value: float) -> str:
+    """Three digits for an alternative text: 0.012, 3.4, 1,204; never 1.2e+03."""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 class Picture(Figure):
@@ -55,27 +77,37 @@ def rows_of(rows: int, row_inches: float) -> tuple[Picture, Axes]:
     return picture, axes
 
 
+def places(names: Iterable[str]) -> list[int]:
+    """The place in SERIES of each of the `names` in a figure: that of SHARED, or else the first one
+    that no other has."""
+    listed = [SHARED.get(name) for name in names]
+    free = (place for place in count() if place not in listed)
+    return [next(free) if place is None else place for place in listed]
+
+
+def look(place: int) -> dict:
+    """Colour, marker and line of a place in SERIES: behind the last of them come the same colours
+    again, hollow and dashed, then half filled and dotted."""
+    colour, marker = SERIES[place % len(SERIES)]
+    again = min(place // len(SERIES), 2)
+    return {"color": colour, "marker": marker, "linestyle": ("-", "--", ":")[again],
+            "markerfacecolor": "white" if again == 1 else colour,
+            "fillstyle": "left" if again == 2 else "full"}  # fmt: skip
+
+
 def intervals(axes: Axes, at: np.ndarray, numbers: np.ndarray, series: int, label: str) -> None:
     """Points with horizontal error bars; `numbers` is rows of (estimate, low, high)."""
     value, low, high = numbers.reshape(-1, 3).T
-    colour, marker = SERIES[series % len(SERIES)]
     error = np.clip([value - low, high - value], 0, None)  # 0% may have its low end at 1e-15
-    axes.errorbar(
-        value, at, xerr=error, linestyle="", color=colour, marker=marker, elinewidth=1.2,
-        label=label,
-    )  # fmt: skip
+    points = look(series) | {"linestyle": ""}
+    axes.errorbar(value, at, xerr=error, elinewidth=1.2, label=label, **points)
 
 
 def line(axes: Axes, at, numbers: list[tuple], series: int, label: str) -> None:
-    """A line through points with vertical error bars; `numbers` is (estimate, low, high) each.
-    Colours begin again after seven series, then hollow and dashed."""
+    """A line through points with vertical error bars; `numbers` is (estimate, low, high) each."""
     value, low, high = np.array(numbers, dtype=float).reshape(-1, 3).T
-    colour, marker = SERIES[series % len(SERIES)]
-    again = dict(linestyle="--", markerfacecolor="white") if series >= len(SERIES) else {}
-    axes.errorbar(
-        at, value, yerr=np.clip([value - low, high - value], 0, None), color=colour, marker=marker,
-        linewidth=1.2, elinewidth=1, label=label, **again,
-    )  # fmt: skip
+    error = np.clip([value - low, high - value], 0, None)
+    axes.errorbar(at, value, yerr=error, linewidth=1.2, elinewidth=1, label=label, **look(series))
 
 
 def finish(picture: Picture, axes: Axes, at: np.ndarray, names: list[str], title: str) -> None:
@@ -160,10 +192,11 @@ def accuracy_by_family(tables: dict[str, pd.DataFrame]) -> Picture:
         picture, axes = rows_of(len(rows), 0.08 + 0.07 * len(tables))
         at = {row: len(rows) - 1 - number for number, row in enumerate(rows)}
         step = 0.55 / max(len(tables), 1)
-        for number, (arm, table) in enumerate(tables.items()):
+        for number, (series, arm) in enumerate(zip(places(tables), tables)):
+            table = tables[arm]
             offset = step * (number - (len(tables) - 1) / 2)
             heights = np.array([at[row] for row in _rows(table)]) - offset
-            intervals(axes, heights, np.array([*table["accuracy"]]), number, arm)
+            intervals(axes, heights, np.array([*table["accuracy"]]), series, arm)
         axes.axhline(0.5, color="black", linewidth=0.6)
         axes.set_xlim(-2, 102)
         axes.set_xlabel("accuracy, percent, 95% interval")

@@ -273,7 +273,7 @@ def cell_text(name: str, cell) -> str:
     if isinstance(cell, tuple):
         digits = {"kl": ".3f", "kl_ratio": ".2f"}.get(name, ".1f")
         sign = "+" if name == "difference" else ""
-        return f"{cell[0]:{sign}{digits}} [{cell[1]:{digits}}, {cell[2]:{digits}}]"
+        return f"{cell[0]:{sign}z{digits}} [{cell[1]:z{digits}}, {cell[2]:z{digits}}]"
     if cell is None or pd.isna(cell):
         return "–"
     if name in ("kept_fraction", "membership"):
@@ -286,7 +286,7 @@ def cell_text(name: str, cell) -> str:
         return f"{cell / 2**20:.2f} MiB"
     if isinstance(cell, Integral):
         return f"{cell:,}"
-    return f"{cell:,.1f}" if isinstance(cell, float) else str(cell)
+    return f"{cell:z,.1f}" if isinstance(cell, float) else str(cell)
 
 
 def style(table: pd.DataFrame):

@@ -8,9 +8,18 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture
+from kit.analysis import pareto
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, look, places, three_digits
 
 MIB = 2**20
+# Column of a sweep: label of its axis, what the colours tell apart, and its unit.
+BUDGETS = {
+    "bytes": ("MiB, one question alone", "weights", MIB),
+    "shared_bytes": ("MiB, weights shared by {}", "cache", MIB),
+    "reads": ("tokens read of the cache, mean over layers", "cache", 1),
+    "seconds": ("seconds, batch as run here", "weights", 1),
+    "joules": ("joules, batch as run here", "weights", 1),
+}
 FAINT = 0.12  # opacity of a point that is on the frontier in no bootstrap draw
 
 
@@ -23,11 +32,11 @@ def ledger_bars(bars: Mapping[str, Mapping[str, float]]) -> Picture:
         picture = Picture(figsize=(WIDTH, 0.9 + 0.45 * len(bars)), layout="constrained")
         axes = picture.subplots()
         at, left = np.arange(len(bars))[::-1], np.zeros(len(bars))
-        for number, part in enumerate(parts):
+        for series, part in zip(places(parts), parts):
             size = np.array([bar.get(part, 0) / MIB for bar in bars.values()])
-            hatch = "///" if number >= len(SERIES) else None
-            colour = SERIES[number % len(SERIES)][0]
-            axes.barh(at, size, 0.6, left, color=colour, hatch=hatch, edgecolor="white", label=part)
+            hatch = "///" if series >= len(SERIES) else None
+            axes.barh(at, size, 0.6, left, color=look(series)["color"], hatch=hatch,
+                      edgecolor="white", label=part)  # fmt: skip
             left += size
         axes.set_yticks(at, [*bars])
         axes.tick_params(axis="y", length=0)
@@ -44,6 +53,24 @@ def ledger_bars(bars: Mapping[str, Mapping[str, float]]) -> Picture:
     return picture
 
 
+def sweep_frontier(table: pd.DataFrame, outcomes: np.ndarray, budget: str, batch: int) -> Picture:
+    """Accuracy of the scenarios of a sweep against a budget of BUDGETS, where `batch` questions
+    are answered at once; `table` has their intervals, `outcomes` is [C, P]."""
+    label, by, scale = BUDGETS[budget]
+    weights = [f"{b} bit{', memory' * m}" for b, m in zip(table["bits"], table["memory"])]
+    caches = [f"{p}, {b} bit" for p, b in zip(table["policy"], table["kv_bits"])]
+    table = table.assign(weights=weights, cache=caches)
+    front = pareto.table(table, budget, outcomes, np.random.default_rng(0))
+    return budget_frontier(front, budget, label.format(batch), by, scale)
+
+
+def places_frontier(front: pd.DataFrame, batch: int) -> Picture:
+    """Accuracy against bytes, the weights shared by `batch` questions, a colour per place of
+    memory; `front` is by `kit.analysis.effects.places`."""
+    label, _, scale = BUDGETS["shared_bytes"]
+    return budget_frontier(front, "shared_bytes", label.format(batch), "place", scale)
+
+
 def budget_frontier(
     table: pd.DataFrame, budget: str, label: str, by: str, scale: float = 1.0
 ) -> Picture:
@@ -56,14 +83,14 @@ def budget_frontier(
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.4), layout="constrained")
         axes, handles = picture.subplots(), []
-        for number, (name, rows) in enumerate(table.groupby(by, sort=False)):
-            colour, marker = SERIES[number % len(SERIES)]
-            face = "none" if number >= len(SERIES) else colour
-            seen = FAINT + (1 - FAINT) * rows["membership"].to_numpy()
-            look = dict(marker=marker, edgecolors=colour, facecolors=face, s=16)
-            axes.scatter(rows[budget] / scale, rows["accuracy"], alpha=seen, **look)
-            handles.append(Line2D([], [], linestyle="", marker=marker, color=colour,
-                                  markerfacecolor=face, label=name))  # fmt: skip
+        groups = dict([*table.groupby(by, sort=False)])
+        for series, name in zip(places(groups), groups):
+            rows, points = groups[name], look(series) | {"linestyle": ""}
+            opacity = FAINT + (1 - FAINT) * rows["membership"].to_numpy()
+            axes.scatter(rows[budget] / scale, rows["accuracy"], s=16, alpha=opacity,
+                         marker=points["marker"], edgecolors=points["color"],
+                         facecolors=points["markerfacecolor"])  # fmt: skip
+            handles.append(Line2D([], [], label=name, **points))
         value, low, high = np.array([*best["interval"]], dtype=float).reshape(-1, 3).T
         error = np.clip([value - low, high - value], 0, None)
         axes.errorbar(best[budget] / scale, value, yerr=error, linestyle="", color="black",
@@ -81,7 +108,7 @@ def budget_frontier(
         picture.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False,
                        fontsize=8)  # fmt: skip
     phrases = [
-        f"{row['accuracy']:.0f}% at {row[budget] / scale:.3g} ({row[by]}, on it in "
+        f"{row['accuracy']:.0f}% at {three_digits(row[budget] / scale)} ({row[by]}, on it in "
         f"{100 * row['membership']:.0f}% of the draws)"
         for row in best.drop_duplicates([budget, "accuracy"]).to_dict("records")
     ]

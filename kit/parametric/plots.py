@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line, places
 
 
 def cluster_map(paths: Mapping[str, Sequence[int]], branching: int) -> Picture:
@@ -85,9 +85,9 @@ def accuracy_by_frequency(table: pd.DataFrame, buckets: Sequence[str]) -> Pictur
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.2), layout="constrained")
         axes, count = picture.subplots(), len(table)
-        for number, row in enumerate(table.to_dict("records")):
+        for number, (series, row) in enumerate(zip(places(table["arm"]), table.to_dict("records"))):
             at = np.arange(len(parts)) + 0.06 * (number - (count - 1) / 2)
-            line(axes, at, [row[part] for part in parts], number, row["arm"])
+            line(axes, at, [row[part] for part in parts], series, row["arm"])
         axes.set_xticks(range(len(parts)), parts)
         axes.set_xlabel("how often a fact was told in training")
         axes.set_ylabel("accuracy, percent, 95% interval")
@@ -106,8 +106,8 @@ def accuracy_by_bytes(table: pd.DataFrame) -> Picture:
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.0), layout="constrained")
         axes = picture.subplots()
-        for number, row in enumerate(table.to_dict("records")):
-            line(axes, [row["read_bytes"] / 2**20], [row["accuracy"]], number, row["arm"])
+        for series, row in zip(places(table["arm"]), table.to_dict("records")):
+            line(axes, [row["read_bytes"] / 2**20], [row["accuracy"]], series, row["arm"])
         axes.set_xscale("symlog", linthresh=0.1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
         axes.set_xlabel("MiB read per query beside the model")

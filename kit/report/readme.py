@@ -64,9 +64,10 @@ def figure(published: Path = PUBLISHED_RUNS) -> plots.Picture:
     with matplotlib.rc_context(plots.STYLE):
         picture = plots.Picture(figsize=(2 * plots.WIDTH, 3.4), layout="constrained")
         left, middle, right = picture.subplots(1, 3)
-        for number, (name, rows) in enumerate(quality.groupby("policy", sort=False)):
-            if name != "full":
-                plots.line(left, rows["kept_fraction"], [*rows["kl"]], number, name)
+        groups = dict([*quality[quality["policy"] != "full"].groupby("policy", sort=False)])
+        for series, name in zip(plots.places(groups), groups):
+            rows = groups[name]
+            plots.line(left, rows["kept_fraction"], [*rows["kl"]], series, name)
         left.set(title="KV-cache eviction", xlabel="kept fraction of the tokens", ylim=(0, None),
                  ylabel="KL to full attention, nats per token")  # fmt: skip
         left.legend(frameon=False)
@@ -114,5 +115,5 @@ def _lowest(quality: pd.DataFrame) -> str:
 
 def _said(frame: pd.DataFrame) -> str:
     pairs = zip(frame["control"], frame["difference"])
-    return ", ".join(f"{name} {round(value, 1) + 0:.1f} [{low:.1f}, {high:.1f}]"
+    return ", ".join(f"{name} {value:z.1f} [{low:z.1f}, {high:z.1f}]"
                      for name, (value, low, high) in pairs)  # fmt: skip

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.image import imread
 
-from kit.analysis import effects, pareto, plots, tables
+from kit.analysis import effects, plots, tables
 from kit.analysis.plots import Picture
-from kit.budget.plots import budget_frontier
+from kit.budget.plots import places_frontier, sweep_frontier
 from kit.dms import plots as dms_plots
 from kit.parametric import plots as parametric_plots
 from kit.report import exhibits, recompute
@@ -53,25 +53,22 @@ def figure(
         return parametric_plots.accuracy_by_frequency(arms[best], results["buckets"])
     if caption == "Accuracy against bytes read":
         return parametric_plots.accuracy_by_bytes(frames[recompute.BYTES])
-    by = {"Accuracy against bytes, weights shared": ("scenarios", "cache"),
-          "Five memories on one axis of bytes": ("places", "place")}  # fmt: skip
-    return _frontier(*by[caption], results, records, parameters["BATCH"]) if caption in by else None
+    rows_of = {"Accuracy against bytes, weights shared": "scenarios",
+               "Five memories on one axis of bytes": "places"}  # fmt: skip
+    if caption in rows_of:
+        return _frontier(rows_of[caption], results, records, parameters["BATCH"])
+    return None
 
 
-def _frontier(
-    name: str, by: str, found: Mapping, records: pd.DataFrame, batch: int
-) -> Picture:  # fmt: skip
+def _frontier(name: str, results: Mapping, records: pd.DataFrame, batch: int) -> Picture:
     """The `scenarios` or `places` of a sweep against bytes where `batch` questions share the
-    weights, a colour per value of `by`."""
-    rows, solved = pd.DataFrame(found[name]), recompute.outcomes(found, name, records)
+    weights."""
+    rows, correct = pd.DataFrame(results[name]), recompute.outcomes(results, name, records)
     if name == "places":
-        front, _ = effects.places(rows, solved, np.random.default_rng(0))
-    else:
-        rows = rows.rename(columns={"accuracy": "interval"})
-        rows["cache"] = [f"{p}, {b} bit" for p, b in zip(rows["policy"], rows["kv_bits"])]
-        front = pareto.table(rows, "shared_bytes", solved, np.random.default_rng(0))
-    label = f"MiB, weights shared by {batch}"
-    return budget_frontier(front, "shared_bytes", label, by, 2**20)
+        front, _ = effects.places(rows, correct, np.random.default_rng(0))
+        return places_frontier(front, batch)
+    rows = rows.rename(columns={"accuracy": "interval"})
+    return sweep_frontier(rows, correct, "shared_bytes", batch)
 
 
 def compare(picture: Picture, files: Mapping[str, bytes]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line, places, three_digits
 
 
 def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:
@@ -90,9 +90,10 @@ def rounds(table: pd.DataFrame) -> Picture:
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.0), layout="constrained")
         axes = picture.subplots()
-        for number, (way, rows) in enumerate(table.groupby("way", sort=False)):
-            offset = 0.06 * (number - (table["way"].nunique() - 1) / 2)
-            line(axes, rows["round"] + offset, [*rows["accuracy"]], number, way)
+        groups = dict([*table.groupby("way", sort=False)])
+        for number, (series, way) in enumerate(zip(places(groups), groups)):
+            rows, offset = groups[way], 0.06 * (number - (len(groups) - 1) / 2)
+            line(axes, rows["round"] + offset, [*rows["accuracy"]], series, way)
         axes.set_xticks(sorted(table["round"].unique()))
         axes.set_xlabel("rounds of training")
         axes.set_ylabel("accuracy, percent, 95% interval")
@@ -129,7 +130,7 @@ def training(runs: Sequence[Sequence[Mapping]], shown: Mapping[str, str]) -> Pic
         for axes in panels[-1]:
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    last = [f"{label} {frames[0][key].iloc[-1]:.3g}" for key, label in here.items()]
+    last = [f"{label} {three_digits(frames[0][key].iloc[-1])}" for key, label in here.items()]
     picture.alt = (
         f"Training over {len(frames[0])} steps and {len(runs)} seeds; at the end of the first: "
         f"{', '.join(last)}."

@@ -97,7 +97,7 @@ def drift(prompts: Sequence, completions: Sequence, **_) -> list[float]:
     0.0 for a completion without letters. Open-RS requests English in the prompt instead.
     """
     return [
-        -_foreign(text, _scripts(asked))
+        0.0 - _foreign(text, _scripts(asked))  # not -0.0
         for text, asked in zip(_texts(completions), map(_text, prompts), strict=True)
     ]
 

@@ -9,8 +9,12 @@ import pandas as pd
 import pytest
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
 
 from kit.analysis import claims, plots, tables
+from kit.budget.plots import ledger_bars
+from kit.dms import plots as dms_plots
+from kit.parametric import plots as parametric_plots
 from kit.training import checkpoint_selection
 from kit.training import plots as curves
 
@@ -170,6 +174,57 @@ def test_notebooks_show_a_picture_with_its_text():
 def test_series_differ_in_colour_and_in_marker():
     colours, markers = zip(*plots.SERIES)
     assert len({*colours}) == len({*markers}) == len(plots.SERIES)
+
+
+def looks(picture: plots.Picture) -> dict[str, tuple]:
+    """Colour and fill of each name in a figure."""
+    found = {}
+    for axes in picture.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            shape = handle if isinstance(handle, Line2D) else handle[0]  # of error bars, of bars
+            if isinstance(shape, Line2D):
+                look = shape.get_color(), shape.get_markerfacecolor(), shape.get_fillstyle()
+            else:
+                look = shape.get_facecolor(), shape.get_hatch()
+            found[name] = look
+    return found
+
+
+def test_a_name_has_one_colour_in_all_figures():
+    policies = pd.DataFrame({
+        "policy": ["full", "dms", "window", "tova", "h2o", "random"], "compression_x": 4.0,
+        "kept_fraction": 0.25, "kl": [(1.0, 0.9, 1.1)] * 6, "kv_bytes": 1e6,
+    })  # fmt: skip
+    arms = ["plain", "fetched", "wrong", "shared", "shared-bank", "rag", "rag 5", "lora-ffn"]
+    facts = pd.DataFrame({
+        "arm": arms, "accuracy": [(50.0, 40.0, 60.0)] * len(arms), "read_bytes": 1.0,
+    })  # fmt: skip
+    facts = facts.assign(all=facts["accuracy"])
+    ways = pd.DataFrame({"way": ["with the bank", "without the bank"], "round": 0})
+    ways["accuracy"] = [(50.0, 40.0, 60.0)] * 2
+    groups = [
+        [dms_plots.quality(policies), dms_plots.quality(policies[1:]),
+         dms_plots.quality(policies[::-2]), dms_plots.allocated(policies)],
+        [parametric_plots.accuracy_by_frequency(facts, ["all"]),
+         parametric_plots.accuracy_by_frequency(facts[::-2], ["all"]),
+         parametric_plots.accuracy_by_bytes(facts[2:])],
+        [curves.rounds(ways), curves.rounds(ways[::-1])],
+        [ledger_bars({"a": {"bank": 1, "norms": 2, "keys and values": 3}}),
+         ledger_bars({"a": {"keys and values": 3, "strategies": 1}})],
+    ]  # fmt: skip
+    for pictures in groups:
+        named = looks(pictures[0])
+        assert len({*named.values()}) == len(named), "two names look alike"
+        for picture in pictures[1:]:
+            drawn_now = looks(picture)
+            assert drawn_now.keys() & named.keys()
+            for name in drawn_now.keys() & named.keys():
+                assert drawn_now[name] == named[name], name
+
+
+def test_a_name_that_is_not_listed_takes_a_free_place():
+    assert plots.places(["new", "fetched", "plain", "newer"]) == [2, 1, 0, 3]
+    assert [plots.look(place)["linestyle"] for place in (6, 7, 14)] == ["-", "--", ":"]
 
 
 def test_forest_draws_the_contrasts_and_tells_the_declared_one():
