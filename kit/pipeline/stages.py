@@ -270,8 +270,8 @@ def inputs(stage: Stage, earlier: list[Stage]) -> dict[str, str]:
 
 
 def named_files(value: object, root: Path) -> list[Path]:
-    """Files of the reader's own, outside data/, that parameters name: a file, those of a folder,
-    those that a TOML names."""
+    """Files of the reader's own that parameters name: a file, those of a folder, those that a TOML
+    names. What lies in data/ and kit/ counts by itself, whatever word is also a folder's name."""
     if isinstance(value, dict | list):
         each = value.values() if isinstance(value, dict) else value
         return [file for one in each for file in named_files(one, root)]
@@ -291,7 +291,8 @@ def named_files(value: object, root: Path) -> list[Path]:
             table = {}
         files += [file for one in table.values() if isinstance(one, str)
                   if (file := files[0].parent / one).is_file()]  # fmt: skip
-    return [file for file in files if not file.is_relative_to(root / "data")]
+    counted = root / "data", root / "kit"
+    return [file for file in files if not any(map(file.is_relative_to, counted))]
 
 
 def _stamp(file: Path) -> list:

@@ -179,6 +179,14 @@ def test_a_changed_file_of_the_readers_own_makes_stale_what_names_it(tmp_path):
         before = stages.inputs(stage, [])["files"]
 
 
+def test_a_word_that_is_also_a_folder_of_the_project_names_no_file():
+    """PROTOCOL = "kit": each edit of the kit would make the stage stale."""
+    named_files = stages.named_files
+    assert (paths.ROOT / "kit").is_dir() and (paths.ROOT / "data" / "problems").is_dir()
+    assert named_files({"PROTOCOL": "kit", "SUITE": "data/problems"}, paths.ROOT) == []
+    assert named_files(["requirements.lock"], paths.ROOT) == [paths.ROOT / "requirements.lock"]
+
+
 def test_new_results_reach_later_stages_and_equal_ones_do_not(project):
     edit(project / "kit/alpha.py", "return B", "return B + 0")
     assert run(project) == 0
