@@ -196,7 +196,7 @@ def audit(claim: Claim) -> Audit:
         return Audit(claim.id, interval, None, None, reading)
     needed, units = _needed(claim)
     p = f"p = {comparison.p:.2g}" if comparison.p >= 0.001 else "p < 0.001"
-    if comparison.p < 0.05:
+    if comparison.p < stats.ALPHA:
         reading = f"{p}: the counts bear a difference of {low:.1f} to {high:.1f} {unit}"
     else:
         reading = f"{p}: cannot tell {abs(claim.reported_value):.3g} {unit} from none"

@@ -19,6 +19,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kit.analysis import stats
+
 WIDTH = 4.6  # inches
 SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^"))
 SERIES += (("#E69F00", "v"), ("#56B4E9", "P"), ("#999999", "X"))
@@ -83,6 +85,12 @@ def places(names: Iterable[str]) -> list[int]:
     listed = [SHARED.get(name) for name in names]
     free = (place for place in count() if place not in listed)
     return [next(free) if place is None else place for place in listed]
+
+
+def groups(table: pd.DataFrame, by: str) -> list[tuple[int, str, pd.DataFrame]]:
+    """The place in SERIES, the name and the rows of each value of a column, in their order."""
+    frames = dict([*table.groupby(by, sort=False)])
+    return [*zip(places(frames), frames, frames.values(), strict=True)]
 
 
 def look(place: int) -> dict:
@@ -229,7 +237,7 @@ def published_effects(audits: pd.DataFrame) -> Picture:
     """
     points = audits["published"].str.endswith((" percent", " points"))
     effects = audits[audits["p"].notna() & points]
-    unsure = (effects["p"] >= 0.05).to_numpy(dtype=bool)
+    unsure = (effects["p"] >= stats.ALPHA).to_numpy(dtype=bool)
     with matplotlib.rc_context(STYLE):
         picture, axes = rows_of(len(effects), 0.17)
         at = np.arange(len(effects))[::-1]

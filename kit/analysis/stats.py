@@ -18,6 +18,7 @@ from scipy import optimize, stats
 from statsmodels.stats import proportion
 from statsmodels.stats.multitest import multipletests
 
+ALPHA = 0.05  # a p of at least this does not tell a difference from zero
 FEW = 10  # with fewer problems that deviate from the median, a bootstrap interval is too narrow
 
 

@@ -13,6 +13,7 @@ from math import ceil, hypot
 
 import pandas as pd
 
+from kit.analysis import stats
 from kit.analysis.claims import PROFILES, Claim, audit, impossible, measure
 from kit.analysis.contrasts import Measurement
 
@@ -136,7 +137,7 @@ def _audited(claim: Claim) -> Verdict:
         return Verdict(claim.id, AUDIT, "impossible", f"{reading.reading}; {claim.scope}")
     if reading.interval is None:
         return Verdict(claim.id, BEYOND, "", claim.scope)
-    bears = reading.p is None or reading.p < 0.05
+    bears = reading.p is None or reading.p < stats.ALPHA
     return Verdict(claim.id, AUDIT, BEARS if bears else CANNOT, f"{reading.reading}; {claim.scope}")
 
 
@@ -311,7 +312,7 @@ def headline(rows: Iterable[Mapping], audits: pd.DataFrame, models: str = "") ->
         for on in (PUBLISHED, OTHER_TASK, STAND_IN, RECOMPUTED)
     )
     effects = audits.dropna(subset=["p"])
-    unsure = int((effects["p"] >= 0.05).sum())
+    unsure = int((effects["p"] >= stats.ALPHA).sum())
     return [
         f"On the published models and tasks: {there or 'nothing measured yet'}."
         + f" On the published models with other tasks: {other}." * bool(other),

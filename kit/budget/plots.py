@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from kit.analysis import pareto
-from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, look, places, three_digits
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, groups, look, places, three_digits
 
 MIB = 2**20
 # Column of a sweep: label of its axis, what the colours tell apart, and its unit.
@@ -83,9 +83,8 @@ def budget_frontier(
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.4), layout="constrained")
         axes, handles = picture.subplots(), []
-        groups = dict([*table.groupby(by, sort=False)])
-        for series, name in zip(places(groups), groups):
-            rows, points = groups[name], look(series) | {"linestyle": ""}
+        for series, name, rows in groups(table, by):
+            points = look(series) | {"linestyle": ""}
             opacity = FAINT + (1 - FAINT) * rows["membership"].to_numpy()
             axes.scatter(rows[budget] / scale, rows["accuracy"], s=16, alpha=opacity,
                          marker=points["marker"], edgecolors=points["color"],

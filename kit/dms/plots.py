@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line, look, places
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, groups, line, look
 
 
 def _plain_numbers(axis) -> None:
@@ -98,9 +98,8 @@ def quality(table: pd.DataFrame) -> Picture:
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.2), layout="constrained")
         axes = picture.subplots()
-        groups = dict([*table.groupby("policy", sort=False)])
-        for series, name in zip(places(groups), groups):
-            rows = groups[name].sort_values("kept_fraction")
+        for series, name, rows in groups(table, "policy"):
+            rows = rows.sort_values("kept_fraction")
             line(axes, rows["kept_fraction"], [*rows["kl"]], series, name)
         axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
@@ -120,9 +119,8 @@ def allocated(table: pd.DataFrame) -> Picture:
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 2.6), layout="constrained")
         axes = picture.subplots()
-        groups = dict([*table.groupby("policy", sort=False)])
-        for series, name in zip(places(groups), groups):
-            rows, points = groups[name], look(series) | {"linestyle": ""}
+        for series, name, rows in groups(table, "policy"):
+            points = look(series) | {"linestyle": ""}
             axes.plot(rows["kept_fraction"], rows["kv_bytes"] / 2**20, label=name, **points)
         axes.set_xlim(0, 1.05)
         axes.set_ylim(0, None)

@@ -60,8 +60,8 @@ def shuffled(
             p for p in problems if p.id != problem.id
         ]
         other = random.Random(f"{seed} {problem.id}").choice(others or [problem])
-        others = results[other.id].strategies
-        result = _filter(others, problem, len(others))
+        borrowed = results[other.id].strategies
+        result = _filter(borrowed, problem, len(borrowed))
         prompts.append(solve_prompt(problem, "shuffled", shown(result.strategies), result, place))
     return prompts
 

@@ -141,7 +141,7 @@ class ReasoningBank:
         tagged = {tag["version"] for tag in self._table.tags.list().values()}
         states = self._table.list_versions()
         ages = [datetime.now() - s["timestamp"] for s in states if s["version"] in tagged]
-        return max(UNTAGGED, *(age + timedelta(minutes=1) for age in ages), timedelta(0))
+        return max([UNTAGGED, *(age + timedelta(minutes=1) for age in ages)])
 
     def _rows(self, items: list[Strategy]) -> pyarrow.Table:
         columns = {name: [getattr(item, name) for item in items] for name in _names()}

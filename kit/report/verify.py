@@ -73,11 +73,9 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Jud
         try:
             remade = remake.stage(run, stage)
             tell(f"{stage}: {remade.count} tables, figures and measurements made again")
-            wrong, unchecked, files = (
-                wrong + remade.wrong,
-                unchecked + remade.left,
-                files | remade.files,
-            )
+            wrong += remade.wrong
+            unchecked += remade.left
+            files |= remade.files
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             damaged = f"results/{stage}.json or exhibits/{stage}/{exhibits.LIST}"
             wrong.append(f"{stage} cannot be made again, {damaged} is damaged ({error!r})")

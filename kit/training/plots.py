@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, line, places, three_digits
+from kit.analysis.plots import SERIES, STYLE, WIDTH, Picture, groups, line, three_digits
 
 
 def cosine(lengths: Mapping[str, np.ndarray], table: pd.DataFrame) -> Picture:
@@ -90,9 +90,8 @@ def rounds(table: pd.DataFrame) -> Picture:
     with matplotlib.rc_context(STYLE):
         picture = Picture(figsize=(WIDTH, 3.0), layout="constrained")
         axes = picture.subplots()
-        groups = dict([*table.groupby("way", sort=False)])
-        for number, (series, way) in enumerate(zip(places(groups), groups)):
-            rows, offset = groups[way], 0.06 * (number - (len(groups) - 1) / 2)
+        for number, (series, way, rows) in enumerate(groups(table, "way")):
+            offset = 0.06 * (number - (table["way"].nunique() - 1) / 2)
             line(axes, rows["round"] + offset, [*rows["accuracy"]], series, way)
         axes.set_xticks(sorted(table["round"].unique()))
         axes.set_xlabel("rounds of training")
