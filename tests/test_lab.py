@@ -63,7 +63,7 @@ class Page:
         self.socket.send(json.dumps({"id": self.sent, "method": method, "params": params}))
         while (answer := json.loads(self.socket.recv())).get("id") != self.sent:
             pass
-        return answer["result"]
+        return answer.get("result", {})  # none where the page has just gone elsewhere
 
     def run(self, body: str):
         """What the body of an asynchronous function returns in the page."""
@@ -74,7 +74,7 @@ class Page:
             returnByValue=True,
         )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+        return answer.get("result", {}).get("value")
 
 
 def awaited(ready, seconds: float = 120):
@@ -120,7 +120,8 @@ def page(tmp_path):
         process(browser, tmp_path / "browser.log", env),
     ):
         runtime = home / ".local" / "share" / "jupyter" / "runtime"
-        server = json.loads(awaited(lambda: [*runtime.glob("jpserver-*.json")])[0].read_text())
+        written = awaited(lambda: "".join(f.read_text() for f in runtime.glob("jpserver-*.json")))
+        server = json.loads(written)
         port = tmp_path / "browser" / "DevToolsActivePort"
         tab = Page(int(awaited(lambda: port.exists() and port.read_text()).split()[0]))
         tab.call("Emulation.setFocusEmulationEnabled", enabled=True)
