@@ -36,7 +36,11 @@ def atomic(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         part = Path(folder) / path.name
-        yield part
+        try:
+            yield part
+        except OSError as error:  # a write does not know to which file
+            error.filename = error.filename or str(path)
+            raise
         if part.is_dir():  # a folder replaces only an empty one
             shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)

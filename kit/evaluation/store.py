@@ -7,6 +7,7 @@ files, which LanceDB names at random.
 
 import errno
 import hashlib
+import os
 import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ class Store:
             yield
         except RuntimeError as error:
             if "os error 28" in str(error):
-                raise OSError(errno.ENOSPC, "the disk is full", str(self.folder)) from error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder)) from error
             why = str(error).partition(",")[0]  # then places in Lance's own sources
             raise ValueError(
                 f"The store in {self.folder} is damaged ({why}); move that folder away and run "

@@ -28,11 +28,22 @@ def assignments(source: str) -> dict:
 
 def misfit(value: object, default: object) -> str:
     """What is wrong with `value` in the place of `default`: "" where its type is the same, or an
-    integer stands for a float."""
+    integer stands for a float.
+
+    The items of a list fit one of the default's items, those of a table the default's of that name.
+    """
     if _holds_a_date(value):
         return "holds a date or time; write it as a text in quotes"
     kind = type(default)
-    if default is None or kind is Expression or type(value) is kind:
+    if default is None or kind is Expression:
+        return ""
+    if kind is list and type(value) is list:
+        odd = [item for item in value if default and all(misfit(item, of) for of in default)]
+        return f"holds {odd[0]!r}, {_a(type(odd[0]))}; the notebook has {default!r}" if odd else ""
+    if kind is dict and type(value) is dict:
+        wrong = {name: misfit(value[name], default[name]) for name in value if name in default}
+        return next((f"has {name}, which {why}" for name, why in wrong.items() if why), "")
+    if type(value) is kind:
         return ""
     if kind is float and type(value) is int:
         return ""

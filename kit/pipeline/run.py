@@ -6,6 +6,7 @@ status file stands; killed at any instant, the next run repeats that stage and n
 What makes a stage fresh is decided in `kit.pipeline.stages`.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.pipeline import declared, provenance
-from kit.pipeline.errors import UserError, read_json
+from kit.pipeline.errors import FULL, UserError, file_in_the_way, read_json
 from kit.pipeline.provenance import GIB
 from kit.pipeline.stages import (
     LARGER,
@@ -37,6 +38,7 @@ from kit.schema import digest
 SOURCE_LINES = 5  # of a failing cell
 QUIET, QUIET_NEW_CELL = 30, 10  # seconds between progress lines where no terminal is
 FAILED = 1  # exit status: a stage failed
+WRITTEN = ("notebooks", "status", "store", "results", "exhibits")  # folders of a run
 LOCKED = 3  # exit status: another run works in the same folder
 
 
@@ -69,7 +71,8 @@ def run(
         profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, given or {}
     )
     failed = []
-    with _alone(outputs_dir.resolve() / profile):
+    with _alone(outputs_dir.resolve() / profile) as folder:
+        _refuse_unwritable(folder)
         todo = [stage for stage in chosen if why(stage)]
         expected, after = start(chosen, todo)
         for stage in chosen:
@@ -128,6 +131,15 @@ def _asked(
         return "asked for again" if stage in forced else "" if word == "fresh" else reason
 
     return stages, chosen, why
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """UserError or OSError for what stands in the way of a run, told before its hours."""
+    for name in WRITTEN:
+        if refusal := file_in_the_way(folder / name):
+            raise refusal
+        if (folder / name).exists() and not os.access(folder / name, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / name))
 
 
 def _run_stage(
@@ -221,13 +233,14 @@ def _failure(stage: Stage, outcome) -> str:
         most = f"{provenance.memory_limit_bytes() / GIB:.1f} GiB"
         lines[0] += (f": peak {outcome.peak_bytes / GIB:.1f} GiB of {most}; "
                      f"lower {' or '.join(sizes)} in {where}")  # fmt: skip
-    source = outcome.source.strip().splitlines()
-    excerpt = source[:SOURCE_LINES] + ["..."] * (len(source) > SOURCE_LINES)
-    lines += [f"cell {outcome.cell} of {len(stage.cells)} in {stage.notebook.name}:"]
-    lines += [f"    {text}" for text in excerpt]
-    lines += [outcome.detail] if outcome.detail else []
-    if "[Errno 28]" in outcome.problem:
+    if any(os.strerror(number) in outcome.problem for number in FULL):
         lines.append("The disk is full: free some space first.")
+    else:
+        source = outcome.source.strip().splitlines()
+        excerpt = source[:SOURCE_LINES] + ["..."] * (len(source) > SOURCE_LINES)
+        lines += [f"cell {outcome.cell} of {len(stage.cells)} in {stage.notebook.name}:"]
+        lines += [f"    {text}" for text in excerpt]
+        lines += [outcome.detail] if outcome.detail else []
     lines.append(f"As far as it came: {short(stage.failed)}")
     lines.append(f"Then go on with: make reproduce PROFILE={stage.profile} FROM={stage.number}")
     return "\n".join(lines)
@@ -280,7 +293,7 @@ def clock(seconds: float) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[Path]:
     """Hold the lock of one outputs folder; the system drops it when this process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "run.lock", "a+", encoding="utf-8") as file:
@@ -293,7 +306,7 @@ def _alone(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield folder
 
 
 def running(stage: Stage) -> str:

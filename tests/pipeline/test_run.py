@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -340,6 +341,12 @@ def test_a_wrong_profile_names_file_table_and_key(project, text, words):
         (True, 0.5, "true or false; the notebook has a number"),
         (1, False, "an integer; the notebook has true or false"),
         ({}, {"a": 1}, ""),
+        ({"a": "x", "b": "y"}, {"a": 1}, "has a, which is 'x', a text; the"),
+        ({"a": {"b": [2, 0.5]}}, {"a": {"b": [1]}}, "has a, which has b, which holds 0.5, a"),
+        (["laptop", "3"], ["laptop", 3], ""),
+        (["two", 4], [64], "holds 'two', a text; the notebook has [64]"),
+        ([2], [0.5], ""),
+        ([2], [], ""),
         ([], {}, "a list; the notebook has a table"),
         ([1], ["laptop", 3], ""),
         ("x", None, ""),
@@ -406,6 +413,31 @@ def test_a_damaged_status_file_is_a_stage_to_run_again(project):
         assert states(project)[0] == ("stale", "its status file is damaged"), text
     assert run(project) == 0
     assert trace(project) == ["01_first"] and states(project)[0] == ("fresh", "")
+
+
+@pytest.mark.parametrize("name", pipeline.WRITTEN)
+def test_what_stands_in_the_way_of_a_run_is_told_before_its_first_stage(project, name, monkeypatch):
+    place = project / "outputs/tour" / name
+    place.mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:  # root may write everywhere, so no mode would tell
+        patch.setattr(os, "access", lambda folder, mode: Path(folder) != place)
+        with pytest.raises(PermissionError) as refusal:
+            run(project, force=True)
+    assert refusal.value.filename == str(place)
+    shutil.rmtree(place)
+    place.write_text("a file")
+    with pytest.raises(UserError, match=f"{name} is a file where a folder should be; move it"):
+        run(project, force=True)
+    assert trace(project) == []
+
+
+def test_a_full_disk_is_told_without_a_traceback(project):
+    stage = stages.load_stages("tour", project / "notebooks", project / "outputs")[0]
+    full = f"cell 9 raised OSError: {OSError(28, os.strerror(28), 'results/01.json')}"
+    ended = SimpleNamespace(problem=full, killed=False, detail="Traceback", cell=9, source="save()")
+    lines = pipeline._failure(stage, ended).splitlines()
+    assert lines[:2] == [f"01_first: {full}", "The disk is full: free some space first."]
+    assert "results/01.json" in full and len(lines) == 4 and lines[-1].endswith("FROM=01")
 
 
 def test_a_damaged_results_file_is_named(tmp_path, monkeypatch):
@@ -579,7 +611,7 @@ def test_a_written_file_is_whole_or_absent(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"No space left on device: '.*deep/x.json'"):
         provenance.write_json(file, {"c": 3})
     assert json.loads(file.read_text()) == {"a": 2, "b": 1}
     assert [path.name for path in file.parent.iterdir()] == ["x.json"]
