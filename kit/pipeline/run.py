@@ -235,7 +235,7 @@ def _failure(stage: Stage, outcome) -> str:
                      f"lower {' or '.join(sizes)} in {where}")  # fmt: skip
     if any(os.strerror(number) in outcome.problem for number in FULL):
         lines.append("The disk is full: free some space first.")
-    else:
+    elif f" raised {UserError.__name__}: " not in outcome.problem:  # else its sentence is enough
         source = outcome.source.strip().splitlines()
         excerpt = source[:SOURCE_LINES] + ["..."] * (len(source) > SOURCE_LINES)
         lines += [f"cell {outcome.cell} of {len(stage.cells)} in {stage.notebook.name}:"]

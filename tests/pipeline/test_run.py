@@ -431,13 +431,21 @@ def test_what_stands_in_the_way_of_a_run_is_told_before_its_first_stage(project,
     assert trace(project) == []
 
 
-def test_a_full_disk_is_told_without_a_traceback(project):
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(28, os.strerror(28), "results/01.json"),
+         ["The disk is full: free some space first."]),
+        (UserError("results/01.json is damaged; delete it"), []),
+    ],
+)  # fmt: skip
+def test_what_is_told_in_a_sentence_has_no_traceback(project, error, advice):
     stage = stages.load_stages("tour", project / "notebooks", project / "outputs")[0]
-    full = f"cell 9 raised OSError: {OSError(28, os.strerror(28), 'results/01.json')}"
-    ended = SimpleNamespace(problem=full, killed=False, detail="Traceback", cell=9, source="save()")
+    said = f"cell 9 raised {type(error).__name__}: {error}"
+    ended = SimpleNamespace(problem=said, killed=False, detail="Traceback", cell=9, source="save()")
     lines = pipeline._failure(stage, ended).splitlines()
-    assert lines[:2] == [f"01_first: {full}", "The disk is full: free some space first."]
-    assert "results/01.json" in full and len(lines) == 4 and lines[-1].endswith("FROM=01")
+    assert lines[:-2] == [f"01_first: {said}", *advice] and "results/01.json" in said
+    assert lines[-2].endswith("01_first.failed.ipynb") and lines[-1].endswith("FROM=01")
 
 
 def test_a_damaged_results_file_is_named(tmp_path, monkeypatch):
