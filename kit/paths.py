@@ -38,8 +38,9 @@ def atomic(path: Path) -> Iterator[Path]:
         part = Path(folder) / path.name
         try:
             yield part
-        except OSError as error:  # a write does not know to which file
-            error.filename = error.filename or str(path)
+        except OSError as error:
+            if error.errno and not error.filename:  # a write does not know to which file
+                error.filename = str(path)
             raise
         if part.is_dir():  # a folder replaces only an empty one
             shutil.rmtree(path, ignore_errors=True)
