@@ -121,7 +121,7 @@ def extract(text: str, letters: bool = False) -> Extraction:
     if result.answer:
         return result
     numbers = latex.numbers(text[-TAIL:])
-    said = (number for number, before in numbers[::-1] if not _DENIED.search(before))
+    said = (number for number, before, _ in numbers[::-1] if not _DENIED.search(before))
     last = next(said, "")
     return Extraction(last, "last number") if last else result
 

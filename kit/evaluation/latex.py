@@ -259,9 +259,9 @@ _RUNNING = re.compile(
 )
 
 
-def numbers(text: str) -> list[tuple[str, str]]:
-    r"""The numbers in running text in what `number` and `equal` read, each with the text before it
-    (60 characters), in order: `6.02 \times 10^{23}`, `1 1/2` and `2^{10}` are one.
+def numbers(text: str) -> list[tuple[str, str, str]]:
+    r"""The numbers in running text in what `number` and `equal` read, each with the text before and
+    after it (60 characters), in order: `6.02 \times 10^{23}`, `1 1/2` and `2^{10}` are one.
 
     Digits inside a word, an index and the exponent of a letter are none; "3 / 5" and "3 to 5" are
     two.
@@ -272,7 +272,8 @@ def numbers(text: str) -> list[tuple[str, str]]:
     text = re.sub("[−–×·⋅]", lambda m: _SYMBOLS[m[0]], text)
     text = re.sub(r"(?:[ \t\u00a0\u2009\u202f]|\\[,;:! ])+", " ", text)
     found = (match for match in _RUNNING.finditer(text) if match["number"])
-    return [(m["number"].rstrip("."), text[max(m.start() - 60, 0) : m.start()]) for m in found]
+    return [(m["number"].rstrip("."), text[max(m.start() - 60, 0) : m.start()],
+             text[m.end() - m["number"].endswith(".") :][:60]) for m in found]  # fmt: skip
 
 
 _OPEN, _CLOSE = "([{", ")]}"

@@ -29,7 +29,6 @@ from dspy.adapters.utils import parse_value
 from dspy.lm15 import Message, Request, Response, TextPart, Usage, response_to_events
 from dspy.utils.exceptions import AdapterParseError
 
-from kit.evaluation import extract
 from kit.evaluation.evaluate import Memory
 from kit.inference import decode
 from kit.models.load import Model
@@ -347,8 +346,9 @@ def _text(value, kind) -> str:
 
 
 def _read(completion: str, kind):
-    """The reply as `kind`, None where it says none or several; what was thought is no reply."""
-    text = extract.after_thinking(completion)
+    """The reply as `kind`, None where it says none or several; what was thought is no reply, nor
+    are thoughts that were broken off."""
+    text = completion.rpartition("</think>")[2].partition("<think>")[0]
     if model := _model(kind):
         return model.read(text)
     if kind in (bool, bool | None):

@@ -4,6 +4,7 @@ Strategies can also be read from a file of JSON lines, so that what a larger mod
 can be evaluated here; `model` and `extractor` of each row say who.
 """
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -186,15 +187,13 @@ def leaks_answer(text: str, answer: str, question: str = "") -> bool:
     if ("\\" in raw or ":" in raw) and raw in "".join(text.split()):
         return True
     if gold:
-        numbers = [(match.span(), latex.number(latex.tidy(match[0])))
-                   for match in re.finditer(NUMBER, text)]  # fmt: skip
-        places = [place for place, number in numbers if number and number.value == gold.value]
         short = len(re.sub(r"\\frac|\D", "", answer)) < 3
-        return any(not short or _stated(text, *place, question) for place in places)
+        places = [sides for values, *sides in _numbers(text) if values & _values(gold)]
+        return any(not short or _stated(*sides, question) for sides in places)
     spaced = r"\s*".join(map(re.escape, characters))  # LaTeX may be spaced otherwise
     flags = re.IGNORECASE if len(characters) > 1 else 0  # "A" is an answer, "a" a word
     places = [match.span() for match in re.finditer(rf"(?<![\w.]){spaced}(?!\w|\.\d)", text, flags)]
-    if any(len(characters) > 2 or _stated(text, *place, question) for place in places):
+    if any(len(characters) > 2 or _stated(text[:a], text[b:], question) for a, b in places):
         return True
     written = _notation(answer)
     formula = rf"(?<![0-9.]){re.escape(written)}(?![0-9])"
@@ -202,9 +201,24 @@ def leaks_answer(text: str, answer: str, question: str = "") -> bool:
     return not plain and bool(re.search(formula, _notation(text), flags))
 
 
-def _stated(text: str, start: int, end: int, question: str) -> bool:
-    """Whether what stands at a place of a text is said to be a result."""
-    before, after = re.split(r"[.!?;\n](?!\d)", text[:start])[-1], text[end:]
+@functools.lru_cache(maxsize=1024)  # a text is held against the answers of many problems
+def _numbers(text: str) -> list[tuple[set, str, str]]:
+    """The numbers of a text, as `NUMBER` or the grader finds them: values, text before, after."""
+    found = [(m[0], text[max(m.start() - 500, 0) : m.start()], text[m.end() :][:100])
+             for m in re.finditer(NUMBER, text)]  # fmt: skip
+    each = ((latex.number(latex.tidy(part)), *sides) for part, *sides in
+            (*found, *latex.numbers(text)))  # fmt: skip
+    return [(_values(number), before, after) for number, before, after in each if number]
+
+
+def _values(number: latex.Number) -> set:
+    """What a number may stand for: 50% is 50, and 0.5."""
+    return {number.value, number.value / (100 if number.percent else 1)}
+
+
+def _stated(before: str, after: str, question: str) -> bool:
+    """Whether what stands between two parts of a text is said to be a result."""
+    before = re.split(r"[.!?;\n](?!\d)", before)[-1]
     others, own = ({*re.findall(r"\d+", part)} for part in (before, question))
     if re.match(OPERAND, after) or (own and 2 * len(own & others) < len(others)):
         return False

@@ -7,6 +7,7 @@ from functools import partial
 
 import dspy
 import pytest
+from dspy.utils.exceptions import AdapterParseError
 
 from kit.evaluation.evaluate import Memory
 from kit.inference import decode
@@ -131,3 +132,22 @@ def test_the_name_tells_weights_dtype_and_memory_apart(tiny):
         Engine(tiny, memory=Memory(Window(kept_tokens=17))).name,
     }
     assert len(names) == 3 and all(tiny.weights_hash in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        ("<think>Is there no error? I see none.</think>\nyes", True),
+        ("No, yes would be too kind</think>\nno", False),
+        ("<think>It says yes. So far", None),
+        ("<think>yes</think>", None),
+        ("Yes. <think>or is it no.", True),
+    ],
+)
+def test_what_a_judge_thinks_is_no_verdict(completion, verdict):
+    ask = dspy.Signature("question -> correct: bool")
+    if verdict is None:
+        with pytest.raises(AdapterParseError):
+            Lines().parse(ask, completion)
+    else:
+        assert Lines().parse(ask, completion) == {"correct": verdict}

@@ -34,6 +34,9 @@ GOLDS = {  # gold, and other ways of writing it
     "(3, 4)": ["(3,4)"],
     "x^2+1": ["x^2 + 1"],
     "1:2": ["1 : 2"],
+    "1.5": ["3/2", "1 1/2", "1½", "3:2", "150%"],
+    "1500": ["1.5e3", r"1.5 \times 10^3", "1.5 × 10³"],
+    r"50\%": ["50%", "0.5", "1/2"],
 }
 HARMLESS = [
     "Name the size of one group and the number of groups, then multiply the two.",
