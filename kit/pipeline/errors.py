@@ -10,6 +10,9 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# Errors of the kit whose sentence is enough, by name, which is all that a kernel tells of them.
+TOLD = ("UserError", "ModelError", "FetchError", "GGUFError", "AdapterError", "HubError",
+        "BankError", "BundleError", "OverlapError", "DoesNotFitError")  # fmt: skip
 ELSEWHERE = "or set KIT_OUTPUTS to another folder"
 
 

@@ -23,7 +23,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from kit import notebook, paths
-from kit.pipeline import imports, parameters, provenance, stages
+from kit.models.bundled import FetchError
+from kit.pipeline import errors, imports, parameters, provenance, stages
 from kit.pipeline import run as pipeline
 from kit.pipeline.errors import UserError
 from kit.report import exhibits
@@ -437,6 +438,7 @@ def test_what_stands_in_the_way_of_a_run_is_told_before_its_first_stage(project,
         (OSError(28, os.strerror(28), "results/01.json"),
          ["The disk is full: free some space first."]),
         (UserError("results/01.json is damaged; delete it"), []),
+        (FetchError("results/01.json is for a test"), []),
     ],
 )  # fmt: skip
 def test_what_is_told_in_a_sentence_has_no_traceback(project, error, advice):
@@ -446,6 +448,11 @@ def test_what_is_told_in_a_sentence_has_no_traceback(project, error, advice):
     lines = pipeline._failure(stage, ended).splitlines()
     assert lines[:-2] == [f"01_first: {said}", *advice] and "results/01.json" in said
     assert lines[-2].endswith("01_first.failed.ipynb") and lines[-1].endswith("FROM=01")
+
+
+def test_each_error_that_needs_no_traceback_is_one_of_the_kit():
+    sources = "\n".join(file.read_text() for file in (ROOT / "kit").rglob("*.py"))
+    assert all(f"\nclass {name}(" in sources for name in errors.TOLD)
 
 
 def test_a_damaged_results_file_is_named(tmp_path, monkeypatch):
