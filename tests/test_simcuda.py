@@ -39,6 +39,7 @@ POLICIES = {
     "window 40%": lambda model: policies.Window(kept_fraction=0.4),
     "random": lambda model: policies.Random(8),
     "knorm": lambda model: policies.Knorm(8),
+    "snapkv": lambda model: policies.SnapKV(8, window=3),
     "tova": lambda model: policies.TOVA(8),
     "h2o 40%": lambda model: policies.H2O(kept_fraction=0.4),
     "dms": lambda model: policies.DMS(drawn(model, window=4)),

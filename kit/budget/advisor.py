@@ -139,8 +139,9 @@ def measured(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option
 
 
 def _kept(row: dict, context: int) -> float:
-    size = row["policy"].rpartition(" ")[2]
-    return min(1.0, int(size) / context) if size.isdigit() else row["kept"]
+    kind, _, size = row["policy"].partition(" ")
+    held = size.isdigit() and kind != "snapkv"  # SnapKV's budget is the prompt's
+    return min(1.0, int(size) / context) if held else row["kept"]
 
 
 def candidates(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option]:

@@ -44,7 +44,12 @@ NO_ROOM = (MemoryError, torch.OutOfMemoryError)
 OUT = "out of memory"
 EVICTORS = "evictors/smollm2-135m-seed0-{}.safetensors"  # shipped ones, under data/
 LoadEvictor = Callable[[Path, Model], object]  # file, model: what `policies.DMS` takes
-BUDGETED = {"window": policies.Window, "tova": policies.TOVA, "h2o": policies.H2O}
+BUDGETED = {
+    "window": policies.Window,
+    "tova": policies.TOVA,
+    "h2o": policies.H2O,
+    "snapkv": policies.SnapKV,
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -52,7 +57,7 @@ class Run:
     """A combination of settings that needs generations of its own."""
 
     bits: int = 16  # of linear weights
-    policy: str = "full"  # "window 64", "tova 64", "h2o 64", or "dms 4x"
+    policy: str = "full"  # "window 64", "tova 64", "h2o 64", "snapkv 64", or "dms 4x"
     kv_bits: int = 16
     memory: bool = False  # examples retrieved into the prompt
 
@@ -268,7 +273,8 @@ def refused(
     room, reasons = available() if room is None else room, {}
     for run in grid.runs:
         whole = sum(ledger.weights(a).values()) * (1 if run.bits == 16 else 2)
-        limit = int(run.policy.split()[1]) if run.policy.split()[0] in BUDGETED else math.inf
+        kind, _, size = run.policy.partition(" ")
+        limit = int(size) if kind in BUDGETED and BUDGETED[kind].decoding else math.inf
         tokens = min(limit, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
         cache = ledger.keys_and_values(a, tokens, ledger.cache(a, run.kv_bits))
         need = whole + cache

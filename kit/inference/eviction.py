@@ -1,6 +1,7 @@
-"""Which token a new one replaces: four rules on a block_table.BlockTable, one per kind of policy.
+"""Which token a new one replaces: rules on a block_table.BlockTable, one per kind of policy.
 
     Keep     no token is ever replaced
+    Prompt   no token is ever replaced, but only the highest-ranked of a prompt are stored
     Ring     replaces the oldest token after the sinks, by arithmetic (windows)
     Lowest   replaces the token with the lowest score, by a search (policies that rank tokens)
     Delayed  replaces the token that DMS marked `window` steps ago, by a ring buffer of marks
@@ -68,8 +69,8 @@ class Ring(Keep):
         return torch.where(filled < self.size, filled, oldest)
 
 
-class Lowest(Keep):
-    """Evicts the token with the lowest score when a unit exceeds the policy's budget."""
+class Prompt(Keep):
+    """Reduces a prompt to the policy's budget, then keeps every token."""
 
     def __init__(self, table: BlockTable, policy):
         super().__init__(table)
@@ -83,6 +84,10 @@ class Lowest(Keep):
         rank[:, int(seen - self.policy.recent(budget)) :] = torch.inf
         best = rank.topk(int(torch.minimum(budget, seen)), 1).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True), score
+
+
+class Lowest(Prompt):
+    """Evicts the token with the lowest score when a unit exceeds the policy's budget."""
 
     def most(self, length):
         return min(length, int(self.policy.budget(torch.tensor(length))) + 1)

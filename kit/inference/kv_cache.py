@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kit.inference import paged_attention
 from kit.inference.block_table import BlockTable, StepIndex
-from kit.inference.eviction import Delayed, Keep, Lowest, Ring
+from kit.inference.eviction import Delayed, Keep, Lowest, Prompt, Ring
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Budgeted, Full, Window
 from kit.inference.prefill_attention import prompt_attention
@@ -177,7 +177,7 @@ def full_layers(
     split = heads if policy.spread == "head" else 1
     planes = 1 if policy.spread == "model" else len(layers)
     ring = isinstance(policy, Window) and policy.kept_tokens is not None
-    ranks = isinstance(policy, Budgeted) and not ring
+    ranks = isinstance(policy, Budgeted) and policy.decoding and not ring
     size = block or (
         32 if split == 1 else 16
     )  # half-empty blocks cost more where each head has its own
@@ -188,6 +188,8 @@ def full_layers(
         rule = Lowest(table, policy)
     elif isinstance(policy, DMS):
         rule = Delayed(table, policy.evictor.window)
+    elif isinstance(policy, Budgeted):
+        rule = Prompt(table, policy)
     else:
         rule = Keep(table)
     return LayerGroup(layers, table, rule, split)

@@ -4,7 +4,7 @@ All but Full and DMS share one budget: a unit (layer, or layer and KV head) that
 tokens keeps `kept_tokens` of them, or `kept_fraction` of t (rounded down, at least FLOOR). A
 prompt is read with dense attention and then reduced to the budget; in decoding a new token attends
 to the kept tokens and itself, then the lowest-ranked token is evicted if the unit exceeds its
-budget.
+budget. SnapKV's budget is that of the prompt, and what is decoded is kept.
 
 A policy ranks tokens; `eviction` finds the lowest, and `kv_cache` reuses its slot. Not included:
 R-KV (https://arxiv.org/abs/2505.24133), which needs pairwise key similarities and a buffer of
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 FLOOR = 8  # tokens that a `kept_fraction` keeps at least
@@ -28,6 +29,7 @@ class Full:
 
     spread: ClassVar[str] = "model"  # which units keep their own tokens: "model", "layer" or "head"
     watches: ClassVar[bool] = False  # whether it needs to see attention probabilities
+    decoding: ClassVar[bool] = True  # whether the budget holds in decoding, not of prompts alone
 
     @property
     def name(self) -> str:
@@ -212,6 +214,44 @@ class H2O(Budgeted):
             seen = key[:, : first + rows.shape[1]]
             total[:, : seen.shape[1]] += causal_attention(rows, seen).sum((1, 2))
         return total
+
+
+@dataclass(frozen=True)
+class SnapKV(Budgeted):
+    """Keeps of a prompt the newest `window` tokens and those that they attend to most.
+
+    SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469. Attention is
+    averaged over the window's queries and the query heads of a KV head, then over `kernel`
+    neighbouring tokens (the default of its code, which can take their maximum too). Each layer
+    and KV head keeps its own.
+    """
+
+    spread: ClassVar[str] = "head"
+    decoding: ClassVar[bool] = False
+    window: int = 32
+    kernel: int = 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        most = None if self.kept_tokens is None else self.kept_tokens - 1
+        if self.window < 1 or (most is not None and self.window > most):
+            raise ValueError(
+                f"SnapKV got window={self.window} and kept_tokens={self.kept_tokens}; "
+                f"give a window from 1 to {most or 'any length'}, and keep more tokens than it has."
+            )
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"SnapKV got kernel={self.kernel}; give an odd number from 1 on.")
+
+    def recent(self, budget):
+        return budget.clamp(max=self.window)
+
+    def prompt_scores(self, layer, query, key):
+        attention = causal_attention(query[:, -self.window :], key).mean((1, 2))  # [H, T]
+        older = max(0, key.shape[1] - self.window)
+        if older:
+            pooled = F.avg_pool1d(attention[:, :older], self.kernel, 1, self.kernel // 2)
+            attention = torch.cat([pooled, attention[:, older:]], 1)
+        return attention
 
 
 @dataclass(frozen=True)

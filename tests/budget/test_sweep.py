@@ -203,6 +203,8 @@ def test_runs_without_room_are_refused_before_anything_is_loaded(tiny):
     # Two copies of the weights and one whole cache do not fit; a window does, and 2 bits.
     assert set(found) == {Run(4)}
     assert "out of memory: it needs 19" in found[Run(4)] and "more than there is" in found[Run(4)]
+    grown = dataclasses.replace(grid, policies=("snapkv 1024",), kv_bits=(16,))
+    assert set(sweep.refused(a, grown, 500, 20 * 10**9)) == {Run(4, "snapkv 1024")}
     need = sum(ledger.weights(a).values()) + 30_516 * 147_456
     short = sweep.refused(a, grid, 500, need)
     assert Run(16) not in short and Run(16) in sweep.refused(a, grid, 500, need - 2**20)

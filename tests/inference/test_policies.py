@@ -24,7 +24,7 @@ from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.kv_quantization import Quantized, pack, unpack
 from kit.inference.paged_attention import _attend_paged, attend
-from kit.inference.policies import DMS, FLOOR, H2O, TOVA, Full, Knorm, Random, Window
+from kit.inference.policies import DMS, FLOOR, H2O, TOVA, Full, Knorm, Random, SnapKV, Window
 from kit.models.load import RANDOM, Model, load
 from kit.schema import Sampling
 from tests import rounding
@@ -156,12 +156,15 @@ class Twin:
         return seen
 
     def budget(self, seen: int) -> int:
+        if isinstance(self.policy, SnapKV) and seen > self.prompt:
+            return seen
         if self.policy.kept_tokens is not None:
             return self.policy.kept_tokens
         return max(FLOOR, int(seen * self.policy.kept_fraction))
 
     def safe(self, t: int, budget: int) -> set[int]:
-        newest = {H2O: budget // 2, Random: 1}.get(type(self.policy), 0)
+        window = min(budget, getattr(self.policy, "window", 0))
+        newest = {H2O: budget // 2, Random: 1, SnapKV: window}.get(type(self.policy), 0)
         return set(range(t + 1 - newest, t + 1))
 
     def _rank(self, score: dict, query_heads, unit: int, t: int, tokens: list[int]) -> None:
@@ -176,10 +179,23 @@ class Twin:
                 x %= 2**32
                 x = (x ^ (x >> 16)) * multiplier
             score[t] = x % 2**32
+        elif isinstance(policy, SnapKV):
+            if t == self.prompt - 1:
+                score.update(self.neighbourhoods(query_heads))
         else:
             mass = self.scores[query_heads, t][:, tokens].softmax(-1).sum(0).tolist()
             for p, m in zip(tokens, mass):
                 score[p] = score.get(p, 0.0) + m if isinstance(policy, H2O) else m
+
+    def neighbourhoods(self, query_heads) -> dict[int, float]:
+        """Of each token of the prompt, what the window's queries attend to around it."""
+        older, half = max(0, self.prompt - self.policy.window), self.policy.kernel // 2
+        mass = [0.0] * self.prompt
+        for t in range(older, self.prompt):
+            row = self.scores[query_heads, t][:, : t + 1].softmax(-1).sum(0).tolist()
+            mass = [m + r for m, r in zip(mass, row + [0.0] * self.prompt)]
+        around = [sum(mass[max(0, p - half) : min(older, p + half + 1)]) for p in range(older)]
+        return dict(enumerate(around + mass[older:]))
 
 
 class Given:
@@ -331,6 +347,7 @@ POLICIES = {
     "h2o": lambda w: H2O(kept_tokens=11),
     "random": lambda w: Random(kept_tokens=12, seed=3),
     "knorm": lambda w: Knorm(kept_fraction=0.5),
+    "snapkv": lambda w: SnapKV(kept_tokens=9, window=3, kernel=3),
     "dms": lambda w: DMS(Evictor(w, 6)),
     "dms at once": lambda w: DMS(Evictor(w, 1, seed=1)),
 }
@@ -343,6 +360,8 @@ EDGES = {
     "tova fraction": lambda w: TOVA(kept_fraction=0.4),
     "h2o fraction": lambda w: H2O(kept_fraction=0.6),
     "random of one": lambda w: Random(kept_tokens=1),
+    "snapkv fraction": lambda w: SnapKV(kept_fraction=0.4, window=4),
+    "snapkv of its window": lambda w: SnapKV(kept_fraction=0.4, window=64, kernel=1),
     "dms that waits long": lambda w: DMS(Evictor(w, 30)),
 }
 CASES = [(shape, name) for shape in SHAPES for name in POLICIES]
@@ -609,9 +628,16 @@ def test_the_kernel_is_handed_what_attention_reads(families, monkeypatch):
 def test_names_and_keys_tell_policies_apart(families):
     evictor = Evictor(families["llama"].weights, 4, seed=7)
     made = [Full(), Window(64), Window(64, sinks=0), TOVA(64), H2O(kept_fraction=0.25), Random(64)]
-    made += [Random(64, seed=1), Knorm(kept_fraction=0.125), DMS(evictor)]
+    made += [Random(64, seed=1), Knorm(kept_fraction=0.125), SnapKV(64), SnapKV(64, kernel=7)]
+    made += [DMS(evictor)]
     names = ["full", "window 64", "window 64", "tova 64", "h2o 25%", "random 64", "random 64"]
-    assert [p.name for p in made] == [*names, "knorm 12.5%", "dms stub w4"]
+    assert [p.name for p in made] == [
+        *names,
+        "knorm 12.5%",
+        "snapkv 64",
+        "snapkv 64",
+        "dms stub w4",
+    ]
     keys = [json.dumps(p.key, sort_keys=True) for p in made]
     assert len(set(keys)) == len(made)
     assert made[1] == Window(kept_tokens=64) and made[1].key["sinks"] == 4
@@ -628,6 +654,9 @@ def test_names_and_keys_tell_policies_apart(families):
         (lambda: Knorm(kept_fraction=0.0), "kept_fraction=0.0; give more than 0, at most 1"),
         (lambda: Window(4), "sinks=4 and keeps 4 tokens at least; give sinks from 0 to 3"),
         (lambda: Window(kept_fraction=0.1, sinks=8), "give sinks from 0 to 7"),
+        (lambda: SnapKV(32), "window=32 and kept_tokens=32; give a window from 1 to 31"),
+        (lambda: SnapKV(kept_fraction=0.5, window=0), "window=0 and kept_tokens=None"),
+        (lambda: SnapKV(64, kernel=4), "kernel=4; give an odd number from 1 on"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_one_sentence(make, message):

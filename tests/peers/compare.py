@@ -42,6 +42,7 @@ OURS = {
     "TOVAPress": policies.TOVA,
     "observed, H2O's rule": policies.H2O,
     "ObservedAttentionPress": policies.H2O,
+    "SnapKVPress": lambda **budget: policies.SnapKV(window=16, **budget),
     "RandomPress": policies.Random,
 }
 EQUAL_RULES = {
@@ -49,6 +50,7 @@ EQUAL_RULES = {
     "KnormPress": "Knorm: the lowest key norms",
     "TOVA, newest competes": "TOVA: attention of the last query, mean over all heads of a layer",
     "observed, H2O's rule": "H2O: kvpress' attention scores summed, the newest half kept",
+    "SnapKVPress": "SnapKV: attention of the last 16 queries, averaged over 5 tokens",
 }
 OTHER_RULES = {
     "TOVAPress": "kvpress always keeps the newest token, TOVA (paper and kit) lets it compete",

@@ -22,6 +22,7 @@ from kvpress import (
     KnormPress,
     ObservedAttentionPress,
     RandomPress,
+    SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
 )
@@ -68,6 +69,7 @@ METHODS = {
     "KnormPress": KnormPress,
     "ObservedAttentionPress": ObservedAttentionPress,
     "observed, H2O's rule": HeavyHitterPress,
+    "SnapKVPress": lambda ratio: SnapKVPress(ratio, window_size=16, kernel_size=5),
     "RandomPress": lambda ratio: RandomPress(ratio, seed=0),
 }
 
