@@ -329,8 +329,9 @@ def verify(
             raise UserError(str(error), 2) from error
         tell(f"\nReport:    {pipeline.short(page) if page else 'none, see what is damaged'}\n")
         if as_json:
-            print(json.dumps({"differs": judgement.wrong, "not_recomputed": judgement.left}))
-        differs |= bool(judgement.wrong)
+            parts = {"differs": judgement.differences, "not_recomputed": judgement.unchecked}
+            print(json.dumps(parts))
+        differs |= bool(judgement.differences)
     return int(differs)
 
 

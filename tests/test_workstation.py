@@ -299,8 +299,8 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     done = kit("bundle", "--profile", "workstation", **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     checked = verify.check(folder / "bundle.zip")
-    tables = {line.split(":")[0] for line in checked.left if ", table " in line}
-    assert checked.wrong == [] and tables == {
+    tables = {line.split(":")[0] for line in checked.unchecked if ", table " in line}
+    assert checked.differences == [] and tables == {
         "02_strategies, table 'Every bank in full'",  # texts of which records keep the ids
         "06_memory_budget, table 'What to run here'",
         "06_memory_budget, table 'Ledger, by formula and allocated'",

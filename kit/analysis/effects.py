@@ -72,8 +72,8 @@ def gap(
     none of either, or the two share no range of budgets."""
     sides = []
     for policy, bits in (cache, control):
-        mine = ((table["policy"] == policy) & (table["kv_bits"] == bits)).to_numpy()
-        sides.append((table.loc[mine, budget].to_numpy(), outcomes[mine]))
+        selection = ((table["policy"] == policy) & (table["kv_bits"] == bits)).to_numpy()
+        sides.append((table.loc[selection, budget].to_numpy(), outcomes[selection]))
     if not all(len(budgets) for budgets, _ in sides):
         return None
     low, high = max(x.min() for x, _ in sides), min(x.max() for x, _ in sides)

@@ -75,11 +75,11 @@ def gaps(
     rows = []
     is_control = (configurations["compression"] == control).to_numpy()
     for name in configurations.loc[~is_control, "compression"].unique():
-        mine = (configurations["compression"] == name).to_numpy()
+        is_compressed = (configurations["compression"] == name).to_numpy()
         row = {"compression": name}
         for budget in ("reads", "peak"):
             cost = configurations[budget].to_numpy()
-            sides = ((cost[side], outcomes[side]) for side in (mine, is_control))
+            sides = ((cost[side], outcomes[side]) for side in (is_compressed, is_control))
             gap = mean_gap(*sides, rng)
             row[f"gap at equal {budget}"] = gap.percent
         rows.append(row)

@@ -244,12 +244,12 @@ def verdicts(published: list[Claim], results: dict, records: dict, profile: str)
     results and its records."""
     parts = []
     for stage in dict.fromkeys(claim.notebook for claim in published):
-        mine = [claim for claim in published if claim.notebook == stage]
+        own_claims = [claim for claim in published if claim.notebook == stage]
         measured = results.get(stage, {}).get("measurements", {})
         measurements = {name: Measurement(**numbers) for name, numbers in measured.items()}
-        rows = measured_table(mine, records.get(stage, pd.DataFrame()), profile, measurements)
+        rows = measured_table(own_claims, records.get(stage, pd.DataFrame()), profile, measurements)
         first = results.get(stage, {}).get("declared", {})
-        late = [bool(first) and first.get(claim.id) != claim.declared for claim in mine]
+        late = [bool(first) and first.get(claim.id) != claim.declared for claim in own_claims]
         late &= (rows["measured"] != "").to_numpy()
         rows.loc[late, "reason"] = f"{declared.CHANGED}; " + rows.loc[late, "reason"]
         parts.append(rows)

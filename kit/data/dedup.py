@@ -83,8 +83,8 @@ def check_disjoint(a, b) -> None:
     if not pairs:
         return
     examples = "; ".join(
-        f"{mine.id} = {theirs.id} ({score:.2f}: {mine.question[:60]!r})"
-        for mine, theirs, score in pairs[:5]
+        f"{problem.id} = {other.id} ({score:.2f}: {problem.question[:60]!r})"
+        for problem, other, score in pairs[:5]
     )
     more = f" and {len(pairs) - 5} more" if len(pairs) > 5 else ""
     raise OverlapError(

@@ -93,11 +93,11 @@ def load(
     larger one.
     ValueError for an unknown name, split, level or family, or if no row is usable.
     """
-    mine = None if name in SUITES or name in SOURCES else own.find(name, split, path, test_path)
-    _check_names(name, split, path, mine)
-    if mine:
-        problems, rejects, dropped, revision = _read_own(mine, split)
-        name = mine.name
+    own_set = None if name in SUITES or name in SOURCES else own.find(name, split, path, test_path)
+    _check_names(name, split, path, own_set)
+    if own_set:
+        problems, rejects, dropped, revision = _read_own(own_set, split)
+        name = own_set.name
     elif name in SUITES:
         problems, rejects, dropped, revision = *_read_suite(name, split), 0, _suite_revision(name)
     else:
@@ -111,10 +111,10 @@ def load(
     return ProblemSet(name, split, sample, tuple(rejects), dropped, revision)
 
 
-def _check_names(name: str, split: str, path, mine: own.Own | None) -> None:
+def _check_names(name: str, split: str, path, own_set: own.Own | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    if mine is None and name not in SUITES and name not in SOURCES:
+    if own_set is None and name not in SUITES and name not in SOURCES:
         raise ValueError(
             f"no problem set {name!r}; there are {', '.join([*SUITES, *SOURCES])}, and files of "
             "your own by their path (docs/problems.md)"
@@ -166,25 +166,25 @@ def _read_suite(suite: str, split: str) -> tuple[list[Problem], list[Reject]]:
     return problems, []
 
 
-def _read_own(mine: own.Own, split: str) -> tuple[list[Problem], list[Reject], int, str]:
+def _read_own(own_set: own.Own, split: str) -> tuple[list[Problem], list[Reject], int, str]:
     """As `_read_published`. Without validation rows, those of train are split as there."""
-    problems, rejects = own.read(mine, split)
-    if split != "test" and not (validation := own.read(mine, "validation")[0]):
-        train, rejects = own.read(mine, "train")
+    problems, rejects = own.read(own_set, split)
+    if split != "test" and not (validation := own.read(own_set, "validation")[0]):
+        train, rejects = own.read(own_set, "train")
         validation = {line: p for line, p in train.items() if _is_validation(p)}
         problems = {line: p for line, p in train.items() if _is_validation(p) == (split != "train")}
-    file = mine.files.get(split) or mine.files.get("file") or mine.files.get("train")
-    here = problems or rejects or not mine.whole
-    if file is None or not here or (split == "test" and not {"test", "file"} & {*mine.files}):
-        files = ", ".join(f"{of} in {file.name}" for of, file in mine.files.items())
+    file = own_set.files.get(split) or own_set.files.get("file") or own_set.files.get("train")
+    here = problems or rejects or not own_set.whole
+    if file is None or not here or (split == "test" and not {"test", "file"} & {*own_set.files}):
+        files = ", ".join(f"{of} in {file.name}" for of, file in own_set.files.items())
         raise ValueError(
-            f"{mine.name} has no {split} rows, only {files}; write a TOML that names the file of "
-            "each split, or one file to be shared out (docs/problems.md)"
+            f"{own_set.name} has no {split} rows, only {files}; write a TOML that names the file "
+            "of each split, or one file to be shared out (docs/problems.md)"
         )
     revision = f"{file.name} sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     if split == "test":
         return [*problems.values()], rejects, 0, revision
-    held_out = [*own.read(mine, "test")[0].values()]
+    held_out = [*own.read(own_set, "test")[0].values()]
     if not held_out:
         revision += ", not checked against a test split"
     held_out += validation.values() if split == "train" else ()
@@ -212,7 +212,7 @@ def _read_published(
         revision += ", not checked against a test split (no test_path)"
     else:
         against = against + _read_half(name, "test", test_path)[0]
-    repeated = {mine.id for mine, _, _ in near_duplicates(problems, against)}
+    repeated = {problem.id for problem, _, _ in near_duplicates(problems, against)}
     return [p for p in problems if p.id not in repeated], rejects, len(repeated), revision
 
 

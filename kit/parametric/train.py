@@ -222,9 +222,9 @@ class BankTraining(ResumableTraining):
         if generic:
             return self.named["generic|0"][0]
         levels = range(len(self.shape.sizes))
-        mine = [self.named[f"{path[0]}|{level}"] for level in levels]
+        path_blocks = [self.named[f"{path[0]}|{level}"] for level in levels]
         places = [path[level] % self.shape.branching**level for level in levels]
-        return torch.cat([blocks[place] for blocks, place in zip(mine, places)], dim=1)
+        return torch.cat([blocks[place] for blocks, place in zip(path_blocks, places)], dim=1)
 
     def run(self, report: Callable[[dict], None] = lambda figures: None) -> Path:
         """Train to the end, unless that was done before; returns the folder of the results."""
@@ -266,10 +266,10 @@ def train_bank(
     With `only` some subtrees are trained here, the others by processes or machines that share
     `folder`. Whoever finishes last assembles the bank; the others return None.
     """
-    mine, places = range(shape.branching) if only is None else set(only), []
+    nodes, places = range(shape.branching) if only is None else set(only), []
     for node in range(shape.branching):
         job = BankTraining(model, shape, [node], data, recipe, folder, prefix)
-        if node in mine:
+        if node in nodes:
             job.run(report)
         places.append(job.folder)
     if not all((place / "history.json").is_file() for place in places):

@@ -204,10 +204,10 @@ def _systems(folder: Path, every: list[stages.Stage], rows: list[dict]) -> list[
         shown = exhibits.load(folder / "exhibits" / stage.name)
         if (shown or stage.state == "failed") and stage.number != "01":
             pictures = [each for each in shown if isinstance(each, exhibits.Figure)]
-            mine = [row for row in rows if row["notebook"] == stage.name]
+            stage_rows = [row for row in rows if row["notebook"] == stage.name]
             found.append(guide.told(stage.notebook) | {
-                "id": stage.name, "links": sorted({row["link"] for row in mine}),
-                "judged": counted(mine) if mine else "",
+                "id": stage.name, "links": sorted({row["link"] for row in stage_rows}),
+                "judged": counted(stage_rows) if stage_rows else "",
                 "figures": [(each, plots.image(each.file, each.alt)) for each in pictures],
                 "tables": [each for each in shown if isinstance(each, Table)],
                 "command": _command(stage), "failure": stage.failure,

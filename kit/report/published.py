@@ -82,7 +82,7 @@ def again(profile: str, into: Path = PUBLISHED_RUNS) -> list[str]:
         lines.append(f"{part} of claims: {len(parts[part])} differ")
         lines += [tabulate(parts[part], columns, disable_numparse=True)] if parts[part] else []
     lines += [f"reads otherwise: {name}" for name in changes.tables]
-    return lines + [f"stays as it was: {name}" for name in changes.kept]
+    return lines + [f"stays as it was: {name}" for name in changes.unchanged]
 
 
 def _back(place: Path) -> None:

@@ -277,7 +277,7 @@ def measured(
     stage: str, results: Mapping, records: pd.DataFrame, published: Iterable[claims.Claim]
 ) -> dict[str, Measurement]:
     """The measurements in the results of a stage that follow from its records, by claim."""
-    mine = [claim for claim in published if claim.id in results.get("measurements", {})]
+    stage_claims = [claim for claim in published if claim.id in results.get("measurements", {})]
     if stage == "03_dms":
         return on_sequences(results.get("kl", {}), results.get("model", ""))
     if stage == "05_parametric" and "frames" in results:
@@ -286,9 +286,9 @@ def measured(
             for probe in ("options", "free")
         )
         prose = on_prose(results.get("nats", {}), results.get("model", ""))
-        return on_facts(mine, options, free, results["where"]) | prose
+        return on_facts(stage_claims, options, free, results["where"]) | prose
     if stage == "06_memory_budget" and "frames" in results:
         frames = contrasts.restore_frames(results["frames"]["scenarios"], results["keys"], records)
         rows = pd.DataFrame(results["scenarios"])
-        return on_scenarios(mine, rows, _outcomes(rows, frames))
+        return on_scenarios(stage_claims, rows, _outcomes(rows, frames))
     return {}

@@ -25,8 +25,8 @@ CHECKED = ("keys", "verdicts", "headline", "by_chance", "measurements", "declare
 class Remake:
     """What came of making the things of a stage again."""
 
-    wrong: list[str] = field(default_factory=list)  # what differs, a sentence each
-    left: list[str] = field(default_factory=list)  # what does not follow from records
+    differences: list[str] = field(default_factory=list)  # a sentence each
+    unchecked: list[str] = field(default_factory=list)  # what does not follow from records
     files: set[str] = field(default_factory=set)  # names of the files that were held against it
     count: int = 0  # tables, figures and measurements made
 
@@ -39,7 +39,7 @@ def stage(run: Run, name: str) -> Remake:
     rows = run.json(list_file) or []
     frames = _tables(run, name, [row for row in rows if "file" not in row], remade)
     _figures(run, name, [row for row in rows if "file" in row], frames, remade)
-    remade.files |= {list_file} if list_file in run.files and not remade.left else set()
+    remade.files |= {list_file} if list_file in run.files and not remade.unchecked else set()
     _entries(run, name, frames, remade)
     _measured(run, name, remade)
     return remade
@@ -52,21 +52,21 @@ def _tables(run: Run, stage: str, rows: list[dict], remade: Remake) -> dict[str,
         caption = row["caption"]
         frame = recompute.table(stage, caption, run.results[stage], run.records[stage])
         if frame is None:
-            remade.left.append(f"{stage}, table {caption!r}: does not follow from records")
+            remade.unchecked.append(f"{stage}, table {caption!r}: does not follow from records")
         else:
             frames[caption] = frame
             remade.count += 1
             if exhibits.as_table(caption, frame).rows != row["rows"]:
-                remade.wrong.append(f"{stage}, table {caption!r} is not what the records say")
+                remade.differences.append(f"{stage}, table {caption!r} is not what the records say")
         tex, csv = (f"exhibits/{stage}/{exhibits.slug(caption)}.{kind}" for kind in ("tex", "csv"))
         remade.files |= {tex, csv}
         for name in (tex, csv):
             if name not in run.files:
                 raise ValueError(f"{name} is missing")
         if run.files[tex] != exhibits.latex(exhibits.listed(row)).encode():
-            remade.wrong.append(f"{tex} is not what its table says")
+            remade.differences.append(f"{tex} is not what its table says")
         if not _same_csv(run.files[csv], row, frame):
-            remade.wrong.append(f"{csv} is not what its table says")
+            remade.differences.append(f"{csv} is not what its table says")
     return frames
 
 
@@ -102,16 +102,16 @@ def _figures(run: Run, stage: str, rows: list[dict], frames: dict, remade: Remak
             raise ValueError(f"{missing[0]} is missing")
         picture = redraw.figure(caption, run.results[stage], frames, run.records[stage], parameters)
         if picture is None:
-            remade.left.append(f"{stage}, figure {caption!r}: does not follow from records")
+            remade.unchecked.append(f"{stage}, figure {caption!r}: does not follow from records")
             continue
         remade.count += 1
         if picture.alt != row["alt"]:
-            remade.wrong.append(
+            remade.differences.append(
                 f"{stage}, figure {caption!r}: its words are not what the records say"
             )
         different, unknown = redraw.compare(picture, {name: run.files[name] for name in names})
-        remade.wrong += [f"{name} is not what the records say" for name in different]
-        remade.left += [f"{name}: another version of Matplotlib drew it" for name in unknown]
+        remade.differences += [f"{name} is not what the records say" for name in different]
+        remade.unchecked += [f"{name}: another version of Matplotlib drew it" for name in unknown]
         remade.files |= {*names} - {*unknown}
 
 
@@ -120,9 +120,9 @@ def _entries(run: Run, stage: str, frames: dict, remade: Remake) -> None:
     again = recompute.entries(stage, results, frames, run.records[stage])
     for name, value in again.items():
         if not _alike(exhibits.plain(value, name), results[name]):
-            remade.wrong.append(f"results/{stage}.json: {name!r} is not what the records say")
-    if unchecked := [name for name in results if name not in (*again, *CHECKED)]:
-        remade.left.append(f"results/{stage}.json, what no record holds: {', '.join(unchecked)}")
+            remade.differences.append(f"results/{stage}.json: {name!r} is not what the records say")
+    if names := [name for name in results if name not in (*again, *CHECKED)]:
+        remade.unchecked.append(f"results/{stage}.json, what no record holds: {', '.join(names)}")
 
 
 def _alike(first, second) -> bool:
@@ -145,8 +145,8 @@ def _measured(run: Run, stage: str, remade: Remake) -> None:
     for claim, value in again.items():
         texts = Measurement(**results["measurements"][claim]).texts()
         if value.texts() != texts:
-            remade.wrong.append(f"{claim} measured {' ['.join(texts)}] in the results, "
+            remade.differences.append(f"{claim} measured {' ['.join(texts)}] in the results, "
                                 f"{' ['.join(value.texts())}] from the records")  # fmt: skip
     remade.count += len(again)
-    if unchecked := sorted({*results.get("measurements", {})} - {*again}):
-        remade.left.append(f"{stage}, measurements that no record holds: {', '.join(unchecked)}")
+    if names := sorted({*results.get("measurements", {})} - {*again}):
+        remade.unchecked.append(f"{stage}, measurements that no record holds: {', '.join(names)}")

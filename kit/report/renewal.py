@@ -27,7 +27,7 @@ class Renewal:
 
     grades: pd.DataFrame  # by stage and arm: answers, graded otherwise, now right, now wrong
     tables: list[str]  # those that read otherwise now
-    kept: list[str]  # tables, figures and measurements that stay as they were
+    unchanged: list[str]  # tables, figures and measurements that stay as they were
 
 
 def renew(folder: Path) -> Renewal:
@@ -72,8 +72,8 @@ def judge(folder: Path) -> None:
     for stage, results in run.results.items():
         if "verdicts" in results:
             is_last = f"results/{stage}.json" == VERDICTS
-            mine = {claim.id for claim in run.claims if is_last or claim.notebook == stage}
-            results["verdicts"] = rows[rows["claim"].isin(mine)].to_dict("records")
+            claim_ids = {claim.id for claim in run.claims if is_last or claim.notebook == stage}
+            results["verdicts"] = rows[rows["claim"].isin(claim_ids)].to_dict("records")
             if is_last:
                 results["headline"] = verify.headline(run, verdicts)
                 chance = calibration.by_chance(run.claims, verdicts.to_dict("records"))
@@ -93,11 +93,11 @@ def _tables(stage: str, captions: list[str], results: Mapping, run: Run) -> dict
 
 def _measurements(stage: str, results: Mapping, run: Run) -> tuple[dict, list[str]]:
     """Measurements of the claims that there are now, and those of them that no record holds."""
-    mine = {claim.id for claim in run.claims if claim.notebook == stage}
+    claim_ids = {claim.id for claim in run.claims if claim.notebook == stage}
     stored = {
-        name: value for name, value in results.get("measurements", {}).items() if name in mine
+        name: value for name, value in results.get("measurements", {}).items() if name in claim_ids
     }
-    results_with_all = results | {"measurements": dict.fromkeys(mine)}
+    results_with_all = results | {"measurements": dict.fromkeys(claim_ids)}
     again = recompute.measured(stage, results_with_all, run.records[stage], run.claims)
     exact = {name for name, value in stored.items() if value["low"] == value["high"]}
     unrecorded = [f"measurement of {name}" for name in sorted({*stored} - {*again} - exact)]

@@ -33,8 +33,8 @@ class Judgement:
     """What came of judging a run again."""
 
     run: Run
-    wrong: list[str] = field(default_factory=list)  # what differs, a sentence each
-    left: list[str] = field(default_factory=list)  # what was not made again, and is taken as it is
+    differences: list[str] = field(default_factory=list)  # a sentence each
+    unchecked: list[str] = field(default_factory=list)  # was not made again, is taken as it is
     verdicts: pd.DataFrame | None = None  # made again; None where they cannot be
     whole: bool = False  # all that a report shows can be read
 
@@ -56,44 +56,45 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Jud
         raise BundleError(
             f"{place} has no {RECORDS}: pack the run with `make bundle` and verify the bundle."
         )
-    wrong = _hashes(run) if packed else []
+    differences = _hashes(run) if packed else []
     unchecked = []
     try:
         tell(f"{len(run.all_records):,} records, {len(run.claims)} claims")
-        wrong += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
+        differences += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
         unchecked += _other_claims(run) + _declared(run)
         tell("grading the answers again")
         different, undecided = regrading.check(run.all_records)
-        wrong += [f"{RECORDS}: {line}" for line in different]
+        differences += [f"{RECORDS}: {line}" for line in different]
         unchecked += undecided
     except (ValueError, KeyError, TypeError) as error:
-        return Judgement(run, [*wrong, f"cannot be judged: {error}"], unchecked)
+        return Judgement(run, [*differences, f"cannot be judged: {error}"], unchecked)
     readable, files = True, {SUMS, RECORDS, "claims.toml", *_of_the_kit(run)}
     for stage in run.results:
         try:
             remade = remake.stage(run, stage)
             tell(f"{stage}: {remade.count} tables, figures and measurements made again")
-            wrong += remade.wrong
-            unchecked += remade.left
+            differences += remade.differences
+            unchecked += remade.unchecked
             files |= remade.files
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             damaged = f"results/{stage}.json or exhibits/{stage}/{exhibits.LIST}"
-            wrong.append(f"{stage} cannot be made again, {damaged} is damaged ({error!r})")
+            differences.append(f"{stage} cannot be made again, {damaged} is damaged ({error!r})")
             readable = False
     try:
         verdicts = rejudged(run)
-        wrong += _judged(run, verdicts)
+        differences += _judged(run, verdicts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return Judgement(run, [*wrong, f"verdicts cannot be made again ({error!r})"], unchecked)
+        differences.append(f"verdicts cannot be made again ({error!r})")
+        return Judgement(run, differences, unchecked)
     if readable:
         paper = _paper(run)
-        wrong += [f"{name} is not what the tables say" for name, text in paper.items()
+        differences += [f"{name} is not what the tables say" for name, text in paper.items()
                   if run.files[name] != text]  # fmt: skip
         files |= {*paper}
     unmade = {*run.files} - files - {f"results/{stage}.json" for stage in run.results}
     reason = BY_HASH if packed else UNVOUCHED
     unchecked += [f"{reason}: {', '.join(sorted(unmade))}"] * bool(unmade)
-    return Judgement(run, wrong, unchecked, verdicts, readable)
+    return Judgement(run, differences, unchecked, verdicts, readable)
 
 
 def rejudged(run: Run) -> pd.DataFrame:
@@ -111,8 +112,8 @@ def headline(run: Run, verdicts: pd.DataFrame) -> list[str]:
 def summary(judgement: Judgement) -> list[str]:
     """Whether the run holds, and what was taken as it is: lines."""
     all_well = "Nothing differs: every verdict, measurement and table follows from the records"
-    lines = [f"Differs: {line}" for line in judgement.wrong] or [all_well]
-    return [*lines, *(f"Taken as it is: {line}" for line in judgement.left)]
+    lines = [f"Differs: {line}" for line in judgement.differences] or [all_well]
+    return [*lines, *(f"Taken as it is: {line}" for line in judgement.unchecked)]
 
 
 def write_report(judgement: Judgement) -> Path | None:
@@ -137,7 +138,7 @@ def write_report(judgement: Judgement) -> Path | None:
                for stage, of in run.stamps.items() if of}  # fmt: skip
     every_commit = "; ".join(f"{stage} {commit}" for stage, commit in commits.items())
     made_by = stamp | {"commit": every_commit, "dirty": False}
-    audits, differences = tables.audits(run.claims), (judgement.wrong, judgement.left)
+    audits, differences = tables.audits(run.claims), (judgement.differences, judgement.unchecked)
     try:
         return html.write(stamp["profile"], run.records, verdicts, audits, run.results,
                           folder=folder, made_by=made_by, again=differences)  # fmt: skip
@@ -147,9 +148,10 @@ def write_report(judgement: Judgement) -> Path | None:
 
 def _hashes(run: Run) -> list[str]:
     digests = {line[66:]: line[:64] for line in run.files[SUMS].decode().splitlines()}
-    wrong = [f"{name} is missing" for name in sorted(set(digests) - set(run.files))]
-    wrong += [f"{name} is not in {SUMS}" for name in sorted(set(run.files) - {*digests, SUMS})]
-    return wrong + [
+    differences = [f"{name} is missing" for name in sorted(set(digests) - set(run.files))]
+    added = sorted(set(run.files) - {*digests, SUMS})
+    differences += [f"{name} is not in {SUMS}" for name in added]
+    return differences + [
         f"{name} is not what {SUMS} says: it was changed"
         for name in sorted(set(digests) & set(run.files))
         if hashlib.sha256(run.files[name]).hexdigest() != digests[name]

@@ -297,16 +297,16 @@ def _name_architecture(model: Model, folder: Path) -> None:
 def _settings(config: GRPOConfig, model: Model, place: Path) -> dict:
     """TRL's settings for `config`."""
     count = int(os.environ.get("WORLD_SIZE", 1))  # of processes, set by accelerate
-    mine, rest = divmod(config.groups * config.size, count)
+    per_process, rest = divmod(config.groups * config.size, count)
     if rest:
         raise ValueError(
             f"A step has {config.groups * config.size} completions (groups x size), which {count} "
             f"processes cannot share evenly; start {usable_processes(config, count)}, "
             f"or change groups."
         )
-    at_once = max(n for n in range(1, config.micro_batch + 1) if mine % n == 0)
+    at_once = max(n for n in range(1, config.micro_batch + 1) if per_process % n == 0)
     return trainer_settings(dataclasses.replace(config, micro_batch=at_once), model, place) | dict(
-        gradient_accumulation_steps=mine // at_once,
+        gradient_accumulation_steps=per_process // at_once,
         num_generations=config.size,
         max_completion_length=config.max_new_tokens,
         temperature=config.temperature if config.tempered else 1.0,

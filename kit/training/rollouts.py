@@ -126,6 +126,6 @@ class Sampler:
             return trained
         if self._twin is None:
             self._twin = twin(trained, dtype).eval()
-        for mine, theirs in zip(self._twin.parameters(), trained.parameters(), strict=True):
-            mine.copy_(theirs)
+        for target, source in zip(self._twin.parameters(), trained.parameters(), strict=True):
+            target.copy_(source)
         return self._twin

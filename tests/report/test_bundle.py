@@ -39,7 +39,7 @@ def test_a_bundle_holds_what_a_paper_needs_and_verifies():
                  "evictors/smollm2-135m-seed0-4x.safetensors"):  # fmt: skip
         assert name in names, name
     checked = verify.check(made)
-    assert checked.wrong == []
+    assert checked.differences == []
     first = made.read_bytes()
     assert bundle.write("laptop").read_bytes() == first
 

@@ -43,7 +43,8 @@ def test_a_run_that_another_grader_graded_is_renewed(tmp_path):
     )
     exhibits.renew(place / "exhibits" / "01_baseline", shown, {FIGURE: drawn})
     old = verify.check(place)
-    assert old.wrong == [] and any("the grader of an earlier kit" in line for line in old.left)
+    assert old.differences == []
+    assert any("the grader of an earlier kit" in line for line in old.unchecked)
 
     said = "\n".join(published.again("laptop", into))
     now, lost = (
@@ -60,7 +61,7 @@ def test_a_run_that_another_grader_graded_is_renewed(tmp_path):
     assert f"{lost} of 224 answers are graded otherwise" in said
     assert "rbslm-format-accuracy" in said and f"reads otherwise: 01_baseline: {CAPTION}" in said
     assert "stays as it was: 01_baseline: Format against plain" in said
-    assert verify.check(place).wrong == []
+    assert verify.check(place).differences == []
     page = published.text(into)
     assert f"by version {GRADE_VERSION} of the grader" in page and "executed notebooks" in page
     assert "Format against plain (`01_baseline`)" in page

@@ -45,11 +45,11 @@ def bundled() -> Path:
 )  # fmt: skip
 def test_what_was_changed_missing_or_added_is_named(name):
     made = bundled()
-    wrong = verify.check(tampered(made, name, lambda data: data + b" ")).wrong
+    wrong = verify.check(tampered(made, name, lambda data: data + b" ")).differences
     assert f"{name} is not what SHA256SUMS says: it was changed" in wrong
-    wrong = verify.check(tampered(made, name, None)).wrong
+    wrong = verify.check(tampered(made, name, None)).differences
     assert f"{name} is missing" in wrong
-    wrong = verify.check(tampered(made, "extra.txt", lambda data: b"new")).wrong
+    wrong = verify.check(tampered(made, "extra.txt", lambda data: b"new")).differences
     assert wrong == ["extra.txt is not in SHA256SUMS"]
 
 
@@ -62,7 +62,7 @@ def test_records_that_do_not_bear_the_results_are_found_though_the_hashes_are_ma
         frame.to_parquet(buffer, index=False)
         return buffer.getvalue()
 
-    wrong = verify.check(tampered(made, "records.parquet", better)).wrong
+    wrong = verify.check(tampered(made, "records.parquet", better)).differences
     assert any(line.startswith("rbslm-format-") and "from the records" in line for line in wrong)
     assert any(
         "answers are graded otherwise from their texts, such as '1234567'" in w for w in wrong
@@ -75,7 +75,7 @@ def test_records_that_do_not_bear_the_results_are_found_though_the_hashes_are_ma
             row["verdict"] = "reproduced"
         return json.dumps(results).encode()
 
-    wrong = verify.check(tampered(made, "results/07_verdicts.json", reproduced)).wrong
+    wrong = verify.check(tampered(made, "results/07_verdicts.json", reproduced)).differences
     assert any("rbslm-memory-gain: verdict is 'reproduced' in the results" in w for w in wrong)
 
 
@@ -141,7 +141,7 @@ def test_what_follows_from_records_is_named_though_the_sums_are_made_anew():
             if name in names:
                 changed = tampered(changed, name, change, sign=True)
         checked = verify.check(changed)
-        told += checked.wrong + [line for line in checked.left if "claims.toml" in line]
+        told += checked.differences + [line for line in checked.unchecked if "claims.toml" in line]
     assert not [line for line in told if bundle.SUMS in line]
     assert [name for name, _, words in FOLLOWS if not any(words in line for line in told)] == []
 
@@ -150,9 +150,10 @@ def test_what_only_a_hash_vouches_for_is_listed_whole():
     made = changed = bundled()
     for name in ALONE:
         changed = tampered(changed, name, lambda data: data + b" ", sign=True)
-    assert verify.check(changed).wrong == []  # none of them is made again
+    assert verify.check(changed).differences == []  # none of them is made again
     for place, rest in ((changed, set()), (made, OWN)):
-        (line,) = [line for line in verify.check(place).left if line.startswith(verify.BY_HASH)]
+        lines = verify.check(place).unchecked
+        (line,) = [line for line in lines if line.startswith(verify.BY_HASH)]
         told = {*line.removeprefix(f"{verify.BY_HASH}: ").split(", ")}
         assert {*ALONE} - rest <= told
     followed = {name for name, *_ in FOLLOWS} | {bundle.SUMS, "results/01_baseline.json"}
@@ -168,7 +169,7 @@ def test_records_that_are_gone_are_counted():
         pd.read_parquet(io.BytesIO(data)).head(200).to_parquet(buffer, index=False)
         return buffer.getvalue()
 
-    wrong = verify.check(tampered(bundled(), "records.parquet", fewer)).wrong
+    wrong = verify.check(tampered(bundled(), "records.parquet", fewer)).differences
     assert "01_baseline: records.parquet lacks 24 of the 224 records it reports" in wrong
 
 
@@ -197,9 +198,9 @@ def test_other_claims_than_those_of_the_kit_are_told():
     made = bundled()
     lax = f"tolerance = {claim.tolerance:g}\n".encode()
     with_lax = tampered(made, "claims.toml", lambda data: data.replace(lax, b"tolerance = 9.0\n"))
-    (told,) = [line for line in verify.check(with_lax).left if "claims.toml" in line]
+    (told,) = [line for line in verify.check(with_lax).unchecked if "claims.toml" in line]
     assert f"{claim.id} (tolerance)" in told
-    assert not [line for line in verify.check(made).left if "claims.toml" in line]
+    assert not [line for line in verify.check(made).unchecked if "claims.toml" in line]
 
 
 def test_a_published_run_is_judged_by_its_records(tmp_path, capsys, monkeypatch):
@@ -245,7 +246,7 @@ def test_the_report_shows_the_verdicts_made_again(tmp_path):
 
     checked = verify.check(tampered(made, "results/07_verdicts.json", reproduced))
     text = verify.write_report(checked).read_text()
-    assert f"{len(checked.wrong)} things differ" in text
+    assert f"{len(checked.differences)} things differ" in text
     assert "rbslm-memory-gain: verdict is &#39;reproduced&#39; in the results" in text
     assert text.count('class="badge reproduced">') < 9  # made again, not as told
 

@@ -34,8 +34,8 @@ def test_a_bundle_has_hashes_of_them_and_verify_says_what_was_not_graded_again(s
     assert {*records["question"]} == {question} and records["answer"].str.match("sha256:").all()
     assert records["answer"].nunique() > 1 and records["correct"].nunique() == 2
     judgement = verify.check(ran() / "bundle.zip")
-    assert judgement.wrong == []
-    (line,) = [line for line in judgement.left if "redistributed" in line]
+    assert judgement.differences == []
+    (line,) = [line for line in judgement.unchecked if "redistributed" in line]
     assert line.startswith(f"grades of {len(records)} answers to laptop")
     assert judgement.verdicts is not None and judgement.whole
     assert withheld.without_texts(records).equals(records)
