@@ -15,7 +15,7 @@ from markupsafe import Markup
 from kit.analysis import claims, tables
 from kit.analysis.verdicts import ON_MODELS
 
-ASKED = {
+QUESTIONS = {
     "01_baseline": "How many problems does the small model solve with no memory at all?",
     "02_strategies": "Do strategies, learnt from solved problems and retrieved into the prompt, "
     "raise accuracy?",
@@ -76,34 +76,36 @@ def glance(rows: Sequence[Mapping], results: Mapping[str, Mapping], baselines: l
     `rows` are verdicts with their `statement` and `notebook`, the most definite first; `baselines`
     what the report says of the model without memory.
     """
-    made = []
-    for stage in [stage for stage in ASKED if stage in results or stage == "01_baseline"]:
-        found, sure = _contrast(stage, results) or _claimed(stage, rows)
+    table_rows = []
+    for stage in [stage for stage in QUESTIONS if stage in results or stage == "01_baseline"]:
+        finding, certainty = _contrast(stage, results) or _claimed(stage, rows)
         if stage == "01_baseline" and baselines:
             base = baselines[0]
-            found = f"{base['name']} solves {{estimate:.1f}}% [{{low:.1f}}, {{high:.1f}}]".format(
+            finding = f"{base['name']} solves {{estimate:.1f}}% [{{low:.1f}}, {{high:.1f}}]".format(
                 **base["accuracy"]
             )
-            sure = f"{base['problems']:,} problems; other problems would give another share"
-        if found:
-            made.append({"stage": stage, "asked": ASKED[stage], "found": found, "sure": sure})
-    return made
+            certainty = f"{base['problems']:,} problems; other problems would give another share"
+        if finding:
+            table_rows.append(
+                dict(stage=stage, question=QUESTIONS[stage], finding=finding, certainty=certainty)
+            )
+    return table_rows
 
 
 def _contrast(stage: str, results: Mapping[str, Mapping]) -> tuple[str, str] | None:
     """The difference that the stage declared beforehand."""
-    own = claims.primary().get(stage)
+    primary = claims.primary().get(stage)
     for row in results.get(stage, {}).get("contrasts", ()):
-        if own and row["arm"] == own["arm"] and row["control"] == own["control"]:
-            shown = tables.cell_text("difference", tuple(row["difference"]))
+        if primary and row["arm"] == primary["arm"] and row["control"] == primary["control"]:
+            difference = tables.cell_text("difference", tuple(row["difference"]))
             arms = [f"{ARMS[row[key]]} ({row[key]})" for key in ("arm", "control")]
-            found = f"Points of accuracy {arms[0]} minus {arms[1]}: {shown}"
+            finding = f"Points of accuracy {arms[0]} minus {arms[1]}: {difference}"
             low, high = row["difference"][1:]
-            sure = f"{NOT_HELD if low <= 0 <= high else HELD}, on {row['problems']:,} problems"
+            certainty = f"{NOT_HELD if low <= 0 <= high else HELD}, on {row['problems']:,} problems"
             if row.get("equal finish"):
-                equal = tables.cell_text("difference", tuple(row["equal finish"]))
-                sure += f"; on problems where both ended their answers by themselves, {equal}"
-            return found, sure
+                gap = tables.cell_text("difference", tuple(row["equal finish"]))
+                certainty += f"; on problems where both ended their answers by themselves, {gap}"
+            return finding, certainty
     return None
 
 
@@ -111,12 +113,12 @@ def _claimed(stage: str, rows: Sequence[Mapping]) -> tuple[str, str]:
     """The most definite of its claims that a model was measured for."""
     for row in rows:
         if row["notebook"] == stage and row["measured"] and row["on"] in ON_MODELS:
-            said = f"{row['measured']} [{row['interval']}]" if row["interval"] else row["measured"]
-            return f"{row['statement']} Measured: {said}", f"{row['verdict']}: {row['reason']}"
+            text = f"{row['measured']} [{row['interval']}]" if row["interval"] else row["measured"]
+            return f"{row['statement']} Measured: {text}", f"{row['verdict']}: {row['reason']}"
     return "", ""
 
 
-def told(notebook: Path) -> dict[str, str | Markup]:
+def introduction(notebook: Path) -> dict[str, str | Markup]:
     """The title of a notebook, its `idea` and its `question`, the last two as HTML."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]

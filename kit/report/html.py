@@ -52,9 +52,9 @@ def write(
     provenance in place of that of here and now, `again` what differs and what was taken as it is.
     """
     folder = folder or run_dir(profile)
-    every = [replace(each, profile=profile, folder=folder)
+    stage_list = [replace(each, profile=profile, folder=folder)
              for each in stages.load_stages(stages.TOUR)]  # fmt: skip
-    rows = _verdict_rows(verdicts, audits, every, results)
+    rows = _verdict_rows(verdicts, audits, stage_list, results)
     baseline = records.get("01_baseline", pd.DataFrame())
     baselines = [_baseline(name, of_model) for name, of_model in _by_model(baseline)]
     script = SCRIPT.read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def write(
         samples=_samples(records, folder),
         profile=profile,
         again=again,
-        left=stages.incomplete([each for each in every if _wanting(each)]),
+        left=stages.incomplete([each for each in stage_list if _wanting(each)]),
         total=len(rows),
         headline=headline(rows, audits, tables.models(baseline)),
         classes=_used(CLASSES, rows, "on"),
@@ -80,13 +80,15 @@ def write(
         others=others,
         baselines=baselines,
         reading=guide.READING,
-        baseline_of=next(guide.told(each.notebook) for each in every if each.number == "01"),
-        systems=_systems(folder, every, rows),
+        baseline_of=next(
+            guide.introduction(each.notebook) for each in stage_list if each.number == "01"
+        ),
+        systems=_systems(folder, stage_list, rows),
         audit=_audit(audits),
         effects=_picture(plots.published_effects(audits)),
         facts=_facts(made_by or provenance.collect(), baseline, results),
-        stages=_stages(every, results),
-        commands=[(stage.name, _command(stage)) for stage in every],
+        stages=_stages(stage_list, results),
+        commands=[(stage.name, _command(stage)) for stage in stage_list],
     )
     path = folder / "report.html"
     provenance.write_text(path, _outside_pictures(page, provenance.scrubber(ROOT, folder.parent)))
@@ -130,12 +132,12 @@ def _command(stage: stages.Stage) -> str:
 
 
 def _verdict_rows(
-    verdicts: pd.DataFrame, audits: pd.DataFrame, every: list, results: dict[str, dict]
+    verdicts: pd.DataFrame, audits: pd.DataFrame, stage_list: list, results: dict[str, dict]
 ) -> list[dict]:
     """Every claim with what a reader may ask about it, ordered by its verdict."""
-    commands = {stage.name: _command(stage) for stage in every}
-    executed = {stage.name for stage in every if stage.executed.is_file()}
-    failed = {stage.name: f"{stage.name} failed: {stage.failure}" for stage in every
+    commands = {stage.name: _command(stage) for stage in stage_list}
+    executed = {stage.name for stage in stage_list if stage.executed.is_file()}
+    failures = {stage.name: f"{stage.name} failed: {stage.failure}" for stage in stage_list
               if stage.state == "failed"}  # fmt: skip
     about = audits[["claim", "statement", "source", "link", "grade", "rule", "notebook"]]
     rows = verdicts.merge(about, on="claim", validate="one_to_one").to_dict("records")
@@ -143,7 +145,7 @@ def _verdict_rows(
         row["word"] = row["verdict"] or row["on"]
         row["slug"] = row["word"].replace(" ", "-")
         if row["on"] == UNMEASURED:
-            row["reason"] = failed.get(row["notebook"], row["reason"])
+            row["reason"] = failures.get(row["notebook"], row["reason"])
         row["sentence"] = RULES[row["rule"]]
         row["command"] = commands.get(row["notebook"])  # None for a notebook yet to be written
         row["n"] = tables.cell_text("n", row["n"])
@@ -162,17 +164,17 @@ def _place(on: str) -> int:
 def _baseline(model: str, records: pd.DataFrame) -> dict:
     """Texts, tables and the figure of one model."""
     seen = {*records["arm"]}
-    order = [arm for arm in (CONTROL, ARM) if arm in seen]
-    order += sorted(seen.difference(order))
-    families = {arm: tables.by_family(records, arm) for arm in order}
-    by_arm = tables.arms(records).set_index("arm").loc[order]
-    first = by_arm.iloc[0]
+    arms = [arm for arm in (CONTROL, ARM) if arm in seen]
+    arms += sorted(seen.difference(arms))
+    families = {arm: tables.by_family(records, arm) for arm in arms}
+    by_arm = tables.arms(records).set_index("arm").loc[arms]
+    control = by_arm.iloc[0]
     return {
         "name": _name(model),
-        "arm": order[0],
-        "accuracy": dict(zip(("estimate", "low", "high"), first["accuracy"], strict=True)),
-        "problems": int(first["problems"]),
-        "samples": int(first["samples"]),
+        "arm": arms[0],
+        "accuracy": dict(zip(("estimate", "low", "high"), control["accuracy"], strict=True)),
+        "problems": int(control["problems"]),
+        "samples": int(control["samples"]),
         "arms": _arms(_name(model), by_arm, tables.difference(records, ARM, CONTROL)),
         "figure": _picture(plots.accuracy_by_family(families)),
         "families": [_family_table(arm, table) for arm, table in families.items()],
@@ -197,55 +199,55 @@ def _family_table(arm: str, table: pd.DataFrame) -> Table:
     return Table(caption, [*texts.columns], texts.to_numpy().tolist())
 
 
-def _systems(folder: Path, every: list[stages.Stage], rows: list[dict]) -> list[dict]:
+def _systems(folder: Path, stage_list: list[stages.Stage], rows: list[dict]) -> list[dict]:
     """What each notebook but the baseline's says and shows; of one that failed, why."""
-    found = []
-    for stage in every:
-        shown = exhibits.load(folder / "exhibits" / stage.name)
-        if (shown or stage.state == "failed") and stage.number != "01":
-            pictures = [each for each in shown if isinstance(each, exhibits.Figure)]
+    systems = []
+    for stage in stage_list:
+        contents = exhibits.load(folder / "exhibits" / stage.name)
+        if (contents or stage.state == "failed") and stage.number != "01":
+            figures = [each for each in contents if isinstance(each, exhibits.Figure)]
             stage_rows = [row for row in rows if row["notebook"] == stage.name]
-            found.append(guide.told(stage.notebook) | {
+            systems.append(guide.introduction(stage.notebook) | {
                 "id": stage.name, "links": sorted({row["link"] for row in stage_rows}),
                 "judged": counted(stage_rows) if stage_rows else "",
-                "figures": [(each, plots.image(each.file, each.alt)) for each in pictures],
-                "tables": [each for each in shown if isinstance(each, Table)],
+                "figures": [(each, plots.image(each.file, each.alt)) for each in figures],
+                "tables": [each for each in contents if isinstance(each, Table)],
                 "command": _command(stage), "failure": stage.failure,
             })  # fmt: skip
-    return found
+    return systems
 
 
 def _samples(records: Mapping[str, pd.DataFrame], folder: Path) -> list[dict]:
     """Some answers, with the strategies in their prompts where the run kept its banks."""
-    shelves = [each for each in exhibits.load(folder / "exhibits" / "02_strategies")
+    listings = [each for each in exhibits.load(folder / "exhibits" / "02_strategies")
                if each.caption == samples.BANKS]  # fmt: skip
-    banks = pd.DataFrame(shelves[0].rows, columns=shelves[0].columns) if shelves else None
+    banks = pd.DataFrame(listings[0].rows, columns=listings[0].columns) if listings else None
     return samples.choose(records, banks)
 
 
 def _audit(audits: pd.DataFrame) -> Table:
     """The published numbers whose counts are known."""
-    known = audits.dropna(subset=["low"])
-    intervals = [*zip(known["estimate"], known["low"], known["high"], strict=True)]
-    sources = known["source"] + " (" + known["grade"] + ")"
-    texts = tables.text(known.assign(interval=intervals, source=sources))
+    subset = audits.dropna(subset=["low"])
+    intervals = [*zip(subset["estimate"], subset["low"], subset["high"], strict=True)]
+    sources = subset["source"] + " (" + subset["grade"] + ")"
+    texts = tables.text(subset.assign(interval=intervals, source=sources))
     columns = ["claim", "published", "interval", "p", tables.LABELS["n_needed"], "reading"]
     rows = texts[[*columns, "source"]].to_numpy().tolist()
     columns[2] = "its 95% interval"
-    caption = f"{len(known)} published numbers with the 95% interval that their counts allow"
+    caption = f"{len(subset)} published numbers with the 95% interval that their counts allow"
     return Table(caption, [*columns, "source"], rows, words=(0, 1, 5, 6))
 
 
-def _stages(every: list[stages.Stage], results: dict[str, dict]) -> Table:
+def _stages(stage_list: list[stages.Stage], results: dict[str, dict]) -> Table:
     """What each stage took, as far as it has run."""
     rows = []
-    for stage in every:
-        state, done = stage.state, stage.status()
+    for stage in stage_list:
+        state, status = stage.state, stage.status()
         row = [stage.name, f"failed: {stage.failure}" if state == "failed" else state]
         row.append(f"{len(results.get(stage.name, {}).get('keys', [])):,}")
-        if done and state == "done":  # else its status is that of the run before
-            peak = done["peak_memory_bytes"] / GIB
-            row += [f"{done['wall_seconds']:.1f} s", f"{peak:.2f} GiB", done["finished"]]
+        if status and state == "done":  # else its status is that of the run before
+            peak = status["peak_memory_bytes"] / GIB
+            row += [f"{status['wall_seconds']:.1f} s", f"{peak:.2f} GiB", status["finished"]]
         rows.append(row + ["–"] * (6 - len(row)))
     columns = ["stage", "state", "records", "wall time", "peak memory", "finished (UTC)"]
     return Table("Time and memory per stage", columns, rows, words=(0, 1))
