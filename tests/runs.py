@@ -109,6 +109,19 @@ def _run(profile: str, seed: int, gain: float, commit: str) -> Path:
     return folder
 
 
+@cache
+def _packed() -> bytes:
+    ran()
+    return bundle.write("laptop").read_bytes()
+
+
+def bundled() -> Path:
+    """The bundle of that run, packed once for all tests of a process, beside its folder."""
+    data, made = _packed(), ran() / "bundle.zip"
+    made.write_bytes(data)
+    return made
+
+
 def published(made: Path, place: Path) -> Path:
     """The folder `place` with what a bundle has of a run, as it is published."""
     with zipfile.ZipFile(made) as archive:

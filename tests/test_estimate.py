@@ -8,6 +8,7 @@ import pytest
 from kit import estimate
 from kit.analysis import claims
 from kit.pipeline.stages import load_stages
+from tests.conftest import loaded
 
 OLD = {"start": 8.0, "decoded": 108.0, "trained": 200.0}  # two old cores in float32, see LOG.md
 
@@ -137,8 +138,15 @@ def test_a_model_that_is_named_counts_where_a_profile_leaves_it_open(monkeypatch
         assert spent == pytest.approx(minutes(profile, OLD, model))
 
 
-def test_the_rates_of_this_machine_make_the_times():
-    found = json.loads(json.dumps(estimate.measured("tour")))
+@pytest.mark.parametrize("of", ["tiny", pytest.param("bundled", marks=pytest.mark.slow)])
+def test_the_rates_of_this_machine_make_the_times(of, tiny_folder, monkeypatch):
+    """Of the bundled model in a process of its own, as a run measures them; of a tiny one here."""
+    if of == "bundled":
+        found = estimate.measured("tour")
+    else:
+        tiny = loaded(tiny_folder, "float32")
+        monkeypatch.setattr("kit.models.load.load", lambda name: tiny)
+        found = json.loads(json.dumps(estimate.estimates(["tour"])))
     assert found["rates"]["decoded"] > 0 and found["rates"]["trained"] > 0
     rows = found["profiles"]["tour"]
     for name, spent in minutes("tour", found["rates"]).items():

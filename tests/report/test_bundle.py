@@ -16,7 +16,7 @@ from kit.pipeline import provenance, stages
 from kit.report import bundle, summary, verify
 from kit.report import published as reference
 from kit.schema import Record
-from tests.runs import TIMES, executed, ran
+from tests.runs import TIMES, bundled, executed, ran
 
 PAGE = "report.html"
 PROCESS_RUN = "https://w3id.org/ro/wfrun/process/0.5"
@@ -49,7 +49,7 @@ def test_verdicts_link_to_their_records_and_to_the_cell_that_made_them():
     links = re.findall(r'href="(\w[^":#]+)"', (folder / PAGE).read_text())
     assert {*links} == {"results/01_baseline.json", "notebooks/01_baseline.ipynb"}
     assert len(links) == 2 and all((folder / link).is_file() for link in links)
-    files = bundle.read(bundle.write("laptop")).files
+    files = bundle.read(bundled()).files
     packed = re.findall(r'href="(\w+/\w+\.\w+)(#\w+)?"', files[PAGE].decode())
     assert {*packed} == {("results/01_baseline.json", ""),
                          ("notebooks/01_baseline.html", "#Verdict")}  # fmt: skip
@@ -139,8 +139,7 @@ def test_a_damaged_file_is_named_and_nothing_is_written(name, capsys):
 
 
 def test_a_bundle_is_read_as_people_have_it(tmp_path):
-    ran()
-    made = bundle.write("laptop")
+    made = bundled()
     files = bundle.read(made).files
     out = tmp_path / "unpacked" / "their-bundle"
     with zipfile.ZipFile(made) as archive:
@@ -167,8 +166,7 @@ def test_a_bundle_is_read_as_people_have_it(tmp_path):
 
 
 def test_the_crate_is_a_process_run(tmp_path):
-    ran()
-    with zipfile.ZipFile(bundle.write("laptop")) as archive:
+    with zipfile.ZipFile(bundled()) as archive:
         archive.extractall(tmp_path / "out")
     crate = ROCrate(tmp_path / "out")
     assert crate.root_dataset["conformsTo"].id == PROCESS_RUN
@@ -196,7 +194,7 @@ def test_two_runs_differ_in_what_moved_and_in_what_made_them():
     assert moved["rbslm-format-accuracy"] == "beyond noise"
     assert ["commit", "c0", "c1"] in found["environment"]
     assert "rbslm-format-accuracy" in {row[0] for row in found["verdicts"]}
-    same = reference.diff(bundle.read(one), bundle.read(bundle.write("laptop")))
+    same = reference.diff(bundle.read(one), bundle.read(bundled()))
     assert same == {"numbers": [], "verdicts": [], "environment": []}
     exact = [{"claim": "c", "measured": f"{n} steps", "interval": "", "verdict": ""}
              for n in (300, 301)]  # fmt: skip
@@ -211,7 +209,7 @@ def test_a_run_is_held_against_the_published_one(tmp_path, capsys):
     ran(seed=0)
     summary.print_reference("laptop", tmp_path / "published")
     assert capsys.readouterr().out == ""
-    with zipfile.ZipFile(bundle.write("laptop")) as archive:
+    with zipfile.ZipFile(bundled()) as archive:
         archive.extractall(tmp_path / "published" / "laptop")
     summary.print_reference("laptop", tmp_path / "published")
     said = capsys.readouterr().out

@@ -5,8 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -15,7 +14,7 @@ from kit import cli, paths
 from kit.analysis import claims
 from kit.pipeline import provenance
 from kit.report import bundle, exhibits, verify
-from tests.runs import CAPTION, FIGURE, published, ran, tampered
+from tests.runs import CAPTION, FIGURE, bundled, published, tampered
 
 
 @pytest.fixture(autouse=True)
@@ -25,32 +24,23 @@ def _outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "collect", lambda: here)
 
 
-@cache
-def packed() -> bytes:
-    ran()
-    return bundle.write("laptop").read_bytes()
+NAMED = ["notebooks/01_baseline.ipynb", "exhibits/01_baseline/format-against-plain.svg",
+         "claims.toml", "records.parquet", "results/01_baseline.json", "LICENSE"]  # fmt: skip
 
 
-def bundled() -> Path:
-    """The bundle of a small run, beside its folder."""
-    data, made = packed(), ran() / "bundle.zip"
-    made.write_bytes(data)
-    return made
+def test_what_was_changed_or_added_is_named():
+    changed = tampered(bundled(), "extra.txt", lambda data: b"new")
+    assert verify.check(changed).differences == ["extra.txt is not in SHA256SUMS"]
+    for name in NAMED:
+        changed = tampered(changed, name, lambda data: data + b" ")
+    differences = verify.check(changed).differences
+    for name in NAMED:
+        assert f"{name} is not what SHA256SUMS says: it was changed" in differences
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["notebooks/01_baseline.ipynb", "exhibits/01_baseline/format-against-plain.svg", "claims.toml",
-     "records.parquet", "results/01_baseline.json", "LICENSE"],
-)  # fmt: skip
-def test_what_was_changed_missing_or_added_is_named(name):
-    made = bundled()
-    wrong = verify.check(tampered(made, name, lambda data: data + b" ")).differences
-    assert f"{name} is not what SHA256SUMS says: it was changed" in wrong
-    wrong = verify.check(tampered(made, name, None)).differences
-    assert f"{name} is missing" in wrong
-    wrong = verify.check(tampered(made, "extra.txt", lambda data: b"new")).differences
-    assert wrong == ["extra.txt is not in SHA256SUMS"]
+@pytest.mark.parametrize("name", NAMED)
+def test_what_is_missing_is_named(name):
+    assert f"{name} is missing" in verify.check(tampered(bundled(), name, None)).differences
 
 
 def test_records_that_do_not_bear_the_results_are_found_though_the_hashes_are_made_anew():
@@ -254,7 +244,7 @@ def test_the_report_shows_the_verdicts_made_again(tmp_path):
 def test_a_bundle_writes_nowhere_else(tmp_path):
     made = bundled()
     evil = tampered(made, "notebooks/../../../evil.ipynb", lambda data: b"{}")
-    verify.write_report(verify.check(evil))
+    verify.write_report(judgement := verify.check(evil))
     assert not [*tmp_path.rglob("evil*")]
     for name in ("../elsewhere", "", "a/b", "..", None):
 
@@ -264,8 +254,9 @@ def test_a_bundle_writes_nowhere_else(tmp_path):
             return json.dumps(notebook).encode()
 
         other = tampered(made, "notebooks/07_verdicts.ipynb", renamed)
+        judgement = verify.check(other) if not name else replace(judgement, run=bundle.read(other))
         with pytest.raises(bundle.BundleError, match="is no name"):
-            verify.write_report(verify.check(other))
+            verify.write_report(judgement)
 
 
 def test_the_commands(tmp_path, capsys):
