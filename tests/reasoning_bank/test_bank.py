@@ -401,7 +401,7 @@ def writer(folder) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=paths.ROOT)
 
 
-def test_a_killed_writer_leaves_whole_additions_and_ends_the_same(tmp_path):
+def test_a_killed_writer_leaves_whole_additions_and_ends_the_same(tmp_path, monkeypatch):
     for at in (3, 11, 20):
         process = writer(tmp_path / "killed")
         while process.stdout.readline().strip() != str(at):
@@ -411,7 +411,8 @@ def test_a_killed_writer_leaves_whole_additions_and_ends_the_same(tmp_path):
         bank = ReasoningBank(tmp_path / "killed", HashEmbedder())
         assert len(bank) % 3 == 0 and 3 * (at + 1) <= len(bank) < 120
     assert writer(tmp_path / "killed").communicate()[0].endswith("39\n")
-    assert writer(tmp_path / "whole").communicate()[0].endswith("39\n")
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "whole")])
+    exec(WRITER, {})
     whole = ReasoningBank(tmp_path / "whole", HashEmbedder())
     assert ReasoningBank(tmp_path / "killed", HashEmbedder()).logical_hash() == whole.logical_hash()
     assert len(whole) == 120
