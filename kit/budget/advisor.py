@@ -104,11 +104,11 @@ def options(a: Architecture, context: int) -> list[Option]:
     """All configurations at `context` tokens, without accuracies."""
     return [
         Option(
-            Configuration(a, ledger.packing(bits), context, width, kept, ledger.cache(a, kv_bits))
+            Configuration(a, ledger.packing(bits), context, width, share, ledger.cache(a, kv_bits))
         )
         for bits in (16, *quantization.BITS)
         for kv_bits in KV_BITS
-        for kept in KEPT
+        for share in KEPT
         for width in WIDTHS
     ]
 
@@ -202,7 +202,7 @@ def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
         return c.kept, c.packing.bits >= 8, c.kv_bits >= 8, votes, c.packing.bits, c.kv_bits
 
     best = max(fits, key=worth)
-    return best, "not measured here; " + "; ".join(said for said, _ in reasons(best, memory))
+    return best, "not measured here; " + "; ".join(text for text, _ in reasons(best, memory))
 
 
 def paying_votes(a: Architecture, memory: int) -> int:

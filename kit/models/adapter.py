@@ -36,8 +36,8 @@ def base(folder: Path) -> str:
         if named and place.exists():
             return str(place)
     kind = named.split(":")[0]
-    known = kind in ("bundled", "hub", "random") or named.count("/") != 1 or named.startswith(".")
-    return named if known else f"hub:{named}"
+    whole = kind in ("bundled", "hub", "random") or named.count("/") != 1 or named.startswith(".")
+    return named if whole else f"hub:{named}"
 
 
 def talks(folder: Path) -> bool:
@@ -56,11 +56,11 @@ def merge(weights: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict  # takes seconds
 
     with safe_open(weights_file(folder), "pt") as file:
-        given = {*file.keys()}
+        names = {*file.keys()}
     try:
         adapted = PeftModel.from_pretrained(weights, str(folder))
         own = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
-        if astray := (own - given) | (given - own - {*adapted.state_dict()}):
+        if astray := (own - names) | (names - own - {*adapted.state_dict()}):
             kind = "has no" if min(astray) in own else "has a superfluous"
             raise AdapterError(f"it {kind} {min(astray)}")
         return adapted.merge_and_unload(safe_merge=True)

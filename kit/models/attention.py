@@ -51,8 +51,8 @@ def unserved(weights: PreTrainedModel) -> str:
     calls: list[tuple] = []
     try:
         ids, positions = torch.tensor([[IDS], [POSITIONS]], device=weights.device)
-        kept = torch.tensor(KEPT, device=weights.device)
-        how = dict(use_cache=False, logits_to_keep=kept, slots=calls)
+        logit_positions = torch.tensor(KEPT, device=weights.device)
+        how = dict(use_cache=False, logits_to_keep=logit_positions, slots=calls)
         logits = weights(input_ids=ids, position_ids=positions, **how).logits[0]
         return _misfit(config, calls) or _unlike(logits[0::2], logits[1::2])
     except Exception as error:  # of code that anybody may have written

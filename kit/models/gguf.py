@@ -102,11 +102,11 @@ def _check(file: Path, dtype: str) -> tuple[str, int]:
         raise GGUFError(
             f"{file} is one of {fields['split.count']} parts; join them (llama-gguf-split --merge)."
         )
-    known = GGUF_CONFIG_MAPPING.get(architecture, {})
+    known_fields = GGUF_CONFIG_MAPPING.get(architecture, {})
     for name in fields:
         own = name.removeprefix(f"{architecture}.")
         plain = own == "rope.scaling.type" and fields[name] == "none"
-        if own not in known and own != name and any(w in own for w in WEIGHTY) and not plain:
+        if own not in known_fields and own != name and any(w in own for w in WEIGHTY) and not plain:
             raise GGUFError(f"{file}: {name} is {fields[name]}, {PASSED_OVER}")
     if odd := [t.name for t in reader.tensors if t.name.startswith("rope_")]:
         raise GGUFError(f"{file}: it has {odd[0]}, {PASSED_OVER}")
@@ -132,10 +132,10 @@ def _stops(file: Path) -> list[int]:
 
 
 def _check_room(folder: Path, need: int) -> None:
-    room = shutil.disk_usage(folder.parent).free
-    if room < need:
+    free = shutil.disk_usage(folder.parent).free
+    if free < need:
         raise GGUFError(
-            f"{folder} needs {need / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free; make room, or "
+            f"{folder} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room, or "
             f"set KIT_CACHE to a folder on another disk."
         )
 

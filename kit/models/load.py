@@ -156,9 +156,9 @@ def check_head(weights: PreTrainedModel) -> None:
     out = MoeModelOutputWithPast(last_hidden_state=states[None])
     ids = torch.zeros(1, 2, dtype=torch.long, device=matrix.device)
     with torch.no_grad(), mock.patch.object(weights.base_model, "forward", lambda *_, **__: out):
-        said = weights(input_ids=ids, use_cache=False).logits[0].float()
+        logits = weights(input_ids=ids, use_cache=False).logits[0].float()
     plain = (states @ matrix.T).float()
-    if (said - plain).abs().max() > 0.02 * plain.abs().max():
+    if (logits - plain).abs().max() > 0.02 * plain.abs().max():
         raise ModelError(
             f"{type(weights).__name__} does more to its logits than its head says (it scales, caps "
             f"or shifts them); distillation, likelihoods and rollouts would compute others, so "
@@ -182,9 +182,9 @@ def default_device() -> torch.device:
 def default_dtype(device: torch.device) -> torch.dtype:
     """The dtype named by KIT_DTYPE. If unset or "auto": bfloat16 if the device multiplies it
     natively, else float16 on a GPU and float32 on a CPU. ModelError for an unknown name."""
-    wanted = os.environ.get("KIT_DTYPE") or "auto"
-    if wanted != "auto":
-        return _dtype(wanted, "KIT_DTYPE")
+    choice = os.environ.get("KIT_DTYPE") or "auto"
+    if choice != "auto":
+        return _dtype(choice, "KIT_DTYPE")
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
@@ -287,13 +287,13 @@ def _tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
 
 def _refusal(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a chat template does with a system message and a user's, if it does not say both."""
-    said = {"system": "Answer briefly", "user": "How many"}
-    messages = [{"role": role, "content": text} for role, text in said.items()]
+    texts = {"system": "Answer briefly", "user": "How many"}
+    messages = [{"role": role, "content": text} for role, text in texts.items()]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         return f"fails ({str(error).splitlines()[0].rstrip('.')})"
-    lost = [role for role, words in said.items() if words not in text]
+    lost = [role for role, words in texts.items() if words not in text]
     return f"leaves out what the {lost[-1]} says" if lost else ""
 
 

@@ -142,19 +142,19 @@ class ParametricBank:
         for number, question in enumerate(questions):
             if not question.strip():
                 raise BankError(f"Context {number} is empty; give its question, or no memory.")
-        found = self.tree.assign(self.embedder.embed(list(questions)))
+        nodes = self.tree.assign(self.embedder.embed(list(questions)))
         count = np.array(self.shape.nodes)
         further = self.turn * count // self.shape.branching
-        return [tuple(row) for row in ((found + further) % count).tolist()]
+        return [tuple(row) for row in ((nodes + further) % count).tolist()]
 
     def fetch(self, path: Sequence[int]) -> list[torch.Tensor]:
         """The block of each level on `path`, [layers, units, row], in the model's dtype."""
-        found = [self._block(level, node) for level, node in enumerate(path)]
+        blocks = [self._block(level, node) for level, node in enumerate(path)]
         blocked = [len(node) for node in self.without if tuple(path[: len(node)]) == node]
-        kept = min(blocked, default=len(found) + 1) - 1
+        depth = min(blocked, default=len(blocks) + 1) - 1
         return [
-            torch.zeros_like(block) if level >= kept or level in self.off else block
-            for level, block in enumerate(found)
+            torch.zeros_like(block) if level >= depth or level in self.off else block
+            for level, block in enumerate(blocks)
         ]
 
     def prefetch(self, path: Sequence[int]) -> None:

@@ -185,14 +185,14 @@ class FactStudy:
         """Of the sentences that tell what is asked, the share that was trained into the block which
         the question fetches, by level: [questions, levels]; NaN where nothing tells it."""
         goes = self.tree(layout).assign(self.embedder.embed([p.question for p in asked]))
-        told: dict[str, list[tuple[int, ...]]] = {}
+        paths: dict[str, list[tuple[int, ...]]] = {}
         for sentence, path in zip(self.sentences, self.paths(layout), strict=True):
-            told.setdefault(facts.name(sentence.fact), []).append(path)
+            paths.setdefault(facts.name(sentence.fact), []).append(path)
         nowhere = [(-1,) * goes.shape[1]]
         shares = [
-            (np.array(told.get(p.id, nowhere)) == path).mean(0) for p, path in zip(asked, goes)
+            (np.array(paths.get(p.id, nowhere)) == path).mean(0) for p, path in zip(asked, goes)
         ]
-        return np.where([[p.id in told] for p in asked], shares, np.nan)
+        return np.where([[p.id in paths] for p in asked], shares, np.nan)
 
     @cached_property
     def tokens(self) -> int:
@@ -218,13 +218,13 @@ class FactStudy:
     def refuse_equal(self, names: Sequence[str], layout: Layout) -> None:
         """ValueError where two of these arms would be the same model: same layers, sizes, routing
         and blocks."""
-        found: dict[tuple, str] = {}
+        first_names: dict[tuple, str] = {}
         for name in names:
             if name in MODELS:
                 continue
             of = layout.arm(name)
             shape = of.shape(self.model)
-            if (same := found.setdefault((shape, of.routing, name == "wrong"), name)) != name:
+            if (same := first_names.setdefault((shape, of.routing, name == "wrong"), name)) != name:
                 raise ValueError(
                     f"{name} and {same} are one arm: both have {sum(shape.sizes)} units in layers "
                     f"{[*shape.layers]}; lower layers of the layout, or leave one of them out."

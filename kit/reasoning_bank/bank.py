@@ -285,10 +285,10 @@ class ReasoningBank:
         query = self._table.search(vectors, vector_column_name="vector").distance_type("cosine")
         query = query.bypass_vector_index() if len(self) < EXACT_ROWS else query.nprobes(20)
         query = query.distance_range(upper_bound=1 - SAME).select(["id", "_distance"])
-        found: list[list[tuple[float, str]]] = [[] for _ in vectors]
+        neighbors: list[list[tuple[float, str]]] = [[] for _ in vectors]
         for row in query.limit(NEIGHBOURS).to_list():
-            found[row.get("query_index", 0)].append((row["_distance"], row["id"]))
-        return found
+            neighbors[row.get("query_index", 0)].append((row["_distance"], row["id"]))
+        return neighbors
 
     def tag(self, name: str) -> None:
         """Name the present state; ValueError where the name is taken."""

@@ -308,8 +308,8 @@ def _extract(
         rows = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
         attempts = [(row.text, bool(row.judged)) for row in rows.itertuples()]
         if config.corrected:
-            told = f"\n\nThe correct answer is {problem.answer}."
-            attempts = [(text if correct else text + told, correct) for text, correct in attempts]
+            hint = f"\n\nThe correct answer is {problem.answer}."
+            attempts = [(text if correct else text + hint, correct) for text, correct in attempts]
         if attempts:
             seed = step + DRAW * config.seed
             calls.append(partial(extractor, problem.question, attempts, seed=seed))

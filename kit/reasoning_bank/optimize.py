@@ -77,8 +77,8 @@ def optimize(
     data["valset"] = examples(validation)
     if how == "gepa":
         calls, reflection = trials * len(validation), proposer or _stronger()
-        made = dspy.GEPA(feedback, max_metric_calls=calls, reflection_lm=reflection, seed=seed)
-        return made.compile(program, **data)
+        optimizer = dspy.GEPA(feedback, max_metric_calls=calls, reflection_lm=reflection, seed=seed)
+        return optimizer.compile(program, **data)
     few = dict(max_bootstrapped_demos=demos, max_labeled_demos=0, prompt_model=proposer)
     search = dspy.MIPROv2(metric, auto=None, num_candidates=max(2, trials // 2), seed=seed, **few)
     # A small model cannot make use of programs or data sets: it proposes another wording only.

@@ -130,13 +130,13 @@ def published_grade(text: str, answer: str) -> bool:
     """Whether the grader of reasoning-bank-slm calls a reply right, with its faults: a boxed answer
     ends at the first closing brace, and what is no number by itself counts as its last one."""
     if "REASONING:" in text and "ANSWER:" in text:
-        said = text.split("ANSWER:")[1].strip()
+        answer_text = text.split("ANSWER:")[1].strip()
     else:
-        said = ["", *re.findall(r"-?\d+\.?\d*", text)][-1]
+        answer_text = ["", *re.findall(r"-?\d+\.?\d*", text)][-1]
     gold = answer.partition("}")[0]
-    one, other = _number(said), _number(gold)
+    one, other = _number(answer_text), _number(gold)
     if one is None or other is None:
-        return _plain(said) == _plain(gold)
+        return _plain(answer_text) == _plain(gold)
     return abs(one - other) < 0.01
 
 

@@ -204,10 +204,10 @@ def leaks_answer(text: str, answer: str, question: str = "") -> bool:
 @functools.lru_cache(maxsize=1024)  # a text is held against the answers of many problems
 def _numbers(text: str) -> list[tuple[set, str, str]]:
     """The numbers of a text, as `NUMBER` or the grader finds them: values, text before, after."""
-    found = [(m[0], text[max(m.start() - 500, 0) : m.start()], text[m.end() :][:100])
+    matches = [(m[0], text[max(m.start() - 500, 0) : m.start()], text[m.end() :][:100])
              for m in re.finditer(NUMBER, text)]  # fmt: skip
     each = ((latex.number(latex.tidy(part)), *sides) for part, *sides in
-            (*found, *latex.numbers(text)))  # fmt: skip
+            (*matches, *latex.numbers(text)))  # fmt: skip
     return [(_values(number), before, after) for number, before, after in each if number]
 
 

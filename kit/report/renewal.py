@@ -108,10 +108,10 @@ def advice(results: Mapping, parameters: Mapping) -> pd.DataFrame:
     """What the advisor says of the scenarios of a sweep, with the parameters of its notebook."""
     from kit.budget import advisor  # imports torch
 
-    room, context = advisor.size(parameters["CARD"][0]), advisor.tokens(parameters["CARD"][1])
+    memory, context = advisor.size(parameters["CARD"][0]), advisor.tokens(parameters["CARD"][1])
     rows_of_model = [row for row in results["scenarios"] if row["model"] == parameters["MODELS"][0]]
     options = advisor.measured(advisor.sizes(parameters["MODELS"][0]), context, rows_of_model)
-    rows = advisor.table(advisor.narrow(options, advisor.choose(options, room)[0]), room)
+    rows = advisor.table(advisor.narrow(options, advisor.choose(options, memory)[0]), memory)
     return pd.DataFrame(rows, columns=["configuration", "GiB", "fits", "accuracy"])
 
 

@@ -62,10 +62,10 @@ def _prompt(row: Mapping) -> str:
 
 def _memory(retrieved: str, banks: pd.DataFrame | None) -> str:
     """The strategies that stood in the prompt, by their texts where a bank has them."""
-    shelf = {} if banks is None else banks.drop_duplicates("id").set_index("id").to_dict("index")
+    items = {} if banks is None else banks.drop_duplicates("id").set_index("id").to_dict("index")
     lines = []
     for name in retrieved.split():
-        item = shelf.get(name)
+        item = items.get(name)
         lines.append(f"{item['title']}: {item['content']}" if item else f"strategy {name}")
     return "\n\n".join(lines)
 

@@ -188,11 +188,11 @@ def _other_claims(run: Run) -> list[str]:
     if "claims.toml" not in run.files:
         return []
     ours = {claim.id: asdict(claim) for claim in claims.load()}
-    theirs = {claim.id: asdict(claim) for claim in run.claims}
-    differ = [f"{name} not in both" for name in sorted({*ours} ^ {*theirs})]
-    for name in sorted({*ours} & {*theirs}):
+    run_claims = {claim.id: asdict(claim) for claim in run.claims}
+    differ = [f"{name} not in both" for name in sorted({*ours} ^ {*run_claims})]
+    for name in sorted({*ours} & {*run_claims}):
         fields = [key for key in ours[name]
-                  if key != "declared" and ours[name][key] != theirs[name][key]]  # fmt: skip
+                  if key != "declared" and ours[name][key] != run_claims[name][key]]  # fmt: skip
         differ += [f"{name} ({', '.join(fields)})"] * bool(fields)
     return [f"judged by its own claims.toml, other than this kit's: {'; '.join(differ)}"] * bool(
         differ
