@@ -1,9 +1,9 @@
 r"""Equivalence of two answers: by rules, and by math-verify where no rule applies.
 
 `equal` takes two answers tidied by `latex.tidy`. It decides identical, numeric, listed, worded and
-assigned answers itself and passes all others to `leaf`. In a worker this is `symbolic`, which uses
-math-verify and sympy; `sandbox` bounds its time and memory. The rules, case by case, are the table
-in tests/evaluation/test_grader.py.
+assigned answers itself, as well as plain algebra of other values, and passes all others to `leaf`.
+In a worker this is `symbolic`, which uses math-verify and sympy; `sandbox` bounds its time and
+memory. The rules, case by case, are the table in tests/evaluation/test_grader.py.
 """
 
 import functools
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from kit.evaluation import latex
+from kit.evaluation import latex, numeric
 
 Leaf = Callable[[str, str], bool | None]
 _PART = r"\\[a-zA-Z]++|[a-zA-Z]\([^()=]{1,40}\)|[a-zA-Z]|_(?:\w|\{[^{}]{1,20}\})|[(){},:' ]"
@@ -70,7 +70,7 @@ def equal(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> bool | None:
     for settle in (_equal_lists, _equal_relations):
         if (verdict := settle(gold, answer, leaf, depth + 1)) is not NotImplemented:
             return verdict
-    return leaf(gold, answer)
+    return False if numeric.apart(gold, answer) else leaf(gold, answer)
 
 
 def _equal_numbers(gold: latex.Number, answer: latex.Number) -> bool:
