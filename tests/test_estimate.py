@@ -35,9 +35,10 @@ def test_the_laptop_profile_takes_about_what_it_took():
     assert {name: found[name] for name in known} == pytest.approx(known, rel=0.2)
 
 
-def test_by_default_a_quarter_of_an_hour_is_enough():
+def test_by_default_a_quarter_of_an_hour_is_enough_and_six_minutes_with_native_bfloat16():
+    native = {"start": 8.0, "decoded": 250.0, "trained": 230.0}  # two cores of an AMD EPYC
     assert sum(minutes("quick").values()) < 15
-    assert sum(minutes("tour").values()) < 0.6 * sum(minutes("quick").values())
+    assert sum(minutes("quick", native).values()) < 6
     assert sum(minutes("workstation").values()) > 100 * sum(minutes("laptop").values())
 
 

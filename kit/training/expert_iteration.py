@@ -8,6 +8,7 @@ fine-tuning starts from the base model, as in STaR (https://arxiv.org/abs/2203.1
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pandas
@@ -160,13 +161,15 @@ def bank_before_round(bank: ReasoningBank, number: int) -> ReasoningBank:
 
 
 def evaluate_checkpoint(
-    name: str, asked: Sequence[Prompt], store: Store, max_new_tokens: int, samples: int = 1
+    model: Model | str, asked: Sequence[Prompt], store: Store, max_new_tokens: int, samples: int = 1
 ) -> pandas.DataFrame:
-    """Graded records of the model `name` on `asked`: greedy, or `samples` at temperature 0.6."""
+    """Graded records of a model, or the one of that name, on `asked`: greedy, or `samples` at
+    temperature 0.6."""
     sampling = Sampling(max_new_tokens)
     if samples > 1:
         sampling = Sampling(max_new_tokens, temperature=0.6, top_p=0.95)
-    return evaluate(load(name), list(asked), sampling, store, samples, report=_silent)
+    model = load(model) if isinstance(model, str) else model
+    return evaluate(model, list(asked), sampling, store, samples, report=_silent)
 
 
 def best_against_last(
@@ -182,9 +185,11 @@ def best_against_last(
     would exceed their mean.
     """
     folders = {step: str(folder) for step, folder in sft.saved_models(place).items()}
+    loaded = lru_cache(maxsize=1)(load)  # the chosen one is most often the last
 
     def accuracy(step: int, asked: Sequence[Prompt]) -> float:
-        return evaluate_checkpoint(folders[step], asked, store, max_new_tokens)["correct"].mean()
+        model = loaded(folders[step])
+        return evaluate_checkpoint(model, asked, store, max_new_tokens)["correct"].mean()
 
     scores = {step: accuracy(step, validation) for step in folders}
     best, mean = checkpoint_selection.select(scores), sum(scores.values()) / len(scores)
