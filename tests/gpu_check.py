@@ -291,11 +291,11 @@ def kernel_and_plain(here: Here, found: dict) -> str:
 
     plain, errors = paged_attention.attend, []
 
-    def both(query, pool, step, plane, watch=False):
-        want, probability = plain(query, pool, step, plane, watch=True)  # watching is plain
-        kernel, _ = paged_attention._attend_paged(query, pool, step, plane)
-        errors.append((kernel - want).abs().max().item())
-        return want, probability if watch else None
+    def both(query, pool, step, plane, watch, scale, out):
+        found = plain(query, pool, step, plane, True, scale, out)  # watching is plain
+        kernel, _ = paged_attention._attend_paged(query, pool, step, plane, scale=scale)
+        errors.append((kernel - out).abs().max().item())
+        return found
 
     requests = [decode.Request(tuple(range(1, 1 + n)), str(n)) for n in (40, 11, 2)]
     sampling = Sampling(2 if here.dry else 16)

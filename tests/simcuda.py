@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kit.inference.kv_quantization import unpack
 
@@ -282,21 +283,25 @@ def _pad_sequence(rows, batch_first=False, padding_value=0.0, padding_side="righ
     return out if batch_first else out.transpose(0, 1)
 
 
-def _paged_attention(device: _Device, *given, watch=False):
-    """What kernels.paged_attention says it returns; one launch."""
+def _paged_attention(device: _Device, *given, watch=False, scale=1.0, out=None):
+    """What triton_attention.paged_attention says it returns; one launch."""
     query, _, _, _, table, count, codes = given
     assert {x.device for x in given[:6]} == {CUDA}
-    assert table.dtype == count.dtype == torch.int32 and query.dtype == torch.float32
+    assert table.dtype == count.dtype == torch.int32
     device.seen.launches["paged_attention"] += 1
     if codes:
         codes = type(codes)(*(_mapped(_inner, value) for value in codes))
-    made = device.call(_unit_by_unit, [*map(_inner, given[:6]), codes], {})
-    out, scores, whole = map(OnDevice, made)
+    written = [] if out is None else [_inner(out)]
+    asked = [*map(_inner, given[:6]), codes, scale, *written]
+    made, scores, whole = map(OnDevice, device.call(_unit_by_unit, asked, {}, written))
+    out = made if out is None else out
     return (out, scores, whole) if watch else out
 
 
-def _unit_by_unit(query, keys, values, bias, table, count, codes):
-    out, whole = torch.zeros_like(query), query.new_zeros(2, *query.shape[:-1])
+def _unit_by_unit(query, keys, values, bias, table, count, codes, scale, out=None):
+    query = query.float() * scale
+    out = torch.empty_like(query) if out is None else out
+    whole = out.zero_().new_zeros(2, *query.shape[:-1], dtype=torch.float32)
     scores_of = query.new_full((len(bias), *query.shape[1:-1], bias.shape[1]), torch.nan)
     if codes:
         arrays = zip((keys, values), codes.scales, codes.zeros)
@@ -318,6 +323,38 @@ def _unit_by_unit(query, keys, values, bias, table, count, codes):
         top = whole[0, unit] = scores.amax(-1)
         whole[1, unit] = (scores - top.unsqueeze(-1)).exp().sum(-1)
     return out, scores_of, whole
+
+
+def _one_kernel(device: _Device, plain, *given):
+    """A kernel of triton_layers, by one that stands for it; one launch."""
+    assert {x.device for x in _tensors(given)} == {CUDA}
+    device.seen.launches[plain.__name__] += 1
+    written = [*map(_inner, given[3:])] if plain is stored else []
+    made = device.call(plain, [_mapped(_inner, x) for x in given], {}, written)
+    return None if made is None else _mapped(_outer, made)
+
+
+def normed(x, weight, eps):
+    x_ = x.float()
+    return weight * (x_ * torch.rsqrt(x_.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotated(query, key, cos, sin, norms=None):
+    if norms:
+        query, key = normed(query, norms[0], norms[2]), normed(key, norms[1], norms[2])
+    return apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+
+
+def gated(gate, up):
+    return torch.nn.functional.silu(gate) * up
+
+
+def stored(slots, key, value, keys, values):
+    block, offset = slots // keys.shape[2], slots % keys.shape[2]
+    keys[block, :, offset], values[block, :, offset] = key, value
+
+
+PLAIN = {each.__name__: each for each in (normed, rotated, gated, stored)}
 
 
 def moved(model):
@@ -377,6 +414,10 @@ def device() -> Iterator[Seen]:
         mock.patch.object(torch.nn.utils.rnn, "pad_sequence", _pad_sequence),
         mock.patch(
             "kit.inference.triton_attention.paged_attention", partial(_paged_attention, mode)
+        ),
+        *(
+            mock.patch(f"kit.inference.triton_layers.{name}", partial(_one_kernel, mode, plain))
+            for name, plain in PLAIN.items()
         ),
         mock.patch("kit.inference.cuda_graphs.capture", mode.capture),
     ]

@@ -10,6 +10,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from kit.dms import evictor, fidelity, gates, plots
 from kit.dms.train import EvictorTraining
@@ -140,6 +141,20 @@ def test_sampling_on_other_networks_says_what_the_cpu_says(seen, family):
     how = Sampling(6, temperature=0.7, top_p=0.9)
     here, there = (decode.decode(m, REQUESTS, how, 2) for m in pair(RANDOM[family]))
     assert [g.token_ids for g in here] == [g.token_ids for g in there]
+
+
+@pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_layers_that_are_known_are_launched_as_few_kernels(tmp_path, family):
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=300)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    family(**sizes).to_json_file(tmp_path / "config.json", use_diff=False)
+    here = load(f"random:{tmp_path}", "float32", "cpu")
+    with simcuda.device() as seen:
+        said = [decode.decode(m, REQUESTS, Sampling(5), 2) for m in pair(here)]
+    assert [g.token_ids for g in said[0]] == [g.token_ids for g in said[1]]
+    passes = seen.launches["normed"] // 5
+    assert seen.launches["rotated"] == seen.launches["gated"] == 2 * passes > 0
+    assert not {"silu", "rsqrt"} & seen.launches.keys()
 
 
 @pytest.mark.parametrize("name", POLICIES)

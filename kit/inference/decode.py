@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from kit.inference import energy, prefix_sharing
 from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
 from kit.inference.cuda_graphs import StepGraphs
+from kit.inference.fused_layers import fused
 from kit.inference.kv_cache import SlotCache, forward
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import Full
@@ -90,7 +91,8 @@ class _Reuse:
 
 @contextmanager
 def slots_attached(model: Model) -> Iterator[None]:
-    """Inside this block the model's attention goes through the slot cache."""
+    """Inside this block the model's attention goes through the slot cache, and on a GPU its layers
+    are launched as few kernels."""
     before = model.weights.config._attn_implementation
     model.weights.set_attn_implementation("kit_slots")
     if model.weights.config._attn_implementation != "kit_slots":  # transformers only warns
@@ -99,7 +101,8 @@ def slots_attached(model: Model) -> Iterator[None]:
             f"cannot replace; choose another model."
         )
     try:
-        yield
+        with fused(model.weights):
+            yield
     finally:
         model.weights.set_attn_implementation(before)
 

@@ -442,13 +442,15 @@ class SlotCache:
         ranks = isinstance(group.rule, Lowest)
         if ranks:
             group.rule.arrive(plane, layer, step, group.split, key.to(self.precise))
-        query = (query[0].to(self.precise) * scale).transpose(0, 1).reshape(shape)
+        query = query[0].transpose(0, 1).reshape(shape)
         watch = ranks and self.policy.watches
-        out, probability = paged_attention.attend(query, pool, step, plane, watch)
+        wide = shape[1] * query.shape[2] * group.split, self.head_dim  # H*G, D
+        out = torch.zeros(rows, *wide, dtype=self.dtype, device=self.device)
+        to = out[:count].view(query.shape)
+        _, probability = paged_attention.attend(query, pool, step, plane, watch, scale, to)
         if watch:
             group.rule.watch(plane, probability)
-        out = out.reshape(1, count, -1, self.head_dim).to(self.dtype)
-        return F.pad(out, (0, 0, 0, 0, 0, rows - count))
+        return out.unsqueeze(0)
 
     def _attend_prompts(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Attention inside each packed prompt; only what the policy keeps is stored.

@@ -68,7 +68,11 @@ class Pool:
                 f"A layer hands over {unlike.pop()}, the weights and the KV cache are "
                 f"{self.arrays[0].dtype}; decode without autocast, and a model in one dtype."
             )
-        self.put(slots, [key, value])
+        if not slots.is_cuda:
+            return self.put(slots, [key, value])
+        from kit.inference.triton_layers import stored  # imports Triton, for CUDA only
+
+        stored(slots, key, value, *self.arrays)
 
     def put(self, slots: torch.Tensor, rows: list[torch.Tensor]) -> None:
         """Store what `rows` returned in flat slots [k]."""
@@ -175,16 +179,27 @@ def _parts(count: int, most: int) -> Iterator[slice]:
         yield slice(first, min(first + max(1, most), count))
 
 
-def attend(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, watch: bool = False):
+def attend(
+    query: torch.Tensor,
+    pool: Pool,
+    step: StepIndex,
+    plane: int,
+    watch: bool = False,
+    scale: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one new token per unit over its live slots.
 
-    query [u, Hs, G, D], scaled; returns [u, Hs, G, D] in its dtype, and the probabilities
-    [n, Hs, G, Z] of the slots of all blocks when `watch` is set, else None.
+    query [u, Hs, G, D], to be multiplied by `scale`; returns `out` [u, Hs, G, D], a new one of at
+    least float32 if none is given, and the probabilities [n, Hs, G, Z] of the slots of all blocks
+    when `watch` is set, else None.
     """
     used, table = step.table.used[plane], step.table
-    plain = type(pool) is Pool and query.dtype == torch.float32 and not watch
+    precise = torch.promote_types(query.dtype, torch.float32)
+    plain = type(pool) is Pool and precise == torch.float32 and not watch
     if step.whole or query.is_cuda and plain:
-        return _attend_paged(query, pool, step, plane, watch)
+        return _attend_paged(query, pool, step, plane, watch, scale, out)
+    query = query.to(precise) * scale
     row = step.row[plane, :used]
     bias = table.bias[plane, :used, None, None]  # [n, 1, 1, Z]
     # Partial results per block, the last one empty; joined per unit by their softmax weights.
@@ -207,10 +222,11 @@ def attend(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, watch: 
     if watch:
         share = (top[:-1] - highest.squeeze(1)[row]).exp_() / total[row]
         probability = torch.cat(weights).mul_(share)
-    return joined[..., :-1] / total, probability
+    result = joined[..., :-1] / total
+    return result if out is None else out.copy_(result), probability
 
 
-def _attend_paged(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, watch=False):
+def _attend_paged(query, pool: Pool, step: StepIndex, plane: int, watch=False, scale=1.0, out=None):
     """`attend` by one Triton kernel that reads the blocks in place. A pool of codes and `watch`
     take a `step` of the whole table."""
     from kit.inference.triton_attention import paged_attention  # imports Triton, for CUDA only
@@ -221,8 +237,8 @@ def _attend_paged(query: torch.Tensor, pool: Pool, step: StepIndex, plane: int, 
     bias, blocks, count = table.bias[plane, :room], step.blocks[plane], step.count[plane]
     given = keys[:room], values[:room], bias, blocks, count, codes
     if not watch:
-        return paged_attention(query, *given), None
-    out, scores, (top, total) = paged_attention(query, *given, watch=True)
+        return paged_attention(query, *given, scale=scale, out=out), None
+    out, scores, (top, total) = paged_attention(query, *given, watch=True, scale=scale, out=out)
     unit = table.owner[plane, :room]
     probability = (scores - top[unit].unsqueeze(3)).exp_() / total[unit].unsqueeze(3)
     return out, probability.masked_fill_(bias[:, None, None] < 0, 0.0)  # also where nothing stands

@@ -47,35 +47,39 @@ def paged_attention(
     count: torch.Tensor,
     codes: Codes | None = None,
     watch: bool = False,
+    scale: float = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Attention of one new token of each of U units to its live slots: [U, Hs, G, D] float32.
+    """Attention of one new token of each of U units to its live slots: [U, Hs, G, D] float32, or
+    what is given as `out`, contiguous and of any of DTYPES.
 
-    query [U, Hs, G, D], already scaled, rounded to the dtype of the keys where tensor cores
-    multiply; keys, values [n, Hs, Z, D]; bias [n, Z] float32, 0 for a live slot and -1e30 for a
-    free one, whose keys and values must be finite; table [U, M] the blocks of each unit, of which
-    the first `count` [U] are in use (at most M, block numbers below n: not checked, they stay on
-    the device). A unit without live slots gets zeros. Scores and sums are float32. Nothing waits
-    for the device, so a CUDA graph can capture it; M may exceed what is in use. With `codes` keys
-    and values are uint8 [n, Hs, Z, D * bits / 8]. With `watch` there come, too, the scores of slots
-    [n, Hs, G, Z], anything outside of blocks in use, and of each query the largest score and the
-    sum of exp(score - largest): [2, U, Hs, G].
+    query [U, Hs, G, D], multiplied by `scale` and then rounded to the dtype of the keys where
+    tensor cores multiply; keys, values [n, Hs, Z, D]; bias [n, Z] float32, 0 for a live slot and
+    -1e30 for a free one, whose keys and values must be finite; table [U, M] the blocks of each
+    unit, of which the first `count` [U] are in use (at most M, block numbers below n: not checked,
+    they stay on the device). A unit without live slots gets zeros. Scores and sums are float32.
+    Nothing waits for the device, so a CUDA graph can capture it; M may exceed what is in use. With
+    `codes` keys and values are uint8 [n, Hs, Z, D * bits / 8]. With `watch` there come, too, the
+    scores of slots [n, Hs, G, Z], anything outside of blocks in use, and of each query the largest
+    score and the sum of exp(score - largest): [2, U, Hs, G].
     """
     _check(query, keys, values, bias, table, count, codes)
     units, heads, group, size = query.shape
     block, width = keys.shape[2], table.shape[1]
-    out = torch.empty(units, heads, group, size, dtype=torch.float32, device=query.device)
-    scores = out.new_empty(len(keys), heads, group, block) if watch else None
-    whole = out.new_empty(2, units, heads, group)
+    single = dict(dtype=torch.float32, device=query.device)
+    out = torch.empty(query.shape, **single) if out is None else out
+    scores = torch.empty(len(keys), heads, group, block, **single) if watch else None
+    whole = torch.empty(2, units, heads, group, **single)
     if width == 0 or units == 0:
         return (out.zero_(), scores, whole) if watch else out.zero_()
     chunks = triton.cdiv(width * block, SPAN)
     # A lone chunk is the result; otherwise partial results wait in a workspace to be joined.
-    part = out if chunks == 1 else out.new_empty(units, heads, chunks, group, size)
+    part = out if chunks == 1 else torch.empty(units, heads, chunks, group, size, **single)
     # largest score, sum of weights
-    stats = whole if chunks == 1 else out.new_empty(2, units * heads * chunks * group)
+    stats = whole if chunks == 1 else torch.empty(2, units * heads * chunks * group, **single)
     shape = dict(HEADS=heads, GROUP=group, SIZE=size, BLOCK=block)
     inputs = (query.contiguous(), keys, values, bias, table, count, part, stats[0], stats[1])
-    read = (*[None] * 8, scores, table.stride(0), SPAN)
+    read = (*[None] * 8, scores, scale, table.stride(0), SPAN)
     how = dict(BITS=0, SPREAD=1, RESIDUAL=0)
     if codes:
         arrays = zip(codes.scales, codes.zeros, codes.exact)
@@ -149,7 +153,7 @@ def _attend(
     part, tops, totals,  # [U*Hs, chunks, G, D], [U*Hs, chunks, G] and as many
     key_scale, key_zero, key_exact, value_scale, value_zero, value_exact, position, newest,  # Codes
     scores,  # None where nobody watches
-    table_stride, span,  # tokens of a chunk
+    scale, table_stride, span,  # of the query; of the table; tokens of a chunk
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr,  # GROUP and SIZE, padded
     TILE: tl.constexpr, STAGES: tl.constexpr,
@@ -168,7 +172,7 @@ def _attend(
     line = ((pair * chunks + chunk) * GROUP + row)[:, None]
     own = (row < GROUP)[:, None] & within
     q = tl.load(query + (pair * GROUP + row)[:, None] * SIZE + column[None, :], own, 0.0)
-    q = q.to(key_exact.dtype.element_ty if BITS else keys.dtype.element_ty)
+    q = (q.to(tl.float32) * scale).to(key_exact.dtype.element_ty if BITS else keys.dtype.element_ty)
     top, total = tl.full([ROWS], -1e30, tl.float32), tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, WIDE], tl.float32)
     for start in tl.range(first, end, TILE, num_stages=STAGES):

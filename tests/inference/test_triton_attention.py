@@ -255,19 +255,19 @@ def cache_error(model: str, kept: int | None, dtype: str) -> float:
 
     results, plain, right = [], [], []
 
-    def both(query, pool, step, plane, *rest):
-        want, probability = attend(query, pool, step, plane, *rest)
+    def both(query, pool, step, plane, watch, scale, out):
+        found = attend(query, pool, step, plane, watch, scale, out)
         used, table = step.table.used[plane], step.table
         keys, values = (array[:used] for array in pool.arrays)
         rest = [table.bias[plane, :used], step.blocks[plane], step.count[plane]]
-        assert query.dtype == torch.float32, (
-            "the branch for CUDA asks for it, whatever the model is"
-        )
-        results.append(paged_attention(query, keys, values, *rest).flatten())
-        rounded = query.to(keys.dtype).to(query.dtype)
+        result = torch.full_like(query, torch.nan)
+        paged_attention(query, keys, values, *rest, scale=scale, out=result)
+        results.append(result.flatten())
+        scaled = query.float() * scale
+        rounded = scaled.to(keys.dtype).float()
         plain.append(attend(rounded, pool, step, plane)[0].to(keys.dtype).flatten())
-        right.append(attend(query.double(), pool, step, plane)[0].flatten())
-        return want, probability
+        right.append(attend(scaled.double(), pool, step, plane)[0].flatten())
+        return found
 
     requests = [decode.Request(tuple(range(1, 1 + n)), str(n)) for n in (40, 11, 2)]
     policy = Full() if kept is None else Knorm(kept_tokens=kept)
