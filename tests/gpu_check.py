@@ -33,7 +33,6 @@ import time
 import traceback
 import types
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -459,8 +458,8 @@ def kernel_bandwidth(here: Here, found: dict) -> str:
 
 @check(110)
 def decode_steps(here: Here, found: dict) -> str:
-    """A decode step of every policy and precision: time, launches, waits for the device; and of
-    few sequences of 32,768 tokens, where what is read decides."""
+    """A decode step of every policy and precision; and of few sequences of 32,768 tokens, where
+    what is read decides."""
     from kit.dms import evictor
     from kit.inference import policies as p
     from kit.inference.kv_quantization import Quantized
@@ -499,53 +498,43 @@ def sequences(wanted: int, length: int) -> int:
 
 def step_costs(here: Here, model, policy, batch, length, live=None, quantized=None) -> dict:
     """What one step of `decode.decode` costs with `batch` sequences of `length` tokens, of which
-    `live` are kept: ms, tokens_s, launches, waits, gpu_busy (share of the time), cache_gb and
-    peak_gb (allocated), live_gb."""
-    from torch.profiler import ProfilerActivity, profile
+    `live` are kept: ms, tokens_s, cache_gb and peak_gb (allocated), live_gb; and whether it was
+    `captured`."""
+    with stepping(here, model, policy, batch, length, live, quantized) as (step, cache, graphs):
+        seconds = here.seconds(step, 2 if quantized or here.dry else 5)
+        row = dict(ms=1e3 * seconds, captured=bool(graphs.graphs), tokens_s=batch / seconds)
+    stored = float(cache.live_tokens().sum()) * cache.token_bytes
+    return row | dict(cache_gb=cache.nbytes() / 1e9, live_gb=stored / 1e9, peak_gb=here.peak_gb())
 
+
+@contextlib.contextmanager
+def stepping(here: Here, model, policy, batch, length, live=None, quantized=None):
+    """(what makes one step of `decode.decode` and returns its logits, its cache, its graphs), for
+    `step_costs`."""
     from kit.inference import decode
     from kit.inference.cuda_graphs import StepGraphs
     from kit.inference.sampling import sample_tokens
     from kit.schema import Sampling
 
     here.clear()
-    sampling, places, last = Sampling(8, 0.6, 0.95), [*range(batch)], [1] * batch
+    torch.manual_seed(0)
+    sampling = Sampling(8, 0.6, 0.95, top_k=20)  # as Qwen3's authors advise
+    places, last = [*range(batch)], [1] * batch
     uniform = torch.full((batch,), 0.3, dtype=torch.float64, device=model.device)
     cache = filled(model, policy, batch, length, live, quantized)
     graphs = StepGraphs(model, cache, decode.STEP_ROWS[here.device])
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         if cache.steps_alone:
             logits = graphs.step(places, last)
         else:
             logits = decode._step(model, cache, places, last)
-        told = [cache.told(), sample_tokens(logits, sampling, uniform).double()]
-        told = torch.cat(told).tolist()
+        last[:], told = sample_tokens(logits, sampling, uniform, cache.told())
         cache.hear(told)
-        last[:] = map(int, told[-batch:])
+        return logits
 
     with torch.inference_mode(), decode.slots_attached(model), policy.attached(model.weights):
-        seconds, row = here.seconds(step, 2 if quantized or here.dry else 5), {}
-        if seconds < 0.3:  # thousands of events are slow to collect
-            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not here.dry)
-            with profile(activities=kinds) as seen:
-                step()
-            events = seen.key_averages()
-            launched = [e for e in events if e.key.startswith(("cudaLaunch", "cuLaunch"))]
-            waited = [e for e in events if "Synchronize" in e.key]
-            row |= {
-                "launches": sum(e.count for e in launched),
-                "waits": sum(e.count for e in waited),
-                "gpu_busy": sum(e.self_device_time_total for e in events) / 1e6 / seconds,
-            }
-    row |= dict(
-        ms=1e3 * seconds,
-        captured=bool(graphs.graphs),
-        tokens_s=batch / seconds,
-        peak_gb=here.peak_gb(),
-    )
-    stored = float(cache.live_tokens().sum()) * cache.token_bytes
-    return row | dict(cache_gb=cache.nbytes() / 1e9, live_gb=stored / 1e9)
+        yield step, cache, graphs
 
 
 def filled(model, policy, batch: int, length: int, live: int | None, quantized=None):
@@ -824,50 +813,80 @@ def real_weights(here: Here, found: dict) -> str:
     return f"{sum(same)} of {len(same)} answers as published; the evictor's KL is the CPU's"
 
 
-@check(60)
-@torch.inference_mode()
+@check(90)
 def cuda_graphs(here: Here, found: dict) -> str:
     """Decode steps as graphs against the same steps launched one kernel after the other: logits to
-    the bit, and time. Late, since a capture that fails may spoil the device for this process."""
+    the bit, and time; with transformers' own layers beside; and where the time goes, by kernel.
+    Late, since a capture that fails may spoil the device for this process, and a graph runs slower
+    once a profiler has been there."""
     from kit.dms import evictor
     from kit.inference import decode, policies
-    from kit.inference.cuda_graphs import StepGraphs
+    from kit.inference.kv_quantization import Quantized
 
-    if here.dry:
-        raise Skipped("no CUDA graphs on a CPU")
-    model, batch, length = random_model(here), 32, 4096
+    model, size = random_model(here), (2, 48) if here.dry else (32, 4096)
     made = evictor.Evictor(model.weights, evictor.OFFICIAL, model.weights_hash)
-    for policy in (policies.Full(), policies.DMS(made.requires_grad_(False))):
-        logits, row = [], {}
-        for way in ("eager", "graph"):
-            here.clear()
-            torch.manual_seed(0)
-            cache = filled(model, policy, batch, length, length // 4)
-            graphs = StepGraphs(model, cache, decode.STEP_ROWS["cuda"])
-            graphs.graphs = {} if way == "graph" else None
-            step = partial(graphs.step, [*range(batch)])
-            with decode.slots_attached(model), policy.attached(model.weights):
-                logits.append(torch.stack([step([7 + n] * batch) for n in range(4)]))
-                row[f"{way}_ms"] = 1e3 * here.seconds(partial(step, [7] * batch))
-                row[f"{way}_kernels"] = kernels(partial(step, [7] * batch))
-        row["same"] = torch.equal(*logits)
-        found[policy.name] = row
-    assert all(row["same"] for row in found.values()), "a graph says other logits"
-    return f"{batch} x {length}, a quarter kept: " + ", ".join(
-        f"{name} {row['eager_ms']:.1f} ms, as a graph {row['graph_ms']:.1f}"
+    plain = mock.patch.object(decode, "fused", lambda weights: contextlib.nullcontext())
+    full, live = policies.Full(), size[1] // 4
+    cases = {"full": (full, live), "dms": (policies.DMS(made.requires_grad_(False)), live)}
+    cases |= {"random": (policies.Random(live), live)}
+    cases |= {f"kv {bits}-bit": (full, live, Quantized(bits)) for bits in (8, 4)}
+    for name, case in cases.items():
+        row, logits = found.setdefault(name, {}), {}
+        for way in ("launched", "graph", "layers of transformers"):
+            if way == "launched" and len(case) == 3:
+                continue  # takes long
+            with plain if way.startswith("layers") else contextlib.nullcontext():
+                with stepping(here, model, case[0], *size, *case[1:]) as (step, cache, graphs):
+                    graphs.graphs = None if way == "launched" else graphs.graphs
+                    logits[way] = torch.stack([step() for _ in range(4)])
+                    row[f"{way}, ms"] = 1e3 * here.seconds(step)
+        if "launched" in logits:
+            row["same"] = torch.equal(logits["launched"], logits["graph"])
+    for name, case in cases.items():
+        with stepping(here, model, case[0], *size, *case[1:]) as (step, cache, graphs):
+            step(), step()
+            found[name] |= kernels(here, step)
+    wrong = [name for name, row in found.items() if not row.get("same", True)]
+    assert not wrong, f"a graph says other logits: {', '.join(wrong)}"
+    return "ms of {} x {} tokens, a quarter kept: ".format(*size) + "; ".join(
+        f"{name} {row['graph, ms']:.2f} as a graph ({row['layers of transformers, ms']:.2f} with "
+        f"layers of transformers, {row['kernels']} kernels)"
         for name, row in found.items()
     )
 
 
-def kernels(call: Callable, most: int = 14) -> dict[str, list[float]]:
-    """The kernels of a call that take longest: how many launches, and milliseconds of all."""
+KINDS = {
+    "products": r"nvjet|gemm|cutlass|splitK|gemv",
+    "attention": r"_attend|_join",
+    "layers": r"_normed|_rotated|_gated|_stored",
+    "other": "",
+}
+
+
+def kernels(here: Here, call: Callable, most: int = 20) -> dict:
+    """What a call asks of the device: launches, waits, number of kernels and their ms, by kind,
+    and of those that take longest."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not here.dry)
+    with profile(activities=kinds) as seen:
         call()
-        torch.cuda.synchronize()
-    events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
-    return {e.key[:90]: [e.count, e.self_device_time_total / 1e3] for e in events[:most]}
+        here.wait()
+    events = seen.key_averages()
+    on_device = [e for e in events if e.device_type != torch.autograd.DeviceType.CPU]
+    on_device.sort(key=lambda e: -e.self_device_time_total)
+    by_kind = {kind: [0, 0.0] for kind in KINDS}
+    for e in on_device:
+        row = by_kind[next(kind for kind, names in KINDS.items() if re.search(names, e.key))]
+        row[0], row[1] = row[0] + e.count, row[1] + e.self_device_time_total / 1e3
+    return dict(
+        launches=sum(e.count for e in events if e.key.startswith(("cudaLaunch", "cuLaunch"))),
+        waits=sum(e.count for e in events if "Synchronize" in e.key),
+        kernels=sum(count for count, _ in by_kind.values()),
+        kernel_ms=sum(ms for _, ms in by_kind.values()),
+        by_kind=by_kind,
+        longest={e.key[:90]: [e.count, e.self_device_time_total / 1e3] for e in on_device[:most]},
+    )
 
 
 @check(150)

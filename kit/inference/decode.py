@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy
 import torch
@@ -146,23 +147,23 @@ def decode(
     graphs = None if bank else StepGraphs(model, cache, STEP_ROWS[model.device.type])
     with slots_attached(model), policy.attached(model.weights), memory, _no_autocast(model):
         while waiting or running:
-            places = _enter(cache, waiting, running, batch_size, sampling, forcing)
-            for place in places if bank else ():
+            fresh = _enter(cache, waiting, running, batch_size, sampling, forcing)
+            for place in fresh if bank else ():
                 wider.put(place, bank.fetch(running[place].request.path))
-            if bank and places and waiting:
+            if bank and fresh and waiting:
                 bank.prefetch(waiting[-1][1].path)
-            if places:
+            places = fresh or sorted(running)
+            uniform = _uniform(model, running, places)
+            if fresh:
                 after = waiting[-1][1].prompt_ids if waiting else None
                 logits = _admit(model, cache, running, places, reuse, after)
             else:
-                places = sorted(running)
                 last_ids = [running[p].new_ids[-1] for p in places]
-                if graphs and cache.steps_alone:
-                    logits = graphs.step(places, last_ids)
-                else:
-                    logits = _step(model, cache, places, last_ids)
+                alone = graphs and cache.steps_alone
+                logits = (graphs.step if alone else partial(_step, model, cache))(places, last_ids)
             spent.tokens += len(places)
-            for one in _advance(model, cache, running, places, logits, sampling, forcing, spent):
+            said = sample_tokens(logits, sampling, uniform, cache.told())
+            for one in _advance(model, cache, running, places, *said, forcing, spent):
                 forced = tuple(one.answers.get(budget) for budget in forcing.budgets)
                 done[one.index] = replace(one.whole, forced=forced)
                 ended(one.index, done[one.index])
@@ -300,19 +301,23 @@ def _start(index: int, request: Request, sampling: Sampling, forcing) -> _Runnin
     return _Running(index, request, uniform, time.perf_counter(), limit, forcing.max_waits)
 
 
-def _advance(model, cache, running, places, logits, sampling: Sampling, forcing, spent):
-    """Sample a token for each of `places` and count its reads; returns the sequences that have
-    ended with all of their answers.
+def _uniform(model: Model, running: dict[int, _Running], places: list[int]) -> torch.Tensor:
+    """The numbers [N] of the next tokens. They go to the device before the pass whose logits they
+    choose from, since a copy there waits for what the device is at."""
+    steps = [running[place].uniform[len(running[place].new_ids)] for place in places]
+    return torch.tensor(steps, device=model.device)
+
+
+def _advance(model, cache, running, places, tokens: list[int], told: list, forcing, spent):
+    """Give each of `places` its token and count its reads, of which the cache `told`; returns the
+    sequences that have ended with all of their answers.
 
     A sequence that reaches a budget is asked in its own place and goes on as if it had not been.
     """
-    steps = [running[p].uniform[len(running[p].new_ids)] for p in places]
-    tokens = sample_tokens(logits, sampling, torch.tensor(steps, device=logits.device))
-    told = torch.cat([cache.told(), tokens.double()]).tolist()  # one wait
     cache.hear(told)
     attended, live = told[: cache.capacity], told[cache.capacity :]
     over, left = [], []
-    for place, token in zip(places, map(int, told[-len(places) :])):
+    for place, token in zip(places, tokens):
         sequence = running[place]
         stopped = token in model.stop_ids and not sequence.forced_ids
         if stopped and sequence.waits and len(sequence.new_ids) < forcing.budgets[-1]:

@@ -18,14 +18,32 @@ def seeded_uniforms(problem_id: str, sample: int, seed: int, steps: int) -> nump
     return numpy.random.Generator(numpy.random.Philox(key=key)).random(steps)
 
 
-def sample_tokens(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+def sample_tokens(
+    logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor, told: torch.Tensor
+) -> tuple[list[int], list[float]]:
     """Sample next tokens [N] from logits [N, V]: temperature, top-k, top-p, then inverse CDF.
 
     `uniform` [N] in [0, 1) is where the CDF, most likely token first, is inverted; temperature 0
-    is greedy and ignores it.
+    is greedy and ignores it. What is `told` comes along to the host: that waits for the device
+    once, or twice where a row needs more than the HEAD most likely tokens.
     """
+    tokens, short = _sample_head(logits, sampling, uniform)
+    fetched, count = torch.cat([tokens.double(), short.double(), told]).tolist(), len(tokens)
+    tokens, short = [*map(int, fetched[:count])], fetched[count : 2 * count]
+    if rows := [row for row, few in enumerate(short) if few]:
+        at = torch.tensor(rows, device=logits.device)
+        for row, token in zip(rows, _sample_sorted(logits[at], sampling, uniform[at]).tolist()):
+            tokens[row] = token
+    return tokens, fetched[2 * count :]
+
+
+def _sample_head(
+    logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [N] by the HEAD most likely alone, and the rows [N] for which those are too few; does
+    not wait for the device."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.bool)
     logits = logits / sampling.temperature
     wide = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
     top = logits.topk(min(wide, HEAD), sorted=True)
@@ -45,17 +63,15 @@ def sample_tokens(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tenso
     pick = torch.searchsorted(
         mass, (uniform * kept.nan_to_num(posinf=1.0)).unsqueeze(1), right=True
     )
-    tokens = top.indices.gather(1, pick.clamp(max=mass.shape[-1] - 1)).squeeze(1)
-    if short.any():
-        tokens[short] = _sample_sorted(logits[short], wide, sampling.top_p, uniform[short])
-    return tokens
+    return top.indices.gather(1, pick.clamp(max=mass.shape[-1] - 1)).squeeze(1), short
 
 
-def _sample_sorted(logits, wide: int, top_p: float, uniform) -> torch.Tensor:
-    """`sample_tokens` for rows that need more than HEAD tokens: sorts the vocabulary."""
-    top = logits.topk(wide, sorted=True)
+def _sample_sorted(logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """`sample_tokens` of rows that need more than HEAD tokens: sorts the vocabulary."""
+    wide = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    top = (logits / sampling.temperature).topk(wide, sorted=True)
     mass = top.values.double().softmax(-1).cumsum(-1)
-    end = (mass < top_p).sum(-1, keepdim=True).clamp(max=wide - 1)
+    end = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=wide - 1)
     target = uniform.unsqueeze(1) * mass.gather(1, end)
     pick = torch.searchsorted(mass, target, right=True).clamp(max=wide - 1)
     return top.indices.gather(1, torch.minimum(pick, end)).squeeze(1)

@@ -15,11 +15,11 @@ from transformers import (
 
 from kit.data import prompts
 from kit.inference import decode as decode_module
-from kit.inference import policies, prefix_sharing
+from kit.inference import policies, prefix_sharing, sampling
 from kit.inference.decode import Request, decode, tokenize
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.prefix_sharing import padded
-from kit.inference.sampling import HEAD, sample_tokens, seeded_uniforms
+from kit.inference.sampling import HEAD, seeded_uniforms
 from kit.models.load import RANDOM, Model, load
 from kit.schema import Generation, Problem, Sampling
 from tests.rounding import assert_same_greedy
@@ -292,6 +292,11 @@ def oracle(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
     return scores.softmax(-1)[0]
+
+
+def sample_tokens(logits, how: Sampling, uniform) -> torch.Tensor:
+    """The tokens alone; nothing is told beside them."""
+    return torch.tensor(sampling.sample_tokens(logits, how, uniform, uniform[:0])[0])
 
 
 @pytest.mark.parametrize(
