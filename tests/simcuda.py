@@ -349,12 +349,17 @@ def gated(gate, up):
     return torch.nn.functional.silu(gate) * up
 
 
+def scored(hidden, norm, weight, bias, eps, scale, offset):
+    out = torch.nn.functional.rms_norm(hidden.float(), norm.shape, norm, eps)
+    return scale * torch.nn.functional.linear(out, weight, bias) + offset
+
+
 def stored(slots, key, value, keys, values):
     block, offset = slots // keys.shape[2], slots % keys.shape[2]
     keys[block, :, offset], values[block, :, offset] = key, value
 
 
-PLAIN = {each.__name__: each for each in (normed, rotated, gated, stored)}
+PLAIN = {each.__name__: each for each in (normed, rotated, gated, scored, stored)}
 
 
 def moved(model):

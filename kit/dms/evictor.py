@@ -141,10 +141,20 @@ class Evictor(nn.Module):
 
         hidden [..., hidden size], before the layer's own norm; returns [..., KV heads] float32.
         """
+        scale, offset, linear = (
+            self.recipe.logit_scale,
+            self.recipe.logit_offset,
+            self.linear[number],
+        )
+        if hidden.is_cuda and not torch.is_grad_enabled():
+            from kit.inference.triton_layers import scored  # imports Triton, for CUDA only
+
+            given = self.norm[number], linear.weight, linear.bias, self.eps, scale, offset
+            return scored(hidden, *given)
         normed = nn.functional.rms_norm(
             hidden.float(), (hidden.shape[-1],), self.norm[number], self.eps
         )
-        return self.recipe.logit_scale * self.linear[number](normed) + self.recipe.logit_offset
+        return scale * linear(normed) + offset
 
     @contextmanager
     def attached(self, weights: PreTrainedModel) -> Iterator[None]:

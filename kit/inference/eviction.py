@@ -152,11 +152,13 @@ class Delayed(Keep):
 
     def place(self, units, positions):
         where = slice(None), units, positions % self.length  # the token `window` + 1 ago
+        self.before = (positions - 1) % self.length
         filled, old = self.table.filled[:, units], self.ordinal[where].long()
         ordinals = torch.where(self.marked[where], old, filled)
         self.ordinal[where] = ordinals.int()
         return ordinals
 
-    def mark(self, plane: int, units: torch.Tensor, positions, evicted: torch.Tensor) -> None:
-        """Set the decision [u] on the token before each of `positions` [u]."""
-        self.marked[plane, units, (positions - 1) % self.length] = evicted
+    def mark(self, plane: int, units: torch.Tensor, evicted: torch.Tensor) -> None:
+        """Set the decision [u] on the token before the one of each of `units` [u] that `place` was
+        asked for last."""
+        self.marked[plane, units, self.before] = evicted

@@ -413,9 +413,8 @@ class SlotCache:
         self._evicted = logits[0] > 0
         if self._segments is None:
             group = self.group_of[layer]
-            units, positions = group.step.units, group.step.positions
             evicted = self._evicted[: len(self.announced[0])].flatten()
-            group.rule.mark(group.plane(layer), units, positions, evicted)
+            group.rule.mark(group.plane(layer), group.step.units, evicted)
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Store the announced tokens of this layer and attend.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 _GATED = 1024  # numbers of one program of `gated`
+_CHUNK = 512  # numbers of a row that a program of `scored` has at once
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -60,6 +61,25 @@ def stored(
     given = slots.contiguous(), key.contiguous(), value.contiguous()
     if len(slots):
         _stored[(len(slots),)](*given, keys, values, **shape)
+
+
+def scored(
+    hidden: torch.Tensor,
+    norm: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    scale: float,
+    offset: float,
+) -> torch.Tensor:
+    """scale * (weight @ RMSNorm(hidden) + bias) + offset in float32: [..., H] of hidden [..., S],
+    with the weight of the norm [S], and weight [H, S] and bias [H] float32."""
+    hidden, (heads, size) = hidden.contiguous(), weight.shape
+    out = torch.empty(*hidden.shape[:-1], heads, dtype=torch.float32, device=hidden.device)
+    given = hidden, norm, weight.contiguous(), bias, out, eps, scale, offset
+    shape = dict(HEADS=heads, ROWS=triton.next_power_of_2(heads), SIZE=size, CHUNK=_CHUNK)
+    _scored[(hidden.numel() // size,)](*given, **shape)
+    return out
 
 
 def _warps(wide: int) -> int:
@@ -146,3 +166,27 @@ def _stored(
     to = line[:, None] + column[None, :]
     tl.store(keys + to, tl.load(key + source, inside, 0.0), inside)
     tl.store(values + to, tl.load(value + source, inside, 0.0), inside)
+
+
+@triton.jit
+def _scored(
+    hidden, norm, weight, bias, out, eps, scale, offset,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program: one row."""
+    row, head, column = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS), tl.arange(0, CHUNK)
+    squares = tl.zeros([CHUNK], tl.float32)
+    for first in range(0, SIZE, CHUNK):
+        x = tl.load(hidden + row * SIZE + first + column, first + column < SIZE, 0.0)
+        squares += x.to(tl.float32) * x.to(tl.float32)
+    size = tl.rsqrt(tl.sum(squares, 0) / SIZE + eps)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, SIZE, CHUNK):
+        inside = first + column < SIZE
+        x = tl.load(hidden + row * SIZE + first + column, inside, 0.0).to(tl.float32) * size
+        x *= tl.load(norm + first + column, inside, 0.0)
+        at = head[:, None] * SIZE + (first + column)[None, :]
+        rows = tl.load(weight + at, (head < HEADS)[:, None] & inside[None, :], 0.0)
+        total += tl.sum(rows * x[None, :], 1)
+    total = scale * (total + tl.load(bias + head, head < HEADS, 0.0)) + offset
+    tl.store(out + row * HEADS + head, total, head < HEADS)

@@ -32,7 +32,11 @@ EXACT = {
     "normed": exact_norm,
     "rotated": exact_rotation,
     "gated": lambda gate, up: gate / (1 + (-gate).exp()) * up,
+    "scored": lambda x, norm, weight, bias, eps, scale, offset: (
+        scale * (exact_norm(x, norm, eps) @ weight.T + bias) + offset
+    ),
 }
+evictor = draw(576), draw(3, 576, seed=1), draw(3, seed=2)
 turn = draw(1, 3, 96).sin(), draw(1, 3, 96).cos()
 states = draw(1, 3, 6, 96, seed=1), draw(1, 3, 2, 96, seed=2)
 CASES = {
@@ -43,6 +47,7 @@ CASES = {
     "a rotation with norms": ("rotated", *states, *turn, (draw(96), draw(96, seed=1), 1e-6)),
     "one head": ("rotated", draw(1, 3, 1, 96), draw(1, 3, 1, 96, seed=1), *turn),
     "a gate": ("gated", draw(7, 300), draw(7, 300, seed=1)),
+    "an evictor": ("scored", draw(1, 4, 576, seed=3), *evictor, 1e-6, 100.0, -5.0),
     "a wide gate": ("gated", 30 * draw(2, 1500), draw(2, 1500, seed=1)),
 }
 
@@ -59,12 +64,12 @@ def worst_error(case: str, dtype, device="cpu") -> float:
     from kit.inference import triton_layers
 
     name, *given = CASES[case]
-    given = cast(tuple(given), dtype)
+    given = tuple(cast(x, dtype) if n == 0 or name != "scored" else x for n, x in enumerate(given))
     found = getattr(triton_layers, name)(*cast(given, device))
     right, plain = EXACT[name](*cast(given, torch.float64)), PLAIN[name](*given)
     if isinstance(found, torch.Tensor):
         found, plain, right = [found], [plain], [right]
-    assert all(x.dtype == dtype for x in found)
+    assert all(x.dtype == p.dtype for x, p in zip(found, plain))
     return max(
         (x.cpu() - r).abs().nan_to_num(torch.inf).max().item() / rounding.tolerance(p, r)
         for x, p, r in zip(found, plain, right, strict=True)
@@ -101,6 +106,7 @@ KERNELS = {
     "_normed": dict(SIZE=2048, WIDE=2048),
     "_rotated": HEADS | dict(KEY_HEADS=8, KEY_ROWS=8, NORMS=True),
     "_gated": dict(BLOCK=1024),
+    "_scored": dict(HEADS=8, ROWS=8, SIZE=2048, CHUNK=512),
     "_stored": HEADS | dict(BLOCK=32),
 }
 
@@ -112,7 +118,9 @@ def test_compiles_without_spilling(compiled, name, capability):  # noqa: F811
 
     kernel = getattr(triton_layers, name)
     types = {arg: "*bf16" for arg in kernel.arg_names}
-    types |= dict(eps="fp32", count="i32", slots="*i64")
+    types |= dict.fromkeys(("eps", "scale", "offset"), "fp32") | dict(count="i32", slots="*i64")
+    if name == "_scored":  # whose weights and logits are float32
+        types |= dict.fromkeys(("norm", "weight", "bias", "out"), "*fp32")
     types = {arg: kind for arg, kind in types.items() if arg in kernel.arg_names}
     _, ptx, usage = compiled(capability, kernel, types, **KERNELS[name])
     assert " STACK:0 " in usage and "v4" in ptx  # 16 bytes at a time
