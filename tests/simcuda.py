@@ -26,7 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kit.inference.kv_quantization import unpack
+from kit.inference.kv_quantization import pack, unpack
 
 CUDA = torch.device("cuda:0")
 # What makes another view or reads sizes, and allocation without a value, launches nothing.
@@ -329,7 +329,8 @@ def _one_kernel(device: _Device, plain, *given):
     """A kernel of triton_layers, by one that stands for it; one launch."""
     assert {x.device for x in _tensors(given)} == {CUDA}
     device.seen.launches[plain.__name__] += 1
-    written = [*map(_inner, given[3:])] if plain is stored else []
+    written = {stored: given[3:], packed: given[3:4]}.get(plain, ())
+    written = [_inner(x) for each in written for x in (each if plain is packed else [each])]
     made = device.call(plain, [_mapped(_inner, x) for x in given], {}, written)
     return None if made is None else _mapped(_outer, made)
 
@@ -357,6 +358,12 @@ def scored(hidden, norm, weight, bias, eps, scale, offset):
 def stored(slots, key, value, keys, values):
     block, offset = slots // keys.shape[2], slots % keys.shape[2]
     keys[block, :, offset], values[block, :, offset] = key, value
+
+
+def packed(slots, key, value, arrays, bits, group):
+    block, offset = slots // arrays[0].shape[2], slots % arrays[0].shape[2]
+    for array, rows in zip(arrays, (*pack(key, bits, group), *pack(value, bits, group))):
+        array[block, :, offset] = rows
 
 
 PLAIN = {each.__name__: each for each in (normed, rotated, gated, scored, stored)}
@@ -424,6 +431,7 @@ def device() -> Iterator[Seen]:
             mock.patch(f"kit.inference.triton_layers.{name}", partial(_one_kernel, mode, plain))
             for name, plain in PLAIN.items()
         ),
+        mock.patch("kit.inference.triton_quantization.packed", partial(_one_kernel, mode, packed)),
         mock.patch("kit.inference.cuda_graphs.capture", mode.capture),
     ]
     with ExitStack() as stack:

@@ -123,6 +123,10 @@ class QuantizedPool(Pool):
 
     def write(self, slots, key, value):
         bits, group = self.quantized.bits, self.quantized.group
+        if slots.is_cuda and group & (group - 1) == 0:
+            from kit.inference.triton_quantization import packed  # imports Triton, for CUDA only
+
+            return packed(slots, key, value, self.arrays, bits, group)
         both = pack(torch.stack([key, value]), bits, group)
         self.put(slots, [x[i] for i in (0, 1) for x in both])
 
@@ -132,6 +136,12 @@ class QuantizedPool(Pool):
         residual, ago = self.quantized.residual, min(key.shape[1], self.quantized.residual)
         if not ago:
             return
+        if units.is_cuda and key.shape[1] == 1 and len(key) == len(units):  # a step
+            from kit.inference.triton_layers import stored
+
+            at = units * residual + (end - 1) % residual
+            pools = (exact.flatten(0, 1).unsqueeze(2) for exact in self.state)
+            return stored(at, key[:, 0], value[:, 0], *pools)
         at = torch.as_tensor(end, device=units.device).expand(len(units)).unsqueeze(1)
         at = at - torch.arange(ago, 0, -1, device=units.device)  # [u, ago]
         for exact, rows in zip(self.state, (key, value)):

@@ -105,8 +105,10 @@ def tiling(group: int, size: int, dtype: torch.dtype, codes: bool = False) -> di
     rows, wide = triton.next_power_of_2(group), triton.next_power_of_2(size)
     wide = max(wide, 16)  # the depth of one tensor core product
     tile = min(max(16, 16384 // (wide * dtype.itemsize)), 128)
-    if codes or dtype == torch.float32 and rows > 8:
-        tile = 16  # decoding, and exact float32 products without tensor cores, would spill
+    if codes:
+        tile = 32 if wide == size and dtype.itemsize == 2 else 16  # decoding takes registers
+    elif dtype == torch.float32 and rows > 8:
+        tile = 16  # exact products without tensor cores would spill
     return dict(ROWS=rows, WIDE=wide, TILE=tile, STAGES=3)
 
 
@@ -186,8 +188,8 @@ def _attend(
             recent = (place > tl.load(newest + unit))[:, None] & here
             exact = ((unit * RESIDUAL + place % max(1, RESIDUAL)) * HEADS + head)[:, None] * SIZE
             exact += column[None, :]
-            k = _decoded(keys, key_scale, key_zero, slot, column, here, BITS, SPREAD, SIZE)
-            v = _decoded(values, value_scale, value_zero, slot, column, here, BITS, SPREAD, SIZE)
+            k = _decoded(keys, key_scale, key_zero, slot, inside, BITS, SPREAD, SIZE, WIDE)
+            v = _decoded(values, value_scale, value_zero, slot, inside, BITS, SPREAD, SIZE, WIDE)
             k = _newest(k, key_exact, exact, recent, RESIDUAL)
             v = _newest(v, value_exact, exact, recent, RESIDUAL)
         else:
@@ -212,16 +214,42 @@ def _attend(
 
 @triton.jit
 def _decoded(
-    codes, scale, zero, slot, column, here,
-    BITS: tl.constexpr, SPREAD: tl.constexpr, SIZE: tl.constexpr,
+    codes, scale, zero, slot, inside,
+    BITS: tl.constexpr, SPREAD: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of slots, in float32: zero + scale * code."""
+    """Numbers of the slots that are `inside`, in float32: zero + scale * code."""
+    if SIZE == WIDE and SPREAD & (SPREAD - 1) == 0:
+        return _decoded_whole(codes, scale, zero, slot, inside[:, None], BITS, SPREAD, SIZE)
+    column = tl.arange(0, WIDE)
+    here = inside[:, None] & (column < SIZE)[None, :]
     at = slot[:, None] * (SIZE * BITS // 8) + (column * BITS // 8)[None, :]
     code = tl.load(codes + at, here, 0).to(tl.int32) >> (column * BITS % 8)[None, :]
     group = slot[:, None] * (SIZE // SPREAD) + (column // SPREAD)[None, :]
     step = tl.load(scale + group, here, 0.0).to(tl.float32)
     first = tl.load(zero + group, here, 0.0).to(tl.float32)
     return (code & (2**BITS - 1)).to(tl.float32) * step + first
+
+
+@triton.jit
+def _decoded_whole(
+    codes, scale, zero, slot, inside,
+    BITS: tl.constexpr, SPREAD: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """`_decoded` where all sizes are powers of two: each byte, scale and zero is read once."""
+    TILE: tl.constexpr = slot.shape[0]
+    BYTES: tl.constexpr = SIZE * BITS // 8
+    GROUPS: tl.constexpr = SIZE // SPREAD
+    code = tl.load(codes + slot[:, None] * BYTES + tl.arange(0, BYTES)[None, :], inside, 0)
+    if BITS == 4:
+        code = tl.join(code & 15, code >> 4)
+    elif BITS == 2:
+        even, odd = tl.join(code & 3, code >> 4 & 3), tl.join(code >> 2 & 3, code >> 6)
+        code = tl.join(even, odd)
+    at = slot[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    step = tl.load(scale + at, inside, 0.0).to(tl.float32)[:, :, None]
+    first = tl.load(zero + at, inside, 0.0).to(tl.float32)[:, :, None]
+    numbers = tl.reshape(code, [TILE, GROUPS, SPREAD]).to(tl.float32) * step + first
+    return tl.reshape(numbers, [TILE, SIZE])
 
 
 @triton.jit
