@@ -103,15 +103,16 @@ class LayerGroup:
     def keep(self, layer: int, sequences: torch.Tensor, query, key, evicted) -> None:
         """Allocate slots for what one layer stores of a prompt, for each of `sequences` [N].
 
-        Adds to `stored` a mask of the tokens [units of a sequence, T] and their flat slots. Other
-        arguments as in `eviction`.
+        Adds to `stored` the tokens as an index into [units of a sequence, T], and their flat slots.
+        Other arguments as in `eviction`.
         """
         units, plane, copies = self.units(sequences), self.plane(layer), len(sequences)
         which, score = self.rule.prompt(layer, query, key, evicted)
-        counts, positions = which.sum(1).repeat(copies), which.nonzero()[:, 1].repeat(copies)
+        tokens = which.nonzero(as_tuple=True)
+        counts, positions = which.sum(1).repeat(copies), tokens[1].repeat(copies)
         slots = self.table.allocate_prompt(plane, units, counts, positions)
         self.rule.admit(plane, units, slots, which, score, evicted)
-        self.stored.append((which, slots))
+        self.stored.append((tokens, slots))
 
     def read(self, sequence: torch.Tensor) -> tuple[list, list]:
         """Table entries of one sequence [1], per plane (slots, counts, positions, scores), and
