@@ -265,8 +265,10 @@ def environment(here: Here, found: dict) -> str:
 
 @check(90)
 def kernel_cases(here: Here, found: dict) -> str:
-    """The Triton kernel against softmax in float64, all shapes and dtypes of its tests."""
+    """The Triton kernels against float64, all shapes and dtypes of their tests."""
     from tests.inference import test_triton_attention as cases
+    from tests.inference import test_triton_layers as layers
+    from tests.inference import test_triton_quantization as codes
 
     for name, dtype in [("ragged", torch.bfloat16)] if here.dry else cases.CHECKS:
         error = cases.worst_error(cases.CASES[name], dtype, here.device)
@@ -274,6 +276,13 @@ def kernel_cases(here: Here, found: dict) -> str:
     for bits in (8,) if here.dry else (8, 4, 2):
         error, gap = cases.read_codes(cases.RAGGED, torch.bfloat16, bits, 33, here.device)
         found[f"{bits} bits"] = max(error, gap / 0.02)
+    for name, dtype in [(n, d) for n in layers.CASES for d in layers.DTYPES][
+        :: 9 if here.dry else 1
+    ]:
+        found[f"{name}, {dtype}"] = layers.worst_error(name, dtype, here.device)
+    for case in codes.CASES[:: 9 if here.dry else 1]:
+        unlike = codes.differing(*case, torch.bfloat16, here.device)
+        found["codes of {} bits, {} by {}".format(*case)] = unlike / codes.EDGE
     wrong = [name for name, error in found.items() if not error <= 1]
     assert not wrong, f"{', '.join(wrong)}: off by more than rounding explains"
     return f"{len(found)} cases as near to float64 as rounding allows"
@@ -479,14 +488,23 @@ def decode_steps(here: Here, found: dict) -> str:
             found[f"kv {bits}-bit, {batch} x {length // 4}"] = row
     batch, length = (2, 48) if here.dry else (sequences(16, 32_768), 32_768)
     for policy, live in ((chosen[0], length), (chosen[-1], length // 8)):
-        row = step_costs(here, model, policy, batch, length, live)
-        found[f"{policy.name}, {live} of {batch} x {length}"] = row
+        for extra in ("", ", layers of transformers"):
+            with layers_of_transformers() if extra else contextlib.nullcontext():
+                row = step_costs(here, model, policy, batch, length, live)
+            found[f"{policy.name}, {live} of {batch} x {length}{extra}"] = row
     rows = list(found.items())
     short = rows[: len(chosen) + 2]
     slow = [name for name, row in short if row["ms"] > 2 * short[0][1]["ms"]]
     if slow and not here.dry:
         found["poor"] = f"more than twice the time of the full cache: {', '.join(slow)}"
     return "ms a step: " + ", ".join(f"{name} {row['ms']:.3g}" for name, row in rows)
+
+
+def layers_of_transformers():
+    """Inside this block no layer is fused, to compare."""
+    from kit.inference import decode
+
+    return mock.patch.object(decode, "fused", lambda weights: contextlib.nullcontext())
 
 
 def sequences(wanted: int, length: int) -> int:
@@ -547,7 +565,7 @@ def filled(model, policy, batch: int, length: int, live: int | None, quantized=N
     return cache
 
 
-@check(60)
+@check(90)
 def tokens_per_second(here: Here, found: dict) -> str:
     """Whole generations at Qwen3-1.7B's shape: the kit, with and without eviction, and
     transformers."""
@@ -573,9 +591,18 @@ def tokens_per_second(here: Here, found: dict) -> str:
             on_device, **given, max_new_tokens=new, min_new_tokens=new
         ),
     }
+    none = contextlib.nullcontext()
+    changed = {
+        "kit, layers of transformers": layers_of_transformers(),
+        "kit, packs of 4096": mock.patch.dict(decode.PACK_ROWS, cuda=4096),
+        "kit, steps of 64 rows": mock.patch.dict(decode.STEP_ROWS, cuda=64),
+    }
+    ways |= dict.fromkeys(changed, ways["kit"])
     for name, way in ways.items():
         here.clear()
-        found[name] = dict(tokens_s=batch * new / here.seconds(way, 1), peak_gb=here.peak_gb())
+        with changed.get(name, none):
+            seconds = here.seconds(way, 1)
+        found[name] = dict(tokens_s=batch * new / seconds, peak_gb=here.peak_gb())
     rates = ", ".join(f"{name} {row['tokens_s']:.0f}" for name, row in found.items())
     return f"tokens/s, {batch} x ({prompt} + {new}): {rates}"
 
@@ -820,12 +847,11 @@ def cuda_graphs(here: Here, found: dict) -> str:
     Late, since a capture that fails may spoil the device for this process, and a graph runs slower
     once a profiler has been there."""
     from kit.dms import evictor
-    from kit.inference import decode, policies
+    from kit.inference import policies
     from kit.inference.kv_quantization import Quantized
 
     model, size = random_model(here), (2, 48) if here.dry else (32, 4096)
     made = evictor.Evictor(model.weights, evictor.OFFICIAL, model.weights_hash)
-    plain = mock.patch.object(decode, "fused", lambda weights: contextlib.nullcontext())
     full, live = policies.Full(), size[1] // 4
     cases = {"full": (full, live), "dms": (policies.DMS(made.requires_grad_(False)), live)}
     cases |= {"random": (policies.Random(live), live)}
@@ -835,7 +861,7 @@ def cuda_graphs(here: Here, found: dict) -> str:
         for way in ("launched", "graph", "layers of transformers"):
             if way == "launched" and len(case) == 3:
                 continue  # takes long
-            with plain if way.startswith("layers") else contextlib.nullcontext():
+            with layers_of_transformers() if " " in way else contextlib.nullcontext():
                 with stepping(here, model, case[0], *size, *case[1:]) as (step, cache, graphs):
                     graphs.graphs = None if way == "launched" else graphs.graphs
                     logits[way] = torch.stack([step() for _ in range(4)])

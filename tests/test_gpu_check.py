@@ -59,7 +59,7 @@ def test_the_json_has_the_figures_behind_each_line(dry):
     checks = json.loads((dry[1] / "gpu.json").read_text())["checks"]
     extra = {"verdict", "seconds", "said"}
     steps = [row for name, row in checks["decode_steps"].items() if name not in extra]
-    assert len(steps) == 11  # seven policies, two precisions of the cache, two of long texts
+    assert len(steps) == 13  # seven policies, two precisions of the cache, four of long texts
     costs = {"ms", "tokens_s", "peak_gb", "cache_gb", "live_gb"}
     assert all(costs | {"captured"} <= row.keys() for row in steps)
     same = [name for name in checks["as_on_the_cpu"] if name not in extra]

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed; it comes with tor
 
 CASES = [(bits, *shape) for bits in (8, 4, 2) for shape in ((128, 32), (96, 32), (48, 16))]
 HEADS, BLOCKS, BLOCK = 2, 3, 8
+EDGE = 0.02  # share of what lies on the edge of two codes: a GPU divides less exactly
 
 
 def differing(bits: int, size: int, group: int, dtype, device="cpu") -> float:
@@ -59,5 +60,4 @@ def test_compiles_without_spilling(compiled, bits, capability):  # noqa: F811
 @cuda
 @pytest.mark.parametrize(("bits", "size", "group"), CASES)
 def test_says_what_pack_says_on_the_gpu(bits, size, group):
-    """But for numbers on the edge of two codes, which an approximate division may move."""
-    assert differing(bits, size, group, torch.bfloat16, "cuda") <= 0.02
+    assert differing(bits, size, group, torch.bfloat16, "cuda") <= EDGE
