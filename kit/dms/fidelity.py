@@ -14,7 +14,7 @@ import pandas
 import torch
 
 from kit.dms import distillation
-from kit.inference.decode import DECODE_VERSION, slots_attached
+from kit.inference.decode import slots_attached, versions
 from kit.inference.kv_cache import SlotCache
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model, check_head, twin
@@ -90,7 +90,7 @@ def cached_teacher_forced_kl(
 ) -> pandas.DataFrame:
     """`teacher_forced_kl`, cached in `folder` as Parquet."""
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
-    runs += [DECODE_VERSION, QUALITY_VERSION]
+    runs += [*versions(model.device), QUALITY_VERSION]
     file = Path(folder) / f"{digest([*runs, policy.key, prompt, ids.tolist()])}.parquet"
     if not file.is_file():
         frame = teacher_forced_kl(model, ids, policy, prompt)

@@ -37,6 +37,7 @@ from kit.schema import Generation, Prompt, Sampling
 # Part of every record's key. Raise it by one when tokens, or their cost, may differ from before for
 # the same weights and request: records that were stored under another version are decoded again.
 DECODE_VERSION = 3
+CUDA_VERSION = 2  # the same of what is decoded on a GPU, whose kernels change apart
 
 # Rows of a step, and of a pack of prompts: multiples of these. On a CPU a product of matrices takes
 # other kernels for fewer than 4 rows and the same ones for all multiples of 8, see LOG.md; on CUDA
@@ -88,6 +89,11 @@ class _Reuse:
     prompt: tuple | None = None  # its ids, its copy of the cache, its logits
     prefix: tuple[int, ...] = ()
     rows: list | None = None  # keys and values of the prefix, per layer
+
+
+def versions(device: torch.device) -> list[int]:
+    """What of record keys says which code decoded: DECODE_VERSION, on a GPU CUDA_VERSION too."""
+    return [DECODE_VERSION, CUDA_VERSION] if device.type == "cuda" else [DECODE_VERSION]
 
 
 @contextmanager

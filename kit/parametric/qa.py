@@ -198,7 +198,7 @@ def _begun(model: Model, problems, store: Store, arm: str, bank, passages, seed:
 def _keyed(model: Model, problem: Problem, prompt: str, how: list):
     """(key, generation key, prompt id) of one record."""
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
-    runs += [transformers.__version__, decode.DECODE_VERSION, PROBE_VERSION]
+    runs += [transformers.__version__, *decode.versions(model.device), PROBE_VERSION]
     tokens = digest([*runs, prompt, how])
     graded = [tokens, grader.GRADE_VERSION, problem.answer, problem.asks, FORM, problem.id]
     return digest(graded), tokens, digest(prompt)

@@ -28,7 +28,7 @@ import pyarrow
 from kit.data.prompts import FORMAT_INSTRUCTION
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
-from kit.inference.decode import DECODE_VERSION
+from kit.inference.decode import versions
 from kit.models.embedder import Embedder
 from kit.models.load import load
 from kit.pipeline import progress
@@ -98,7 +98,8 @@ def build_bank(
 ) -> tuple[ReasoningBank, pandas.DataFrame]:
     """The bank of `config`, in a subfolder of `folder` named by a hash of all that determines it,
     and the records that `fill_bank` returns."""
-    programs = [Extractor().dump_state(), SelfJudge().dump_state(), DECODE_VERSION]
+    programs = [Extractor().dump_state(), SelfJudge().dump_state()]
+    programs += versions(engine.model.device)
     parts = [engine.name, embedder.fingerprint, asdict(config), *programs]
     parts += [_name(teacher)] if teacher else []
     name = digest([*parts, [problem.id for problem in problems]], 12)

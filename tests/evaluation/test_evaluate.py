@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from kit import paths
 from kit.data import prompts
@@ -148,6 +149,11 @@ def test_a_new_decoder_decodes_again(tiny, tmp_path, decoded, monkeypatch):
     monkeypatch.setattr(decode, "DECODE_VERSION", decode.DECODE_VERSION + 1)
     run(tiny, Store(tmp_path))
     assert [len(requests) for requests in decoded] == [6, 6]
+    monkeypatch.setattr(decode, "CUDA_VERSION", decode.CUDA_VERSION + 1)
+    run(tiny, Store(tmp_path))
+    assert [len(requests) for requests in decoded] == [6, 6], "a GPU's kernels are none of a CPU's"
+    gpu = decode.versions(torch.device("cuda"))
+    assert gpu == [decode.DECODE_VERSION, decode.CUDA_VERSION]
 
 
 def test_all_that_determines_the_tokens_is_in_both_keys(tiny):

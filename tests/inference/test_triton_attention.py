@@ -324,8 +324,7 @@ def compiled(tmp_path, monkeypatch):
         signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
         whole = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
         whole = [p.num for p in whole if not p.do_not_specialize_on_alignment]
-        whole = [number for number in whole if "fp" not in signature[kernel.arg_names[number]]
-                 or signature[kernel.arg_names[number]].startswith("*")]  # fmt: skip
+        whole = [number for number in whole if signature[kernel.arg_names[number]] != "fp32"]
         aligned = {(number,): [["tt.divisibility", 16]] for number in whole}
         source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
         built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
