@@ -14,7 +14,7 @@ import pandas as pd
 from kit.analysis.plots import Picture
 from kit.paths import run_dir
 from kit.pipeline import declared
-from kit.pipeline.provenance import FINGERPRINT_MIME, collect, write_json
+from kit.pipeline.provenance import FINGERPRINT_MIME, collect, cores, write_json
 from kit.report import exhibits
 
 
@@ -44,7 +44,7 @@ def banner() -> None:
     packages = [f"{name} {stamp['versions'].get(name, 'absent')}"
                 for name in ("python", "torch", "transformers")]  # fmt: skip
     devices = [gpu["name"] for gpu in stamp["hardware"]["gpus"]] or [stamp["hardware"]["cpu"]]
-    size = f"{stamp['hardware']['cores']} cores, {stamp['hardware']['ram_gib']} GiB"
+    size = f"{cores(stamp['hardware']['cores'])}, {stamp['hardware']['ram_gib']} GiB"
     print(f"commit {stamp['commit'][:10]}{dirty} | {', '.join(packages)} | {devices[0]}, {size}")
 
 

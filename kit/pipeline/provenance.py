@@ -145,6 +145,11 @@ def _cpu_model() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
+def cores(count: int | str) -> str:
+    """The number of cores in words: "1 core", "2 cores"."""
+    return f"{count} core{'s' if str(count) != '1' else ''}"
+
+
 def _cores() -> int:
     """Cores that this process may use, fewer than the machine has in many containers."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -180,7 +185,7 @@ def as_markdown(stamp: dict) -> str:
         "model": stamp.get("why this model") or None,
         "seed": stamp["seed"],
         **{f"fingerprint of {k}": f"`{v}`" for k, v in stamp["fingerprints"].items()},
-        "hardware": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['ram_gib']} GiB; "
+        "hardware": f"{hardware['cpu']}, {cores(hardware['cores'])}, {hardware['ram_gib']} GiB; "
         + "; ".join(devices),
         "threads": f"OMP_NUM_THREADS {hardware['omp_num_threads']}",
         "versions": ", ".join(f"{k} {v}" for k, v in stamp["versions"].items()),

@@ -261,8 +261,8 @@ def _facts(here: dict, records: pd.DataFrame, results: dict[str, dict]) -> dict[
         "commit": here["commit"] + (" with uncommitted changes" if here["dirty"] else ""),
         "lock": here["lock_sha256"],
         "kit source": here["kit_sha256"],
-        "hardware": f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['ram_gib']} GiB; "
-        + ("; ".join(devices) or "no GPU"),
+        "hardware": f"{hardware['cpu']}, {provenance.cores(hardware['cores'])}, "
+        f"{hardware['ram_gib']} GiB; {'; '.join(devices) or 'no GPU'}",
         "system": here["system"],
         "versions": ", ".join(f"{name} {version}" for name, version in here["versions"].items()),
     }

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from kit import paths
 from kit.paths import PUBLISHED_RUNS, ROOT, run_dir
-from kit.pipeline.provenance import write_text
+from kit.pipeline.provenance import cores, write_text
 from kit.report import bundle, crate, readme, renewal
 from kit.report.bundle import RECORDS, VERDICTS, Run
 
@@ -204,7 +204,7 @@ def _section(place: Path) -> str:
     stages = [stage for stage in run.results if stage in claims.NOTEBOOKS]
     machine = run.environment
     lines = [f"Profile {place.name}: {', '.join(f'`{stage}`' for stage in stages)}, on "
-             f"{machine.get('hardware: cpu')}, {machine.get('hardware: cores')} cores, torch "
+             f"{machine.get('hardware: cpu')}, {cores(machine.get('hardware: cores'))}, torch "
              f"{machine.get('version of torch')}. Every claim that its records decide, with 95% "
              f"intervals:", ""]  # fmt: skip
     lines[:0] = _renewed(run)
