@@ -595,8 +595,9 @@ def test_synthetic_tokens_stand_for_a_read_prompt(families):
 def test_the_kernel_is_handed_what_attention_reads(families, monkeypatch):
     """The branch for CUDA devices, with a plain kernel that honours the same contract."""
 
-    def paged_attention(query, keys, values, bias, table, count, codes):
-        assert codes is None
+    def paged_attention(query, keys, values, bias, table, count, codes, scale, out):
+        assert codes is None and out is None
+        query = query * scale
         assert (table.dtype, count.dtype, bias.dtype) == (torch.int32, torch.int32, torch.float32)
         assert all(x.is_contiguous() for x in (query, keys, values, bias, table))
         out = torch.zeros_like(query)
@@ -712,16 +713,21 @@ def test_what_is_said_is_the_same_bit_by_bit_whatever_stands_beside_it(
     """Logits too. Prompts that begin alike, several samples of one, a forced answer, few and many
     places, in any order."""
     model, seen = load(f"random:{shape}", dtype=dtype), {}
-    policy = POLICIES[name](model.weights)
-    advance = decode_module._advance
+    policy, rows = POLICIES[name](model.weights), []
+    sample, advance = decode_module.sample_tokens, decode_module._advance
 
-    def watched(model, cache, running, places, logits, *rest):
-        for place, row in zip(places, logits):
+    def sampled(logits, *rest):
+        rows[:] = logits.clone()
+        return sample(logits, *rest)
+
+    def watched(model, cache, running, places, *rest):
+        for place, row in zip(places, rows, strict=True):
             one = running[place]
             key = one.request, one.budget, len(one.new_ids)
-            assert torch.equal(seen.setdefault(key, row.clone()), row), key
-        return advance(model, cache, running, places, logits, *rest)
+            assert torch.equal(seen.setdefault(key, row), row), key
+        return advance(model, cache, running, places, *rest)
 
+    monkeypatch.setattr(decode_module, "sample_tokens", sampled)
     monkeypatch.setattr(decode_module, "_advance", watched)
     asked = requests([3, 41, 18, 1, 130])
     start = asked[1].prompt_ids[:37]
