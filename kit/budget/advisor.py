@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from kit import hub
 from kit.budget import ledger
 from kit.budget.ledger import QWEN3, Architecture, Configuration, Packing
+from kit.inference.policies import held_tokens
 from kit.models import adapter, quantization
 from kit.models.load import BUNDLED, local
 from kit.pipeline.errors import read_json
@@ -139,9 +140,8 @@ def measured(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option
 
 
 def _kept(row: dict, context: int) -> float:
-    kind, _, size = row["policy"].partition(" ")
-    held = size.isdigit() and kind != "snapkv"  # SnapKV's budget is the prompt's
-    return min(1.0, int(size) / context) if held else row["kept"]
+    tokens = held_tokens(row["policy"])
+    return row["kept"] if tokens is None else min(1.0, tokens / context)
 
 
 def candidates(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option]:

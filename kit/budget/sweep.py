@@ -273,8 +273,7 @@ def refused(
     room, reasons = available() if room is None else room, {}
     for run in grid.runs:
         whole = sum(ledger.weights(a).values()) * (1 if run.bits == 16 else 2)
-        kind, _, size = run.policy.partition(" ")
-        limit = int(size) if kind in BUDGETED and BUDGETED[kind].decoding else math.inf
+        limit = policies.held_tokens(run.policy) or math.inf
         tokens = min(limit, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
         cache = ledger.keys_and_values(a, tokens, ledger.cache(a, run.kv_bits))
         need = whole + cache

@@ -292,6 +292,14 @@ class DMS(Full):
         return self.evictor.attached(weights)
 
 
+def held_tokens(name: str) -> int | None:
+    """Tokens that a unit keeps at most in decoding under the policy of this `name`; None where
+    they grow with the text."""
+    kind, _, size = name.partition(" ")
+    known = {each.__name__.lower(): each for each in Budgeted.__subclasses__()}
+    return int(size) if kind in known and known[kind].decoding and size.isdigit() else None
+
+
 def causal_attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Probabilities [H, G, t, T] of the last t queries [H*G, t, D], scaled, over keys [H, T, D]."""
     heads, length, rows = key.shape[0], key.shape[1], query.shape[1]

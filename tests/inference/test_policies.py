@@ -24,7 +24,18 @@ from kit.inference.decode import Request, decode, slots_attached
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.kv_quantization import Quantized, pack, unpack
 from kit.inference.paged_attention import _attend_paged, attend
-from kit.inference.policies import DMS, FLOOR, H2O, TOVA, Full, Knorm, Random, SnapKV, Window
+from kit.inference.policies import (
+    DMS,
+    FLOOR,
+    H2O,
+    TOVA,
+    Full,
+    Knorm,
+    Random,
+    SnapKV,
+    Window,
+    held_tokens,
+)
 from kit.models.load import RANDOM, Model, load
 from kit.schema import Sampling
 from tests import rounding
@@ -639,6 +650,8 @@ def test_names_and_keys_tell_policies_apart(families):
         "snapkv 64",
         "dms stub w4",
     ]
+    held = [held_tokens(p.name) for p in made]
+    assert held == [None, 64, 64, 64, None, 64, 64, None, None, None, None]
     keys = [json.dumps(p.key, sort_keys=True) for p in made]
     assert len(set(keys)) == len(made)
     assert made[1] == Window(kept_tokens=64) and made[1].key["sinks"] == 4
