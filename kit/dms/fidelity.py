@@ -16,6 +16,7 @@ import torch
 from kit.dms import distillation
 from kit.inference.decode import slots_attached, versions
 from kit.inference.kv_cache import SlotCache
+from kit.inference.packed_weights import multiplying, pack
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model, check_head, twin
 from kit.paths import atomic
@@ -45,8 +46,9 @@ def teacher_forced_kl(
         raise ValueError(f"prompt is {prompt}; the sequences have {length} tokens.")
     ids, teacher = ids.to(model.device), teacher or model
     states, live = [], []
+    packed = pack(model.weights)
     cache = SlotCache(model.weights, count, policy=policy, quantized=quantized)
-    with slots_attached(model), policy.attached(model.weights):
+    with slots_attached(model), policy.attached(model.weights), multiplying(packed):
         positions = cache.prefill([[i] for i in range(count)], [prompt] * count)
         packed = ids[:, :prompt].reshape(1, -1)
         _final(model, cache, packed, positions)

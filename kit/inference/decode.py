@@ -23,7 +23,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from kit.inference import energy, prefix_sharing
+from kit.inference import energy, packed_weights, prefix_sharing
 from kit.inference.budget_forcing import NO_FORCING, BudgetForcing
 from kit.inference.cuda_graphs import StepGraphs
 from kit.inference.fused_layers import fused
@@ -142,6 +142,7 @@ def decode(
     waiting = [(i, requests[i]) for i in prefix_sharing.queue(prompts)]
     extra = sampling.max_new_tokens + forcing.extra_tokens
     tokens = max(map(len, prompts), default=0) + extra
+    packed = packed_weights.pack(model.weights)  # before the cache takes what memory is left
     cache = SlotCache(model.weights, batch_size, policy, quantized=quantized, tokens=tokens)
     running: dict[int, _Running] = {}  # place in the cache -> sequence, the oldest first
     # Other numbers of rows of CUDA's attention have other bits, so that nothing is shared there.
@@ -151,7 +152,13 @@ def decode(
     wider = bank.widened(model.weights, batch_size) if bank else None
     memory = wider.attached() if bank else nullcontext()
     graphs = None if bank else StepGraphs(model, cache, STEP_ROWS[model.device.type])
-    with slots_attached(model), policy.attached(model.weights), memory, _no_autocast(model):
+    with (
+        slots_attached(model),
+        policy.attached(model.weights),
+        packed_weights.multiplying(packed),
+        memory,
+        _no_autocast(model),
+    ):
         while waiting or running:
             fresh = _enter(cache, waiting, running, batch_size, sampling, forcing)
             for place in fresh if bank else ():
