@@ -16,7 +16,7 @@ import torch
 from kit.dms import distillation
 from kit.inference.decode import slots_attached, versions
 from kit.inference.kv_cache import SlotCache
-from kit.inference.packed_weights import multiplying, pack
+from kit.inference.packed_weights import pack
 from kit.inference.policies import DMS, Full
 from kit.models.load import Model, check_head, twin
 from kit.paths import atomic
@@ -48,7 +48,7 @@ def teacher_forced_kl(
     states, live = [], []
     packed = pack(model.weights)
     cache = SlotCache(model.weights, count, policy=policy, quantized=quantized)
-    with slots_attached(model), policy.attached(model.weights), multiplying(packed):
+    with slots_attached(model, packed), policy.attached(model.weights):
         positions = cache.prefill([[i] for i in range(count)], [prompt] * count)
         packed = ids[:, :prompt].reshape(1, -1)
         _final(model, cache, packed, positions)

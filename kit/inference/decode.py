@@ -97,9 +97,9 @@ def versions(device: torch.device) -> list[int]:
 
 
 @contextmanager
-def slots_attached(model: Model) -> Iterator[None]:
-    """Inside this block the model's attention goes through the slot cache, and on a GPU its layers
-    are launched as few kernels."""
+def slots_attached(model: Model, packed: dict | None = None) -> Iterator[None]:
+    """Inside this block the model's attention goes through the slot cache, its linear layers
+    multiply by what `packed_weights.pack` returned, and on a GPU its layers are few kernels."""
     before = model.weights.config._attn_implementation
     model.weights.set_attn_implementation("kit_slots")
     if model.weights.config._attn_implementation != "kit_slots":  # transformers only warns
@@ -108,7 +108,7 @@ def slots_attached(model: Model) -> Iterator[None]:
             f"cannot replace; choose another model."
         )
     try:
-        with fused(model.weights):
+        with fused(model.weights), packed_weights.multiplying(packed or {}):
             yield
     finally:
         model.weights.set_attn_implementation(before)
@@ -152,13 +152,7 @@ def decode(
     wider = bank.widened(model.weights, batch_size) if bank else None
     memory = wider.attached() if bank else nullcontext()
     graphs = None if bank else StepGraphs(model, cache, STEP_ROWS[model.device.type])
-    with (
-        slots_attached(model),
-        policy.attached(model.weights),
-        packed_weights.multiplying(packed),
-        memory,
-        _no_autocast(model),
-    ):
+    with slots_attached(model, packed), policy.attached(model.weights), memory, _no_autocast(model):
         while waiting or running:
             fresh = _enter(cache, waiting, running, batch_size, sampling, forcing)
             for place in fresh if bank else ():
