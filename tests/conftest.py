@@ -93,8 +93,13 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
-    """That model, loaded."""
-    return loaded(tiny_folder, "float32")
+    """That model, loaded; no test may leave it changed to those that follow."""
+    model = loaded(tiny_folder, "float32")
+    before = {name: value.clone() for name, value in model.weights.state_dict().items()}
+    yield model
+    after = model.weights.state_dict()
+    assert [name for name in before if not after[name].equal(before[name])] == []
+    assert [name for name, part in model.weights.named_modules() if "forward" in vars(part)] == []
 
 
 def loaded(tiny_folder: Path, dtype: str):
