@@ -159,6 +159,7 @@ def _strategies(given) -> tuple[float, float]:
     decoded += (given.CONTROLS[0] + 2 * given.CONTROLS[1]) * 5 * each  # the controls before
     if given.FURTHER:  # 12 more arms, checks and samples, a loop; banks and a solver of their own
         decoded += given.FURTHER * (19 * each + lesson) + given.TRAIN * (6 * each + lesson)
+        decoded += 2 * (given.TRAIN * (each + lesson) + given.FURTHER * each)  # two further draws
     return decoded, 0
 
 

@@ -196,6 +196,9 @@ def test_a_published_protocol_runs_to_its_end(tmp_path, bundled, name):
     environment = surroundings(tmp_path, bundled.tokenizer, repos, notebooks, count=20)
     done = kit("reproduce", "--profile", name, "--only", "02", **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    own = "rbslm-memory-gain" if name == "reasoning-bank-slm" else "rb-k1-against-k0"
+    lines = [line for line in done.stdout.splitlines() if f" {own}: " in line]
+    assert lines and not any("needs the" in line for line in lines), lines
     folder = tmp_path / "outputs" / name
     said = json.loads((folder / "results" / "02_strategies.json").read_text())
     records = Store(folder / "store").table(set(said["keys"]))

@@ -35,7 +35,8 @@ NOTEBOOKS = (
 GRADES = ("FULL", "CODE", "DATA", "NOTE", "BRIEF", "ISSUE", "CALC")  # how a number was seen
 TASKS = ("published", "other")
 ALLOWED = {"grade": GRADES, "notebook": NOTEBOOKS, "rule": tuple(NEEDS)}
-PROFILES = ("any", "quick", "laptop", "workstation")  # "any": arithmetic
+# Where a claim may be decided: "any", in all of them, is arithmetic.
+PROFILES = ("any", "quick", "laptop", "workstation", "reasoning-bank-slm", "reasoningbank")
 
 
 @dataclass(frozen=True)
