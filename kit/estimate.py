@@ -23,7 +23,9 @@ from kit.pipeline.provenance import memory_limit_bytes
 from kit.pipeline.stages import LARGER, Stage, load_stages, read_profile
 
 BILLIONS = 0.135  # parameters of the bundled model, on which the rates are measured
-TRAINED_BYTES = 8  # of memory per parameter: weights in float32, and what a step computes
+# Of memory per parameter that 04 takes at its peak, weights, copies of them, logits and workers: it
+# was 13.6 GB on the 0.5B model (log book, 2026-11-27); of others it is assumed.
+TRAINED_BYTES = 27
 SURELY = 1.5  # times its hours by size, a profile does not fit on a model
 # Seconds that a stage of the laptop profile took, over what its tokens make at the rates of that
 # machine; see the log book of 2026-11-26 for how well they fit another machine and profile. That of

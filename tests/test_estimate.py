@@ -112,6 +112,7 @@ def test_the_largest_model_on_which_a_profile_fits_into_its_hours_is_chosen(
         return bundled | {"models": own}
 
     monkeypatch.setattr(estimate, "rates", rates)
+    monkeypatch.setattr(estimate, "memory_limit_bytes", lambda: 64_000_000_000)
     said = []
     found = estimate.choose("laptop", said.append)
     assert found["model"] == chosen and asked == measured
@@ -124,13 +125,13 @@ def test_the_largest_model_on_which_a_profile_fits_into_its_hours_is_chosen(
 
 
 def test_a_model_without_room_in_memory_is_not_chosen(monkeypatch):
-    monkeypatch.setattr(estimate, "memory_limit_bytes", lambda: 10_000_000_000)
+    monkeypatch.setattr(estimate, "memory_limit_bytes", lambda: 16_000_000_000)
     monkeypatch.setattr(estimate, "rates", lambda models=(): {
         "start": 1.0, "decoded": 1e5, "trained": 1e5,
         "models": {name: {"decoded": 1e5, "trained": 1e5} for name in models}})  # fmt: skip
     found = estimate.choose("laptop", lambda line: None)
     assert found["model"] == SMALL
-    assert found["why"][0] == f"{LARGE}: needs 12 GB of memory, of 10"
+    assert found["why"][0] == f"{LARGE}: needs 40 GB of memory, of 16"
 
 
 def test_a_model_that_is_named_counts_where_a_profile_leaves_it_open(monkeypatch):
