@@ -6,6 +6,7 @@ import json
 import pandas as pd
 import pytest
 
+from kit import paths
 from kit.data import own, problems
 from kit.data.dedup import check_disjoint
 from kit.data.problems import load
@@ -89,6 +90,23 @@ def test_what_cannot_be_read_is_said_in_one_sentence(tmp_path, name, raw, words)
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(ValueError, match=words):
         load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("families", "asked"), [([], ["1 + 2?", "6 * 7?", "9 - 2?"]), (["minus"], ["9 - 2?"])]
+)
+def test_the_tour_takes_a_set_of_any_levels_and_families(tmp_path, capsys, families, asked):
+    """Up to the problems that it selects."""
+    (tmp_path / "own.csv").write_text(
+        "question,answer,level,type\n8 - 1?,7,4,minus\n9 - 2?,7,3,minus\n6 * 7?,42,3,times\n"
+        "1 + 2?,3,2,plus\n7 / 7?,1,5,over\n"
+    )
+    cells = json.loads((paths.ROOT / "notebooks" / "00_tour.ipynb").read_text())["cells"]
+    names = {"PROBLEM_SET": str(tmp_path / "own.csv"), "FAMILIES": families}
+    (cell,) = (c for c in cells if "selection = " in "".join(c["source"]))
+    exec("".join(cell["source"]), names)
+    assert sorted(problem.question for problem in names["selection"]) == asked
+    assert capsys.readouterr().out.count(" -> ") == len(asked)
 
 
 # ---- columns and golds ----------------------------------------------------------------------
