@@ -114,14 +114,24 @@ def plan(
     return planned
 
 
+def _check_model(model: str, profile: str, notebooks_dir: Path) -> None:
+    """Refuse a MODEL that no notebook would read, or that no bundled model has for its name."""
+    from kit.models.bundled import MODELS  # its imports take a second
+
+    if LARGER not in read_profile(profile, notebooks_dir):
+        raise UserError(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
+                      f"write the model into a profile of your own")  # fmt: skip
+    if model.startswith("bundled:") and model not in MODELS:
+        raise UserError(f"MODEL is {model!r}; the kit bundles {', '.join(MODELS)}")
+
+
 def _asked(
     profile: str, notebooks_dir: Path, outputs_dir: Path, from_, only, force, given
 ) -> tuple[list[Stage], list[Stage], Callable[[Stage], str]]:
     """All stages, those asked for, and what says why one of them is to run, "" if it is not."""
     stages = load_stages(profile, notebooks_dir, outputs_dir)
-    if os.environ.get("KIT_MODEL") and LARGER not in read_profile(profile, notebooks_dir):
-        raise UserError(f"MODEL is for profiles with a table [{LARGER}], which {profile} has not; "
-                      f"write the model into a profile of your own")  # fmt: skip
+    if model := os.environ.get("KIT_MODEL"):
+        _check_model(model, profile, notebooks_dir)
     stages = with_values(stages, select(stages, from_, only), given)
     chosen = select(stages, from_, only)
     forced = chosen if force else chosen[:1] if from_ else []

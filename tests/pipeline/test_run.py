@@ -253,6 +253,9 @@ def test_some_stages_of_a_profile_run_on_the_model_that_was_chosen(tmp_path, mon
     assert not of("quick")["02"].why  # for which a run of laptop is compared with it
     with pytest.raises(UserError, match="MODEL is for profiles with a table .larger., which quick"):
         pipeline.run("quick", outputs_dir=tmp_path)
+    monkeypatch.setenv("KIT_MODEL", "bundled:qwen")
+    with pytest.raises(UserError, match="MODEL is 'bundled:qwen'; the kit bundles .*coder-0.5b"):
+        pipeline.run("laptop", outputs_dir=tmp_path)
 
 
 def test_from_only_and_force(project, capsys):
@@ -568,7 +571,7 @@ def test_an_executed_notebook_opens_with_its_provenance(finished):
     top, stamp = book.cells[0], book.metadata["kit"]
     assert top.metadata["tags"] == ["provenance"]
     lock = provenance.file_hash(finished / "requirements.lock")
-    for text in ("commit", lock, "SIZE=2", "| seed | 7 |", "`abc123`", "cores", "numpy", "GiB"):
+    for text in ("commit", lock, "SIZE=2", "| seed | 7 |", "`abc123`", " core", "numpy", "GiB"):
         assert text in top.source
     assert stamp["parameters"] == {"PROFILE": "tour", "SEED": 7, "SIZE": 2, "BATCH": 8}
     assert stamp["fingerprints"] == {"model": "abc123"}
