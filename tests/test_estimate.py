@@ -19,7 +19,8 @@ def minutes(profile: str, speed: dict = OLD, model: str = "") -> dict[str, float
 
 
 def test_the_laptop_profile_takes_about_what_it_took():
-    known = {"01_baseline": 8, "02_strategies": 41, "03_dms": 43, "04_phase2": 115,
+    # 02 took 41, with one bank; two more draws of it are 10 by their count of tokens.
+    known = {"01_baseline": 8, "02_strategies": 41 + 10, "03_dms": 43, "04_phase2": 115,
              "05_parametric": 28, "06_memory_budget": 24}  # fmt: skip
     before = {  # what the profile had when it was timed
         "02_strategies": {"CONTROLS": [0, 0], "MAX_NEW_TOKENS": 96, "TRAIN": 70, "TEST": 147,
