@@ -136,7 +136,7 @@ def reproduce(
     """Run every notebook whose result is not up to date, then print the verdicts."""
     profile = profile or default_profile()
     pipeline.say(f"profile {profile}")
-    how = dict(from_=from_, only=only, force=force, given=_values(given or []))
+    how = dict(from_=from_, only=only, force=force, values=_values(given or []))
     if dry_run:
         for stage, why in pipeline.plan(profile, **how):
             print(f"{stage.name:18} " + (f"runs: {why}" if why else "up to date"))
@@ -314,12 +314,12 @@ def verify(
     """Judge runs again, without a model: their hashes, tables, measurements and verdicts."""
     from kit.report import bundle, verify
 
-    differs, tell = False, (lambda _: None) if as_json else partial(print, flush=True)
+    differs, report = False, (lambda _: None) if as_json else partial(print, flush=True)
     for run in runs or verify.published_runs():
-        tell(pipeline.short(run.resolve()))
+        report(pipeline.short(run.resolve()))
         try:
-            judgement = verify.check(run, lambda line: tell(f"  {line}"))
-            tell("\n".join(verify.summary(judgement)))
+            judgement = verify.check(run, lambda line: report(f"  {line}"))
+            report("\n".join(verify.summary(judgement)))
             if judgement.verdicts is not None and not as_json:
                 again = verify.headline(judgement.run, judgement.verdicts)
                 rows = judgement.verdicts.to_dict("records")
@@ -327,7 +327,7 @@ def verify(
             page = verify.write_report(judgement)
         except bundle.BundleError as error:
             raise UserError(str(error), 2) from error
-        tell(f"\nReport:    {pipeline.short(page) if page else 'none, see what is damaged'}\n")
+        report(f"\nReport:    {pipeline.short(page) if page else 'none, see what is damaged'}\n")
         if as_json:
             parts = {"differs": judgement.differences, "not_recomputed": judgement.unchecked}
             print(json.dumps(parts))
@@ -528,7 +528,7 @@ def train_bank(
     model: ModelName = BUNDLED,
     families: Annotated[str, Option(help="of facts, separated by commas", show_default="all")] = "",
     cities: Annotated[int | None, Option(help="evenly by size", show_default="all")] = None,
-    told: Annotated[int, Option(help="sentences to train on")] = 20_000,
+    sentence_count: Annotated[int, Option(help="sentences to train on")] = 20_000,
     branching: Annotated[int, Option(help="subtrees of a node")] = 8,
     sizes: Annotated[str, Option(help="units of a block, by level of the tree")] = "32,16",
     layers: Annotated[int, Option(help="that have memory")] = 10,
@@ -549,7 +549,7 @@ def train_bank(
     with _in_one_sentence():
         names = families.split(",") if families else [*facts.TELL]
         fact_set = facts.load(names, cities or facts.CITIES)
-        sentences = tuple(facts.tell(fact_set, told, seed=0))
+        sentences = tuple(facts.tell(fact_set, sentence_count, seed=0))
         layout = study.Layout(
             branching, tuple(int(size) for size in sizes.split(",")), where, layers
         )

@@ -5,7 +5,7 @@ machine does either is measured, on the bundled model in a second or two, and on
 here; of those that are not it follows from their sizes. What is not counted
 (long prompts, answers that end early, figures) is in one factor per stage, see `FACTORS`.
 
-    python -m kit estimate quick laptop     what `measured` returns, as JSON
+    python -m kit estimate quick laptop     what `measure` returns, as JSON
 """
 
 import json
@@ -39,7 +39,7 @@ FIXED = {"00_tour": 1.6, "01_baseline": 2.1, "02_strategies": 5.8, "03_dms": 6.6
          "05_parametric": 2.5, "06_memory_budget": 4.3, "07_verdicts": 1.5}  # fmt: skip
 
 
-def measured(*profiles: str) -> dict:
+def measure(*profiles: str) -> dict:
     """`rates` of this machine, and by profile and stage its `seconds` and the claims that it
     `decides` of `all`, with those for which it is `weak`; from a process of its own, which leaves
     neither torch nor a model behind. {} where that fails: no run waits for its estimate."""
@@ -86,13 +86,13 @@ def seconds(stage: Stage, speed: dict) -> float:
     fixed = FIXED.get(stage.name, 1.5) * speed["start"]
     if stage.name not in WORK:
         return fixed
-    given = SimpleNamespace(**stage.parameters)
-    decoded, trained = WORK[stage.name](given)
-    spent = 0
+    parameters = SimpleNamespace(**stage.parameters)
+    decoded, trained = WORK[stage.name](parameters)
+    work_seconds = 0
     for model in stage.models:
         rate = rate_of(model, speed)
-        spent += decoded / rate["decoded"] + trained / rate["trained"]
-    return fixed + FACTORS[stage.name] * spent
+        work_seconds += decoded / rate["decoded"] + trained / rate["trained"]
+    return fixed + FACTORS[stage.name] * work_seconds
 
 
 def rate_of(model: str, speed: dict) -> dict[str, float]:
@@ -108,7 +108,7 @@ def billions(model: str) -> float:
     return float(match[1]) / (1000 if match[2] in "mM" else 1) if match else BILLIONS
 
 
-def choose(profile: str, say: Callable[[str], None] = print) -> dict:
+def choose(profile: str, report: Callable[[str], None] = print) -> dict:
     """The first `model` of the profile's table [larger] on which all of the profile fits into its
     hours here, "" where none does; `why`, a sentence for each that was considered; the `rates`.
 
@@ -116,28 +116,28 @@ def choose(profile: str, say: Callable[[str], None] = print) -> dict:
     """
     larger, speed, why = read_profile(profile)[LARGER], rates(), []
     for name in [*larger["models"], ""]:
-        fits, reason = _considered(profile, name, larger["hours"], speed)
+        fits, reason = _consider(profile, name, larger["hours"], speed)
         why.append(f"{name or 'the models of the notebooks'}: {reason}{': taken' * fits}")
-        say(why[-1])
+        report(why[-1])
         if fits:
             return {"model": name, "why": why, "rates": speed}
 
 
-def _considered(profile: str, model: str, hours: float, speed: dict) -> tuple[bool, str]:
+def _consider(profile: str, model: str, hours: float, speed: dict) -> tuple[bool, str]:
     """Whether a profile fits on a model, and the arithmetic; its rates are put into `speed` where
     it may fit. It always fits on "", the models of the notebooks."""
-    need, room = billions(model) * 1e9 * TRAINED_BYTES, memory_limit_bytes()
-    if need > room:
-        return False, f"needs {need / 1e9:.0f} GB of memory, of {room / 1e9:.0f}"
+    need, available = billions(model) * 1e9 * TRAINED_BYTES, memory_limit_bytes()
+    if need > available:
+        return False, f"needs {need / 1e9:.0f} GB of memory, of {available / 1e9:.0f}"
     if model and _hours(profile, model, speed) <= SURELY * hours:
         try:
             speed["models"] |= rates([model])["models"]
         except (ValueError, HubError) as error:  # it cannot be fetched, or not be loaded
             return False, str(error)
-    took, rate = _hours(profile, model, speed), rate_of(model, speed)
+    total, rate = _hours(profile, model, speed), rate_of(model, speed)
     source = "measured" if model in ("", *speed["models"]) else "by its size"
-    return took <= hours or not model, (
-        f"{took:.1f} hours for all notebooks, of {hours:g} ({rate['decoded']:.0f} tokens a second "
+    return total <= hours or not model, (
+        f"{total:.1f} hours for all notebooks, of {hours:g} ({rate['decoded']:.0f} tokens a second "
         f"decoded, {rate['trained']:.0f} trained, {source})"
     )
 
@@ -151,32 +151,33 @@ def answer(limit: int) -> float:
     return limit / 2 + 16
 
 
-def _baseline(given) -> tuple[float, float]:
-    return given.PROBLEMS * 2 * given.SAMPLES * answer(given.MAX_NEW_TOKENS), 0
+def _baseline(parameters) -> tuple[float, float]:
+    return parameters.PROBLEMS * 2 * parameters.SAMPLES * answer(parameters.MAX_NEW_TOKENS), 0
 
 
-def _strategies(given) -> tuple[float, float]:
-    each, lesson = answer(given.MAX_NEW_TOKENS), 160
-    decoded = given.TRAIN * (each + lesson) + given.TEST * 10 * each
-    decoded += (given.CONTROLS[0] + 2 * given.CONTROLS[1]) * 5 * each  # the controls before
-    if given.FURTHER:  # 12 more arms, checks and samples, a loop; banks and a solver of their own
-        decoded += given.FURTHER * (19 * each + lesson) + given.TRAIN * (6 * each + lesson)
-        decoded += 2 * (given.TRAIN * (each + lesson) + given.FURTHER * each)  # two further draws
+def _strategies(parameters) -> tuple[float, float]:
+    each, lesson = answer(parameters.MAX_NEW_TOKENS), 160
+    train, further, controls = parameters.TRAIN, parameters.FURTHER, parameters.CONTROLS
+    decoded = train * (each + lesson) + parameters.TEST * 10 * each
+    decoded += (controls[0] + 2 * controls[1]) * 5 * each  # the controls before
+    if further:  # 12 more arms, checks and samples, a loop; banks and a solver of their own
+        decoded += further * (19 * each + lesson) + train * (6 * each + lesson)
+        decoded += 2 * (train * (each + lesson) + further * each)  # two further draws
     return decoded, 0
 
 
-def _dms(given) -> tuple[float, float]:
-    kinds, longest = 1 + len(given.COMPRESSIONS), max(given.MAX_NEW_TOKENS)
-    decoded = 2 * given.TEXTS[0] * answer(longest)
-    decoded += 4 * given.PROBLEMS * kinds * sum(map(answer, given.MAX_NEW_TOKENS))
-    decoded += 4 * given.PROBLEMS * len(given.RIVALS) * answer(longest)
-    compared = 1 + (1 + len(given.RIVALS)) * len(given.COMPRESSIONS)
-    decoded += compared * given.TEXTS[1] * given.CONTEXT
-    steps = log2(max(given.COMPRESSIONS)) * given.RAMP_STEPS + 2
-    return decoded, len(given.VARIANTS) * steps * given.CONTEXT
+def _dms(parameters) -> tuple[float, float]:
+    kinds, longest = 1 + len(parameters.COMPRESSIONS), max(parameters.MAX_NEW_TOKENS)
+    decoded = 2 * parameters.TEXTS[0] * answer(longest)
+    decoded += 4 * parameters.PROBLEMS * kinds * sum(map(answer, parameters.MAX_NEW_TOKENS))
+    decoded += 4 * parameters.PROBLEMS * len(parameters.RIVALS) * answer(longest)
+    compared = 1 + (1 + len(parameters.RIVALS)) * len(parameters.COMPRESSIONS)
+    decoded += compared * parameters.TEXTS[1] * parameters.CONTEXT
+    steps = log2(max(parameters.COMPRESSIONS)) * parameters.RAMP_STEPS + 2
+    return decoded, len(parameters.VARIANTS) * steps * parameters.CONTEXT
 
 
-def _phase2(given) -> tuple[float, float]:
+def _phase2(parameters) -> tuple[float, float]:
     from kit.training.expert_iteration import Plan
     from kit.training.grpo import RECIPES
     from kit.training.sft import SFTConfig
@@ -185,38 +186,40 @@ def _phase2(given) -> tuple[float, float]:
         changed = {name: value for name, value in table.items() if name != "seeds"}
         return SimpleNamespace(**{**vars(recipe), **changed, "seeds": table["seeds"]})
 
-    plan, sft = Plan(**given.PLAN), of(SFTConfig(), given.SFT)
-    reinforced = of(RECIPES[given.GRPO_ON[0]], given.GRPO)
-    train, validation, test = given.PROBLEMS
+    plan, sft = Plan(**parameters.PLAN), of(SFTConfig(), parameters.SFT)
+    reinforced = of(RECIPES[parameters.GRPO_ON[0]], parameters.GRPO)
+    train, validation, test = parameters.PROBLEMS
     each = answer(plan.max_new_tokens)
-    asked = answer(min(plan.exam_tokens, plan.max_new_tokens))  # few go on beyond that
-    rolled = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
+    exam_answer = answer(min(plan.exam_tokens, plan.max_new_tokens))  # few go on beyond that
+    rollouts = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
     exams = 2 + len(sft.arms) * sft.seeds + reinforced.seeds
-    decoded = train * plan.samples * (1 + given.ROUNDS) * each
-    decoded += ((1.5 * test + validation) * exams + 2 * given.ROUNDS * test) * asked
-    decoded += rolled * answer(reinforced.max_new_tokens)
-    trainings = len(sft.arms) * sft.seeds + given.ROUNDS - 1
-    return decoded, trainings * sft.steps * sft.batch * 2 * each + rolled * 2 * each
+    decoded = train * plan.samples * (1 + parameters.ROUNDS) * each
+    decoded += ((1.5 * test + validation) * exams + 2 * parameters.ROUNDS * test) * exam_answer
+    decoded += rollouts * answer(reinforced.max_new_tokens)
+    trainings = len(sft.arms) * sft.seeds + parameters.ROUNDS - 1
+    return decoded, trainings * sft.steps * sft.batch * 2 * each + rollouts * 2 * each
 
 
-def _parametric(given) -> tuple[float, float]:
-    arms = {"fetched": given.SEEDS} | given.ARMS
+def _parametric(parameters) -> tuple[float, float]:
+    arms = {"fetched": parameters.SEEDS} | parameters.ARMS
     cost = {"wrong": 0, "co-trained generic": 0}  # which read the blocks of other arms
     cost |= {"fetched-early": 2.7, "continued": 5, "co-trained": 5}  # more is read, or trained
     trainings = sum(seeds * cost.get(name, 1) for name, seeds in arms.items())
-    told = 12 * given.TOLD[0] + 150 * given.TOLD[1]
-    trained = (trainings + 1 / given.LAYOUT["branching"]) * told
-    asked = sum(given.QUESTIONS.values()) * (6 + sum(arms.values()) + 2 * len(given.PASSAGES))
-    return asked * 20 + given.ELSEWHERE[1] * 2 * answer(96), trained
+    training_tokens = 12 * parameters.TOLD[0] + 150 * parameters.TOLD[1]
+    trained = (trainings + 1 / parameters.LAYOUT["branching"]) * training_tokens
+    questions = sum(parameters.QUESTIONS.values()) * (
+        6 + sum(arms.values()) + 2 * len(parameters.PASSAGES)
+    )
+    return questions * 20 + parameters.ELSEWHERE[1] * 2 * answer(96), trained
 
 
-def _budget(given) -> tuple[float, float]:
+def _budget(parameters) -> tuple[float, float]:
     from kit.budget.sweep import Grid
 
-    runs, tokens = len(Grid(**given.GRID).runs) + 2, given.GRID["tokens"]
+    runs, tokens = len(Grid(**parameters.GRID).runs) + 2, parameters.GRID["tokens"]
     each = answer(max(tokens)) + 8 * len(tokens)  # forced answers
-    told = 40 * given.EXAMPLES[1] * given.RECIPE.get("epochs", 1) * 2
-    return runs * given.PROBLEMS[1] * given.SAMPLES * each, told * 60
+    sentences = 40 * parameters.EXAMPLES[1] * parameters.RECIPE.get("epochs", 1) * 2
+    return runs * parameters.PROBLEMS[1] * parameters.SAMPLES * each, sentences * 60
 
 
 WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # decoded, trained by a model
@@ -239,16 +242,16 @@ def problems(stage: Stage, claim) -> int | None:
     None where no arms are compared by their answers, or the parameters do not say."""
     if "measure" not in claim.contrast:
         return None
-    given, control = SimpleNamespace(**stage.parameters), claim.contrast.get("control", [])
+    parameters, control = SimpleNamespace(**stage.parameters), claim.contrast.get("control", [])
     arms = {claim.contrast["arm"], *([control] if isinstance(control, str) else control)}
     if stage.name == "02_strategies":
-        return (given.TEST if arms <= WHOLE else given.FURTHER) or None
+        return (parameters.TEST if arms <= WHOLE else parameters.FURTHER) or None
     if stage.name == "04_phase2":
-        return ITEMS.get(claim.contrast.get("source"), given.PROBLEMS[2])
+        return ITEMS.get(claim.contrast.get("source"), parameters.PROBLEMS[2])
     if stage.name == "05_parametric":
         family = claim.contrast.get("family")
-        return given.QUESTIONS.get(family) if family else sum(given.QUESTIONS.values())
-    return given.PROBLEMS[1] if stage.name == "06_memory_budget" else given.PROBLEMS
+        return parameters.QUESTIONS.get(family) if family else sum(parameters.QUESTIONS.values())
+    return parameters.PROBLEMS[1] if stage.name == "06_memory_budget" else parameters.PROBLEMS
 
 
 def _weak(stage: Stage, claims: Iterable) -> list[tuple[str, int, float]]:
@@ -262,22 +265,26 @@ def _weak(stage: Stage, claims: Iterable) -> list[tuple[str, int, float]]:
 
 
 def estimates(profiles: Iterable[str]) -> dict:
-    """What `measured` returns, measured in this process, which has not imported torch yet."""
+    """What `measure` returns, measured in this process, which has not imported torch yet."""
     began = time.perf_counter()
     from kit.analysis import claims
     from kit.models import gguf
     from kit.models.bundled import MODELS
     from kit.models.load import BUNDLED
 
-    ran = {name for profile in profiles for stage in load_stages(profile)
+    names = {name for profile in profiles for stage in load_stages(profile)
            for name in stage.models if name in MODELS and name != BUNDLED}  # fmt: skip
-    here = [name for name in sorted(ran) if gguf.is_whole(MODELS[name].folder)]
-    speed, published, found = rates(here, began), claims.load(), {}
+    local_models = [name for name in sorted(names) if gguf.is_whole(MODELS[name].folder)]
+    speed, published, by_profile = rates(local_models, began), claims.load(), {}
     for profile in profiles:
-        found[profile] = {}
+        by_profile[profile] = {}
         for stage in load_stages(profile):
-            mine = [claim for claim in published if claim.notebook == stage.name]
-            decided = [claim for claim in mine if claim.decided_by(profile)]
-            row = {"seconds": seconds(stage, speed), "decides": len(decided), "all": len(mine)}
-            found[profile][stage.name] = row | {"weak": _weak(stage, decided)}
-    return {"rates": speed, "profiles": found}
+            stage_claims = [claim for claim in published if claim.notebook == stage.name]
+            decided = [claim for claim in stage_claims if claim.decided_by(profile)]
+            row = {
+                "seconds": seconds(stage, speed),
+                "decides": len(decided),
+                "all": len(stage_claims),
+            }
+            by_profile[profile][stage.name] = row | {"weak": _weak(stage, decided)}
+    return {"rates": speed, "profiles": by_profile}

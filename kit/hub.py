@@ -83,7 +83,7 @@ def record_revision(repo_type: str, repo: str, commit: str) -> None:
     with FileLock(f"{path}.lock"):
         revisions = _read_revisions()
         if revisions.get(key, commit) != commit:
-            raise HubError(_moved(key, revisions[key], commit))
+            raise HubError(_revision_mismatch(key, revisions[key], commit))
         if key in revisions:
             return
         text = json.dumps({**revisions, key: commit}, indent=1, sort_keys=True) + "\n"
@@ -93,9 +93,9 @@ def record_revision(repo_type: str, repo: str, commit: str) -> None:
 
 def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = None) -> FetchPlan:
     """Commit, size and cache state of one file, without downloading or recording anything."""
-    wanted = _wanted(repo, repo_type, revision)
-    place = {"repo_type": repo_type, "revision": wanted}
-    with _explained(repo, filename, repo_type, wanted):
+    commit = _resolve_revision(repo, repo_type, revision)
+    place = {"repo_type": repo_type, "revision": commit}
+    with _explained(repo, filename, repo_type, commit):
         cached = try_to_load_from_cache(repo, filename, cache_dir(), **place)
         if isinstance(cached, str):
             return FetchPlan(_commit(cached), Path(cached).stat().st_size, cached=True)
@@ -104,7 +104,7 @@ def plan_fetch(repo: str, filename: str, repo_type: str, revision: str | None = 
         # One HEAD request; hf_hub_download would retry for 20 s without a network.
         url = hf_hub_url(repo, filename, **place, endpoint=_endpoint())
         metadata = get_hf_file_metadata(url, timeout=PATIENCE_S)
-    return FetchPlan(metadata.commit_hash or wanted, metadata.size, cached=False)
+    return FetchPlan(metadata.commit_hash or commit, metadata.size, cached=False)
 
 
 def fetch(
@@ -118,17 +118,17 @@ def fetch(
     """
     plan = plan_fetch(repo, filename, repo_type, revision)
     if (pinned := pinned_revision(repo_type, repo) or plan.commit) != plan.commit:
-        raise HubError(_moved(f"{repo_type}:{repo}", pinned, plan.commit))
+        raise HubError(_revision_mismatch(f"{repo_type}:{repo}", pinned, plan.commit))
     if not plan.cached:
         where = f"{repo_type} {repo}/{filename} at {plan.commit[:12]}"
         print(f"download {where} ({_size(plan.size_bytes)})", flush=True)
-    wanted = _wanted(repo, repo_type, revision)
-    with _explained(repo, filename, repo_type, wanted):
+    commit = _resolve_revision(repo, repo_type, revision)
+    with _explained(repo, filename, repo_type, commit):
         path = hf_hub_download(
             repo,
             filename,
             repo_type=repo_type,
-            revision=wanted,
+            revision=commit,
             cache_dir=cache_dir(),
             local_files_only=plan.cached,
             endpoint=_endpoint(),
@@ -201,11 +201,11 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
 
 
-def _wanted(repo: str, repo_type: str, revision: str | None) -> str:
+def _resolve_revision(repo: str, repo_type: str, revision: str | None) -> str:
     """The revision to request: the given one, else the recorded one, else main."""
     key, pinned = f"{repo_type}:{repo}", pinned_revision(repo_type, repo)
     if revision and pinned and len(revision) == COMMIT_LENGTH and revision != pinned:
-        raise HubError(_moved(key, pinned, revision))
+        raise HubError(_revision_mismatch(key, pinned, revision))
     return revision or pinned or "main"
 
 
@@ -220,16 +220,16 @@ def _read_revisions() -> dict[str, str]:
 
 
 @contextmanager
-def _explained(repo: str, filename: str, repo_type: str, wanted: str) -> Iterator[None]:
+def _explained(repo: str, filename: str, repo_type: str, revision: str) -> Iterator[None]:
     """Turn the errors of huggingface_hub into one sentence."""
     try:
         yield
     except (hf.EntryNotFoundError, hf.HFValidationError, httpx.HTTPError, OSError) as error:
-        raise _explain(error, repo, filename, repo_type, wanted) from error
+        raise _explain(error, repo, filename, repo_type, revision) from error
 
 
-def _explain(error: Exception, repo: str, filename: str, repo_type: str, wanted: str) -> HubError:
-    what = f"{repo_type} {repo} ({filename}, revision {wanted[:12]})"
+def _explain(error: Exception, repo: str, filename: str, repo_type: str, revision: str) -> HubError:
+    what = f"{repo_type} {repo} ({filename}, revision {revision[:12]})"
     page = f"{_endpoint()}/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
     if isinstance(error, hf.GatedRepoError):
         return HubError(f"{what} is gated: accept its terms at {page}, then run `hf auth login`")
@@ -242,27 +242,27 @@ def _explain(error: Exception, repo: str, filename: str, repo_type: str, wanted:
         return HubFileMissing(f"{what}: the repository has no such file; see {page}/tree/main")
     unreachable = (hf.LocalEntryNotFoundError, hf.OfflineModeIsEnabled, httpx.TransportError)
     if isinstance(error, unreachable):
-        return _not_cached(what, repo, repo_type, wanted)
+        return _not_cached(what, repo, repo_type, revision)
     return HubError(f"{what}: {error}; check the network and the free disk, and run again")
 
 
-def _not_cached(what: str, repo: str, repo_type: str, wanted: str) -> HubError:
+def _not_cached(what: str, repo: str, repo_type: str, revision: str) -> HubError:
     """The error for a file that is not cached and cannot be downloaded, in three cases."""
     folder = Path(cache_dir()) / f"{repo_type}s--{repo.replace('/', '--')}"
     main = folder / "refs" / "main"
     cached = main.read_text().strip() if main.exists() else None
-    if cached and wanted not in ("main", cached):
-        return HubError(_moved(f"{repo_type}:{repo}", wanted, cached))
+    if cached and revision not in ("main", cached):
+        return HubError(_revision_mismatch(f"{repo_type}:{repo}", revision, cached))
     if cached and (folder / "snapshots" / cached).is_dir():
         return HubFileMissing(f"{what} is not among the cached files; connect and run again")
     why = "HF_HUB_OFFLINE is set" if offline() else "the hub cannot be reached"
     return HubError(f"{what} is not in the hub cache and {why}: fetch it where there is a network")
 
 
-def _moved(key: str, pinned: str, found: str) -> str:
+def _revision_mismatch(key: str, previous: str, current: str) -> str:
     return (
-        f"{key} was first used at commit {pinned[:12]} and is now asked for or offered at "
-        f"{found[:12]}: results would not compare; to accept the new one, remove '{key}' from "
+        f"{key} was first used at commit {previous[:12]} and is now asked for or offered at "
+        f"{current[:12]}: results would not compare; to accept the new one, remove '{key}' from "
         f"{paths.REVISIONS}"
     )
 

@@ -309,7 +309,9 @@ def kernel_and_plain(here: Here, found: dict) -> str:
     sampling = Sampling(2 if here.dry else 16)
     for family in ("gemma3",) if here.dry else RANDOM:
         model = load(f"random:{family}", "float32", here.device)
-        alone = mock.patch.object(SlotCache, "steps_alone", False)  # what is compared needs more
+        alone = mock.patch.object(
+            SlotCache, "steps_without_sync", False
+        )  # what is compared needs more
         with mock.patch.object(paged_attention, "attend", both), alone:
             for policy in (Full(), Knorm(9)):
                 decode.decode(model, requests, sampling, 2, policy=policy)
@@ -543,12 +545,12 @@ def stepping(here: Here, model, policy, batch, length, live=None, quantized=None
     graphs = StepGraphs(model, cache, decode.STEP_ROWS[here.device])
 
     def step() -> torch.Tensor:
-        if cache.steps_alone:
+        if cache.steps_without_sync:
             logits = graphs.step(places, last)
         else:
             logits = decode._step(model, cache, places, last)
-        last[:], told = sample_tokens(logits, sampling, uniform, cache.told())
-        cache.hear(told)
+        last[:], counters = sample_tokens(logits, sampling, uniform, cache.counters())
+        cache.load_counters(counters)
         return logits
 
     with torch.inference_mode(), decode.slots_attached(model), policy.attached(model.weights):
@@ -618,7 +620,7 @@ def forcing_memory(here: Here, found: dict) -> str:
     model, shares, rewind = random_model(here, num_hidden_layers=2), [], kv_cache.SlotCache.rewind
 
     def watched(cache, place):
-        shares.append(sum(map(held_bytes, cache._held.values())) / cache.nbytes())
+        shares.append(sum(map(held_bytes, cache._undo_logs.values())) / cache.nbytes())
         rewind(cache, place)
 
     cuts = (4, 8, 12) if here.dry else (10, 30, 50, 70, 90, 110, 130, 150)

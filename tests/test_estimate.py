@@ -148,7 +148,7 @@ def test_a_model_that_is_named_counts_where_a_profile_leaves_it_open(monkeypatch
 def test_the_rates_of_this_machine_make_the_times(of, tiny_folder, monkeypatch):
     """Of the bundled model in a process of its own, as a run measures them; of a tiny one here."""
     if of == "bundled":
-        found = estimate.measured("tour")
+        found = estimate.measure("tour")
     else:
         tiny = loaded(tiny_folder, "float32")
         monkeypatch.setattr("kit.models.load.load", lambda name: tiny)

@@ -78,8 +78,8 @@ def test_caches_that_read_together_keep_what_each_keeps_alone():
     model = load("random:llama", dtype="float32")
     ids = torch.randint(256, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [policies.Window(kept_tokens=12), policies.H2O(kept_tokens=20)]
-    together = [cache.kept(0) for cache in compare.read(model, ids, chosen).caches]
-    alone = [compare.read(model, ids, [policy]).caches[0].kept(0) for policy in chosen]
+    together = [cache.live_positions(0) for cache in compare.read(model, ids, chosen).caches]
+    alone = [compare.read(model, ids, [policy]).caches[0].live_positions(0) for policy in chosen]
     for a, b in zip(together, alone, strict=True):
         assert [[h.tolist() for h in x] for x in a] == [[h.tolist() for h in x] for x in b]
     assert together[0][3][1].tolist() == [0, 1, 2, 3, *range(82, 90)]

@@ -160,7 +160,7 @@ def generate(
     forcing = _forcing(model, grid, thinking=any(prompt.thinking for prompt in prompts))
     jobs = evaluate.plan(model, list(prompts), sampling, samples, memory)
     keys = {job.key: [_keyed(job, forcing, cut) for cut in grid.tokens] for job in jobs}
-    stored = evaluate.known(
+    stored = evaluate.stored_keys(
         store, [(*pair, job.prompt.problem) for job in jobs for pair in keys[job.key]]
     )
     todo = [job for job in jobs if not stored.issuperset(key for key, _ in keys[job.key])]

@@ -125,13 +125,13 @@ def at_equal_live_tokens(
 
 @torch.inference_mode()
 def kept_positions(model: Model, ids: torch.Tensor, policy: Full, prompt: int = 32) -> list:
-    """Live positions after feeding one sequence [T], per layer and head, see `SlotCache.kept`."""
+    """Live positions after feeding one sequence [T], per layer and head, as of `live_positions`."""
     cache, ids = SlotCache(model.weights, 1, policy), ids.to(model.device)
     with slots_attached(model), policy.attached(model.weights):
         _final(model, cache, ids[None, :prompt], cache.prefill([[0]], [prompt]))
         for token in ids[prompt:]:
             _final(model, cache, token.view(1, 1), cache.step([0]))
-    return cache.kept(0)
+    return cache.live_positions(0)
 
 
 def _whole(model: Model, ids: torch.Tensor, prompt: int) -> torch.Tensor:

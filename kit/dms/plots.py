@@ -61,9 +61,9 @@ def gate_mechanism(weights: dict[str, np.ndarray]) -> Picture:
     return picture
 
 
-def kept_heatmap(kept: list[list], length: int) -> Picture:
-    """Share of the tokens kept, per layer and KV head; `kept` is what `SlotCache.kept` gives."""
-    share = np.array([[len(head) / length for head in layer] for layer in kept])
+def kept_heatmap(positions: list[list], length: int) -> Picture:
+    """Share of the tokens kept, per layer and KV head, by `positions` as of `live_positions`."""
+    share = np.array([[len(head) / length for head in layer] for layer in positions])
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         picture = Picture(figsize=(WIDTH, 1.2 + 0.18 * share.shape[1]), layout="constrained")
         axes = picture.subplots()
@@ -80,9 +80,9 @@ def kept_heatmap(kept: list[list], length: int) -> Picture:
     return picture
 
 
-def kept_text(tokens: list[str], kept: list[list]) -> str:
+def kept_text(tokens: list[str], positions: list[list]) -> str:
     """HTML of a text whose tokens are shaded by the share of layers and heads that keep them."""
-    heads = [head for layer in kept for head in layer]
+    heads = [head for layer in positions for head in layer]
     counts = np.bincount(np.concatenate(heads).astype(int), minlength=len(tokens))
     spans = [
         f'<span style="background:rgba(0,114,178,{0.75 * count / len(heads):.2f})" '

@@ -198,13 +198,13 @@ def _equal_lists(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | None:
         return NotImplemented if bracket and _SET_LIKE.search(single) else False
     if len(golds) != len(answers) or gold_kind != kind or len(golds) > 64:
         return False
-    left = list(answers)
+    remaining = list(answers)
     for gold_part in golds:
-        candidates = left[:1] if kind else left
+        candidates = remaining[:1] if kind else remaining
         verdicts = [equal(gold_part, candidate, leaf, depth) for candidate in candidates]
         if True not in verdicts:
             return None if None in verdicts else False
-        del left[verdicts.index(True)]
+        del remaining[verdicts.index(True)]
     return True
 
 
@@ -228,10 +228,10 @@ def _equal_relations(gold: str, answer: str, leaf: Leaf, depth: int) -> bool | N
     if len(golds) == len(answers) == 1:
         return NotImplemented
     gold_value, value = _value(golds, _NAME), _value(answers, _QUANTITY)
-    named = len(golds) > 1 and len(answers) > 1
+    several = len(golds) > 1 and len(answers) > 1
     if gold_value is None or value is None:
-        return leaf(gold, answer) if named else False
-    if named and latex.squeeze(golds[0]) != latex.squeeze(answers[0]):
+        return leaf(gold, answer) if several else False
+    if several and latex.squeeze(golds[0]) != latex.squeeze(answers[0]):
         return leaf(gold, answer)
     return equal(gold_value, value, leaf, depth)
 

@@ -114,7 +114,7 @@ def evaluate(
     `progress.in_place` where it is None."""
     report = report or progress.in_place()
     jobs = plan(model, prompts, sampling, samples, memory)
-    stored = known(store, [(job.key, job.generation_key, job.prompt.problem) for job in jobs])
+    stored = stored_keys(store, [(job.key, job.generation_key, job.prompt.problem) for job in jobs])
     todo = [job for job in jobs if job.key not in stored]
     report(f"{len(jobs)} samples, {len(jobs) - len(todo)} already stored")
     started, finished = time.perf_counter(), 0
@@ -127,29 +127,29 @@ def evaluate(
         rows = zip(ended, grades, strict=True)
         store.append([record(model, *each, sampling, memory.name, v) for each, v in rows])
         finished += len(ended)
-        took = time.perf_counter() - started
-        left = took / finished * (len(todo) - finished)
-        report(f"{finished}/{len(todo)} samples, {took:.0f} s, {left:.0f} s left")
+        elapsed = time.perf_counter() - started
+        remaining = elapsed / finished * (len(todo) - finished)
+        report(f"{finished}/{len(todo)} samples, {elapsed:.0f} s, {remaining:.0f} s left")
 
     if todo:
         generate(model, todo, sampling, batch_size, memory, commit)
     return store.table({job.key for job in jobs})
 
 
-def known(store: Store, wanted: Iterable[tuple[str, str, Problem]]) -> set[str]:
-    """Those of the keys in `wanted` that `store` has; `wanted` holds key, generation key, problem.
+def stored_keys(store: Store, requests: Iterable[tuple[str, str, Problem]]) -> set[str]:
+    """Those keys of `requests` (key, generation key, problem) that `store` has.
 
     A text that was stored under another version of the grader, or with another gold answer, is
     graded again, and the new record stored beside the old one.
     """
-    wanted = [*wanted]
-    stored = store.keys(key for key, *_ in wanted)
-    lacking = [each for each in wanted if each[0] not in stored]
-    if not lacking:
+    requests = [*requests]
+    stored = store.keys(key for key, *_ in requests)
+    missing = [each for each in requests if each[0] not in stored]
+    if not missing:
         return stored
-    old = store.generated({tokens for _, tokens, _ in lacking}).to_dict("records")
+    old = store.generated({tokens for _, tokens, _ in missing}).to_dict("records")
     rows = {row["generation_key"]: row for row in old}
-    again = [(key, rows[tokens], p) for key, tokens, p in lacking if tokens in rows]
+    again = [(key, rows[tokens], p) for key, tokens, p in missing if tokens in rows]
     golds, asks = [p.answer for *_, p in again], [p.asks for *_, p in again]
     grades = grader.grade_many([row["text"] for _, row, _ in again], golds, FORM, asks)
     regraded = []

@@ -121,8 +121,8 @@ def extract(text: str, letters: bool = False) -> Extraction:
     if result.answer:
         return result
     numbers = latex.numbers(text[-TAIL:])
-    said = (number for number, before, _ in numbers[::-1] if not _DENIED.search(before))
-    last = next(said, "")
+    candidates = (number for number, before, _ in numbers[::-1] if not _DENIED.search(before))
+    last = next(candidates, "")
     return Extraction(last, "last number") if last else result
 
 
@@ -148,8 +148,8 @@ def _answer_line(text: str) -> tuple[str, int, bool] | None:
     An unfinished line, or a heading, continues on the next lines.
     """
     lines = text.splitlines(keepends=True)
-    tagged = [m for pattern in (_TAG, _JSON) for m in pattern.finditer(text)]
-    tag = max(tagged, key=lambda match: match.start(), default=None)
+    matches = [m for pattern in (_TAG, _JSON) for m in pattern.finditer(text)]
+    tag = max(matches, key=lambda match: match.start(), default=None)
     end = len(text)
     for at in range(len(lines) - 1, -1, -1):
         line, start = lines[at], end - len(lines[at])
@@ -242,8 +242,8 @@ def _option(text: str, answer: str) -> str:
         return match[1]
     if answer.strip():
         return ""
-    if named := [*_LETTER.finditer(text)]:
-        return next(filter(None, named[-1].groups()))
+    if matches := [*_LETTER.finditer(text)]:
+        return next(filter(None, matches[-1].groups()))
     whole = _OPTION.match(text) if "\n" not in text.strip() else None  # "C) 25 J"
     return whole[1] if whole else ""
 
@@ -258,15 +258,15 @@ def names(gold: str, sentence: str) -> bool:
         return False
     if re.search(r"\bor\b|\beither\b", sentence, re.IGNORECASE):
         return False
-    words, wanted = re.findall(r"[^\W_]+", sentence), re.findall(r"[^\W_]+", gold)
-    if not wanted or len(words) <= len(wanted):
+    words, target = re.findall(r"[^\W_]+", sentence), re.findall(r"[^\W_]+", gold)
+    if not target or len(words) <= len(target):
         return False
-    if len("".join(wanted)) <= 3 or gold.casefold() in ("true", "false"):
-        return words[-len(wanted) :] == wanted
-    folded, wanted = [w.casefold() for w in words], [w.casefold() for w in wanted]
-    spans = range(len(folded) - len(wanted) + 1)
-    matches = [at for at in spans if folded[at : at + len(wanted)] == wanted]
-    return bool(matches) and not any(_listed(words, at, at + len(wanted)) for at in matches)
+    if len("".join(target)) <= 3 or gold.casefold() in ("true", "false"):
+        return words[-len(target) :] == target
+    folded, target = [w.casefold() for w in words], [w.casefold() for w in target]
+    spans = range(len(folded) - len(target) + 1)
+    matches = [at for at in spans if folded[at : at + len(target)] == target]
+    return bool(matches) and not any(_listed(words, at, at + len(target)) for at in matches)
 
 
 def _listed(words: list[str], start: int, end: int) -> bool:

@@ -65,12 +65,14 @@ def grade_many(
     verdicts = [settle(gold, answer) for gold, answer in zip(golds, answers)]
     reasons = sandbox.compare([pair for pair in verdicts if len(pair) == 2])
     grades, any_form = [], ["any"] * len(texts)
-    for text, gold, wanted, each, verdict in zip(texts, golds, asks or any_form, answers, verdicts):
+    for text, gold, required, each, verdict in zip(
+        texts, golds, asks or any_form, answers, verdicts
+    ):
         reason, answer = reasons.get(verdict) or verdict[0], each.answer[:LONGEST]
-        if reason == "equal" and not in_form(answer, wanted, gold):
+        if reason == "equal" and not in_form(answer, required, gold):
             reason = "form"
-        found = reason == "equal", answer, reason, each.method, _complies(text, form)
-        grades.append(Grade(*found, GRADE_VERSION))
+        fields = reason == "equal", answer, reason, each.method, _complies(text, form)
+        grades.append(Grade(*fields, GRADE_VERSION))
     return grades
 
 
@@ -84,9 +86,9 @@ def in_form(answer: str, asks: str, gold: str) -> bool:
     value, gold = latex.tidy(answer).rpartition("=")[2].strip(), latex.tidy(gold)
     if latex.squeeze(value) == latex.squeeze(gold):
         return True
-    number, wanted = latex.number(value), latex.number(gold)
+    number, target = latex.number(value), latex.number(gold)
     if asks == "evaluated":
-        return number is not None and (number.places >= 0 or not wanted or wanted.places < 0)
+        return number is not None and (number.places >= 0 or not target or target.places < 0)
     if asks == "simplified":
         terms = [int(term) for term in re.findall(r"[0-9]+", value)[-2:]]
         whole = number is not None and number.places == 0

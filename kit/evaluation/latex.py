@@ -271,9 +271,9 @@ def numbers(text: str) -> list[tuple[str, str, str]]:
     text = re.sub(r"\\(?:[dtc]|nice|s)frac", r"\\frac", text)
     text = re.sub("[−–×·⋅]", lambda m: _SYMBOLS[m[0]], text)
     text = re.sub(r"(?:[ \t\u00a0\u2009\u202f]|\\[,;:! ])+", " ", text)
-    found = (match for match in _RUNNING.finditer(text) if match["number"])
+    matches = (match for match in _RUNNING.finditer(text) if match["number"])
     return [(m["number"].rstrip("."), text[max(m.start() - 60, 0) : m.start()],
-             text[m.end() - m["number"].endswith(".") :][:60]) for m in found]  # fmt: skip
+             text[m.end() - m["number"].endswith(".") :][:60]) for m in matches]  # fmt: skip
 
 
 _OPEN, _CLOSE = "([{", ")]}"

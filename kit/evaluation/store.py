@@ -37,8 +37,8 @@ VOLATILE = ("seconds", "joules")  # differ between two runs of the same work
 
 def _any(column: str, keys: Iterable[str]) -> str:
     """The condition that `column` is one of `keys`, which are hex digits."""
-    wanted = ", ".join(f"'{key}'" for key in sorted(keys))
-    return f"{column} IN ({wanted})" if wanted else "false"
+    values = ", ".join(f"'{key}'" for key in sorted(keys))
+    return f"{column} IN ({values})" if values else "false"
 
 
 class Store:
@@ -51,14 +51,14 @@ class Store:
             self._table = database.create_table("records", schema=SCHEMA, exist_ok=True)
         except ValueError as error:
             self._table = database.open_table("records")
-            lacks = {name: ADDED[name] for name in ADDED if name not in self._table.schema.names}
-            if self._table.schema != pyarrow.schema([c for c in SCHEMA if c.name not in lacks]):
+            missing = {name: ADDED[name] for name in ADDED if name not in self._table.schema.names}
+            if self._table.schema != pyarrow.schema([c for c in SCHEMA if c.name not in missing]):
                 raise ValueError(
                     f"The store in {folder} was written by another version of the kit (its columns "
                     f"differ); move that folder away and run again."
                 ) from error
-            self._table.add_columns(lacks)
-            self._table.alter_columns(*({"path": name, "nullable": True} for name in lacks))
+            self._table.add_columns(missing)
+            self._table.alter_columns(*({"path": name, "nullable": True} for name in missing))
         self._marked = bool(self._table.schema.metadata)
 
     def keys(self, among: Iterable[str] | None = None) -> set[str]:

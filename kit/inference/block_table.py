@@ -17,7 +17,7 @@ import torch
 MASKED = -1e30  # finite, so that a fully masked block gets weight 0 and not nan
 
 
-def spare(need: int, have: int) -> int:
+def new_capacity(need: int, have: int) -> int:
     """New capacity for `need` entries when `have` are allocated: grows by a sixteenth or more."""
     return max(need, have + have // 16)
 
@@ -31,7 +31,7 @@ class BlockTable:
     owner:    [P, n] unit that owns the block; rank [P, n] index of the block in its unit
     blocks:   [P, U, M] the blocks of each unit; filled [P, U] its live tokens
     ends:     [P, 1] blocks in use; `used` the same on the host, one number per plane, which steps
-              of `allocate_token` with `active` leave for `hear`
+              of `allocate_token` with `active` leave for `set_used`
     """
 
     def __init__(self, planes: int, units: int, block: int, device, score=None):
@@ -54,7 +54,7 @@ class BlockTable:
         """Grow the arrays to hold `blocks` in a plane and `per_unit` blocks in a unit."""
 
         def widen(array: torch.Tensor, need: int) -> torch.Tensor:
-            wide = array.new_zeros(len(array), spare(need, array.shape[1]), *array.shape[2:])
+            wide = array.new_zeros(len(array), new_capacity(need, array.shape[1]), *array.shape[2:])
             wide[:, : array.shape[1]] = array
             return wide
 
@@ -129,11 +129,11 @@ class BlockTable:
         self.rank[self.planes, block] = rank.int()
         for array, free in ((self.position, -1), (self.bias, MASKED), (self.score, 0)):
             if array is not None:
-                here = array[self.planes, block]
-                array[self.planes, block] = here.masked_fill_(fresh.unsqueeze(2), free)
+                rows = array[self.planes, block]
+                array[self.planes, block] = rows.masked_fill_(fresh.unsqueeze(2), free)
 
-    def hear(self, ends: list[float]) -> None:
-        """Take over what `ends` says."""
+    def set_used(self, ends: list[float]) -> None:
+        """Set the host's counts `used` from the values of `ends`."""
         self.used = [*map(int, ends)]
 
     def slots(self, plane, unit: torch.Tensor, ordinal: torch.Tensor) -> torch.Tensor:

@@ -71,12 +71,12 @@ class _Running:
     started: float
     limit: int  # of new tokens
     waits: int = 0  # stops that will still be replaced
-    budget: int | None = None  # new tokens after which it was asked for its answer
+    budget: int | None = None  # new tokens after which its answer was forced
     forced_ids: list[int] = field(default_factory=list)  # its next tokens, whatever is sampled
     new_ids: list[int] = field(default_factory=list)
     reads: float = 0.0
     peak: float = 0.0
-    asked: "_Running | None" = None  # the sequence whose place this one takes for an answer
+    parent: "_Running | None" = None  # the sequence that this one interrupts for an answer
     answers: dict[int, Generation] = field(default_factory=dict)  # by budget
     whole: Generation | None = None  # once it has ended
 
@@ -137,7 +137,7 @@ def decode(
     _check(model, requests, sampling, forcing)
     if model.device.type == "cuda":
         batch_size = min(batch_size, STEP_ROWS["cuda"])
-    done: dict[int, Generation] = {}
+    results: dict[int, Generation] = {}
     prompts = [request.prompt_ids for request in requests]
     waiting = [(i, requests[i]) for i in prefix_sharing.queue(prompts)]
     extra = sampling.max_new_tokens + forcing.extra_tokens
@@ -148,7 +148,7 @@ def decode(
     # Other numbers of rows of CUDA's attention have other bits, so that nothing is shared there.
     shares = cache.shares_prefixes and not bank and model.device.type == "cpu"
     reuse = _Reuse(prefix_sharing.prefixes(prompts) if shares else {})
-    spent = _Spent(energy.joules())
+    meter = _EnergyMeter(energy.joules())
     wider = bank.widened(model.weights, batch_size) if bank else None
     memory = wider.attached() if bank else nullcontext()
     graphs = None if bank else StepGraphs(model, cache, STEP_ROWS[model.device.type])
@@ -166,15 +166,17 @@ def decode(
                 logits = _admit(model, cache, running, places, reuse, after)
             else:
                 last_ids = [running[p].new_ids[-1] for p in places]
-                alone = graphs and cache.steps_alone
-                logits = (graphs.step if alone else partial(_step, model, cache))(places, last_ids)
-            spent.tokens += len(places)
-            said = sample_tokens(logits, sampling, uniform, cache.told())
-            for one in _advance(model, cache, running, places, *said, forcing, spent):
+                by_graph = graphs and cache.steps_without_sync
+                logits = (graphs.step if by_graph else partial(_step, model, cache))(
+                    places, last_ids
+                )
+            meter.tokens += len(places)
+            output = sample_tokens(logits, sampling, uniform, cache.counters())
+            for one in _advance(model, cache, running, places, *output, forcing, meter):
                 forced = tuple(one.answers.get(budget) for budget in forcing.budgets)
-                done[one.index] = replace(one.whole, forced=forced)
-                ended(one.index, done[one.index])
-    return [done[i] for i in range(len(requests))]
+                results[one.index] = replace(one.whole, forced=forced)
+                ended(one.index, results[one.index])
+    return [results[i] for i in range(len(requests))]
 
 
 def _enter(
@@ -210,8 +212,8 @@ def _no_autocast(model: Model):
 
 
 @dataclass
-class _Spent:
-    """What all sequences drew since the counters stood at `before`, and the tokens they made."""
+class _EnergyMeter:
+    """Energy that all sequences took since the counters read `before`, and their tokens."""
 
     before: float | None
     tokens: int = 0
@@ -249,11 +251,11 @@ def _forward(model: Model, cache: SlotCache, ids, positions, rows: int, last=Non
     The tokens are padded to a multiple of `rows`, what is kept of them to one of STEP_ROWS.
     """
     tokens = torch.tensor([[*ids, *[0] * (-len(ids) % rows)]], device=model.device)
-    kept, keep = len(ids), 0
+    count, keep = len(ids), 0
     if last is not None:
-        kept = len(last)
-        keep = F.pad(last, (0, -kept % STEP_ROWS[model.device.type]))
-    return forward(model.weights, cache, tokens, positions, keep)[:kept].float()
+        count = len(last)
+        keep = F.pad(last, (0, -count % STEP_ROWS[model.device.type]))
+    return forward(model.weights, cache, tokens, positions, keep)[:count].float()
 
 
 def _admit(model: Model, cache: SlotCache, running, places, reuse: _Reuse, after) -> torch.Tensor:
@@ -281,9 +283,9 @@ def _admit(model: Model, cache: SlotCache, running, places, reuse: _Reuse, after
             reuse.prefix, reuse.rows = prefix, cache.read_prefix(place)
             cache.release([place])
         lengths, packed, last = [len(ids) for ids, _ in pack], [], []
-        known = reuse.rows if prefix else None
+        prefix_rows = reuse.rows if prefix else None
         samples = [group for _, group in pack]
-        positions = cache.prefill(samples, lengths, known, prefix_sharing.ROWS)
+        positions = cache.prefill(samples, lengths, prefix_rows, prefix_sharing.ROWS)
         for ids, _ in pack:
             fresh = ids[len(prefix) :]
             last.append(len(packed) + len(fresh) - 1)
@@ -315,15 +317,15 @@ def _uniform(model: Model, running: dict[int, _Running], places: list[int]) -> t
     return torch.tensor(steps, device=model.device)
 
 
-def _advance(model, cache, running, places, tokens: list[int], told: list, forcing, spent):
-    """Give each of `places` its token and count its reads, of which the cache `told`; returns the
+def _advance(model, cache, running, places, tokens: list[int], counters: list, forcing, meter):
+    """Give each of `places` its token and count its reads by the cache's `counters`; returns the
     sequences that have ended with all of their answers.
 
-    A sequence that reaches a budget is asked in its own place and goes on as if it had not been.
+    A sequence that reaches a budget answers in its own place, and then goes on as if it had not.
     """
-    cache.hear(told)
-    attended, live = told[: cache.capacity], told[cache.capacity :]
-    over, left = [], []
+    cache.load_counters(counters)
+    attended, live = counters[: cache.capacity], counters[cache.capacity :]
+    finished, free = [], []
     for place, token in zip(places, tokens):
         sequence = running[place]
         stopped = token in model.stop_ids and not sequence.forced_ids
@@ -333,39 +335,39 @@ def _advance(model, cache, running, places, tokens: list[int], told: list, forci
         sequence.new_ids.append(sequence.forced_ids.pop(0) if sequence.forced_ids else token)
         sequence.reads += attended[place]
         sequence.peak = max(sequence.peak, live[place])
-        count, asked = len(sequence.new_ids), sequence.asked
+        count, parent = len(sequence.new_ids), sequence.parent
         if stopped or count == sequence.limit:
-            sequence.whole = _finish(model, cache, sequence, stopped, spent)
-        if count in forcing.budgets and not stopped and not asked:
+            sequence.whole = _finish(model, cache, sequence, stopped, meter)
+        if count in forcing.budgets and not stopped and not parent:
             if not sequence.whole:
-                cache.hold(place)
+                cache.start_undo_log(place)
             ids, limit = [*sequence.new_ids], count + forcing.extra_tokens
             answer = dict(budget=count, limit=limit, new_ids=ids, waits=0, whole=None)
-            ask = [*forcing.answer_prompt]
-            running[place] = replace(sequence, asked=sequence, forced_ids=ask, **answer)
-        elif sequence.whole and asked:
-            asked.answers[sequence.budget] = sequence.whole
-            if asked.whole:
-                over.append(asked)
-                left.append(place)
+            forced_ids = [*forcing.answer_prompt]
+            running[place] = replace(sequence, parent=sequence, forced_ids=forced_ids, **answer)
+        elif sequence.whole and parent:
+            parent.answers[sequence.budget] = sequence.whole
+            if parent.whole:
+                finished.append(parent)
+                free.append(place)
             else:
                 cache.rewind(place)
-                running[place] = asked
+                running[place] = parent
         elif sequence.whole:
-            over.append(sequence)
-            left.append(place)
-    for place in left:
+            finished.append(sequence)
+            free.append(place)
+    for place in free:
         del running[place]
-    if left:
-        cache.release(left)
-    return over
+    if free:
+        cache.release(free)
+    return finished
 
 
-def _finish(model: Model, cache: SlotCache, sequence: _Running, stopped: bool, spent: _Spent):
+def _finish(model: Model, cache: SlotCache, sequence: _Running, stopped: bool, meter: _EnergyMeter):
     ids = sequence.new_ids[:-1] if stopped else sequence.new_ids
     text = model.tokenizer.decode(ids, skip_special_tokens=True) if model.tokenizer else ""
     return Generation(
-        joules=spent.share(len(sequence.new_ids)),
+        joules=meter.share(len(sequence.new_ids)),
         text=text,
         token_ids=tuple(ids),
         prompt_tokens=len(sequence.request.prompt_ids),

@@ -49,9 +49,9 @@ def _gpus() -> list[float]:
 @cache
 def _handles() -> list:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    seen = [torch.cuda.get_device_properties(i).uuid for i in range(count)]
+    uuids = [torch.cuda.get_device_properties(i).uuid for i in range(count)]
     try:
         pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in seen]
+        return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
     except pynvml.NVMLError:  # no driver, or a part of a GPU, which has no counter
         return []

@@ -43,18 +43,20 @@ class Keep:
 
 
 class Ring(Keep):
-    """The first `sinks` tokens and the newest: `kept` of a prompt, up to `size` while decoding."""
+    """The first `sinks` tokens and the newest: `kept_tokens` of a prompt, `size` while decoding."""
 
-    def __init__(self, table: BlockTable, sinks: int, kept: int, size: int):
+    def __init__(self, table: BlockTable, sinks: int, kept_tokens: int, size: int):
         super().__init__(table)
-        self.sinks, self.kept, self.size = sinks, kept, size
+        self.sinks, self.kept_tokens, self.size = sinks, kept_tokens, size
         # How many positions lie between the sinks and the first token stored after them.
         self.skipped = torch.zeros_like(table.filled)
         self.state = [self.skipped]
 
     def prompt(self, layer, query, key, evicted):
         stored, _ = super().prompt(layer, query, key, evicted)
-        stored[:, self.sinks : max(self.sinks, key.shape[1] - self.kept + self.sinks)] = False
+        stored[:, self.sinks : max(self.sinks, key.shape[1] - self.kept_tokens + self.sinks)] = (
+            False
+        )
         return stored, None
 
     def most(self, length):
@@ -78,11 +80,11 @@ class Prompt(Keep):
 
     def prompt(self, layer, query, key, evicted):
         score = self.policy.prompt_scores(layer, query, key)  # [units of a sequence, T]
-        seen = torch.tensor(score.shape[1], device=key.device)
-        budget = self.policy.budget(seen)
+        length = torch.tensor(score.shape[1], device=key.device)
+        budget = self.policy.budget(length)
         rank = score.clone()
-        rank[:, int(seen - self.policy.recent(budget)) :] = torch.inf
-        best = rank.topk(int(torch.minimum(budget, seen)), 1).indices
+        rank[:, int(length - self.policy.recent(budget)) :] = torch.inf
+        best = rank.topk(int(torch.minimum(budget, length)), 1).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True), score
 
 

@@ -23,10 +23,10 @@ FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral")  # whose layers differ in what
 def fused(weights: PreTrainedModel) -> Iterator[None]:
     """Inside this block the layers of a model on a GPU are launched as few kernels."""
     ways = {"RMSNorm": _norm, "MLP": _mlp, "Attention": _attention}
-    known = {f"{family}{part}": way for family in FAMILIES for part, way in ways.items()}
+    replacements = {f"{family}{part}": way for family in FAMILIES for part, way in ways.items()}
     with ExitStack() as stack:
         for module in weights.modules() if weights.device.type == "cuda" else ():
-            way = known.get(type(module).__name__)
+            way = replacements.get(type(module).__name__)
             if way and "forward" not in vars(module):  # not in a block around this one
                 module.forward = partial(_chosen, way, module)
                 stack.callback(vars(module).pop, "forward")
@@ -59,8 +59,8 @@ def _attention(module, x: torch.Tensor, position_embeddings, attention_mask=None
 
     cos, sin = position_embeddings
     if cos.shape[-1] != module.head_dim or len(x) != 1 or "slots" not in kwargs:
-        given = dict(position_embeddings=position_embeddings, attention_mask=attention_mask)
-        return type(module).forward(module, x, **given, **kwargs)
+        inputs = dict(position_embeddings=position_embeddings, attention_mask=attention_mask)
+        return type(module).forward(module, x, **inputs, **kwargs)
     shape = (*x.shape[:-1], -1, module.head_dim)
     query, key, value = (p(x).view(shape) for p in (module.q_proj, module.k_proj, module.v_proj))
     norms = None

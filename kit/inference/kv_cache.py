@@ -31,7 +31,7 @@ from kit.models.attention import layer_windows
 
 
 @dataclass(frozen=True)
-class Saved:
+class SequenceCopy:
     """Copy of one sequence of a SlotCache: its tokens, and the policy's state of them."""
 
     attended: torch.Tensor
@@ -40,12 +40,12 @@ class Saved:
 
 
 @dataclass
-class Held:
+class UndoLog:
     """What `SlotCache.rewind` needs to undo steps of one sequence: no copy of its cache."""
 
     length: int
     attended: torch.Tensor
-    tables: list  # as in Saved
+    tables: list  # as in SequenceCopy
     exact: list  # per layer: the pool's exact newest tokens
     # Per step and layer: layer, ordinals, slot contents before the step, of several sequences, and
     # this one's number among them.
@@ -134,8 +134,8 @@ class LayerGroup:
             if score:
                 self.table.score.flatten(1)[plane, slots] = score[0].repeat(copies)
             places.append(slots)
-        for mine, theirs in zip(self.rule.state, tables[1]):
-            mine[:, units] = theirs.repeat(1, copies, *[1] * (theirs.dim() - 2))
+        for target, source in zip(self.rule.state, tables[1]):
+            target[:, units] = source.repeat(1, copies, *[1] * (source.dim() - 2))
         return places
 
     def rewind(self, sequence: torch.Tensor, tables: tuple[list, list]) -> list[tuple]:
@@ -148,11 +148,11 @@ class LayerGroup:
             self.table.position.flatten(1)[plane, slots] = positions
             if score:
                 self.table.score.flatten(1)[plane, slots] = score[0]
-        for mine, theirs in zip(self.rule.state, state):
-            mine[:, units] = theirs
+        for target, source in zip(self.rule.state, state):
+            target[:, units] = source
         return moves
 
-    def kept(self, plane: int, sequence: torch.Tensor) -> list[torch.Tensor]:
+    def live_positions(self, plane: int, sequence: torch.Tensor) -> list[torch.Tensor]:
         """Positions of the live tokens of each unit of one sequence [1], ascending, on the CPU."""
         counts, slots = self.table.live_slots(plane, self.units(sequence))
         positions = self.table.position.flatten(1)[plane, slots].long().cpu()
@@ -203,8 +203,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free on a device, with what torch keeps for later."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 class SlotCache:
@@ -262,12 +262,14 @@ class SlotCache:
         self.attended = torch.zeros(capacity, dtype=torch.float64, device=self.device)
         self.tokens = min(tokens or config.max_position_embeddings, config.max_position_embeddings)
         self.length = [0] * capacity  # tokens of each sequence, dropped ones included
-        self._held: dict[int, Held] = {}
-        self._spared: tuple[list, torch.Tensor] | None = None  # held sequences of this step, rows
+        self._undo_logs: dict[int, UndoLog] = {}
+        self._step_logs: tuple[list, torch.Tensor] | None = (
+            None  # of this step: undo logs, their rows
+        )
         self._allocate()
         self._segments = self._evicted = self._prefix = None
         self.places = torch.arange(capacity, device=self.device)
-        self._stepped: list[int] = []  # sequences of the last step
+        self._step_sequences: list[int] = []  # sequences of the last step
         self.announced = None  # sequences of the announced tokens, and how many of each: [N], [N]
 
     def _pool(self, group: LayerGroup) -> paged_attention.Pool:
@@ -288,10 +290,10 @@ class SlotCache:
             least = [group.blocks(self.tokens) for group in self.layer_groups]
             self.limit = [max(one, int(share * all_)) for one, all_ in zip(least, need)]
             blocks = dict(zip(map(id, self.layer_groups), self.limit))
-        spare = self.device.type == "cuda"  # a last block that nobody uses, see step_active
+        extra = self.device.type == "cuda"  # a last block that nobody uses, see step_active
         for group, pool in pairs:
-            pool.allocate(blocks[id(group)] + spare)
-        for group in self.layer_groups if spare else ():
+            pool.allocate(blocks[id(group)] + extra)
+        for group in self.layer_groups if extra else ():
             group.table.reserve(blocks[id(group)] + 1, group.width(self.tokens))
 
     def fits(self, prompts: list[int], sequences: list[int]) -> bool:
@@ -302,12 +304,14 @@ class SlotCache:
         """
         for group, limit in zip(self.layer_groups, self.limit or ()):
             used, most = max(group.table.used), group.blocks(self.tokens)
-            seen = [group.blocks(self.length[s]) for s in sequences]
-            kept = used / max(1, sum(seen))  # of what could be kept
-            growth = kept * sum(most - blocks for blocks in seen) / 2 if prompts else 0
+            current = [group.blocks(self.length[s]) for s in sequences]
+            ratio = used / max(
+                1, sum(current)
+            )  # blocks in use over those of caches that evict nothing
+            growth = ratio * sum(most - blocks for blocks in current) / 2 if prompts else 0
             need = sum(group.blocks(length) for length in prompts)
-            begun = group.split * (len(sequences) + len(prompts))
-            if used + need + growth + begun > limit:
+            fresh = group.split * (len(sequences) + len(prompts))
+            if used + need + growth + fresh > limit:
                 return False
         return True
 
@@ -321,8 +325,8 @@ class SlotCache:
         other T - P tokens of each prompt are announced; each is padded to a multiple of `rows`.
         """
         sequences = [torch.tensor(each, device=self.device) for each in samples]
-        self._prefix, known = prefix, prefix[0][0].shape[1] if prefix else 0
-        wide = [padded(length - known, rows) for length in lengths]
+        self._prefix, prefix_length = prefix, prefix[0][0].shape[1] if prefix else 0
+        wide = [padded(length - prefix_length, rows) for length in lengths]
         self._segments = [*zip(sequences, lengths, wide)]
         for group in self.layer_groups:
             group.stored = []
@@ -333,7 +337,7 @@ class SlotCache:
                 self.length[sequence] = length
         first = torch.stack([each[0] for each in sequences])
         self.announced = first, torch.tensor(wide, device=self.device)
-        return torch.cat([torch.arange(n, device=self.device) for n in wide])[None] + known
+        return torch.cat([torch.arange(n, device=self.device) for n in wide])[None] + prefix_length
 
     @property
     def shares_prefixes(self) -> bool:
@@ -350,8 +354,8 @@ class SlotCache:
 
     def step(self, sequences: list[int]) -> torch.Tensor:
         """Announce one new token for each of the N live sequences: position ids [1, N]."""
-        if self._segments is not None or sequences != self._stepped:
-            self._segments, self._stepped = None, sequences
+        if self._segments is not None or sequences != self._step_sequences:
+            self._segments, self._step_sequences = None, sequences
             index = torch.tensor(sequences, device=self.device)
             self.announced = index, torch.ones_like(index)
         index, _ = self.announced
@@ -361,28 +365,29 @@ class SlotCache:
         self.next_position[index] += 1
         for sequence in sequences:
             self.length[sequence] += 1
-        self._spared = None
-        if rows := [row for row, sequence in enumerate(sequences) if sequence in self._held]:
-            held = [self._held[sequences[row]] for row in rows]
-            self._spared = held, torch.tensor(rows, device=self.device)
+        self._step_logs = None
+        if rows := [row for row, sequence in enumerate(sequences) if sequence in self._undo_logs]:
+            logs = [self._undo_logs[sequences[row]] for row in rows]
+            self._step_logs = logs, torch.tensor(rows, device=self.device)
         self.attended.copy_(self.live_tokens())
         return positions.unsqueeze(0)
 
     @property
-    def steps_alone(self) -> bool:
-        """Whether `step_active` may take the place of `step`: on a device that is not to be waited
-        for, where a kernel reads the blocks in place and no step has to be kept for `rewind`."""
-        kept = self._held and any(type(group.rule) is not Keep for group in self.layer_groups)
-        return self.device.type == "cuda" and self.precise == torch.float32 and not kept
+    def steps_without_sync(self) -> bool:
+        """Whether `step_active` may replace `step`: on a device that the host should not wait for,
+        where a kernel reads the blocks in place and no step is logged for `rewind`."""
+        logs = self._undo_logs and any(type(group.rule) is not Keep for group in self.layer_groups)
+        return self.device.type == "cuda" and self.precise == torch.float32 and not logs
 
     def step_active(self, active: torch.Tensor, longest: int) -> torch.Tensor:
         """`step` for those of all sequences for which `active` [capacity] is set, none longer than
         `longest` tokens afterwards: position ids [1, capacity].
 
         Nothing waits for the device, no shape and no address depends on which sequences they are,
-        and `attend` gives the others anything. The host counts their `length` and calls `hear`.
+        and `attend` gives the others anything. The host counts their `length` and calls
+        `load_counters`.
         """
-        self._segments, self._spared, self._stepped = None, None, []
+        self._segments, self._step_logs, self._step_sequences = None, None, []
         self.announced = self.places, None
         positions = self.next_position.clone()
         for group in self.layer_groups:
@@ -391,17 +396,17 @@ class SlotCache:
         self.attended.copy_(self.live_tokens())
         return positions.unsqueeze(0)
 
-    def told(self) -> torch.Tensor:
-        """What the host is to know after a step, for `hear`: `attended`, the live tokens of each
-        sequence, and the blocks in use of each plane, in float64."""
+    def counters(self) -> torch.Tensor:
+        """Counters of a step, on the device, for `load_counters`: `attended`, the live tokens of
+        each sequence, and the blocks in use of each plane, in float64."""
         ends = [group.table.ends.flatten().double() for group in self.layer_groups]
         return torch.cat([self.attended, self.live_tokens(), *ends])
 
-    def hear(self, told: list[float]) -> None:
-        """Take over on the host what was `told`."""
+    def load_counters(self, counters: list[float]) -> None:
+        """Set the host's counts of blocks from the values of `counters`."""
         first = 2 * self.capacity
         for group in self.layer_groups:
-            group.table.hear(told[first : first + len(group.table.used)])
+            group.table.set_used(counters[first : first + len(group.table.used)])
             first += len(group.table.used)
         for layer, (group, pool) in enumerate(zip(self.group_of, self.pools)):
             pool.reserve(group.table.used[group.plane(layer)])
@@ -431,10 +436,10 @@ class SlotCache:
         key, value = (x[0].transpose(0, 1).reshape(shape).squeeze(2) for x in (key, value))
         slots = step.slots[plane]
         pool.reserve(group.table.used[plane])
-        if self._spared and type(group.rule) is not Keep:
-            held, at = self._spared[0], group.units(self._spared[1])
+        if self._step_logs and type(group.rule) is not Keep:
+            logs, at = self._step_logs[0], group.units(self._step_logs[1])
             before = layer, group.ordinals[plane, at], pool.rows(slots[at])
-            for number, one in enumerate(held):
+            for number, one in enumerate(logs):
                 one.overwritten.append((*before, number))
         pool.write(slots, key, value)
         if self.quantized is not None:
@@ -461,18 +466,18 @@ class SlotCache:
         shared = len(group.table.used) == 1 and group.stored
         group.stored = shared or []
         for number, (sequences, length, wide) in enumerate(self._segments):
-            known = self._prefix[layer][0].shape[1] if self._prefix else 0
-            last, padding = first + wide, known + wide - length
+            prefix_length = self._prefix[layer][0].shape[1] if self._prefix else 0
+            last, padding = first + wide, prefix_length + wide - length
             q, k, v = (x[:, first:last] for x in (query, key, value))
-            if known:
+            if prefix_length:
                 k, v = (torch.cat(pair, 1) for pair in zip(self._prefix[layer], (k, v)))
             evicted = None
             if isinstance(group.rule, Delayed):
                 # Token t+1 decides about t; the next step decides about the last token.
                 evicted = self._evicted[first:last].T.roll(-1, 1)
             delay = getattr(group.rule, "window", 0)
-            read, seen = prompt_attention(q, k, v, scale, group.window, evicted, delay, padding)
-            self.attended[sequences] += seen / len(self.pools)
+            read, attended = prompt_attention(q, k, v, scale, group.window, evicted, delay, padding)
+            self.attended[sequences] += attended / len(self.pools)
             out.append(read)
             q, k, v = q[:, : wide - padding], k[:, :length], v[:, :length]
             if not shared:
@@ -491,7 +496,7 @@ class SlotCache:
         out = torch.cat(out, 1).transpose(0, 1).contiguous().unsqueeze(0)
         return F.pad(out, (0, 0, 0, 0, 0, query.shape[1] - first))
 
-    def read(self, sequence: int) -> Saved:
+    def read(self, sequence: int) -> SequenceCopy:
         """Copy of one sequence, for `restore`."""
         index, rows, tables = torch.tensor([sequence], device=self.device), {}, []
         for group in self.layer_groups:
@@ -500,46 +505,46 @@ class SlotCache:
                 for layer in group.layers_of(plane):
                     pool = self.pools[layer]
                     rows[layer] = pool.rows(slots), [x[group.units(index)] for x in pool.state]
-        return Saved(self.attended[sequence].clone(), tables, rows)
+        return SequenceCopy(self.attended[sequence].clone(), tables, rows)
 
-    def restore(self, sequences: list[int], length: int, saved: Saved) -> None:
+    def restore(self, sequences: list[int], length: int, copy: SequenceCopy) -> None:
         """Give each of `sequences` the `length` tokens of the sequence that was `read`."""
         index, copies = torch.tensor(sequences, device=self.device), len(sequences)
-        self.next_position[index], self.attended[index] = length, saved.attended
+        self.next_position[index], self.attended[index] = length, copy.attended
         for sequence in sequences:
             self.length[sequence] = length
-        for group, tables in zip(self.layer_groups, saved.tables):
+        for group, tables in zip(self.layer_groups, copy.tables):
             for plane, slots in enumerate(group.restore(index, tables)):
                 for layer in group.layers_of(plane):
-                    pool, (rows, exact) = self.pools[layer], saved.rows[layer]
+                    pool, (rows, exact) = self.pools[layer], copy.rows[layer]
                     pool.reserve(group.table.used[plane])
                     pool.put(slots, [x.repeat(copies, *[1] * (x.dim() - 1)) for x in rows])
-                    for mine, theirs in zip(pool.state, exact):
-                        mine[group.units(index)] = theirs.repeat(copies, 1, 1, 1)
+                    for target, source in zip(pool.state, exact):
+                        target[group.units(index)] = source.repeat(copies, 1, 1, 1)
 
-    def hold(self, sequence: int) -> None:
-        """From now on keep what steps of this sequence overwrite, for `rewind`."""
+    def start_undo_log(self, sequence: int) -> None:
+        """From now on log what steps of this sequence overwrite, for `rewind`."""
         index = torch.tensor([sequence], device=self.device)
         exact = [[x[g.units(index)] for x in p.state] for g, p in zip(self.group_of, self.pools)]
         tables = [group.read(index) for group in self.layer_groups]
         attended = self.attended[sequence].clone()
-        self._held[sequence] = Held(self.length[sequence], attended, tables, exact)
+        self._undo_logs[sequence] = UndoLog(self.length[sequence], attended, tables, exact)
 
     def rewind(self, sequence: int) -> None:
-        """Take back all steps of this sequence since `hold`."""
-        held, index = self._held.pop(sequence), torch.tensor([sequence], device=self.device)
-        for layer, ordinals, rows, number in reversed(held.overwritten):
+        """Take back all steps of this sequence since `start_undo_log`."""
+        log, index = self._undo_logs.pop(sequence), torch.tensor([sequence], device=self.device)
+        for layer, ordinals, rows, number in reversed(log.overwritten):
             group, units = self.group_of[layer], self.group_of[layer].units(index)
             part = slice(number * group.split, (number + 1) * group.split)
             slots = group.table.slots(group.plane(layer), units, ordinals[part])
             self.pools[layer].put(slots, [row[part] for row in rows])
-        for group, tables in zip(self.layer_groups, held.tables):
+        for group, tables in zip(self.layer_groups, log.tables):
             self._move(group, group.rewind(index, tables))
-        for group, pool, exact in zip(self.group_of, self.pools, held.exact):
-            for mine, theirs in zip(pool.state, exact):
-                mine[group.units(index)] = theirs
-        self.next_position[index], self.attended[index] = held.length, held.attended
-        self.length[sequence] = held.length
+        for group, pool, exact in zip(self.group_of, self.pools, log.exact):
+            for target, source in zip(pool.state, exact):
+                target[group.units(index)] = source
+        self.next_position[index], self.attended[index] = log.length, log.attended
+        self.length[sequence] = log.length
 
     def fill(self, count: int, length: int, live_per_unit: int | None = None) -> None:
         """Fill in random keys and values for `count` prompts of `length` tokens, for benchmarks; in
@@ -566,7 +571,7 @@ class SlotCache:
         index = torch.tensor(sequences, device=self.device)
         self.attended[index] = 0.0
         for sequence in sequences:
-            self._held.pop(sequence, None)
+            self._undo_logs.pop(sequence, None)
             self.length[sequence] = 0
         for group in self.layer_groups:
             self._move(group, group.table.release(group.units(index)))
@@ -577,12 +582,14 @@ class SlotCache:
             for layer in group.layers_of(plane):
                 self.pools[layer].move(*each)
 
-    def kept(self, sequence: int) -> list[list[torch.Tensor]]:
+    def live_positions(self, sequence: int) -> list[list[torch.Tensor]]:
         """Positions of the live tokens of one sequence, ascending, per layer and KV head, on the
         CPU."""
         index, positions = torch.tensor([sequence], device=self.device), []
         for layer, group in enumerate(self.group_of):
-            positions.append(group.kept(group.plane(layer), index) * (self.heads // group.split))
+            positions.append(
+                group.live_positions(group.plane(layer), index) * (self.heads // group.split)
+            )
         return positions
 
     def live_tokens(self) -> torch.Tensor:

@@ -75,8 +75,8 @@ def pack(
     iterations = ITERATIONS[bits] if iterations is None else iterations
     rows = x.reshape(-1, group)
     chunk = max(1, CHUNK // group) if x.device.type == "cpu" else max(1, len(rows))
-    done = [_pack_rows(part.float(), bits, iterations) for part in rows.split(chunk)]
-    codes, scale, zero = (torch.cat(parts) for parts in zip(*done))
+    packed_rows = [_pack_rows(part.float(), bits, iterations) for part in rows.split(chunk)]
+    codes, scale, zero = (torch.cat(parts) for parts in zip(*packed_rows))
     shape = (*x.shape[:-1], size // group)
     return codes.view(*x.shape[:-1], size * bits // 8), scale.view(shape), zero.view(shape)
 
@@ -136,7 +136,7 @@ def _refined(rows, scale, inverse, zero, top: int, iterations: int) -> torch.Ten
     beta stays, as 1% more per iteration changes nothing in five.
     """
     best, least = zero, torch.full_like(inverse, torch.inf)
-    for left in range(iterations, -1, -1):
+    for remaining in range(iterations, -1, -1):
         error = (rows - zero.float().unsqueeze(-1)) * inverse.unsqueeze(-1)
         error -= error.round().clamp_(0, top)
         size = error.abs().clamp_min_(1e-6)
@@ -144,7 +144,7 @@ def _refined(rows, scale, inverse, zero, top: int, iterations: int) -> torch.Ten
         norm = (size * slope).sum(-1)
         best = torch.where(norm < least, zero, best)
         least = torch.minimum(norm, least)
-        if left:
+        if remaining:
             move = torch.minimum(size, slope.div_(BETA)).copysign_(error).mean(-1)
             zero = (zero.float() + move * scale.float()).clamp(-LARGEST, LARGEST).half()
     return best

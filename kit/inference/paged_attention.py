@@ -33,7 +33,7 @@ class Pool:
     """Keys and values of one layer: [capacity, Hs, Z, D] each."""
 
     def __init__(self, heads: int, block: int, size: int, dtype: torch.dtype, device):
-        self.block, self.state, self.touched = block, [], 0
+        self.block, self.state, self.peak_blocks = block, [], 0
         self.kinds = [(heads, block, size, dtype, device)] * 2
         self.arrays: list[torch.Tensor] = []
 
@@ -54,7 +54,7 @@ class Pool:
 
     def reserve(self, blocks: int) -> None:
         """The first `blocks` are used from now on; MemoryError where there are not so many."""
-        self.touched = max(self.touched, blocks)
+        self.peak_blocks = max(self.peak_blocks, blocks)
         if blocks > len(self.arrays[0]):
             raise MemoryError(
                 f"One sequence needs {blocks * self.block} slots of keys and values in a layer, "
@@ -102,7 +102,7 @@ class Pool:
 
     def nbytes(self) -> int:
         """Bytes of all blocks that were ever used, and of exact copies."""
-        return self.touched * self.block_bytes + sum(array.nbytes for array in self.state)
+        return self.peak_blocks * self.block_bytes + sum(array.nbytes for array in self.state)
 
 
 class QuantizedPool(Pool):
@@ -243,12 +243,12 @@ def _attend_paged(query, pool: Pool, step: StepIndex, plane: int, watch=False, s
 
     table = step.table
     keys, values, codes = pool.read(step, plane)
-    room = min(len(keys), table.bias.shape[1])
-    bias, blocks, count = table.bias[plane, :room], step.blocks[plane], step.count[plane]
-    given = keys[:room], values[:room], bias, blocks, count, codes
+    most = min(len(keys), table.bias.shape[1])
+    bias, blocks, count = table.bias[plane, :most], step.blocks[plane], step.count[plane]
+    inputs = keys[:most], values[:most], bias, blocks, count, codes
     if not watch:
-        return paged_attention(query, *given, scale=scale, out=out), None
-    out, scores, (top, total) = paged_attention(query, *given, watch=True, scale=scale, out=out)
-    unit = table.owner[plane, :room]
+        return paged_attention(query, *inputs, scale=scale, out=out), None
+    out, scores, (top, total) = paged_attention(query, *inputs, watch=True, scale=scale, out=out)
+    unit = table.owner[plane, :most]
     probability = (scores - top[unit].unsqueeze(3)).exp_() / total[unit].unsqueeze(3)
     return out, probability.masked_fill_(bias[:, None, None] < 0, 0.0)  # also where nothing stands

@@ -88,11 +88,11 @@ class Budgeted(Full):
                 f"{who} keeps {self.kept_tokens} tokens, the model reads {context}; keep fewer."
             )
 
-    def budget(self, seen: torch.Tensor) -> torch.Tensor:
-        """Tokens kept of `seen` tokens, elementwise."""
+    def budget(self, length: torch.Tensor) -> torch.Tensor:
+        """Tokens kept of `length` tokens, elementwise."""
         if self.kept_tokens is not None:
-            return torch.full_like(seen, self.kept_tokens)
-        return (seen.double() * self.kept_fraction).long().clamp(min=FLOOR)
+            return torch.full_like(length, self.kept_tokens)
+        return (length.double() * self.kept_fraction).long().clamp(min=FLOOR)
 
     def recent(self, budget: torch.Tensor) -> torch.Tensor:
         """Number of newest tokens that are kept whatever their score."""
@@ -211,8 +211,8 @@ class H2O(Budgeted):
         total = torch.zeros(key.shape[:2], dtype=query.dtype, device=key.device)
         for first in range(0, query.shape[1], CHUNK):
             rows = query[:, first : first + CHUNK]
-            seen = key[:, : first + rows.shape[1]]
-            total[:, : seen.shape[1]] += causal_attention(rows, seen).sum((1, 2))
+            past = key[:, : first + rows.shape[1]]
+            total[:, : past.shape[1]] += causal_attention(rows, past).sum((1, 2))
         return total
 
 
@@ -296,8 +296,8 @@ def held_tokens(name: str) -> int | None:
     """Tokens that a unit keeps at most in decoding under the policy of this `name`; None where
     they grow with the text."""
     kind, _, size = name.partition(" ")
-    known = {each.__name__.lower(): each for each in Budgeted.__subclasses__()}
-    return int(size) if kind in known and known[kind].decoding and size.isdigit() else None
+    classes = {each.__name__.lower(): each for each in Budgeted.__subclasses__()}
+    return int(size) if kind in classes and classes[kind].decoding and size.isdigit() else None
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

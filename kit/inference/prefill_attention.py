@@ -38,9 +38,9 @@ def evicting_attention(
         grouped = (query.to(precise) * scale).unflatten(1, (heads, -1))  # [B, H, G, T, D]
         for first in range(0, length, CHUNK):
             rows = grouped[:, :, :, first : first + CHUNK]
-            seen = (x[:, :, : first + CHUNK] for x in (key, value, log_keep))
-            given = rows, *seen, window, first
-            out.append(checkpoint(_rows, *given, use_reentrant=False) if again else _rows(*given))
+            past = (x[:, :, : first + CHUNK] for x in (key, value, log_keep))
+            inputs = rows, *past, window, first
+            out.append(checkpoint(_rows, *inputs, use_reentrant=False) if again else _rows(*inputs))
     return torch.cat(out, 3).flatten(1, 2)
 
 
@@ -50,8 +50,8 @@ def _rows(query, key, value, log_keep, window: int, first: int) -> torch.Tensor:
     scores = query.flatten(2, 3) @ key.to(query.dtype).transpose(-1, -2)  # [B, H, G*t, end]
     at = torch.arange(key.shape[2], device=key.device)
     ago = at[first : first + rows, None] - at  # [t, end]
-    kept = log_keep.unsqueeze(2).to(query.dtype)
-    bias = kept.where(ago > window, 0.0).masked_fill(ago < 0, MASKED)
+    penalty = log_keep.unsqueeze(2).to(query.dtype)
+    bias = penalty.where(ago > window, 0.0).masked_fill(ago < 0, MASKED)
     scores = scores.unflatten(2, (group, rows)) + bias.unsqueeze(2)
     weight = scores.softmax(-1).to(value.dtype).flatten(2, 3)
     return (weight @ value).unflatten(2, (group, rows))
@@ -68,20 +68,20 @@ def prompt_attention(
     and needs the whole prompt, T = S.
     """
     length, mask = key.shape[1], None
-    seen = length - padding
+    attended = length - padding
     query, key, value = query[None], key[None], value[None]
     if evicted is not None:
         log_keep = evicted[None].float() * MASKED
         out = evicting_attention(query, key, value, log_keep, delay, scale)
-        return out[0], seen - evicted[:, : max(0, seen - 1 - delay)].sum(1).double().mean()
+        return out[0], attended - evicted[:, : max(0, attended - 1 - delay)].sum(1).double().mean()
     sliding = window is not None and length > window
     if sliding or query.shape[2] < length:
         at = torch.arange(length, device=key.device)
         ago = at[length - query.shape[2] :, None] - at
         mask = ago >= 0
         if sliding:
-            mask, seen = mask & (ago < window), min(seen, window)
+            mask, attended = mask & (ago < window), min(attended, window)
     out = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=True
     )
-    return out[0], seen
+    return out[0], attended

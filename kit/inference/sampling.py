@@ -19,22 +19,25 @@ def seeded_uniforms(problem_id: str, sample: int, seed: int, steps: int) -> nump
 
 
 def sample_tokens(
-    logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor, told: torch.Tensor
+    logits: torch.Tensor, sampling: Sampling, uniform: torch.Tensor, counters: torch.Tensor
 ) -> tuple[list[int], list[float]]:
     """Sample next tokens [N] from logits [N, V]: temperature, top-k, top-p, then inverse CDF.
 
     `uniform` [N] in [0, 1) is where the CDF, most likely token first, is inverted; temperature 0
-    is greedy and ignores it. What is `told` comes along to the host: that waits for the device
+    is greedy and ignores it. `counters` are copied to the host with them: that waits for the device
     once, or twice where a row needs more than the HEAD most likely tokens.
     """
     tokens, short = _sample_head(logits, sampling, uniform)
-    fetched, count = torch.cat([tokens.double(), short.double(), told]).tolist(), len(tokens)
-    tokens, short = [*map(int, fetched[:count])], fetched[count : 2 * count]
+    host_values, count = (
+        torch.cat([tokens.double(), short.double(), counters]).tolist(),
+        len(tokens),
+    )
+    tokens, short = [*map(int, host_values[:count])], host_values[count : 2 * count]
     if rows := [row for row, few in enumerate(short) if few]:
         at = torch.tensor(rows, device=logits.device)
         for row, token in zip(rows, _sample_sorted(logits[at], sampling, uniform[at]).tolist()):
             tokens[row] = token
-    return tokens, fetched[2 * count :]
+    return tokens, host_values[2 * count :]
 
 
 def _sample_head(
@@ -54,14 +57,14 @@ def _sample_head(
         logp = logits.log_softmax(-1).gather(1, top.indices)
     mass = logp.double().exp().cumsum(-1)  # [N, <= HEAD]
     # Top-p keeps the shortest head whose mass reaches top_p, at least one token.
-    kept = torch.where(mass >= sampling.top_p, mass, torch.inf).amin(-1)
-    kept = torch.where(kept.isinf() & (mass.shape[-1] == wide), mass[:, -1], kept)
-    short = kept.isinf()  # the HEAD tokens do not reach top_p
+    nucleus = torch.where(mass >= sampling.top_p, mass, torch.inf).amin(-1)
+    nucleus = torch.where(nucleus.isinf() & (mass.shape[-1] == wide), mass[:, -1], nucleus)
+    short = nucleus.isinf()  # the HEAD tokens do not reach top_p
     if sampling.top_p == 1.0:
-        kept, short = torch.ones_like(kept), mass[:, -1] <= uniform
+        nucleus, short = torch.ones_like(nucleus), mass[:, -1] <= uniform
         short &= mass.shape[-1] < wide
     pick = torch.searchsorted(
-        mass, (uniform * kept.nan_to_num(posinf=1.0)).unsqueeze(1), right=True
+        mass, (uniform * nucleus.nan_to_num(posinf=1.0)).unsqueeze(1), right=True
     )
     return top.indices.gather(1, pick.clamp(max=mass.shape[-1] - 1)).squeeze(1), short
 

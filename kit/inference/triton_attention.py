@@ -121,14 +121,14 @@ def _check(query, keys, values, bias, table, count, codes) -> None:
     units, heads, _, size = query.shape
     blocks, _, block, _ = keys.shape
     wide, kinds = (size * codes.bits // 8, (torch.uint8,)) if codes else (size, DTYPES)
-    wanted = {
+    expected = {
         "keys": (keys, (blocks, heads, block, wide), kinds),
         "values": (values, (blocks, heads, block, wide), (keys.dtype,)),
         "bias": (bias, (blocks, block), (torch.float32,)),
         "table": (table, (units, table.shape[1]), (torch.int32, torch.int64)),
         "count": (count, (units,), (torch.int32, torch.int64)),
     }
-    for name, (tensor, shape, dtypes) in wanted.items():
+    for name, (tensor, shape, dtypes) in expected.items():
         if tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}; query {list(query.shape)} and keys "
@@ -182,10 +182,10 @@ def _attend(
         number = tl.load(table + unit * table_stride + token // BLOCK, inside, 0).to(tl.int64)
         shift = tl.load(bias + number * BLOCK + token % BLOCK, inside, -1e30)
         slot = (number * HEADS + head) * BLOCK + token % BLOCK
-        here = inside[:, None] & within
+        mask = inside[:, None] & within
         if BITS:
             place = tl.load(position + number * BLOCK + token % BLOCK, inside, -1)
-            recent = (place > tl.load(newest + unit))[:, None] & here
+            recent = (place > tl.load(newest + unit))[:, None] & mask
             exact = ((unit * RESIDUAL + place % max(1, RESIDUAL)) * HEADS + head)[:, None] * SIZE
             exact += column[None, :]
             k = _decoded(keys, key_scale, key_zero, slot, inside, BITS, SPREAD, SIZE, WIDE)
@@ -194,7 +194,7 @@ def _attend(
             v = _newest(v, value_exact, exact, recent, RESIDUAL)
         else:
             at = slot[:, None] * SIZE + column[None, :]
-            k, v = tl.load(keys + at, here, 0.0), tl.load(values + at, here, 0.0)
+            k, v = tl.load(keys + at, mask, 0.0), tl.load(values + at, mask, 0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") + shift[None, :]
         if scores is not None:
             at = (((number * HEADS + head) * GROUP)[None, :] + row[:, None]) * BLOCK
@@ -221,12 +221,12 @@ def _decoded(
     if SIZE == WIDE and SPREAD & (SPREAD - 1) == 0:
         return _decoded_whole(codes, scale, zero, slot, inside[:, None], BITS, SPREAD, SIZE)
     column = tl.arange(0, WIDE)
-    here = inside[:, None] & (column < SIZE)[None, :]
+    mask = inside[:, None] & (column < SIZE)[None, :]
     at = slot[:, None] * (SIZE * BITS // 8) + (column * BITS // 8)[None, :]
-    code = tl.load(codes + at, here, 0).to(tl.int32) >> (column * BITS % 8)[None, :]
+    code = tl.load(codes + at, mask, 0).to(tl.int32) >> (column * BITS % 8)[None, :]
     group = slot[:, None] * (SIZE // SPREAD) + (column // SPREAD)[None, :]
-    step = tl.load(scale + group, here, 0.0).to(tl.float32)
-    first = tl.load(zero + group, here, 0.0).to(tl.float32)
+    step = tl.load(scale + group, mask, 0.0).to(tl.float32)
+    first = tl.load(zero + group, mask, 0.0).to(tl.float32)
     return (code & (2**BITS - 1)).to(tl.float32) * step + first
 
 
@@ -288,11 +288,11 @@ def _join(
         chunk = start + tl.arange(0, 16)
         inside = chunk < used
         at = (pair * chunks + chunk) * GROUP + row
-        here = tl.load(tops + at, inside, -1e30)
+        maxima = tl.load(tops + at, inside, -1e30)
         piece = inside[:, None] & (column < SIZE)[None, :]
         piece = tl.load(part + at[:, None] * SIZE + column[None, :], piece, 0.0)
-        higher = tl.maximum(top, tl.max(here, 0))
-        fade, weight = tl.exp(top - higher), tl.exp(here - higher)
+        higher = tl.maximum(top, tl.max(maxima, 0))
+        fade, weight = tl.exp(top - higher), tl.exp(maxima - higher)
         total = total * fade + tl.sum(weight * tl.load(totals + at, inside, 0.0), 0)
         joined = joined * fade + tl.sum(weight[:, None] * piece, 0)
         top = higher

@@ -58,9 +58,9 @@ def stored(
     heads, size = key.shape[1:]
     rows, wide = triton.next_power_of_2(heads), triton.next_power_of_2(size)
     shape = dict(HEADS=heads, ROWS=rows, BLOCK=keys.shape[2], SIZE=size, WIDE=wide)
-    given = slots.contiguous(), key.contiguous(), value.contiguous()
+    inputs = slots.contiguous(), key.contiguous(), value.contiguous()
     if len(slots):
-        _stored[(len(slots),)](*given, keys, values, **shape)
+        _stored[(len(slots),)](*inputs, keys, values, **shape)
 
 
 def scored(
@@ -76,9 +76,9 @@ def scored(
     with the weight of the norm [S], and weight [H, S] and bias [H] float32."""
     hidden, (heads, size) = hidden.contiguous(), weight.shape
     out = torch.empty(*hidden.shape[:-1], heads, dtype=torch.float32, device=hidden.device)
-    given = hidden, norm, weight.contiguous(), bias, out, eps, scale, offset
+    inputs = hidden, norm, weight.contiguous(), bias, out, eps, scale, offset
     shape = dict(HEADS=heads, ROWS=triton.next_power_of_2(heads), SIZE=size, CHUNK=_CHUNK)
-    _scored[(hidden.numel() // size,)](*given, **shape)
+    _scored[(hidden.numel() // size,)](*inputs, **shape)
     return out
 
 
@@ -131,10 +131,10 @@ def _turned(
     b = tl.load(x + line + other[None, :], inside, 0.0).to(tl.float32)
     if NORMS:
         scale = tl.rsqrt(tl.sum(a * a, 1) / SIZE + eps)[:, None]
-        mine = tl.load(norm + column, within, 0.0).to(tl.float32)[None, :]
-        theirs = tl.load(norm + other, within, 0.0).to(tl.float32)[None, :]
-        a = _rounded(_rounded(a * scale, out) * mine, out)
-        b = _rounded(_rounded(b * scale, out) * theirs, out)
+        gain = tl.load(norm + column, within, 0.0).to(tl.float32)[None, :]
+        other_gain = tl.load(norm + other, within, 0.0).to(tl.float32)[None, :]
+        a = _rounded(_rounded(a * scale, out) * gain, out)
+        b = _rounded(_rounded(b * scale, out) * other_gain, out)
     c = tl.load(cos + row * SIZE + column, within, 0.0).to(tl.float32)[None, :]
     s = tl.load(sin + row * SIZE + column, within, 0.0).to(tl.float32)
     s = tl.where(ahead, -s, s)[None, :]

@@ -25,9 +25,9 @@ def packed(
     heads, size = key.shape[1:]
     shape = dict(HEADS=heads, BLOCK=arrays[0].shape[2], SIZE=size, SPREAD=group, BITS=bits)
     shape |= dict(GROUPS=triton.next_power_of_2(size // group), ITERATIONS=ITERATIONS[bits])
-    given = slots.contiguous(), key.contiguous(), value.contiguous()
+    inputs = slots.contiguous(), key.contiguous(), value.contiguous()
     if len(slots):
-        _packed[(len(slots) * heads, 2)](*given, *arrays, **shape, num_warps=1)
+        _packed[(len(slots) * heads, 2)](*inputs, *arrays, **shape, num_warps=1)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _row(
     inside = group < SIZE // SPREAD
     at = group[:, None] * SPREAD + tl.arange(0, SPREAD)[None, :]
     rows = tl.load(x + at, inside[:, None], 0.0).to(tl.float32)
-    lost = tl.sum((rows != rows).to(tl.int32), 1) > 0
+    has_nan = tl.sum((rows != rows).to(tl.int32), 1) > 0
     low = tl.minimum(tl.maximum(tl.min(rows, 1), -_LARGEST), _LARGEST)
     high = tl.minimum(tl.maximum(tl.max(rows, 1), -_LARGEST), _LARGEST)
     first = _half_below(low)
@@ -75,7 +75,7 @@ def _row(
     place = tl.arange(0, PER) * BITS
     whole = tl.sum(tl.reshape(whole, [BYTES, PER]) << place[None, :], 1)
     tl.store(codes + line * (SIZE // PER) + byte, whole.to(tl.uint8), byte < SIZE // PER)
-    first = tl.where(lost, float("nan"), first)
+    first = tl.where(has_nan, float("nan"), first)
     tl.store(scale + line * (SIZE // SPREAD) + group, step.to(tl.float16), inside)
     tl.store(zero + line * (SIZE // SPREAD) + group, first.to(tl.float16), inside)
 
@@ -102,7 +102,7 @@ def _refined(
 ):  # fmt: skip
     """The zero of each group by HQQ, see `kv_quantization._refined`."""
     best, least = first, tl.full(first.shape, float("inf"), tl.float32)
-    for left in tl.static_range(ITERATIONS, -1, -1):
+    for remaining in tl.static_range(ITERATIONS, -1, -1):
         error = (rows - first[:, None]) * inverse[:, None]
         error -= _nearest(error, TOP)
         size = tl.maximum(tl.abs(error), 1e-6)
@@ -110,7 +110,7 @@ def _refined(
         norm = tl.sum(size * slope, 1)
         best = tl.where(norm < least, first, best)
         least = tl.minimum(norm, least)
-        if left > 0:
+        if remaining > 0:
             move = tl.minimum(size, slope / _BETA)
             move = tl.sum(tl.where(error < 0, -move, move), 1) / SPREAD
             first = tl.minimum(tl.maximum(first + move * step, -_LARGEST), _LARGEST)

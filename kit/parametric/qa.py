@@ -191,7 +191,9 @@ def _begun(model: Model, problems, store: Store, arm: str, bank, passages, seed:
         _keyed(model, p, prompt, [bank.key if bank else "", seed, arm, *each])
         for p, prompt, each in zip(problems, prompts, how, strict=True)
     ]
-    stored = evaluate.known(store, [(*of[:2], p) for of, p in zip(keys, problems, strict=True)])
+    stored = evaluate.stored_keys(
+        store, [(*of[:2], p) for of, p in zip(keys, problems, strict=True)]
+    )
     return prompts, keys, [i for i, (key, *_) in enumerate(keys) if key not in stored]
 
 

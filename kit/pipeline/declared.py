@@ -25,7 +25,7 @@ def digest_of(row: Mapping) -> str:
     return digest({key: of for key, of in row.items() if key not in PROSE}, 12)
 
 
-def now(stage: str, path: Path = DATA / "claims.toml") -> dict[str, str]:
+def current(stage: str, path: Path = DATA / "claims.toml") -> dict[str, str]:
     """The digests of a stage's claims as `path` has them, by claim, and of its primary contrast;
     {} where it has none."""
     if not path.is_file():  # a project of one's own without claims
@@ -41,7 +41,7 @@ def first(folder: Path, stage: str) -> dict[str, str]:
     """What was declared before the first run of `stage` in `folder`; now, where none has run."""
     file = folder / "declared.json"
     declarations = read_json(file) if file.is_file() else {}
-    if stage not in declarations and (digests := now(stage)):
+    if stage not in declarations and (digests := current(stage)):
         declarations |= {stage: digests}
         write_json(file, declarations)
     return declarations.get(stage, {})

@@ -9,14 +9,14 @@ from pathlib import Path
 def kit_modules(code: tuple[str, ...], kit: Path) -> list[Path]:
     """Files of the kit that these sources import, directly or through one another, and the
     __init__ of each package on the way. ModuleNotFoundError for a module that has no file."""
-    found: set[Path] = set()
+    modules: set[Path] = set()
     waiting = {name for text in code for name in imported(text)}
     while waiting:
-        for file in {*_files(waiting.pop(), kit)} - found:
-            found.add(file)
+        for file in {*_files(waiting.pop(), kit)} - modules:
+            modules.add(file)
             package = ".".join(("kit", *file.parent.relative_to(kit).parts))
             waiting.update(imported(file.read_text(encoding="utf-8"), package))
-    return sorted(found)
+    return sorted(modules)
 
 
 def _files(name: str, kit: Path) -> list[Path]:

@@ -38,8 +38,12 @@ def misfit(value: object, default: object) -> str:
     if default is None or kind is Expression:
         return ""
     if kind is list and type(value) is list:
-        odd = [item for item in value if default and all(misfit(item, of) for of in default)]
-        return f"holds {odd[0]!r}, {_a(type(odd[0]))}; the notebook has {default!r}" if odd else ""
+        strange = [item for item in value if default and all(misfit(item, of) for of in default)]
+        return (
+            f"holds {strange[0]!r}, {_a(type(strange[0]))}; the notebook has {default!r}"
+            if strange
+            else ""
+        )
     if kind is dict and type(value) is dict:
         wrong = {name: misfit(value[name], default[name]) for name in value if name in default}
         return next((f"has {name}, which {why}" for name, why in wrong.items() if why), "")

@@ -23,24 +23,26 @@ def preflight(profile: str, *, force: bool = False, notebooks_dir: Path = NOTEBO
     from kit.hub import cache_dir
 
     cache = Path(cache_dir())
-    here = {name: min(gb, _cached_gb(cache, name)) for name, gb in needs["downloads"]}
+    cached = {name: min(gb, _cached_gb(cache, name)) for name, gb in needs["downloads"]}
     print(f"profile {profile} needs")
     for name, gb in needs["downloads"]:
-        print(f"  download    {name}, {gb:g} GB" + f", {here[name]:.1f} here" * (here[name] > 0))
-    total, room = sum(gb for _, gb in needs["downloads"]), min(_free_gb(cache), _free_gb(OUTPUTS))
-    missing = max(0.0, needs["disk_gb"] - sum(here.values()))
+        print(
+            f"  download    {name}, {gb:g} GB" + f", {cached[name]:.1f} here" * (cached[name] > 0)
+        )
+    total, free = sum(gb for _, gb in needs["downloads"]), min(_free_gb(cache), _free_gb(OUTPUTS))
+    missing = max(0.0, needs["disk_gb"] - sum(cached.values()))
     print(f"  in total    {total:g} GB, to {cache}")
-    print(f"  disk        {needs['disk_gb']:g} GB, {missing:.1f} still to fill, {room:.1f} free")
+    print(f"  disk        {needs['disk_gb']:g} GB, {missing:.1f} still to fill, {free:.1f} free")
     memory = [gpu["memory_mib"] * 2**20 / GB for gpu in gpus() if gpu["memory_mib"]]
-    seen = f"the largest here has {max(memory):.0f} GB" if memory else "there is none here"
-    print(f"  GPU memory  {needs['gpu_memory_gb']:g} GB; {seen}")
+    largest = f"the largest here has {max(memory):.0f} GB" if memory else "there is none here"
+    print(f"  GPU memory  {needs['gpu_memory_gb']:g} GB; {largest}")
     print(f"  time        about {needs['hours']:g} hours")
     if needs["note"]:
         print(f"  {needs['note']}")
     if needs["gpu_memory_gb"] and (why := unusable_gpu()) and not force:
         raise UserError(why, 2)
-    if room < missing:
-        print(f"warning: {missing:.1f} GB still to fill and {room:.1f} GB free", flush=True)
+    if free < missing:
+        print(f"warning: {missing:.1f} GB still to fill and {free:.1f} GB free", flush=True)
         if not force:
             raise UserError("too little room on the disk: free some, or start all the same with "
                           "FORCE=1", 1)  # fmt: skip
@@ -80,5 +82,5 @@ def _cached_gb(cache: Path, name: str) -> float:
 
 def _free_gb(folder: Path) -> float:
     """Free space on the disk where `folder` is or will be."""
-    there = next(place for place in [folder, *folder.parents] if place.exists())
-    return shutil.disk_usage(there).free / GB
+    parent = next(place for place in [folder, *folder.parents] if place.exists())
+    return shutil.disk_usage(parent).free / GB

@@ -91,8 +91,8 @@ def unusable_gpu() -> str:
     """Why torch cannot use the NVIDIA GPU of this machine, and what to do; "" where it can, where
     there is none, or where CUDA_VISIBLE_DEVICES hides it."""
     cards = gpus()
-    there = cards or Path("/dev/nvidia0").exists()
-    if not there or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    has_gpu = cards or Path("/dev/nvidia0").exists()
+    if not has_gpu or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return ""
     import torch  # 1.5 s, so only where a GPU is
 

@@ -51,7 +51,7 @@ def run(
     only: str | None = None,
     force: bool = False,
     keep_going: bool = False,
-    given: Mapping[str, str] | None = None,
+    values: Mapping[str, str] | None = None,
     start: Callable[[list[Stage], list[Stage]], tuple[Mapping, Callable]] = (
         lambda queue, todo: ({}, lambda stage: None)
     ),
@@ -60,15 +60,15 @@ def run(
 
     0 when all asked for is fresh, 1 when a stage failed, 130 after Ctrl-C. With `keep_going` the
     stages after a failed one run too: they stand alone, but for the one that judges what there is
-    (`Stage.judges`). `given` are values of parameters for this run alone, see
+    (`Stage.judges`). `values` are values of parameters for this run alone, see
     `stages.with_values`; the next run without them finds these stages stale. `start` is called
     once, with the chosen stages and those of them that are to run, and returns what a stage may
     take, in seconds by name, and a function to call with each stage that is done, and where `only`
     some are asked for also if it was. Raises UserError for what the caller must change (profile,
     stage, a second run), OSError where the disk is full or a folder cannot be written.
     """
-    stages, chosen, why = _asked(
-        profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, given or {}
+    stages, chosen, why = _select_stages(
+        profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, values or {}
     )
     failed = []
     with _alone(outputs_dir.resolve() / profile) as folder:
@@ -100,12 +100,12 @@ def plan(
     from_: str | None = None,
     only: str | None = None,
     force: bool = False,
-    given: Mapping[str, str] | None = None,
+    values: Mapping[str, str] | None = None,
 ) -> list[tuple[Stage, str]]:
     """The stages that `run` would look at, with why it would run them, "" where they are up to
     date. Writes nothing; UserError as there."""
-    _, chosen, why = _asked(
-        profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, given or {}
+    _, chosen, why = _select_stages(
+        profile, notebooks_dir.resolve(), outputs_dir.resolve(), from_, only, force, values or {}
     )
     planned: list[tuple[Stage, str]] = []
     for stage in chosen:
@@ -125,14 +125,14 @@ def _check_model(model: str, profile: str, notebooks_dir: Path) -> None:
         raise UserError(f"MODEL is {model!r}; the kit bundles {', '.join(MODELS)}")
 
 
-def _asked(
-    profile: str, notebooks_dir: Path, outputs_dir: Path, from_, only, force, given
+def _select_stages(
+    profile: str, notebooks_dir: Path, outputs_dir: Path, from_, only, force, values
 ) -> tuple[list[Stage], list[Stage], Callable[[Stage], str]]:
-    """All stages, those asked for, and what says why one of them is to run, "" if it is not."""
+    """All stages, the requested ones, and a function: why a stage is to run, "" if it is not."""
     stages = load_stages(profile, notebooks_dir, outputs_dir)
     if model := os.environ.get("KIT_MODEL"):
         _check_model(model, profile, notebooks_dir)
-    stages = with_values(stages, select(stages, from_, only), given)
+    stages = with_values(stages, select(stages, from_, only), values)
     chosen = select(stages, from_, only)
     forced = chosen if force else chosen[:1] if from_ else []
 
@@ -272,8 +272,8 @@ class Line:
         """Show that `cell` runs. Called several times a second from another thread."""
         now = time.monotonic()
         text = f"{self.label}  cell {cell}/{self.cells}  {clock(now - self.began)}"
-        left = (self.last_seconds or 0) - (now - self.began)
-        text += f", about {clock(left)} left" if left > 0 else ""
+        remaining = (self.last_seconds or 0) - (now - self.began)
+        text += f", about {clock(remaining)} left" if remaining > 0 else ""
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
             say(f"\r{text[:width]}\x1b[K", end="")
@@ -334,8 +334,8 @@ def running(stage: Stage) -> str:
     except (UserError, FileNotFoundError):  # just being written, or just done
         return "a cell"
     own = [cell for cell in cells if "injected-parameters" not in cell.get("tags", [])]
-    begun = [cell.get("papermill", {}).get("status") != "pending" for cell in own]
-    return f"cell {sum(begun)} of {len(own)}"
+    has_started = [cell.get("papermill", {}).get("status") != "pending" for cell in own]
+    return f"cell {sum(has_started)} of {len(own)}"
 
 
 def short(path: Path) -> str:

@@ -192,8 +192,8 @@ def choice(profile: str, larger: dict, outputs: Path = OUTPUTS) -> tuple[str, st
     """On which model the stages in the table [larger] of a profile run, and why: the one that
     MODEL names (KIT_MODEL), or that was chosen before the first run; ("", "") where none is."""
     file = outputs / profile / "model.json"
-    if larger and (wanted := os.environ.get("KIT_MODEL")):
-        return wanted, f"MODEL={wanted}"
+    if larger and (model := os.environ.get("KIT_MODEL")):
+        return model, f"MODEL={model}"
     choice = read_json(file) if larger and file.is_file() else {"model": "", "why": []}
     return choice["model"], "; ".join(choice["why"])
 
@@ -204,42 +204,44 @@ def select(stages: list[Stage], from_: str | None, only: str | None) -> list[Sta
     if from_ and only:
         raise UserError("FROM and ONLY exclude each other; give one")
     if only:
-        names = {_named(stages, wanted).name for wanted in only.replace(",", " ").split()}
+        names = {_find(stages, name).name for name in only.replace(",", " ").split()}
         return [stage for stage in stages if stage.name in names]
-    return stages[stages.index(_named(stages, from_)) :] if from_ else stages
+    return stages[stages.index(_find(stages, from_)) :] if from_ else stages
 
 
-def _named(stages: list[Stage], wanted: str) -> Stage:
-    hits = [stage for stage in stages if wanted.removesuffix(".ipynb") == stage.name]
-    hits = hits or [stage for stage in stages if wanted.zfill(2) == stage.number]
-    hits = hits or [stage for stage in stages if wanted == stage.name.partition("_")[2]]
-    if len(hits) != 1:
-        many = "there are several stages" if hits else "there is no stage"
-        raise UserError(f"{many} {wanted}; take one of: {', '.join(s.name for s in stages)}")
-    return hits[0]
+def _find(stages: list[Stage], name: str) -> Stage:
+    matches = [stage for stage in stages if name.removesuffix(".ipynb") == stage.name]
+    matches = matches or [stage for stage in stages if name.zfill(2) == stage.number]
+    matches = matches or [stage for stage in stages if name == stage.name.partition("_")[2]]
+    if len(matches) != 1:
+        many = "there are several stages" if matches else "there is no stage"
+        raise UserError(f"{many} {name}; take one of: {', '.join(s.name for s in stages)}")
+    return matches[0]
 
 
 def with_values(stages: list[Stage], chosen: list[Stage], values: Mapping[str, str]) -> list[Stage]:
     """`stages` where those of them that are `chosen` and have a parameter run with another value
     this time: TOML by name, as in a profile, or else a text."""
     read = {name: _toml(text) for name, text in values.items()}
-    known = {name for stage in chosen for name in stage.defaults}
+    names = {name for stage in chosen for name in stage.defaults}
     for name, value in read.items():
-        if name == "PROFILE" or name not in known:
-            there = ", ".join(sorted(known - {"PROFILE"}))
+        if name == "PROFILE" or name not in names:
+            options = ", ".join(sorted(names - {"PROFILE"}))
             raise UserError(
                 f"no notebook that is asked for has the parameter {name} to be set; they have: "
-                f"{there}"
+                f"{options}"
             )
         defaults = [stage.defaults[name] for stage in chosen if name in stage.defaults]
         if wrong := next(filter(None, (parameters.misfit(value, of) for of in defaults)), ""):
             raise UserError(f"{name}, as it was set, {wrong}")
-    made = []
+    result = []
     for stage in stages:
         own = {name: value for name, value in read.items() if name in stage.defaults}
-        asked = stage.name in {each.name for each in chosen}
-        made.append(replace(stage, overrides=stage.overrides | own) if own and asked else stage)
-    return made
+        is_chosen = stage.name in {each.name for each in chosen}
+        result.append(
+            replace(stage, overrides=stage.overrides | own) if own and is_chosen else stage
+        )
+    return result
 
 
 def _toml(text: str) -> object:
@@ -291,8 +293,8 @@ def named_files(value: object, root: Path) -> list[Path]:
             table = {}
         files += [file for one in table.values() if isinstance(one, str)
                   if (file := files[0].parent / one).is_file()]  # fmt: skip
-    counted = root / "data", root / "kit"
-    return [file for file in files if not any(map(file.is_relative_to, counted))]
+    folders = root / "data", root / "kit"
+    return [file for file in files if not any(map(file.is_relative_to, folders))]
 
 
 def _stamp(file: Path) -> list:
@@ -309,23 +311,23 @@ def freshness(stage: Stage, earlier: list[Stage]) -> tuple[str, str]:
         return "failed", stage.failure
     status = stage.status()
     if status is None:
-        there = stage.status_file.is_file()
-        return ("stale", "its status file is damaged") if there else ("missing", "not run yet")
+        damaged = stage.status_file.is_file()
+        return ("stale", "its status file is damaged") if damaged else ("missing", "not run yet")
     why = _staleness(stage, earlier, status)
     return ("stale", why) if why else ("fresh", "")
 
 
 def _staleness(stage: Stage, earlier: list[Stage], status: dict) -> str:
-    now = inputs(stage, earlier)
-    changed = [text for key, text in INPUTS.items() if now[key] != status["inputs"].get(key)]
+    current = inputs(stage, earlier)
+    changed = [text for key, text in INPUTS.items() if current[key] != status["inputs"].get(key)]
     if changed:
         return " and ".join(changed) + " changed"
     if file_hash(stage.executed) != status.get("notebook_sha256"):
         return "the executed notebook was edited or deleted"
     if file_hash(stage.results_file) != status.get("results_sha256"):
         return "its results file was edited or deleted"
-    if lost := len({*status.get("store", [])} - {*store_files(stage)}):
-        return f"store/ lost {lost} of its {len(status['store'])} files, and records with them"
+    if missing := len({*status.get("store", [])} - {*store_files(stage)}):
+        return f"store/ lost {missing} of its {len(status['store'])} files, and records with them"
     return ""
 
 
@@ -338,10 +340,10 @@ def store_files(stage: Stage) -> list[str]:
 
 def incomplete(stages: Sequence[Stage]) -> str:
     """Which stages failed, and why, or have not run, in a sentence; "" where all are done."""
-    left = [stage for stage in stages if stage.state != "done"]
+    rest = [stage for stage in stages if stage.state != "done"]
     return "; ".join(
         f"{stage.name} {stage.state}" + f" ({stage.failure})" * (stage.state == "failed")
-        for stage in left
+        for stage in rest
     )
 
 
@@ -352,8 +354,8 @@ def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
             imports.imported(source if kind == "code" else "")
         except SyntaxError as error:
             raise UserError(f"{file.name}, cell {number} is not valid Python: {error}") from error
-    tagged = [source for _, source, is_tagged in cells if is_tagged]
-    defaults = parameters.assignments(tagged[0]) if tagged else {}
+    sources = [source for _, source, is_tagged in cells if is_tagged]
+    defaults = parameters.assignments(sources[0]) if sources else {}
     for key in table:
         if key not in defaults:
             raise UserError(f"{profile}.toml, table {file.stem}: the parameters cell does not name "
@@ -372,10 +374,10 @@ def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
 
 def _dtype() -> str:
     """What KIT_DTYPE asks of all notebooks: it outranks the profile. "" where it asks nothing."""
-    wanted = os.environ.get("KIT_DTYPE", "").removeprefix("auto")
-    if wanted and wanted not in DTYPES:
-        raise UserError(f"DTYPE is {wanted!r}; take one of: auto, {', '.join(DTYPES)}")
-    return wanted
+    name = os.environ.get("KIT_DTYPE", "").removeprefix("auto")
+    if name and name not in DTYPES:
+        raise UserError(f"DTYPE is {name!r}; take one of: auto, {', '.join(DTYPES)}")
+    return name
 
 
 def _read_cells(file: Path) -> tuple[tuple[str, str, bool], ...]:

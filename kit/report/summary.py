@@ -24,7 +24,7 @@ SIZES = ("quick", "laptop", LARGEST)
 
 def choose(profile: str) -> None:
     """Say and keep on which model a profile runs whose table [larger] leaves that to the machine,
-    before its first run; MODEL decides otherwise. In a process of its own, see `estimate.measured`.
+    before its first run; MODEL decides otherwise. In a process of its own, see `estimate.measure`.
     """
     if LARGER not in read_profile(profile) or os.environ.get("KIT_MODEL"):
         return
@@ -43,7 +43,7 @@ def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
     if not any(stage.name in estimate.WORK for stage in todo):
         return {}
     say("measuring how fast this machine is ...")
-    machine = estimate.measured(*dict.fromkeys([profile, *SIZES]))
+    machine = estimate.measure(*dict.fromkeys([profile, *SIZES]))
     if not machine:
         say("the time could not be estimated")
         return {}

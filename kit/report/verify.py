@@ -206,7 +206,7 @@ def _declared(run: Run) -> list[str]:
     lines = [f"when the claims of {', '.join(unknown)} were declared: not recorded"] * bool(unknown)
     for stage in stages:
         first = run.results[stage].get("declared", {}).get(declared.PRIMARY)
-        if first and first != declared.now(stage).get(declared.PRIMARY):
+        if first and first != declared.current(stage).get(declared.PRIMARY):
             lines.append(f"{stage}: its primary contrast was {declared.CHANGED}")
     return lines
 

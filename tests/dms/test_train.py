@@ -60,7 +60,7 @@ def test_hard_gates_equal_the_evicting_cache(shape, window, dtype):
             )
             found.append(step.logits[0])
             per_layer = [
-                torch.tensor([[len(h) for h in layer] for layer in cache.kept(row)])
+                torch.tensor([[len(h) for h in layer] for layer in cache.live_positions(row)])
                 for row in range(3)
             ]
             full = list(gate.closed)

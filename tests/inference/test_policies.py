@@ -269,7 +269,7 @@ class Stream:
         attended = [len(tokens) for heads in layers for tokens in heads]
         mean = sum(attended) / len(attended)
         assert cache.attended[place].item() == pytest.approx(mean, abs=1e-9)
-        kept = [[set(x.tolist()) for x in heads] for heads in cache.kept(place)]
+        kept = [[set(x.tolist()) for x in heads] for heads in cache.live_positions(place)]
         live = [len(x) for heads in kept for x in heads]
         assert cache.live_tokens()[place].item() == pytest.approx(sum(live) / len(live), abs=1e-9)
         if self.at > self.prompt:
@@ -783,7 +783,7 @@ def test_an_answer_asked_for_in_place_copies_no_cache(families, kept, monkeypatc
 
     def watched(cache, place):
         live = cache.live_tokens()[place].item() * cache.token_bytes
-        shares.append(held_bytes(cache._held[place]) / live)
+        shares.append(held_bytes(cache._undo_logs[place]) / live)
         rewind(cache, place)
 
     monkeypatch.setattr(SlotCache, "rewind", watched)

@@ -167,7 +167,7 @@ def compare(model: Model, prompts: list[list[int]], peer: list[dict]) -> list[Ro
         fan = read(model, ids, chosen)
         same_prompt(model.name, fan.dense, answer["dense"])
         for cell, cache, run, size in zip(cells, fan.caches, found, sizes):
-            ours = [[head.tolist() for head in layer] for layer in cache.kept(0)]
+            ours = [[head.tolist() for head in layer] for layer in cache.live_positions(0)]
             pairs[cell].append((ours, run["kept"], run["ties"]))
             by_fraction = OURS[cell[0]](kept_fraction=round(1 - cell[1], 9))
             rounding[cell].append(by_fraction.budget(torch.tensor(len(ids))).item() - size)

@@ -30,9 +30,9 @@ def test_prose_may_change_and_what_decides_may_not():
 
 def test_a_claim_knows_the_digest_that_the_pipeline_writes():
     mine = {claim.id: claim.declared for claim in claims.load() if claim.notebook == STAGE}
-    assert declared.now(STAGE) == mine and len(mine) > 3
-    assert {*declared.now("02_strategies")} > {declared.PRIMARY}
-    assert declared.now("00_tour") == {}
+    assert declared.current(STAGE) == mine and len(mine) > 3
+    assert {*declared.current("02_strategies")} > {declared.PRIMARY}
+    assert declared.current("00_tour") == {}
 
 
 def test_the_first_declaration_is_kept_and_goes_into_the_results(tmp_path, monkeypatch):
@@ -61,10 +61,10 @@ def test_a_verdict_says_what_was_changed_after_the_run():
         rows = tables.verdicts(published, {STAGE: found}, {STAGE: records}, "laptop")
         return dict(zip(rows["claim"], rows["reason"], strict=True))
 
-    as_declared = reasons({"declared": declared.now(STAGE)})
+    as_declared = reasons({"declared": declared.current(STAGE)})
     assert declared.CHANGED not in "".join(as_declared.values())
     assert reasons({}) == as_declared, "of runs before declarations were kept nothing is known"
-    changed = reasons({"declared": declared.now(STAGE) | {one.id: "another"}})
+    changed = reasons({"declared": declared.current(STAGE) | {one.id: "another"}})
     assert changed.pop(one.id) == f"{declared.CHANGED}; {as_declared.pop(one.id)}"
     assert changed == as_declared
     assert replace(one, margin=1.0).declared == one.declared, "the digest is of the file"
@@ -74,7 +74,7 @@ def test_the_primary_contrasts_are_those_of_the_tables_and_a_change_is_said():
     for stage, own in claims.primary().items():
         frame = pd.DataFrame({"arm": [own["arm"], own["control"]]})
         assert recompute.against(stage, frame.iloc[:0].assign(temperature=0), []).empty
-        results = {stage: {"declared": declared.now(stage) | {declared.PRIMARY: "another"}}}
+        results = {stage: {"declared": declared.current(stage) | {declared.PRIMARY: "another"}}}
         run = Run({})
         run.__dict__["results"] = results | {"03_dms": {}}
         assert _declared(run) == [

@@ -282,7 +282,7 @@ def test_several_goals_a_value_for_once_and_a_plan(project, capsys):
                                    "02_second": "an earlier stage runs"}  # fmt: skip
     assert planned(from_="02") == {"02_second": "asked for again"}
     assert trace(project) == []  # a plan runs nothing
-    assert run(project, only="02 01", given=once) == 0
+    assert run(project, only="02 01", values=once) == 0
     assert trace(project) == ["01_first", "02_second"]
     done = json.loads((project / "outputs/tour/results/01_first.json").read_text())
     assert done["size"] == 3
@@ -293,9 +293,9 @@ def test_several_goals_a_value_for_once_and_a_plan(project, capsys):
                          ({"SPEED": "1"}, "has the parameter SPEED to be set; they have: BATCH, "),
                          ({"PROFILE": "big"}, "parameter PROFILE to be set")):  # fmt: skip
         with pytest.raises(UserError, match=words):
-            run(project, given=given)
+            run(project, values=given)
     with pytest.raises(UserError, match="parameter LIMIT to be set"):
-        run(project, only="01", given={"LIMIT": "2"})
+        run(project, only="01", values={"LIMIT": "2"})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def stages(tmp_path):
 
 
 def found(profiles=("quick", "laptop", "workstation"), device="cpu") -> dict:
-    """As `estimate.measured`: a stage takes as many minutes as its number says."""
+    """As `estimate.measure`: a stage takes as many minutes as its number says."""
     rows = {
         stage.name: {
             "seconds": 60 * int(stage.number),
