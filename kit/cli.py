@@ -135,7 +135,7 @@ def reproduce(
 ) -> int:
     """Run every notebook whose result is not up to date, then print the verdicts."""
     profile = profile or default_profile()
-    pipeline.say(f"profile {profile}")
+    pipeline.echo(f"profile {profile}")
     how = dict(from_=from_, only=only, force=force, values=_values(given or []))
     if dry_run:
         for stage, why in pipeline.plan(profile, **how):
@@ -441,7 +441,7 @@ def train_evictor(
     from kit.models.load import load as load_model
 
     with _in_one_sentence():
-        config, teacher = _named(RECIPES, recipe, "recipe"), load_model(model)
+        config, teacher = _lookup(RECIPES, recipe, "recipe"), load_model(model)
         store = Store(folder / "traces")
         ids, held_out = (
             train.pack_documents(
@@ -507,7 +507,7 @@ def grpo(
         else:
             changes = {"steps": steps, "seed": seed, "rollouts": rollouts}
             changes = {name: value for name, value in changes.items() if value is not None}
-            config = replace(_named(RECIPES, recipe, "recipe"), **changes)
+            config = replace(_lookup(RECIPES, recipe, "recipe"), **changes)
             suite = load(problems, "train").problems
             tasks = prompts.build(config.arm, mix_difficulties(suite, *mix) if mix else suite)
             policy = DMS(load_evictor(evictor, load_model(model))) if evictor else Full()
@@ -547,9 +547,9 @@ def train_bank(
     from kit.parametric.train import MemoryTrainConfig
 
     with _in_one_sentence():
-        names = families.split(",") if families else [*facts.TELL]
+        names = families.split(",") if families else [*facts.STATEMENTS]
         fact_set = facts.load(names, cities or facts.CITIES)
-        sentences = tuple(facts.tell(fact_set, sentence_count, seed=0))
+        sentences = tuple(facts.build_sentences(fact_set, sentence_count, seed=0))
         layout = study.Layout(
             branching, tuple(int(size) for size in sizes.split(",")), where, layers
         )
@@ -588,7 +588,7 @@ def freeze_problems(
             print(f"froze {manifest['counts']} problems, sha256 {manifest['sha256'][:12]}")
 
 
-def _named(table: dict, name: str, kind: str):
+def _lookup(table: dict, name: str, kind: str):
     if name not in table:
         raise ValueError(f"there is no {kind} {name!r}; there are: {', '.join(table)}")
     return table[name]

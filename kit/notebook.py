@@ -40,12 +40,12 @@ def highlighted(function: Callable) -> dict[str, str]:
 def banner() -> None:
     """Print one line saying which code runs on what. Differs between machines."""
     stamp = collect()
-    dirty = " with uncommitted changes" if stamp["dirty"] else ""
+    suffix = " with uncommitted changes" if stamp["dirty"] else ""
     packages = [f"{name} {stamp['versions'].get(name, 'absent')}"
                 for name in ("python", "torch", "transformers")]  # fmt: skip
     devices = [gpu["name"] for gpu in stamp["hardware"]["gpus"]] or [stamp["hardware"]["cpu"]]
     size = f"{cores(stamp['hardware']['cores'])}, {stamp['hardware']['ram_gib']} GiB"
-    print(f"commit {stamp['commit'][:10]}{dirty} | {', '.join(packages)} | {devices[0]}, {size}")
+    print(f"commit {stamp['commit'][:10]}{suffix} | {', '.join(packages)} | {devices[0]}, {size}")
 
 
 def follow(total: int, draw: Callable[[list[dict]], object], every: int = 5) -> Callable:

@@ -66,7 +66,7 @@ def _crossed(gain: float, n: int, rng: Draw) -> Measurement:
 
 def _controls(gains: tuple[float, ...], n: int, rng: Draw) -> Measurement:
     """As `_paired`, against several controls: the hardest to beat, as `claims.measure` takes it."""
-    return min((_paired(gain, n, rng) for gain in gains), key=lambda found: found.low)
+    return min((_paired(gain, n, rng) for gain in gains), key=lambda measurement: measurement.low)
 
 
 def _floor(share: float, n: int, rng: Draw) -> Measurement:
@@ -211,16 +211,16 @@ def false_alarm(claim: Claim, n: int) -> float | None:
 def by_chance(claims: Iterable[Claim], rows: Iterable[Mapping]) -> str:
     """How many of the claims that were judged on a model, in `rows` of `measured_table`, would hold
     if nothing were true of any, by system: a sentence, "" where there are none."""
-    by_id, expected, counted = {claim.id: claim for claim in claims}, Counter(), 0
+    by_id, expected, number_judged = {claim.id: claim for claim in claims}, Counter(), 0
     for row in rows:
         if row["on"] in verdicts.ON_MODELS and row["claim"] in by_id:
             chance = false_alarm(by_id[row["claim"]], int(row["n"]))
             expected[row["system"]] += (chance or 0.0) / 100
-            counted += chance is not None
-    if not counted:
+            number_judged += chance is not None
+    if not number_judged:
         return ""
     each = ", ".join(f"{system} {number:.2f}" for system, number in expected.items())
     return (
-        f"If nothing were true of the {counted} differences judged on models, "
+        f"If nothing were true of the {number_judged} differences judged on models, "
         f"{expected.total():.2f} would still be expected to hold by chance: {each}."
     )

@@ -150,9 +150,9 @@ def _claim(row: dict, name: str, links: Mapping[str, str]) -> Claim:
         check(len(row.get(key, range(length))) == length, key, f"must hold {length} numbers")
     check(set(row["profiles"]) <= set(PROFILES), "profiles", f"may hold {', '.join(PROFILES)}")
     check(bool(row["profiles"] or row.get("scope")), "scope", "must say why no profile decides it")
-    named = [source for source in links if row["source"].startswith(source)]
-    check(bool(named), "source", f"must begin with one of [sources]: {', '.join(links)}")
-    row = row | {"link": links[max(named, key=len)], "declared": declared.digest_of(row)}
+    prefixes = [source for source in links if row["source"].startswith(source)]
+    check(bool(prefixes), "source", f"must begin with one of [sources]: {', '.join(links)}")
+    row = row | {"link": links[max(prefixes, key=len)], "declared": declared.digest_of(row)}
     claim = Claim(**{key: tuple(v) if isinstance(v, list) else v for key, v in row.items()})
     if claim.profiles and claim.rule not in ("arithmetic", "quoted"):
         check(bool(claim.model), "model", "must name the published models, as a list")
@@ -173,8 +173,8 @@ def controls(contrast: Mapping) -> list[dict]:
     """The `control` of a contrast, one a list; [{}] where it has none."""
     if "control" not in contrast:
         return [{}]
-    named = contrast["control"]
-    return [{"control": each} for each in (named if isinstance(named, list) else [named])]
+    control = contrast["control"]
+    return [{"control": each} for each in (control if isinstance(control, list) else [control])]
 
 
 def _plain(contrast: Mapping) -> dict:
@@ -184,8 +184,10 @@ def _plain(contrast: Mapping) -> dict:
 
 def audit(claim: Claim) -> Audit:
     """Interval, p-value and required n from the published counts, with no model and no records."""
-    if odd := impossible(claim):
-        reading = f"{' and '.join(odd)} is no share of {claim.n} items, so the counts are unknown"
+    if values := impossible(claim):
+        reading = (
+            f"{' and '.join(values)} is no share of {claim.n} items, so the counts are unknown"
+        )
         return Audit(claim.id, None, None, None, reading)
     interval = claim.reported_interval
     if interval is None:
@@ -213,16 +215,16 @@ def impossible(claim: Claim) -> list[str]:
     shares = ((claim.value, claim.counts), (claim.baseline, claim.baseline_counts))
     if not claim.n or claim.unit != "percent":
         return []
-    odd = []
+    values = []
     for share, counts in shares:
         if share is None or counts:
             continue
-        printed = f"{share:.10f}".rstrip("0").rstrip(".")
-        digits = len(printed.partition(".")[2])
+        text = f"{share:.10f}".rstrip("0").rstrip(".")
+        digits = len(text.partition(".")[2])
         nearest = 100 * round(share * claim.n / 100) / claim.n
         if abs(nearest - share) > 0.5 * 10**-digits + 1e-9:
-            odd.append(printed)
-    return odd
+            values.append(text)
+    return values
 
 
 def _from_counts(claim: Claim) -> tuple[stats.Interval | stats.Comparison | None, int]:
@@ -274,9 +276,11 @@ def measure(claim: Claim, records: pd.DataFrame, seed: int = 0) -> Measurement |
     if "measure" not in claim.contrast:
         return None
     side = -1 if (claim.reported_value or 0) < 0 else 1
-    named = controls(claim.contrast)
+    contrast_list = controls(claim.contrast)
     try:
-        measured = [contrasts.compute({**claim.contrast, **each}, records, seed) for each in named]
+        measured = [
+            contrasts.compute({**claim.contrast, **each}, records, seed) for each in contrast_list
+        ]
         if None in measured:
             return None
         failed = _failed(claim.check, records, seed) if claim.check else ""
@@ -284,8 +288,12 @@ def measure(claim: Claim, records: pd.DataFrame, seed: int = 0) -> Measurement |
         raise ValueError(f"claim {claim.id}: {error}") from error
     near = [min(side * m.low, side * m.high) for m in measured]  # the end of the interval near zero
     hardest = near.index(min(near))
-    beaten = tuple(each["control"] for each, end in zip(named, near) if each and end > 0)
-    several = {"control": named[hardest]["control"], "beaten": beaten} if len(named) > 1 else {}
+    beaten = tuple(each["control"] for each, end in zip(contrast_list, near) if each and end > 0)
+    several = (
+        {"control": contrast_list[hardest]["control"], "beaten": beaten}
+        if len(contrast_list) > 1
+        else {}
+    )
     return replace(measured[hardest], origin=claim.notebook, failed=failed, **several)
 
 

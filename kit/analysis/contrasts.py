@@ -61,9 +61,9 @@ def exact(value: float, unit: str, origin: str = "") -> Measurement:
     return Measurement(value, value, value, 1, unit, (value, value), origin=origin)
 
 
-def points(found: stats.Interval, origin: str = "") -> Measurement:
+def points(interval: stats.Interval, origin: str = "") -> Measurement:
     """A difference of shares, in points."""
-    return Measurement(*found.percent, found.n, "points", origin=origin)
+    return Measurement(*interval.percent, interval.n, "points", origin=origin)
 
 
 def share_of(values: Iterable[float], unit: str = "percent", origin: str = "") -> Measurement:
@@ -222,13 +222,13 @@ def _select(contrast: Mapping, arm: str, records: pd.DataFrame) -> pd.DataFrame:
     for key, column in FILTERS.items():
         if key not in contrast:
             continue
-        wanted = contrast[key] if isinstance(contrast[key], list) else [contrast[key]]
+        values = contrast[key] if isinstance(contrast[key], list) else [contrast[key]]
         if key == "model":
             names = rows["model"].str.casefold()
-            keep = [any(part.casefold() in name for part in wanted) for name in names]
+            keep = [any(part.casefold() in name for part in values) for name in names]
             rows = rows[np.array(keep, dtype=bool)]
         else:
-            rows = rows[rows[column].isin(wanted)]
+            rows = rows[rows[column].isin(values)]
     if "sampled" in contrast:
         rows = rows[(rows["temperature"] > 0) == contrast["sampled"]]
     return rows
@@ -359,8 +359,8 @@ def restore_frames(
 ) -> dict[str, pd.DataFrame]:
     """The frames by arm that `index_records` described; KeyError where `records` lacks one."""
     index, by_arm, end = [*index], {}, 0
-    named = [keys[number] for one in index for number in one["at"]]
-    whole = records.set_index("key", drop=False).loc[named].reset_index(drop=True)  # at once: fast
+    order = [keys[number] for one in index for number in one["at"]]
+    whole = records.set_index("key", drop=False).loc[order].reset_index(drop=True)  # at once: fast
     for one in index:
         start, end = end, end + len(one["at"])
         rows = whole.iloc[start:end].reset_index(drop=True)

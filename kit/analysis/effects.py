@@ -49,9 +49,9 @@ def difference(
     """By how much one scenario solves more than another one, in shares; None where the table has
     not both. Each names the values that differ from PLAIN, and `model` a part of its name."""
     sides = []
-    for wanted in (PLAIN | dict(scenario), PLAIN | dict(control)):
-        rows = table["model"].str.contains(wanted.pop("model"), regex=False)
-        for place, value in wanted.items():
+    for settings in (PLAIN | dict(scenario), PLAIN | dict(control)):
+        rows = table["model"].str.contains(settings.pop("model"), regex=False)
+        for place, value in settings.items():
             rows &= table[place] == value
         if not rows.any():
             return None
@@ -106,13 +106,13 @@ def _values(table: pd.DataFrame) -> tuple[list[str], list[int]]:
 
 
 def gap_rows(
-    found: Mapping[tuple[tuple[str, int], tuple[str, int]], stats.Interval | None],
+    intervals: Mapping[tuple[tuple[str, int], tuple[str, int]], stats.Interval | None],
 ) -> pd.DataFrame:
     """`gaps` as a table, in points."""
     return pd.DataFrame(
         [{"cache": "{}, {} bit".format(*one), "against": "{}, {} bit".format(*other),
           "difference": gap and gap.percent}
-         for (one, other), gap in found.items()],
+         for (one, other), gap in intervals.items()],
         columns=["cache", "against", "difference"],
     )  # fmt: skip
 
@@ -199,21 +199,21 @@ def threshold(
     sizes = np.sort(table["weight_bytes"].unique())
     budgets = np.sort(table["tokens"].unique())
     table = table.assign(row=np.arange(len(table)))
-    spent = table["bytes"].to_numpy()
+    total = table["bytes"].to_numpy()
     keys = [name for name in ("policy", "kv_bits", "memory", "width") if name in table]
     steps = {}  # size: (problem vector per MiB) of weights and of tokens
     for small, large in zip(sizes, sizes[1:]):
-        here = table[table["weight_bytes"] == small]
+        smaller = table[table["weight_bytes"] == small]
         above = table[table["weight_bytes"] == large]
-        up = _joined(here, above, [*keys, "tokens"])
+        up = _joined(smaller, above, [*keys, "tokens"])
         longer = [
-            _joined(here[here["tokens"] == a], here[here["tokens"] == b], keys)
+            _joined(smaller[smaller["tokens"] == a], smaller[smaller["tokens"] == b], keys)
             for a, b in zip(budgets, budgets[1:])
         ]
         if not len(up[0]) or not sum(len(a) for a, _ in longer):
             continue
         both = up, tuple(np.concatenate(side) for side in zip(*longer))
-        steps[small] = [(outcomes[b] - outcomes[a]).mean(0) * MIB / (spent[b] - spent[a]).mean()
+        steps[small] = [(outcomes[b] - outcomes[a]).mean(0) * MIB / (total[b] - total[a]).mean()
                         for a, b in both]  # fmt: skip
     if not steps:
         return pd.DataFrame(columns=["weight_bytes", "as weights", "as tokens", "first"])
@@ -232,11 +232,11 @@ def threshold(
     return pd.DataFrame(rows).assign(first=counts / draws)
 
 
-def switch(found: pd.DataFrame) -> tuple[float, float, float]:
+def switch(steps: pd.DataFrame) -> tuple[float, float, float]:
     """Bytes of weights from which tokens buy more, by `threshold`: median over the draws, and the
     middle 95% of them. "Never" counts as twice the largest size."""
-    sizes = found["weight_bytes"].fillna(2 * found["weight_bytes"].max()).to_numpy()
-    below = np.cumsum(found["first"].to_numpy()) - 1e-9
+    sizes = steps["weight_bytes"].fillna(2 * steps["weight_bytes"].max()).to_numpy()
+    below = np.cumsum(steps["first"].to_numpy()) - 1e-9
     return tuple(float(sizes[np.argmax(below >= share)]) for share in (0.5, 0.025, 0.975))
 
 

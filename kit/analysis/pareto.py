@@ -94,8 +94,8 @@ def pareto(budget: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
     budget, accuracy = np.asarray(budget, dtype=float), _rounded(accuracy)
     cheaper, dearer = budget[None] < budget[:, None], budget[None] > budget[:, None]
     better, worse = accuracy[None] > accuracy[:, None], accuracy[None] < accuracy[:, None]
-    beaten = (cheaper & ~worse) | (better & ~dearer)
-    return ~beaten.any(axis=1)
+    dominated = (cheaper & ~worse) | (better & ~dearer)
+    return ~dominated.any(axis=1)
 
 
 def membership(
@@ -230,15 +230,15 @@ def classes(
     """
     texts = [answer.strip() for answer in answers]
     right = [False] * len(texts) if correct is None else [bool(hit) for hit in correct]
-    found: list[int] = []
+    labels: list[int] = []
     for place, (text, hit) in enumerate(zip(texts, right, strict=True)):
         alike = (
             other
-            for other in dict.fromkeys(found)
+            for other in dict.fromkeys(labels)
             if other >= 0 and right[other] == hit and (hit or equal(texts[other], text))
         )
-        found.append(next(alike, place) if text else -1)
-    return np.array(found, dtype=int)
+        labels.append(next(alike, place) if text else -1)
+    return np.array(labels, dtype=int)
 
 
 def majority(

@@ -237,13 +237,13 @@ def _crossed(*sides: np.ndarray) -> _Crossed | None:
     """
     several = [side for side in sides if side.ndim == 3 and side.shape[1] > 1]
     means = problem_means(sides[0]) - (problem_means(sides[1]) if len(sides) == 2 else 0)
-    used = ~np.isnan(means)
-    means = means[used]
+    valid = ~np.isnan(means)
+    means = means[valid]
     if not several or len(means) < 2:
         return None
     parts = [(float(means.var(ddof=1)) / len(means), len(means) - 1)]
     for side in several:
-        parts += _between(_last_mean(side[used]))
+        parts += _between(_last_mean(side[valid]))
     variance = sum(part for part, _ in parts)
     squares = sum(part**2 / freedom for part, freedom in parts)
     return _Crossed(means, variance, max(1.0, variance**2 / squares) if squares else np.inf)
@@ -272,9 +272,9 @@ def _nested(values: np.ndarray) -> np.ndarray:
 
 def _single(values: np.ndarray) -> bool:
     """Whether every problem has at most one sample and every sample is 0 or 1."""
-    seen = values[~np.isnan(values)]
+    observations = values[~np.isnan(values)]
     once = values.ndim == 1 or bool(((~np.isnan(values)).sum(axis=-1) <= 1).all())
-    return values.ndim < 3 and once and bool(np.isin(seen, (0.0, 1.0)).all())
+    return values.ndim < 3 and once and bool(np.isin(observations, (0.0, 1.0)).all())
 
 
 def mean_interval(

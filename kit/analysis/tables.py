@@ -180,13 +180,13 @@ def trained(frames: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.D
     rows = []
     for arm, frame in frames.items():
         trained_on = frame["family"].isin(families)
-        here, there = frame[trained_on], frame[~trained_on]
-        least, best = contrasts.spread(here)
-        row = {"arm": arm, "accuracy": share(here), "least seed": least, "best seed": best}
-        row |= {"families held out": share(there) if len(there) else None}
-        row |= {name: share(here, name) for name in ("compliance", "finished")}
-        row |= {"one answer": contrasts.commonest(here)["share"].mean()}
-        rows.append(row | {"new_tokens": here["new_tokens"].mean()})
+        inside, outside = frame[trained_on], frame[~trained_on]
+        least, best = contrasts.spread(inside)
+        row = {"arm": arm, "accuracy": share(inside), "least seed": least, "best seed": best}
+        row |= {"families held out": share(outside) if len(outside) else None}
+        row |= {name: share(inside, name) for name in ("compliance", "finished")}
+        row |= {"one answer": contrasts.commonest(inside)["share"].mean()}
+        rows.append(row | {"new_tokens": inside["new_tokens"].mean()})
     return pd.DataFrame(rows)
 
 
@@ -225,13 +225,13 @@ def audits(claims: list[Claim]) -> pd.DataFrame:
     """
     rows = []
     for claim in claims:
-        found = audit(claim)
+        result = audit(claim)
         own = ("system", "statement", "source", "link", "grade")
         row = {key: getattr(claim, key) for key in own}
-        row |= {"claim": claim.id, "published": as_published(claim), "reading": found.reading}
-        if found.interval:
-            row |= {key: getattr(found.interval, key) for key in ("estimate", "low", "high")}
-        row |= {"p": found.p, "n_needed": found.n_needed}
+        row |= {"claim": claim.id, "published": as_published(claim), "reading": result.reading}
+        if result.interval:
+            row |= {key: getattr(result.interval, key) for key in ("estimate", "low", "high")}
+        row |= {"p": result.p, "n_needed": result.n_needed}
         rows.append(row | {"rule": claim.rule, "notebook": claim.notebook})
     columns = ["claim", "system", "statement", "published", "estimate", "low", "high", "p"]
     columns += ["n_needed", "reading", "source", "link", "grade", "rule", "notebook"]

@@ -168,9 +168,9 @@ def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
 def _gap(claim: Claim, m: Measurement) -> tuple[float, float]:
     """Ends of the 95% interval of measured minus published, with the published sampling error where
     it is known: two independent estimates, by their own intervals (Newcombe 1998, method 10)."""
-    there = claim.reported_interval
-    value = claim.reported_value if there is None else there.estimate
-    below, above = (value, value) if there is None else (there.low, there.high)
+    reported = claim.reported_interval
+    value = claim.reported_value if reported is None else reported.estimate
+    below, above = (value, value) if reported is None else (reported.low, reported.high)
     gap = m.estimate - value
     low = gap - hypot(m.estimate - m.low, above - value)
     return low, gap + hypot(m.high - m.estimate, value - below)
@@ -247,12 +247,12 @@ def measured_table(
     claims: Iterable[Claim],
     records: pd.DataFrame,
     profile: str,
-    given: Mapping[str, Measurement] | None = None,
+    measurements: Mapping[str, Measurement] | None = None,
 ) -> pd.DataFrame:
-    """One row per claim; `given` holds by claim id what other stages measured outside records."""
+    """One row per claim; `measurements` has by claim id what stages measured outside records."""
     rows = []
     for claim in claims:
-        m = (given or {}).get(claim.id)
+        m = (measurements or {}).get(claim.id)
         if m is None and "probe" not in claim.contrast:  # which the stage alone can tell apart
             m = measure(claim, records)
         judged = verdict(claim, m, profile)
@@ -273,9 +273,9 @@ def counted(rows: Iterable[Mapping]) -> str:
     rows = [*rows]
     words = Counter(row["verdict"] for row in rows if row["verdict"])
     others = Counter(row["on"] for row in rows if not row["verdict"])
-    said, left = _tally(words), _tally(others)
+    tally, rest = _tally(words), _tally(others)
     head = f"Of {len(rows)} published claims {words.total() or 'none'} got a verdict here"
-    return f"{head}{': ' * bool(said)}{said}." + f" Without one: {left}." * bool(left)
+    return f"{head}{': ' * bool(tally)}{tally}." + f" Without one: {rest}." * bool(rest)
 
 
 def _tally(words: Counter) -> str:
@@ -302,21 +302,23 @@ def headline(rows: Iterable[Mapping], audits: pd.DataFrame, models: str = "") ->
             by.setdefault(row["on"], []).append(row)
 
     def judged(on: str) -> str:
-        seen = sum(row["claim"] in notes for row in by[on])
-        suffix = f" ({seen} known from third-party notes only)" if seen else ""
+        known_from_notes = sum(row["claim"] in notes for row in by[on])
+        suffix = (
+            f" ({known_from_notes} known from third-party notes only)" if known_from_notes else ""
+        )
         return _tally(Counter(row["verdict"] for row in by[on])) + suffix
 
     name = f" ({models})" if models else ""
-    there, other, here, again = (
+    on_published, other, on_stand_in, again = (
         f"{len(by[on])} claim{'s' * (len(by[on]) > 1)}, {judged(on)}" if on in by else ""
         for on in (PUBLISHED, OTHER_TASK, STAND_IN, RECOMPUTED)
     )
     effects = audits.dropna(subset=["p"])
     unsure = int((effects["p"] >= stats.ALPHA).sum())
     return [
-        f"On the published models and tasks: {there or 'nothing measured yet'}."
+        f"On the published models and tasks: {on_published or 'nothing measured yet'}."
         + f" On the published models with other tasks: {other}." * bool(other),
-        f"On a stand-in model{name * bool(here)}: {here or 'nothing measured yet'}.",
+        f"On a stand-in model{name * bool(on_stand_in)}: {on_stand_in or 'nothing measured yet'}.",
         f"Of {len(effects)} published differences with known counts, {unsure} cannot be told from "
         f"zero by their own numbers.",
         f"Published numbers recomputed by arithmetic: {again or 'none yet'}.",

@@ -128,7 +128,7 @@ def measured(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option
     return [
         Option(
             Configuration(
-                a, ledger.packing(row["bits"]), context, row["width"], _kept(row, context),
+                a, ledger.packing(row["bits"]), context, row["width"], _kept_fraction(row, context),
                 ledger.cache(a, row["kv_bits"]),
             ),
             tuple(row["accuracy"]),
@@ -139,7 +139,7 @@ def measured(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option
     ]  # fmt: skip
 
 
-def _kept(row: dict, context: int) -> float:
+def _kept_fraction(row: dict, context: int) -> float:
     tokens = held_tokens(row["policy"])
     return row["kept"] if tokens is None else min(1.0, tokens / context)
 
@@ -165,7 +165,7 @@ def usable(memory: int) -> int:
     return round((1 - RESERVE) * memory)
 
 
-def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
+def choose(option_list: Sequence[Option], memory: int) -> tuple[Option, str]:
     """The option to run within the `usable` part of `memory` bytes, and why; DoesNotFitError where
     none fits.
 
@@ -173,15 +173,15 @@ def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
     best of many is so in part by luck (the one-standard-error rule, Breiman et al. 1984, section
     3.4.3). Else in the order that `reasons` gives reasons for.
     """
-    room = usable(memory)
-    fits = [option for option in found if option.configuration.total() <= room]
+    available = usable(memory)
+    fits = [option for option in option_list if option.configuration.total() <= available]
     if not fits:
-        least = min(found, key=lambda option: option.configuration.total())
+        least = min(option_list, key=lambda option: option.configuration.total())
         need = least.configuration.total()
         raise DoesNotFitError(
             f"nothing fits into {ledger.text(memory)}, of which {100 * RESERVE:.0f}% are reserved: "
-            f"the smallest, {least.name}, needs {ledger.text(need)}, {ledger.text(need - room)} "
-            f"more; take a smaller model or a shorter context"
+            f"the smallest, {least.name}, needs {ledger.text(need)}, "
+            f"{ledger.text(need - available)} more; take a smaller model or a shorter context"
         )
     if all(option.accuracy for option in fits):
         top = max(fits, key=lambda option: option.accuracy[0])
@@ -196,12 +196,12 @@ def choose(found: Sequence[Option], memory: int) -> tuple[Option, str]:
         )
     most = paying_votes(fits[0].configuration.architecture, memory)
 
-    def worth(option: Option) -> tuple:
+    def preference(option: Option) -> tuple:
         c = option.configuration
         votes = c.width if c.width <= most and c.kept == 1 else -c.width
         return c.kept, c.packing.bits >= 8, c.kv_bits >= 8, votes, c.packing.bits, c.kv_bits
 
-    best = max(fits, key=worth)
+    best = max(fits, key=preference)
     return best, "not measured here; " + "; ".join(text for text, _ in reasons(best, memory))
 
 
@@ -270,11 +270,11 @@ def arithmetic(option: Option) -> list[str]:
     return [*lines, f"{'in all':17}{ledger.text(c.total()):>24}"]
 
 
-def table(found: Sequence[Option], memory: int) -> list[list]:
+def table(option_list: Sequence[Option], memory: int) -> list[list]:
     """Rows for display: configuration, GiB, whether it fits into the `usable` part of `memory`,
     accuracy; smallest first."""
     rows, memory = [], usable(memory)
-    for option in sorted(found, key=lambda option: option.configuration.total()):
+    for option in sorted(option_list, key=lambda option: option.configuration.total()):
         total = option.configuration.total()
         fits = "yes" if total <= memory else f"{(total - memory) / ledger.GIB:.2f} GiB too much"
         accuracy = option.accuracy and "{:.1f} [{:.1f}, {:.1f}]".format(*option.accuracy)
@@ -282,7 +282,7 @@ def table(found: Sequence[Option], memory: int) -> list[list]:
     return rows
 
 
-def narrow(found: Sequence[Option], chosen: Option) -> list[Option]:
+def narrow(option_list: Sequence[Option], chosen: Option) -> list[Option]:
     """Options that differ from the chosen one in at most one respect, to keep a table short."""
     names = [field.name for field in dataclasses.fields(Configuration)]
 
@@ -290,4 +290,4 @@ def narrow(found: Sequence[Option], chosen: Option) -> list[Option]:
         pair = option.configuration, chosen.configuration
         return sum(getattr(pair[0], name) != getattr(pair[1], name) for name in names)
 
-    return [option for option in found if differ(option) <= 1]
+    return [option for option in option_list if differ(option) <= 1]

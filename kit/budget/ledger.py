@@ -92,11 +92,11 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def _longest(config: PretrainedConfig) -> int:
-    """Tokens that a config allows, with the factor by which its rotary embeddings are stretched."""
+    """Tokens that a config allows, with the factor by which its rotary embeddings are scaled."""
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or 0
-    stretched = round(original * (rope.get("factor") or 1))
-    return max(stretched, getattr(config, "max_position_embeddings", None) or 0)
+    scaled = round(original * (rope.get("factor") or 1))
+    return max(scaled, getattr(config, "max_position_embeddings", None) or 0)
 
 
 def _qwen3(layers: int, hidden: int, heads: int, intermediate: int, tied: bool) -> Architecture:
@@ -242,8 +242,8 @@ def reported_bytes(contrast: Mapping) -> tuple[float, str] | None:
     """
     kind = contrast.get("value")
     if kind == "weights_gib":
-        spent = weights(QWEN3[contrast["model"]], Packing(contrast["bits"]))
-        return sum(spent.values()) / GIB, "GiB"
+        sizes = weights(QWEN3[contrast["model"]], Packing(contrast["bits"]))
+        return sum(sizes.values()) / GIB, "GiB"
     if kind in ("kv_gib", "kv_gb"):
         each = keys_and_values(QWEN3[contrast["model"]], contrast["tokens"])
         unit = GIB if kind == "kv_gib" else GB
@@ -264,7 +264,7 @@ def stored(tensor: torch.Tensor) -> dict[tuple, int]:
 def measured_weights(model: PreTrainedModel) -> dict[str, int]:
     """Allocated bytes of a model's weights; scales and zeros count with the weights they scale."""
     sizes = dict.fromkeys(("linear weights", "embeddings", "norms"), 0)
-    seen: set[tuple] = set()
+    counted: set[tuple] = set()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, module in model.named_modules():  # HQQ's scales and zeros
         meta = getattr(module, "meta", None) or {}
@@ -275,8 +275,8 @@ def measured_weights(model: PreTrainedModel) -> dict[str, int]:
         kind = "norms" if "norm" in name or name.endswith("bias") else "linear weights"
         kind = "embeddings" if "embed_tokens" in name or name.startswith("lm_head") else kind
         for key, count in stored(tensor).items():
-            sizes[kind] += count if key not in seen else 0
-            seen.add(key)
+            sizes[kind] += count if key not in counted else 0
+            counted.add(key)
     return sizes
 
 

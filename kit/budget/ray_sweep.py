@@ -24,7 +24,7 @@ from kit.schema import Prompt
 ATTEMPTS = 2  # actors that may die of one run
 
 
-def wanted() -> int:
+def requested_workers() -> int:
     """Actors that the environment asks for: WORKERS; 1 with RAY_ADDRESS alone; 0 for none."""
     workers = os.environ.get("WORKERS", "")
     if workers and not workers.isdecimal():
@@ -99,7 +99,7 @@ def generate(
     are any. What has `failed` before is not tried again; `started`
     is told the processes of the actors.
     """
-    workers = workers or wanted()
+    workers = workers or requested_workers()
     ray = _joined(workers)
     workers = capped(workers, ray.cluster_resources().get("GPU", 0), report)
     actor = ray.remote(num_cpus=1, num_gpus=int(torch.cuda.is_available()))(Worker)

@@ -37,7 +37,10 @@ from kit.models.load import Model, collect
 from kit.pipeline import progress
 from kit.schema import Generation, Prompt, Sampling, digest
 
-ASK, WAIT = "\nAnswer:", " Wait,"  # what forces an answer, and what stands in the place of a stop
+ANSWER_PROMPT, WAIT = (
+    "\nAnswer:",
+    " Wait,",
+)  # what forces an answer, and what stands in the place of a stop
 END = "\n</think>\n"  # of the thoughts of a model that thinks
 ANSWER_TOKENS = 8
 NO_ROOM = (MemoryError, torch.OutOfMemoryError)
@@ -154,7 +157,7 @@ def generate(
     at every budget of tokens, as arm "... at N". Stored ones are not made again, and those of
     another version of the grader only graded again. Each question fetches from `bank` where there
     is one, see `evaluate.Memory`; runs of "dms" open their evictor with `load_evictor`."""
-    model = quantization.named(base, run.bits)
+    model = quantization.rename(base, run.bits)
     sampling = Sampling(max(grid.tokens), temperature, top_p=0.95 if temperature else 1.0)
     memory = replace(memory_of(run, model, load_evictor), bank=bank)
     forcing = _forcing(model, grid, thinking=any(prompt.thinking for prompt in prompts))
@@ -184,11 +187,11 @@ def _keyed(job: Job, forcing: BudgetForcing, cut: int) -> tuple[str, str]:
 
 
 def _forcing(model: Model, grid: Grid, thinking: bool) -> BudgetForcing:
-    ask, wait = (
+    answer_prompt, wait = (
         tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in (END + ASK if thinking else ASK, WAIT)
+        for text in (END + ANSWER_PROMPT if thinking else ANSWER_PROMPT, WAIT)
     )
-    return BudgetForcing(grid.tokens, ask, ANSWER_TOKENS, wait, grid.waits)
+    return BudgetForcing(grid.tokens, answer_prompt, ANSWER_TOKENS, wait, grid.waits)
 
 
 def _answers(model, ended: list[tuple[Job, Generation]], keys, sampling, memory: Memory, forcing):
@@ -217,12 +220,12 @@ def quantized(model: Model, bits: int) -> Model:
 
 
 def scenarios(
-    base: Model, run: Run, grid: Grid, records: pd.DataFrame, batch: int = 64, **held
+    base: Model, run: Run, grid: Grid, records: pd.DataFrame, batch: int = 64, **options
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Every scenario of one run as a row, and what it solves: [C] rows and outcomes [C, P].
 
-    `bytes` is the ledger's: weights and the cache at the whole budget of tokens, and what is `held`
-    besides, see `budget.Configuration`; `shared_bytes` the same where `batch` questions share the
+    `bytes` is the ledger's: weights and the cache at the whole budget of tokens, and what `options`
+    add, see `budget.Configuration`; `shared_bytes` the same where `batch` questions share the
     weights. `reads`, `peak_bytes`, `seconds` and `joules` are means of what was
     measured, times the width.
     """
@@ -232,16 +235,17 @@ def scenarios(
     weight_bytes = sum(ledger.weights(sizes, packing).values())
     for cut in grid.tokens:
         frame = at(records, cut)
-        spent = Configuration(
+        configuration = Configuration(
             sizes, packing, tokens=round(frame["prompt_tokens"].mean() + cut),
-            kept=_kept(frame, sizes), quantized=ledger.cache(sizes, run.kv_bits), **held,
+            kept=_kept_fraction(frame, sizes), quantized=ledger.cache(sizes, run.kv_bits),
+            **options,
         )  # fmt: skip
         mean = frame[["kv_reads_tokens", "kv_peak_bytes", "seconds", "joules"]].mean()
         for width in grid.widths:
-            whole = replace(spent, width=width)
+            whole = replace(configuration, width=width)
             row = {"model": base.name} | asdict(run) | {"tokens": cut, "width": width}
             row |= {"bytes": whole.total(), "shared_bytes": whole.total(batch)}
-            row |= {"weight_bytes": weight_bytes, "kept": spent.kept}
+            row |= {"weight_bytes": weight_bytes, "kept": configuration.kept}
             row |= {"kv_bytes": whole.parts()["keys and values"]}
             rows.append(row | dict(zip(("reads", "peak_bytes", "seconds", "joules"), width * mean)))
             outcomes.append(pareto.votes(frame, width))
@@ -253,7 +257,7 @@ def at(records: pd.DataFrame, cut: int) -> pd.DataFrame:
     return records[records["arm"].str.endswith(f" at {cut}")]
 
 
-def _kept(frame: pd.DataFrame, a: Architecture) -> float:
+def _kept_fraction(frame: pd.DataFrame, a: Architecture) -> float:
     """Share of a sequence that the layers without a sliding window held at their peak, measured."""
     whole = frame["prompt_tokens"] + frame["new_tokens"] - 1
     windows = [window for window in a.windows if window is not None]
@@ -265,22 +269,23 @@ def _kept(frame: pd.DataFrame, a: Architecture) -> float:
 
 
 def refused(
-    a: Architecture, grid: Grid, prompt_tokens: int, room: int | None = None
+    a: Architecture, grid: Grid, prompt_tokens: int, available_bytes: int | None = None
 ) -> dict[Run, str]:
-    """The runs of `grid` of which not one sequence fits into `room` bytes, by default what is free
-    here, and how much they lack: known from the model's config alone. A run of quantised weights
+    """The runs of `grid` of which not one sequence fits into `available_bytes`, by default what is
+    free here, and how much they lack, from the model's config alone. A run of quantized weights
     has them unpacked beside the 16-bit ones; a cache is as long as the largest budget."""
-    room, reasons = available() if room is None else room, {}
+    available_bytes, reasons = available() if available_bytes is None else available_bytes, {}
     for run in grid.runs:
         whole = sum(ledger.weights(a).values()) * (1 if run.bits == 16 else 2)
         limit = policies.held_tokens(run.policy) or math.inf
-        tokens = min(limit, prompt_tokens + grid.tokens[-1] + len(ASK) + ANSWER_TOKENS)
+        tokens = min(limit, prompt_tokens + grid.tokens[-1] + len(ANSWER_PROMPT) + ANSWER_TOKENS)
         cache = ledger.keys_and_values(a, tokens, ledger.cache(a, run.kv_bits))
         need = whole + cache
-        if need > room:
+        if need > available_bytes:
             reasons[run] = (
-                f"{OUT}: it needs {ledger.text(need)}, {ledger.text(need - room)} more than there "
-                f"is; lower the tokens or the bits"
+                f"{OUT}: it needs {ledger.text(need)}, "
+                f"{ledger.text(need - available_bytes)} more than there is; lower the tokens "
+                f"or the bits"
             )
     return reasons
 
@@ -307,10 +312,10 @@ def sweep(
     if samples < max(grid.widths):
         raise ValueError(f"{samples} samples do not make a vote of {max(grid.widths)}")
     tables, outcomes, keys, failed = [], [], [], dict(failed or {})
-    tell = report or print  # what failed stays to be read
+    emit = report or print  # what failed stays to be read
     for run in grid.runs:
         if run in failed:
-            tell(f"{run.name}: {failed[run]}")
+            emit(f"{run.name}: {failed[run]}")
             continue
         try:
             records = generate(
@@ -318,7 +323,7 @@ def sweep(
             )
         except NO_ROOM as error:
             failed[run] = f"{OUT}: {error}"
-            tell(f"{run.name}: {failed[run]}")
+            emit(f"{run.name}: {failed[run]}")
             continue
         table, solved = scenarios(base, run, grid, records, how.get("batch_size", 64))
         tables.append(table)

@@ -28,7 +28,7 @@ def boxes(text: str) -> list[Box]:
     Unbraced boxes (`\boxed 2`) count when a number follows.
     """
     stack: list[tuple[int, str]] = []  # per open brace: where its content starts, box command
-    closed: list[Box] = []
+    found_boxes: list[Box] = []
     for token in _TOKEN.finditer(text):
         slashes, word, brace = token.groups()
         brace = brace or (token[0] if not slashes else None)
@@ -38,13 +38,15 @@ def boxes(text: str) -> list[Box]:
             stack.append((token.end(), word or ""))
         elif brace == "}" and stack:
             opened, command = stack.pop()
-            later = not closed or opened > closed[-1].start  # else it contains the previous box
+            later = (
+                not found_boxes or opened > found_boxes[-1].start
+            )  # else it contains the previous box
             if command and later and (content := text[opened : token.end() - 1].strip()):
-                closed.append(Box(opened, content, rf"\{command}{{"))
+                found_boxes.append(Box(opened, content, rf"\{command}{{"))
         elif word and not brace and (bare := _UNBRACED.match(text, token.end())):
             content = re.split(r"\\[)\]]", bare[0])[0].rstrip(".,;:")
-            closed.append(Box(token.end(), content, rf"\{word}"))
-    return closed
+            found_boxes.append(Box(token.end(), content, rf"\{word}"))
+    return found_boxes
 
 
 def last_boxed(text: str) -> str | None:

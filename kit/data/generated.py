@@ -45,7 +45,7 @@ class Family:
     """Settings of one reasoning-gym dataset by level, and how its entries become questions."""
 
     levels: tuple[dict, ...]  # generator settings, easiest first
-    ask: Callable[[Entry], str]
+    question: Callable[[Entry], str]
     keep: Callable[[Entry, int], bool] = lambda entry, level: True
 
 
@@ -58,11 +58,11 @@ def _calculate(entry: Entry) -> str:
 
 
 def _of_numbers(what: str) -> Callable[[Entry], str]:
-    def ask(entry: Entry) -> str:
+    def question(entry: Entry) -> str:
         numbers = ", ".join(map(str, entry["metadata"]["numbers"]))
         return f"Find the {what} of these numbers: {numbers}."
 
-    return ask
+    return question
 
 
 def _factors(entry: Entry, level: int) -> bool:
@@ -155,7 +155,7 @@ def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = Non
     # Item i of a dataset is drawn with seed + i: neighbouring seeds share nearly all items.
     start, size = int(digest([family, level, seed], 7), 16), DRAWS_PER_PROBLEM * n
     problems = []
-    for question, answer, numbers in _drawn(family, level, start, size):
+    for question, answer, numbers in _draws(family, level, start, size):
         if len(problems) == n:
             break
         if seen.admit(question, numbers):
@@ -169,7 +169,7 @@ def generate(family: str, level: int, n: int, seed: int, seen: Seen | None = Non
     return problems
 
 
-def _drawn(
+def _draws(
     family: str, level: int, start: int, size: int
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Question, answer and, for the school suite, what no other problem may have: family, level
@@ -183,7 +183,7 @@ def _drawn(
     settings = maker.levels[level - 1]
     for entry in reasoning_gym.create_dataset(family, size=size, seed=start, **settings):
         if maker.keep(entry, level):
-            yield maker.ask(entry), entry["answer"], ()
+            yield maker.question(entry), entry["answer"], ()
 
 
 def levels(family: str) -> int:

@@ -194,7 +194,7 @@ def _value(own: Own, row: Row, key: str):
 
 
 def _problem(own: Own, row: Row, gold: Callable[[str, list[str]], str]) -> Problem:
-    question, context = _said(own, row, "question"), _value(own, row, "context")
+    question, context = _required_text(own, row, "question"), _value(own, row, "context")
     if isinstance(context, str) and not question.startswith(context.strip()):
         question = f"{context.strip()} {question}"
     options = _options(own, row)
@@ -212,14 +212,14 @@ def _problem(own: Own, row: Row, gold: Callable[[str, list[str]], str]) -> Probl
     return Problem(digest(question, 12), question, answer, family, _level(own, row), own.name, asks)
 
 
-def _said(own: Own, row: Row, key: str) -> str:
+def _required_text(own: Own, row: Row, key: str) -> str:
     """The text of a column that a row must have."""
     value = _value(own, row, key)
     if value is None:
         names = [own.columns[key]] if key in own.columns else NAMES[key]
-        there = [name for name in row if _plain(name) in map(_plain, names)]
-        if there:
-            raise BadRow(f"column {there[0]!r} is empty")
+        present = [name for name in row if _plain(name) in map(_plain, names)]
+        if present:
+            raise BadRow(f"column {present[0]!r} is empty")
         raise BadRow(
             f"no column for the {key} ({', '.join(names)}); the row has {', '.join(map(str, row))}"
         )
@@ -241,7 +241,7 @@ def _text(value, column: str) -> str:
 
 def _gold(own: Own, row: Row) -> str:
     """What stands after ####, in the last box, or in the column; without a unit in brackets."""
-    answer, column = _said(own, row, "answer"), _column(own, row, "answer")
+    answer, column = _required_text(own, row, "answer"), _column(own, row, "answer")
     _, mark, marked = answer.rpartition("####")
     if mark and marked.strip():
         return marked.strip().replace(",", "")

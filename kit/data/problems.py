@@ -174,8 +174,12 @@ def _read_own(own_set: own.Own, split: str) -> tuple[list[Problem], list[Reject]
         validation = {line: p for line, p in train.items() if _is_validation(p)}
         problems = {line: p for line, p in train.items() if _is_validation(p) == (split != "train")}
     file = own_set.files.get(split) or own_set.files.get("file") or own_set.files.get("train")
-    here = problems or rejects or not own_set.whole
-    if file is None or not here or (split == "test" and not {"test", "file"} & {*own_set.files}):
+    complete = problems or rejects or not own_set.whole
+    if (
+        file is None
+        or not complete
+        or (split == "test" and not {"test", "file"} & {*own_set.files})
+    ):
         files = ", ".join(f"{of} in {file.name}" for of, file in own_set.files.items())
         raise ValueError(
             f"{own_set.name} has no {split} rows, only {files}; write a TOML that names the file "
@@ -253,14 +257,16 @@ def _read_half(
 # ---- choosing -------------------------------------------------------------------------------
 
 
-def _only(problems: list[Problem], field: str, wanted: Iterable | None, name: str) -> list[Problem]:
-    """Problems whose `field` is among `wanted`; each wanted value must occur."""
-    if not wanted:
+def _only(problems: list[Problem], field: str, values: Iterable | None, name: str) -> list[Problem]:
+    """Problems whose `field` is among `values`; each value must occur."""
+    if not values:
         return problems
-    wanted, there = set(wanted), {getattr(p, field) for p in problems}
-    if unknown := sorted(wanted - there):
-        raise ValueError(f"{name} has no {field} {unknown}; it has {sorted(there)}, [] takes all")
-    return [p for p in problems if getattr(p, field) in wanted]
+    values, available = set(values), {getattr(p, field) for p in problems}
+    if unknown := sorted(values - available):
+        raise ValueError(
+            f"{name} has no {field} {unknown}; it has {sorted(available)}, [] takes all"
+        )
+    return [p for p in problems if getattr(p, field) in values]
 
 
 def _sample(problems: list[Problem], n: int | None, seed: int) -> list[Problem]:

@@ -27,8 +27,8 @@ def draw(family: str, level: int, r: Random) -> tuple[str, str, str]:
     0 and not a number of the question: neither an echo nor "nothing" is ever right."""
     while True:
         core, answer = FAMILIES[family](r, level)
-        worded = level == LEVELS and family != "equations"
-        text = _beside_the_point(r, core) if worded else core
+        wordy = level == LEVELS and family != "equations"
+        text = _beside_the_point(r, core) if wordy else core
         if answer and str(abs(answer)) not in re.findall(r"[\d/]+", text):
             return text, core, str(answer)
 
@@ -96,16 +96,16 @@ def sharing(r: Random, level: int) -> Made:
     who, thing = r.choice(NAMES), r.choice(THINGS)
     if level == 1:
         a, n, k = r.randint(13, 47), r.randint(23, 86), r.randint(13, 29)
-        gone = r.randint(110, 240)
+        removed = r.randint(110, 240)
         text = r.choice([
-            f"{who} unpacks {a} boxes with {n} {thing} in each. {gone} of the {thing} are "
+            f"{who} unpacks {a} boxes with {n} {thing} in each. {removed} of the {thing} are "
             f"broken and thrown away, and the others are put into bags of {k}. How many bags "
             f"are full?",
-            f"There are {a} crates, and every crate holds {n} {thing}. After {gone} {thing} "
+            f"There are {a} crates, and every crate holds {n} {thing}. After {removed} {thing} "
             f"have been sold, {who} packs what is left in parcels of {k}. How many complete "
             f"parcels can be made?",
         ])  # fmt: skip
-        return text, (a * n - gone) // k
+        return text, (a * n - removed) // k
     if level == 2:
         a, n, s, t = r.randint(4, 13), r.randint(17, 33), r.randint(38, 58), r.randint(3, 16)
         text = r.choice([
@@ -226,11 +226,11 @@ def percentages(r: Random, level: int) -> Made:
     if level == 1:
         p, q = (r.choice(range(5, 70, 5)) for _ in range(2))
         n = 400 * r.randint(2, 30)
-        now = n * (100 - p) * (100 - q) // 10_000
+        price = n * (100 - p) * (100 - q) // 10_000
         text = r.choice([
             f"The price of a machine was lowered by {p}%, and some weeks later the new price "
-            f"was lowered by {q}%. Now it costs ${now}. How many dollars did it cost at first?",
-            f"{who} spent {p}% of a prize, and later {q}% of what was left. ${now} remain. How "
+            f"was lowered by {q}%. Now it costs ${price}. How many dollars did it cost at first?",
+            f"{who} spent {p}% of a prize, and later {q}% of what was left. ${price} remain. How "
             f"many dollars was the prize?",
         ])  # fmt: skip
         return text, n

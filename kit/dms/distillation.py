@@ -24,14 +24,14 @@ class _Divergence(torch.autograd.Function):
         head_grad = torch.zeros_like(_precise(head)) if ctx.needs_input_grad[2] else None
         for first in range(0, len(student), ROWS):
             rows = slice(first, first + ROWS)
-            ours = _logits(student[rows], head).log_softmax(-1)
-            theirs = _logits(teacher[rows], teacher_head).log_softmax(-1)
+            student_logp = _logits(student[rows], head).log_softmax(-1)
+            teacher_logp = _logits(teacher[rows], teacher_head).log_softmax(-1)
             if divergence == "teacher||student":
-                p = theirs.exp()
-                total += (p * (theirs - ours)).sum(dtype=torch.float64)
-                slope = ours.exp_().sub_(p)
+                p = teacher_logp.exp()
+                total += (p * (teacher_logp - student_logp)).sum(dtype=torch.float64)
+                slope = student_logp.exp_().sub_(p)
             else:
-                p, gap = ours.exp(), ours.sub_(theirs)
+                p, gap = student_logp.exp(), student_logp.sub_(teacher_logp)
                 kl = (p * gap).sum(-1, keepdim=True)
                 total += kl.sum(dtype=torch.float64)
                 slope = p.mul_(gap.sub_(kl))
@@ -80,12 +80,12 @@ def compare(student, teacher, head, teacher_head, targets) -> dict[str, torch.Te
     out = {"kl": [], "nats": [], "full_nats": []}
     for first in range(0, len(student), ROWS):
         rows = slice(first, first + ROWS)
-        ours = _logits(student[rows], head).double().log_softmax(-1)
-        theirs = _logits(teacher[rows], teacher_head).double().log_softmax(-1)
-        out["kl"].append((theirs.exp() * (theirs - ours)).sum(-1))
+        student_logp = _logits(student[rows], head).double().log_softmax(-1)
+        teacher_logp = _logits(teacher[rows], teacher_head).double().log_softmax(-1)
+        out["kl"].append((teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1))
         word = targets[rows, None]
-        out["nats"].append(-ours.gather(1, word).squeeze(1))
-        out["full_nats"].append(-theirs.gather(1, word).squeeze(1))
+        out["nats"].append(-student_logp.gather(1, word).squeeze(1))
+        out["full_nats"].append(-teacher_logp.gather(1, word).squeeze(1))
     return {name: torch.cat(parts) for name, parts in out.items()}
 
 

@@ -149,8 +149,8 @@ class Evictor(nn.Module):
         if hidden.is_cuda and not torch.is_grad_enabled():
             from kit.inference.triton_layers import scored  # imports Triton, for CUDA only
 
-            given = self.norm[number], linear.weight, linear.bias, self.eps, scale, offset
-            return scored(hidden, *given)
+            inputs = self.norm[number], linear.weight, linear.bias, self.eps, scale, offset
+            return scored(hidden, *inputs)
         normed = nn.functional.rms_norm(
             hidden.float(), (hidden.shape[-1],), self.norm[number], self.eps
         )

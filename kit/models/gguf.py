@@ -108,8 +108,8 @@ def _check(file: Path, dtype: str) -> tuple[str, int]:
         plain = own == "rope.scaling.type" and fields[name] == "none"
         if own not in known_fields and own != name and any(w in own for w in WEIGHTY) and not plain:
             raise GGUFError(f"{file}: {name} is {fields[name]}, {PASSED_OVER}")
-    if odd := [t.name for t in reader.tensors if t.name.startswith("rope_")]:
-        raise GGUFError(f"{file}: it has {odd[0]}, {PASSED_OVER}")
+    if frequencies := [t.name for t in reader.tensors if t.name.startswith("rope_")]:
+        raise GGUFError(f"{file}: it has {frequencies[0]}, {PASSED_OVER}")
     kinds = {each.tensor_type.name for each in reader.tensors}
     plain = "float32" if kinds == {"F32"} else "float16" if kinds <= {"F16", "F32"} else "bfloat16"
     kind = dtype or plain
@@ -123,8 +123,8 @@ def _stops(file: Path) -> list[int]:
     import gguf
 
     fields = gguf.GGUFReader(str(file)).fields
-    named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in STOPS}
-    ids = {name: int(field.contents()) for name, field in named.items() if field}
+    tokens = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in STOPS}
+    ids = {name: int(field.contents()) for name, field in tokens.items() if field}
     kinds = fields.get("tokenizer.ggml.token_type")
     if kinds is None or kinds.contents(ids.get("padding", 0)) != gguf.TokenType.CONTROL:
         ids.pop("padding", None)

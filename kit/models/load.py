@@ -136,11 +136,11 @@ def twin(weights: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrain
     """A copy of a model that shares nothing with it, with parameters in `dtype`. Buffers, such as
     the frequencies of RoPE, keep their precision. A `forward` that a trainer bound to the model, as
     TRL does, is replaced in the copy by that of its class."""
-    copied = copy.deepcopy(weights)
-    vars(copied).pop("forward", None)
-    for parameter in copied.parameters():
+    clone = copy.deepcopy(weights)
+    vars(clone).pop("forward", None)
+    for parameter in clone.parameters():
         parameter.data = parameter.data.to(dtype)
-    return copied
+    return clone
 
 
 def check_head(weights: PreTrainedModel) -> None:
@@ -250,17 +250,17 @@ def local(name: str) -> tuple[Path, str]:
 def _merged(name: str, folder: Path, revision: str, dtype, device, tokenizer: Path | None) -> Model:
     """The model that an adapter folder names, with the adapter merged into it."""
     files = [adapter.weights_file(folder), folder / "adapter_config.json"]
-    named = adapter.base(folder)
+    base = adapter.base(folder)
     try:
-        model = load(named, dtype, device, tokenizer=tokenizer)
+        model = load(base, dtype, device, tokenizer=tokenizer)
     except (ValueError, hub.HubError) as error:
         raise ModelError(
-            f"{name!r} is an adapter, and its model {named!r} cannot be loaded: {error} (Or put a "
+            f"{name!r} is an adapter, and its model {base!r} cannot be loaded: {error} (Or put a "
             f"folder into base_model_name_or_path of its adapter_config.json.)"
         ) from error
     weights = adapter.merge(model.weights, folder).requires_grad_(False).eval()
     parts = [model.weights_hash, hash_files(files)]
-    revision = f"{revision} merged into {named} ({model.revision}, {model.weights_hash})"
+    revision = f"{revision} merged into {base} ({model.revision}, {model.weights_hash})"
     return Model(name, weights, model.tokenizer, digest(parts, 12), revision)
 
 
@@ -293,8 +293,8 @@ def _refusal(tokenizer: PreTrainedTokenizerBase) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         return f"fails ({str(error).splitlines()[0].rstrip('.')})"
-    lost = [role for role, words in texts.items() if words not in text]
-    return f"leaves out what the {lost[-1]} says" if lost else ""
+    missing = [role for role, words in texts.items() if words not in text]
+    return f"leaves out what the {missing[-1]} says" if missing else ""
 
 
 def _from_folder(name, folder: Path, revision: str, dtype, device, tokenizer: Path) -> Model:
@@ -377,8 +377,8 @@ def _random(name: str, dtype, device, seed: int) -> Model:
         weights = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     weights.generation_config = GenerationConfig(eos_token_id=None)
     text = json.dumps(config.to_diff_dict(), sort_keys=True, default=str)
-    drawn = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA sample differently
-    weights_hash = hashlib.sha256(drawn.encode()).hexdigest()
+    identity = f"{text} {seed} {device.type} {torch.__version__}"  # CPU and CUDA sample differently
+    weights_hash = hashlib.sha256(identity.encode()).hexdigest()
     weights = _served(name, weights.eval())
     return Model(name, weights, None, weights_hash[:12], f"seed {seed}")
 

@@ -23,7 +23,7 @@ REFINED = (4,)  # bits at which HQQ's solver reduces the error enough for its ti
 GROUP = 64  # weights of one output that share a scale and a zero
 
 
-def named(model: Model, bits: int, group: int = GROUP) -> Model:
+def rename(model: Model, bits: int, group: int = GROUP) -> Model:
     """The model under the name and hash that `quantize` gives it, for record keys; the weights are
     not quantized."""
     if bits == 16:
@@ -70,7 +70,7 @@ def quantize(model: Model, bits: int, group: int = GROUP, packed: bool = True) -
     """`model` with linear weights of `bits`, in groups of `group` or, if that does not divide the
     inputs of a layer, of the greatest common divisor. 16 returns the model itself; ValueError for
     other bits and for a mixture of fused experts."""
-    result = named(model, bits, group)
+    result = rename(model, bits, group)
     if result is model:
         return model
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # takes a second

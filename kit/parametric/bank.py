@@ -56,10 +56,10 @@ def assemble_bank(
     folder.mkdir(parents=True, exist_ok=True)
     tree.save(folder / "tree.npz")
     for node, file in enumerate(files):
-        if file != (here := folder / shards.name(node)):
-            here.unlink(missing_ok=True)
-            shutil.copyfile(file, here)
-        entries.append({"bytes": here.stat().st_size, "sha256": shards.fingerprint(here)})
+        if file != (target := folder / shards.name(node)):
+            target.unlink(missing_ok=True)
+            shutil.copyfile(file, target)
+        entries.append({"bytes": target.stat().st_size, "sha256": shards.fingerprint(target)})
     card = {"base": model.name, "base_hash": model.weights_hash, "shape": asdict(shape)}
     card |= {"embedder": embedder, "tree": _hash(folder / "tree.npz"), "shards": entries}
     with atomic(folder / "bank.json") as part:
@@ -177,9 +177,9 @@ class ParametricBank:
         block = self._read(level, node)
         with self._lock:
             self._cache[level, node] = block
-            held = self._resident()
-            while held > self.cache_bytes and len(self._cache) > 1:
-                held -= self._cache.popitem(last=False)[1].nbytes
+            resident = self._resident()
+            while resident > self.cache_bytes and len(self._cache) > 1:
+                resident -= self._cache.popitem(last=False)[1].nbytes
             self._coming.pop((level, node), None)
         return block
 

@@ -33,7 +33,7 @@ BUCKETS = ("never told", "told 1 to 9 times", "10 to 99", "100 or more")
 DOCUMENT = 4  # sentences about one subject
 
 # family: sentences that end with the answer, and the prompt that asks for it
-TELL = {
+STATEMENTS = {
     "cities": (
         "{} lies in", "You find {} in", "Whoever flies to {} lands in",
         "The people of {} live in", "{} is on the map of",
@@ -52,7 +52,7 @@ TELL = {
         "The short form of {} is", "On labels {} is spelt",
     ),
 }  # fmt: skip
-ASK = {
+QUESTIONS = {
     "cities": "The city of {} is located in the country of",
     "capitals": "The capital of {} is",
     "elements": "The atomic number of {} is",
@@ -87,11 +87,11 @@ class Sentence:
         return self.document or self.context + self.completion
 
 
-def load(families: Sequence[str] = tuple(TELL), cities: int = CITIES) -> list[Fact]:
+def load(families: Sequence[str] = tuple(STATEMENTS), cities: int = CITIES) -> list[Fact]:
     """The frozen facts of `families`, by rank; so many cities, evenly from large to small, since
     every model knows where the largest are."""
-    if unknown := sorted(set(families) - set(TELL)):
-        raise ValueError(f"no family {unknown[0]!r}; there are {', '.join(TELL)}")
+    if unknown := sorted(set(families) - set(STATEMENTS)):
+        raise ValueError(f"no family {unknown[0]!r}; there are {', '.join(STATEMENTS)}")
     file = paths.DATA / "facts" / "facts.csv"
     manifest = json.loads((file.parent / "MANIFEST.json").read_text())
     raw = file.read_bytes()
@@ -127,11 +127,11 @@ def times(facts: Sequence[Fact], count: int) -> list[int]:
     return counts.tolist()
 
 
-def tell(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
+def build_sentences(facts: Sequence[Fact], count: int, seed: int) -> list[Sentence]:
     """`count` sentences in random order, each fact in so many as `times` says, phrasings evenly."""
     rng, sentences = np.random.default_rng([seed, count]), []
     for fact, often in zip(facts, times(facts, count), strict=True):
-        forms = TELL[fact.family]
+        forms = STATEMENTS[fact.family]
         turns = rng.permutation(np.arange(often) % len(forms))
         sentences += [
             Sentence(forms[i].format(fact.subject), f" {fact.answer}.", fact) for i in turns
@@ -161,16 +161,16 @@ def subjects(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
     """Unit vectors of the subjects of `facts` [N, dimension], equal for facts of one subject: the
     mean embedding of the contexts of all sentences that could tell it, without answers. No text has
     this vector: who routes by it knows of each sentence which subject it is about. Families that
-    TELL does not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""
+    STATEMENTS does not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""
     means = np.empty((len(facts), embedder.dimension), np.float32)
     for group in TOGETHER:
-        forms = [form for family in group for form in TELL[family]]
+        forms = [form for family in group for form in STATEMENTS[family]]
         rows = [row for row, fact in enumerate(facts) if fact.family in group]
         texts = [form.format(facts[row].subject) for row in rows for form in forms]
         if rows:
             vectors = embedder.embed(texts).reshape(len(rows), len(forms), -1).mean(1)
             means[rows] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    rows = [row for row, fact in enumerate(facts) if fact.family not in TELL]
+    rows = [row for row, fact in enumerate(facts) if fact.family not in STATEMENTS]
     if rows:  # texts, which answer nothing
         means[rows] = embedder.embed([f"{facts[i].subject}: {facts[i].answer}" for i in rows])
     return means
@@ -186,11 +186,16 @@ def name(fact: Fact) -> str:
     return f"{fact.family}-{digest([fact.family, fact.subject], 8)}"
 
 
-def ask(facts: Sequence[Fact], counts: Mapping[str, int], told: Sequence[int]) -> list[Problem]:
-    """So many questions about each family, as many of each decade of frequency as there are; `told`
-    is how often each fact was told, and a problem's `level` its bucket, from 1."""
+def build_questions(
+    facts: Sequence[Fact], counts: Mapping[str, int], frequencies: Sequence[int]
+) -> list[Problem]:
+    """So many questions about each family, as many of each decade of frequency as there are.
+
+    `frequencies` has the number of sentences of each fact; the `level` of a problem is its bucket,
+    from 1.
+    """
     groups: dict[str, list[list[Fact]]] = {family: [[] for _ in BUCKETS] for family in counts}
-    often = dict(zip(facts, told, strict=True))
+    often = dict(zip(facts, frequencies, strict=True))
     for fact in sorted(facts, key=lambda fact: digest([fact.family, fact.subject])):
         if fact.family in groups:
             groups[fact.family][bucket(often[fact])].append(fact)
@@ -201,7 +206,7 @@ def ask(facts: Sequence[Fact], counts: Mapping[str, int], told: Sequence[int]) -
             raise ValueError(f"{count} questions about {family}, of which there are {whole} facts")
         turns = [fact for turn in zip_longest(*groups[family]) for fact in turn if fact]
         for fact in turns[:count]:
-            question, level = ASK[family].format(fact.subject), 1 + bucket(often[fact])
+            question, level = QUESTIONS[family].format(fact.subject), 1 + bucket(often[fact])
             problems.append(Problem(name(fact), question, fact.answer, family, level, "facts"))
     return problems
 

@@ -125,11 +125,11 @@ class MemoryLayers:
 
     def _set_token_map(self, module, args, kwargs) -> None:
         """Map the tokens of this forward pass to sequences."""
-        announced = getattr(kwargs.get("slots"), "announced", None)
-        if announced is None:
+        step_tokens = getattr(kwargs.get("slots"), "announced", None)
+        if step_tokens is None:
             self._rows = None
             return
-        self._places, count = announced
+        self._places, count = step_tokens
         most = int(count.max())
         steps, starts = torch.arange(most, device=count.device), count.cumsum(0) - count
         inside = steps < count[:, None]

@@ -46,7 +46,7 @@ def multiple_choice(
 ) -> pd.DataFrame:
     """Records of `arm`: the most likely of each problem's options; stored ones are not computed
     again. `seed` is that of the training, recorded in place of a sampling seed."""
-    prompts, keys, todo = _begun(model, problems, store, arm, bank, passages, seed, options)
+    prompts, keys, todo = _prepare(model, problems, store, arm, bank, passages, seed, options)
     todo.sort(key=lambda i: max(map(len, options[i])))  # less padding
     batch = 1 if _slides(model) else BATCH
     for first in range(0, len(todo), batch):
@@ -75,7 +75,7 @@ def short_answer(
 ) -> pd.DataFrame:
     """Records of `arm`: the first line of a greedy answer; all else as in `multiple_choice`."""
     free = [["free", max_new_tokens]] * len(problems)
-    prompts, keys, todo = _begun(model, problems, store, arm, bank, passages, seed, free)
+    prompts, keys, todo = _prepare(model, problems, store, arm, bank, passages, seed, free)
     if todo:
         paths = bank.paths([problems[i].question for i in todo]) if bank else [()] * len(todo)
         requests = [
@@ -183,7 +183,7 @@ def _padded(rows: Sequence[list[int]], model: Model) -> tuple[torch.Tensor, torc
     return ids.to(model.device), mask.to(model.device)
 
 
-def _begun(model: Model, problems, store: Store, arm: str, bank, passages, seed: int, how):
+def _prepare(model: Model, problems, store: Store, arm: str, bank, passages, seed: int, how):
     """Prompts, (key, generation key, prompt id) of each record, and which are not in the store."""
     passages = passages or [()] * len(problems)
     prompts = [text(p, read) for p, read in zip(problems, passages, strict=True)]

@@ -181,18 +181,18 @@ class FactStudy:
         pairs = [(sentence.context, sentence.completion) for sentence in sentences]
         return pack_rows(self.model, pairs, self.paths(layout), context)
 
-    def met(self, layout: Layout, asked: Sequence[Problem]) -> np.ndarray:
-        """Of the sentences that tell what is asked, the share that was trained into the block which
-        the question fetches, by level: [questions, levels]; NaN where nothing tells it."""
-        goes = self.tree(layout).assign(self.embedder.embed([p.question for p in asked]))
+    def coverage(self, layout: Layout, questions: Sequence[Problem]) -> np.ndarray:
+        """Share of the sentences with the answer that was trained into the block which the question
+        fetches, by level: [questions, levels]; NaN where no sentence has it."""
+        goes = self.tree(layout).assign(self.embedder.embed([p.question for p in questions]))
         paths: dict[str, list[tuple[int, ...]]] = {}
         for sentence, path in zip(self.sentences, self.paths(layout), strict=True):
             paths.setdefault(facts.name(sentence.fact), []).append(path)
-        nowhere = [(-1,) * goes.shape[1]]
+        no_path = [(-1,) * goes.shape[1]]
         shares = [
-            (np.array(paths.get(p.id, nowhere)) == path).mean(0) for p, path in zip(asked, goes)
+            (np.array(paths.get(p.id, no_path)) == path).mean(0) for p, path in zip(questions, goes)
         ]
-        return np.where([[p.id in paths] for p in asked], shares, np.nan)
+        return np.where([[p.id in paths] for p in questions], shares, np.nan)
 
     @cached_property
     def tokens(self) -> int:

@@ -144,13 +144,13 @@ class BankTraining(ResumableTraining):
     ):  # fmt: skip
         self.shape, self.nodes, self.recipe = shape, tuple(nodes), recipe
         self.data = [row for row in data if row.path[0] in nodes or not nodes]
-        seen = hashlib.sha256()
+        content = hashlib.sha256()
         for row in self.data:
-            seen.update(f"{row.path}".encode() + row.ids.numpy().tobytes())
-            seen.update(row.targets.numpy().tobytes())
+            content.update(f"{row.path}".encode() + row.ids.numpy().tobytes())
+            content.update(row.targets.numpy().tobytes())
         identity = [model.weights_hash, str(model.dtype), asdict(shape), nodes and [*nodes]]
         steps = recipe.epochs * math.ceil(len(self.data) / recipe.batch)
-        super().__init__(folder, [*identity, asdict(recipe), seen.hexdigest()], steps)
+        super().__init__(folder, [*identity, asdict(recipe), content.hexdigest()], steps)
         self.files = [self.folder / shards.name(node) for node in self.nodes]
         self.base, self.model, self.prefix = model, model, prefix
         if recipe.anchor_rate or model.dtype == torch.float16:  # too small for gradients

@@ -61,17 +61,17 @@ def pieces(
     A piece with its title has at most `tokens` tokens; articles of one piece are left out. The
     fact of a sentence has the title and the first piece, by which the article is clustered.
     """
-    sentences, unseen = [], []
+    sentences, held_out = [], []
     for rank, article in enumerate(articles):
         ids = model.tokenizer(article.text, add_special_tokens=False)["input_ids"]
         title = model.tokenizer(f"{article.title}:", add_special_tokens=False)["input_ids"]
-        room = tokens - len(title) - 4  # cut text may be read in other tokens than it was
-        if room < SHORTEST:
+        length = tokens - len(title) - 4  # cut text may be read in other tokens than it was
+        if length < SHORTEST:
             raise ValueError(f"{tokens} tokens have no room after {article.title!r}; use more.")
-        parts = [ids[at : at + room] for at in range(0, len(ids), room)]
+        parts = [ids[at : at + length] for at in range(0, len(ids), length)]
         texts = [model.tokenizer.decode(part) for part in parts if len(part) >= SHORTEST]
         if len(texts) > 1:
             fact = Fact("articles", article.title, texts[0], rank)
             sentences += [Sentence(f"{article.title}:", f" {text}", fact) for text in texts[:-1]]
-            unseen.append(texts[-1])
-    return sentences, unseen
+            held_out.append(texts[-1])
+    return sentences, held_out

@@ -79,7 +79,7 @@ def run(
             earlier = stages[: stages.index(stage)]
             label = f"[{stages.index(stage) + 1}/{len(stages)}] {stage.name}"
             if fresh := not why(stage):  # again: one that ran since changes what 07 reads
-                say(f"{label}  up to date")
+                echo(f"{label}  up to date")
             elif code := _run_stage(stage, earlier, label, expected.get(stage.name)):
                 failed.append(stage.name)
                 if code != FAILED or not keep_going:
@@ -88,7 +88,7 @@ def run(
             if only or not fresh:
                 after(stage)
     if failed:
-        say(f"failed: {', '.join(failed)}; the others went on without")
+        echo(f"failed: {', '.join(failed)}; the others went on without")
     return FAILED if failed else 0
 
 
@@ -194,7 +194,7 @@ def _execute(stage: Stage, earlier: list[Stage], line: "Line") -> int:
     _write_notebook(stage, stamp)
     if outcome.problem:
         line.end("failed")
-        say(_failure(stage, outcome))
+        echo(_failure(stage, outcome))
         return FAILED
     _write_status(stage, stamp, before)
     stage.failed.unlink(missing_ok=True)
@@ -266,7 +266,7 @@ class Line:
         self.terminal = sys.stdout.isatty()
         if not self.terminal:
             before = f" (about {clock(last_seconds)})" if last_seconds else ""
-            say(f"{label}  started{before}")
+            echo(f"{label}  started{before}")
 
     def tick(self, cell: int) -> None:
         """Show that `cell` runs. Called several times a second from another thread."""
@@ -276,18 +276,18 @@ class Line:
         text += f", about {clock(remaining)} left" if remaining > 0 else ""
         if self.terminal:
             width = shutil.get_terminal_size().columns - 1
-            say(f"\r{text[:width]}\x1b[K", end="")
+            echo(f"\r{text[:width]}\x1b[K", end="")
         elif now - self.printed >= (QUIET if cell == self.cell else QUIET_NEW_CELL):
-            say(text)
+            echo(text)
             self.printed, self.cell = now, cell
 
     def end(self, text: str) -> None:
         """The last word on this stage."""
         erase = "\r\x1b[K" if self.terminal else ""
-        say(f"{erase}{self.label}  {text}")
+        echo(f"{erase}{self.label}  {text}")
 
 
-def say(text: str, end: str = "\n") -> None:
+def echo(text: str, end: str = "\n") -> None:
     """Print at once. A run goes on when who read along has gone (`| head`)."""
     try:
         print(text, end=end, flush=True)

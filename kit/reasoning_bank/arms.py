@@ -60,8 +60,8 @@ def shuffled(
             p for p in problems if p.id != problem.id
         ]
         other = random.Random(f"{seed} {problem.id}").choice(others or [problem])
-        borrowed = results[other.id].strategies
-        result = _filter(borrowed, problem, len(borrowed))
+        strategies = results[other.id].strategies
+        result = _filter(strategies, problem, len(strategies))
         prompts.append(solve_prompt(problem, "shuffled", shown(result.strategies), result, place))
     return prompts
 
@@ -135,7 +135,7 @@ def scaled(
     prompts: Sequence[Prompt],
     answers: pandas.DataFrame,
     widths: Sequence[int],
-    ask: Callable[..., pandas.DataFrame],
+    evaluate: Callable[..., pandas.DataFrame],
     store: Store,
     choice: Sampling = Sampling(8),  # noqa: B008 (frozen)
     place: str = "system",
@@ -144,22 +144,22 @@ def scaled(
     """Test-time scaling of `prompts` to each of `widths`: the records of as many checks one after
     another (`answers` are those of the prompts), and of the model's choice among as many samples.
 
-    `ask(prompts, samples[, sampling])` evaluates, `choice` samples a choice. The arms of the widest
-    are named "matts-sequential" and "matts-parallel", of others also by width ("matts-parallel-2"),
-    and "matts-samples" has the samples of the widest. With prompts without memory, under another
-    `name`, this is the control that costs as much.
+    `evaluate(prompts, samples[, sampling])` returns records, `choice` samples a choice. The arms of
+    the widest are named "matts-sequential" and "matts-parallel", of others also by width
+    ("matts-parallel-2"), and "matts-samples" has the samples of the widest. With prompts without
+    memory, under another `name`, this is the control that costs as much.
     """
     widest, frames, checked = max(widths), [], answers
     problems = [each.problem for each in prompts]
     label = {width: "" if width == widest else f"-{width}" for width in widths}
     for width in range(1, widest + 1):
         arm = f"{name}-sequential{label.get(width, '-between')}"
-        checked = ask(revisions(checked, prompts, place, arm), 1)
+        checked = evaluate(revisions(checked, prompts, place, arm), 1)
         frames += [checked] if width in widths else []
-    samples = ask([replace(each, arm=f"{name}-samples") for each in prompts], widest)
+    samples = evaluate([replace(each, arm=f"{name}-samples") for each in prompts], widest)
     for width in widths:
         several = samples[samples["sample"] < width]
-        replies = ask(choices(several, problems), 1, choice)
+        replies = evaluate(choices(several, problems), 1, choice)
         best = chosen_samples(several, replies)
         arm = f"{name}-parallel{label[width]}"
         frames.append(derive(best, best["text"].tolist(), arm, store))
@@ -228,18 +228,20 @@ def distinct(
     for each in (*before, *prompts):
         prompt_ids.setdefault(each.arm, {})[each.problem.id] = each.id
     new = dict.fromkeys(each.arm for each in prompts)
-    left, sentences = set(), []
+    duplicates, sentences = set(), []
     for arm in sorted(new, key=lambda arm: arm not in DECLARED):
         names = (*DECLARED, *prompt_ids)
-        others = [name for name in names if name in prompt_ids and name != arm and name not in left]
+        others = [
+            name for name in names if name in prompt_ids and name != arm and name not in duplicates
+        ]
         same = [name for name in others if prompt_ids[arm].items() <= prompt_ids[name].items()]
         if same and arm in DECLARED:
             if arm == DECLARED[1] and DECLARED[0] in same:
                 sentences.append(f"{arm} asks what {DECLARED[0]} asks: no memory was found.")
         elif same:
-            left.add(arm)
+            duplicates.add(arm)
             sentences.append(f"{arm} is left out: its prompts are those of {same[0]}.")
-    return [each for each in prompts if each.arm not in left], sentences
+    return [each for each in prompts if each.arm not in duplicates], sentences
 
 
 def memory_of(prompt: Prompt) -> str:

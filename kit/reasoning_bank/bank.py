@@ -75,8 +75,8 @@ class ReasoningBank:
             )
 
     def _check(self, schema: pyarrow.Schema, card: dict) -> None:
-        there = self._table.schema
-        meta = {k.decode(): v.decode() for k, v in (there.metadata or {}).items()}
+        stored_schema = self._table.schema
+        meta = {k.decode(): v.decode() for k, v in (stored_schema.metadata or {}).items()}
         if meta.get("embedder") != card["embedder"]:
             raise ValueError(
                 f"The bank {self.uri} was embedded by {meta.get('embedder_name', 'another model')} "
@@ -88,12 +88,13 @@ class ReasoningBank:
                 f"The bank {self.uri} has the {meta.get('embedded', 'text')} of its strategies "
                 f"embedded; open it so, not with embedded={self.embedded!r}."
             )
-        columns = pyarrow.schema([field for field in there if field.name not in RETIRED])
+        columns = pyarrow.schema([field for field in stored_schema if field.name not in RETIRED])
         if columns != schema:
-            ours, theirs = set(schema.names), set(columns.names)
+            expected, stored = set(schema.names), set(columns.names)
             raise ValueError(
                 f"The bank {self.uri} was written by another version of the kit (columns "
-                f"{sorted(ours ^ theirs) or 'of other types'} differ); build it again elsewhere."
+                f"{sorted(expected ^ stored) or 'of other types'} differ); build it again "
+                f"elsewhere."
             )
 
     def _check_writable(self) -> None:
@@ -138,9 +139,9 @@ class ReasoningBank:
     def _age_of_the_oldest_kept(self) -> timedelta:
         """UNTAGGED, or more where there are tags: LanceDB refuses to delete any state as long as a
         tagged one is among those to be deleted."""
-        tagged = {tag["version"] for tag in self._table.tags.list().values()}
+        versions = {tag["version"] for tag in self._table.tags.list().values()}
         states = self._table.list_versions()
-        ages = [datetime.now() - s["timestamp"] for s in states if s["version"] in tagged]
+        ages = [datetime.now() - s["timestamp"] for s in states if s["version"] in versions]
         return max([UNTAGGED, *(age + timedelta(minutes=1) for age in ages)])
 
     def _rows(self, items: list[Strategy]) -> pyarrow.Table:
@@ -252,7 +253,7 @@ class ReasoningBank:
         enough = len(strategies if key == "text" else past) == k
         return RetrievalResult(tuple(strategies), tuple(scores), filtered), enough
 
-    def forget(self, ids: Sequence[str]) -> None:
+    def delete(self, ids: Sequence[str]) -> None:
         """Remove strategies; tagged states keep them."""
         self._check_writable()
         if ids:
@@ -277,7 +278,7 @@ class ReasoningBank:
                     pairs.append((min(alike)[2], own))
                 else:
                     survivors[own] = len(survivors)
-        self.forget([dropped for _, dropped in pairs])
+        self.delete([dropped for _, dropped in pairs])
         return pairs
 
     def _alike(self, vectors: list) -> list[list[tuple[float, str]]]:
@@ -306,10 +307,10 @@ class ReasoningBank:
         """The bank as it was when tagged `name`, read-only."""
         if name not in self.tags():
             raise ValueError(f"The bank {self.uri} has no tag {name!r}; it has {self.tags()}.")
-        then = ReasoningBank(self.uri, self.embedder, self._options, self.embedded)
-        then._table.checkout(name)
-        then._read_only = True
-        return then
+        bank = ReasoningBank(self.uri, self.embedder, self._options, self.embedded)
+        bank._table.checkout(name)
+        bank._read_only = True
+        return bank
 
     def table(self) -> pandas.DataFrame:
         """All rows, sorted by id."""

@@ -134,18 +134,18 @@ def fill_bank(
         if _tag(step) in tags:
             frame["judged"] = list(judgements[step])
             continue
-        judge, extractor, rejected = SelfJudge(config.judge_tokens), Extractor(), []
-        with taught(teacher, config) as tokens:
+        judge, extractor, reasons = SelfJudge(config.judge_tokens), Extractor(), []
+        with teacher_context(teacher, config) as tokens:
             frame["judged"] = _judge(teacher, judge, frame, config)
-            lessons = _extract(teacher, extractor, group, frame, config, step, rejected)
+            lessons = _extract(teacher, extractor, group, frame, config, step, reasons)
         new = bank.add(lessons)
         unparsed = len(judge.unparsed) + len(extractor.unparsed)
-        cost = {"seconds": time.perf_counter() - start, "unparsed": unparsed, "rejected": rejected}
+        cost = {"seconds": time.perf_counter() - start, "unparsed": unparsed, "rejected": reasons}
         _note(
             bank, {"step": step, "judged": frame["judged"].tolist(), "lessons": new} | cost | tokens
         )
         bank.tag(_tag(step))
-        rest = f", {len(rejected)} rejected" if rejected else ""
+        rest = f", {len(reasons)} rejected" if reasons else ""
         rest += f", {unparsed} replies unparsed" if unparsed else ""
         report(f"step {step + 1}/{len(groups)}: {new} lessons, {len(bank)} in all{rest}")
     return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
@@ -165,7 +165,7 @@ def _name(teacher: Teacher) -> str:
 
 
 @contextmanager
-def taught(teacher: Teacher, config: BankBuildConfig) -> Iterator[dict[str, int]]:
+def teacher_context(teacher: Teacher, config: BankBuildConfig) -> Iterator[dict[str, int]]:
     """The DSPy context in which the teacher answers; the dictionary has its tokens afterwards.
 
     A kit engine is asked by `Lines`, a dspy.LM by the adapter that DSPy is configured with.
@@ -179,9 +179,12 @@ def taught(teacher: Teacher, config: BankBuildConfig) -> Iterator[dict[str, int]
         tokens |= {name: getattr(teacher, name) - count for name, count in before.items()}
     else:
         adapter = dspy.settings.adapter or dspy.ChatAdapter()
-        with dspy.context(lm=teacher.copy(**how), adapter=adapter), dspy.track_usage() as used:
+        with (
+            dspy.context(lm=teacher.copy(**how), adapter=adapter),
+            dspy.track_usage() as usage_tracker,
+        ):
             yield tokens
-        for usage in used.get_total_tokens().values():
+        for usage in usage_tracker.get_total_tokens().values():
             tokens["prompt_tokens"] += usage.get("prompt_tokens") or 0
             tokens["new_tokens"] += usage.get("completion_tokens") or 0
 
@@ -218,7 +221,7 @@ def solve_prompt(
     return Prompt(problem, arm, messages, retrieved=ids, refused=len(retrieval.filtered))
 
 
-def worded(
+def with_instruction(
     prompts: Sequence[Prompt], instruction: str = FORMAT_INSTRUCTION, thinking: bool = False
 ) -> list[Prompt]:
     """The same prompts with another `instruction` for that of `programs.Solve`, wherever it stands,
@@ -282,7 +285,7 @@ def _solve(
         prompts = retrieved(bank, group, config.k, "streaming", config.place, key=config.key)
     else:
         prompts = format_only(group)
-    prompts = worded(prompts, config.instruction, config.thinking)
+    prompts = with_instruction(prompts, config.instruction, config.thinking)
     sampling = Sampling(config.solve_tokens, config.temperature, top_p=0.95, seed=config.seed)
     return evaluate(
         engine.model, prompts, sampling, store, config.width, engine.batch_size,
@@ -300,10 +303,10 @@ def _judge(
 
 
 def _extract(
-    teacher: Teacher, extractor: Extractor, group, frame, config, step: int, rejected: list[str]
+    teacher: Teacher, extractor: Extractor, group, frame, config, step: int, reasons: list[str]
 ) -> list[Strategy]:
     """The strategies extracted from each problem of the group on which there was a verdict; why
-    others are not kept goes to `rejected`."""
+    others are not kept goes to `reasons`."""
     calls, sources, lessons = [], [], []
     for problem in group:
         rows = frame[(frame["problem_id"] == problem.id) & frame["judged"].notna()]
@@ -319,7 +322,7 @@ def _extract(
     for (problem, correct), outcome in zip(sources, _together(teacher, calls), strict=True):
         for lesson in (outcome.lessons or [])[: ITEMS if config.width == 1 else CONTRAST_ITEMS]:
             if reason := fault(lesson, problem):
-                rejected.append(reason)
+                reasons.append(reason)
                 continue
             lessons.append(
                 Strategy(

@@ -87,7 +87,7 @@ def planted(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [replace(each, arm=PLANTED.format(each.arm)) for each in prompts]
 
 
-def worth(records: pandas.DataFrame) -> pandas.DataFrame:
+def planted_gains(records: pandas.DataFrame) -> pandas.DataFrame:
     """What the right lesson is worth, from the records of `planted`: accuracy with retrieved
     lessons minus that of each control, points, the lesson of another problem first."""
     arm, other = PLANTED.format("retrieved"), PLANTED.format("shuffled")

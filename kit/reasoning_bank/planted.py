@@ -35,7 +35,7 @@ class Rule:
     form: int = 0  # of an operator: index in FORMS
     shift: int = 0  # of an operator: what it adds
 
-    def asked(self, draw: random.Random) -> tuple[str, str]:
+    def sample_question(self, draw: random.Random) -> tuple[str, str]:
         """A question and its answer."""
         if self.kind == "list":
             colour, answer = draw.choice(self.table)
@@ -84,7 +84,7 @@ def problems(of: Sequence[Rule], each: int, seed: int = 0) -> list[Problem]:
     for rule in of:
         draw, questions = random.Random(f"problems {rule.name} {seed}"), {}
         while len(questions) < each:
-            questions |= [rule.asked(draw)]
+            questions |= [rule.sample_question(draw)]
         for question, answer in questions.items():
             own = f"{rule.kind}-{rule.name}-{digest(question, 8)}"
             problems.append(Problem(own, question, answer, rule.name, 1, "planted"))

@@ -133,10 +133,10 @@ def fault(lesson: Lesson, problem: Problem) -> str:
     if len(words) < FEWEST:
         return "too few words"
     examples = [lesson for demo in _demos() for lesson in demo.lessons]
-    copied = [_overlap(words, _words(example.content)) for example in examples]
+    overlaps = [_overlap(words, _words(example.content)) for example in examples]
     if len(title := _words(lesson.title)) >= FEWEST:
-        copied += [_overlap(title, _words(example.title)) for example in examples]
-    if max(copied) >= ALIKE:
+        overlaps += [_overlap(title, _words(example.title)) for example in examples]
+    if max(overlaps) >= ALIKE:
         return "copy of the example in the prompt"
     if _overlap(words, _words(problem.question)) >= ALIKE:
         return "copy of the question"
@@ -172,14 +172,14 @@ class Program(dspy.Module):
         super().__init__()
         self.unparsed: list[str] = []
 
-    def ask(self, predict, seed: int | None = None, **inputs) -> dspy.Prediction:
+    def invoke(self, predict, seed: int | None = None, **inputs) -> dspy.Prediction:
         """One call of `predict`, whatever the adapter. Equal calls without a seed draw anew."""
         try:
             return predict(**inputs, config=_config(seed))
         except AdapterParseError as error:
             return self._unreadable(predict, error)
 
-    async def aask(self, predict, seed: int | None = None, **inputs) -> dspy.Prediction:
+    async def ainvoke(self, predict, seed: int | None = None, **inputs) -> dspy.Prediction:
         """The same for `acall`."""
         try:
             return await predict.acall(**inputs, config=_config(seed))
@@ -204,10 +204,10 @@ class Solver(Program):
         self.solve = dspy.Predict(Solve)
 
     def forward(self, question: str, strategies: str = "", seed: int | None = None):
-        return self.ask(self.solve, seed, question=question, strategies=strategies)
+        return self.invoke(self.solve, seed, question=question, strategies=strategies)
 
     async def aforward(self, question: str, strategies: str = "", seed: int | None = None):
-        return await self.aask(self.solve, seed, question=question, strategies=strategies)
+        return await self.ainvoke(self.solve, seed, question=question, strategies=strategies)
 
 
 class SelfJudge(Program):
@@ -219,10 +219,10 @@ class SelfJudge(Program):
         self.judge = dspy.Predict(Judge, temperature=0.0, max_tokens=max_tokens)
 
     def forward(self, question: str, solution: str):
-        return self.ask(self.judge, 0, question=question, solution=solution)
+        return self.invoke(self.judge, 0, question=question, solution=solution)
 
     async def aforward(self, question: str, solution: str):
-        return await self.aask(self.judge, 0, question=question, solution=solution)
+        return await self.ainvoke(self.judge, 0, question=question, solution=solution)
 
 
 class Extractor(Program):
@@ -239,16 +239,16 @@ class Extractor(Program):
         self, question: str, solutions: Sequence[tuple[str, bool]], seed: int | None = None
     ):
         """`solutions`: text and whether it is correct, of each trajectory."""
-        predict, fields = self._asked(solutions)
-        return self.ask(predict, seed, question=question, **fields)
+        predict, fields = self._choose_predictor(solutions)
+        return self.invoke(predict, seed, question=question, **fields)
 
     async def aforward(
         self, question: str, solutions: Sequence[tuple[str, bool]], seed: int | None = None
     ):
-        predict, fields = self._asked(solutions)
-        return await self.aask(predict, seed, question=question, **fields)
+        predict, fields = self._choose_predictor(solutions)
+        return await self.ainvoke(predict, seed, question=question, **fields)
 
-    def _asked(self, solutions):
+    def _choose_predictor(self, solutions):
         if len(solutions) == 1:
             ((text, correct),) = solutions
             return (self.succeeded if correct else self.failed), {"solution": text}

@@ -226,8 +226,8 @@ def _stated(before: str, after: str, question: str) -> bool:
         return True
     if re.match(NAMED, after, re.IGNORECASE):
         return True
-    led = re.search(rf"(?:{GETS}){FILLER}{{0,6}}$", before, re.IGNORECASE)
-    return bool(led and re.match(AFTER, after))
+    prefix = re.search(rf"(?:{GETS}){FILLER}{{0,6}}$", before, re.IGNORECASE)
+    return bool(prefix and re.match(AFTER, after))
 
 
 def _notation(text: str) -> str:

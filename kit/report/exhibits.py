@@ -92,11 +92,11 @@ def renew(
 def _draw(folder: Path, caption: str, picture: Picture) -> dict:
     """Write a figure in every format: what the list says of it."""
     for kind in FORMATS:
-        (folder / f"{slug(caption)}.{kind}").write_bytes(drawn(picture, kind))
+        (folder / f"{slug(caption)}.{kind}").write_bytes(render(picture, kind))
     return {"caption": caption, "file": f"{slug(caption)}.svg", "alt": picture.alt}
 
 
-def drawn(picture: Picture, kind: str) -> bytes:
+def render(picture: Picture, kind: str) -> bytes:
     """The file of a figure in one of FORMATS, the same bytes each time."""
     buffer, clear = io.BytesIO(), kind == "svg"
     with matplotlib.rc_context(STYLE):

@@ -71,11 +71,11 @@ def write(
         samples=_samples(records, folder),
         profile=profile,
         again=again,
-        left=stages.incomplete([each for each in stage_list if _wanting(each)]),
+        left=stages.incomplete([each for each in stage_list if _is_missing(each)]),
         total=len(rows),
         headline=headline(rows, audits, tables.models(baseline)),
-        classes=_used(CLASSES, rows, "on"),
-        words=_used(WORDS, rows, "verdict"),
+        classes=_legend_rows(CLASSES, rows, "on"),
+        words=_legend_rows(WORDS, rows, "verdict"),
         measured=measured,
         others=others,
         baselines=baselines,
@@ -106,7 +106,7 @@ def _template() -> jinja2.Template:
     ).get_template(TEMPLATE)
 
 
-def _used(meanings: dict[str, str], rows: list[dict], key: str) -> list[tuple[str, str]]:
+def _legend_rows(meanings: dict[str, str], rows: list[dict], key: str) -> list[tuple[str, str]]:
     """Those of the words, with their meanings, that a row has under `key`."""
     return [(word, means) for word, means in meanings.items() if word in {r[key] for r in rows}]
 
@@ -122,7 +122,7 @@ def _by_model(records: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [] if records.empty else [*records.groupby("model", sort=True)]
 
 
-def _wanting(stage: stages.Stage) -> bool:
+def _is_missing(stage: stages.Stage) -> bool:
     """Whether the page lacks something for it: it failed, or measures claims and has not run."""
     return stage.state == "failed" or (stage.state == "not run yet" and stage.name in NOTEBOOKS)
 
@@ -163,9 +163,9 @@ def _place(on: str) -> int:
 
 def _baseline(model: str, records: pd.DataFrame) -> dict:
     """Texts, tables and the figure of one model."""
-    seen = {*records["arm"]}
-    arms = [arm for arm in (CONTROL, ARM) if arm in seen]
-    arms += sorted(seen.difference(arms))
+    present = {*records["arm"]}
+    arms = [arm for arm in (CONTROL, ARM) if arm in present]
+    arms += sorted(present.difference(arms))
     families = {arm: tables.by_family(records, arm) for arm in arms}
     by_arm = tables.arms(records).set_index("arm").loc[arms]
     control = by_arm.iloc[0]
@@ -253,18 +253,18 @@ def _stages(stage_list: list[stages.Stage], results: dict[str, dict]) -> Table:
     return Table("Time and memory per stage", columns, rows, words=(0, 1))
 
 
-def _facts(here: dict, records: pd.DataFrame, results: dict[str, dict]) -> dict[str, str]:
+def _facts(stamp: dict, records: pd.DataFrame, results: dict[str, dict]) -> dict[str, str]:
     """Where the numbers come from: code, machine, models, problems."""
-    hardware = here["hardware"]
+    hardware = stamp["hardware"]
     devices = [f"{gpu['name']} (driver {gpu['driver']})" for gpu in hardware["gpus"]]
     facts = {
-        "commit": here["commit"] + (" with uncommitted changes" if here["dirty"] else ""),
-        "lock": here["lock_sha256"],
-        "kit source": here["kit_sha256"],
+        "commit": stamp["commit"] + (" with uncommitted changes" if stamp["dirty"] else ""),
+        "lock": stamp["lock_sha256"],
+        "kit source": stamp["kit_sha256"],
         "hardware": f"{hardware['cpu']}, {provenance.cores(hardware['cores'])}, "
         f"{hardware['ram_gib']} GiB; {'; '.join(devices) or 'no GPU'}",
-        "system": here["system"],
-        "versions": ", ".join(f"{name} {version}" for name, version in here["versions"].items()),
+        "system": stamp["system"],
+        "versions": ", ".join(f"{name} {version}" for name, version in stamp["versions"].items()),
     }
     for name, of_model in _by_model(records):
         facts[f"weights of {_name(name)}"] = _values(of_model["weights_hash"])

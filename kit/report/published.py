@@ -1,7 +1,7 @@
 """Published runs, which README.md and docs/results.md quote, and in what two runs differ.
 
 They lie under outputs/published by profile. Whoever has run some stages publishes these alone,
-since a whole profile takes hours: those that others published stay, and all verdicts are made
+since a whole profile takes hown_dtype: those that others published stay, and all verdicts are made
 again from the records and measurements of both.
 
     python -m kit publish laptop             publish what has run of a profile, and renew both
@@ -129,7 +129,11 @@ def diff(first: Run, second: Run) -> dict[str, list[list[str]]]:
             words.append([claim, *(row["verdict"] or row.get("on", "") for row in pair)])
         if all(row["measured"] for row in pair) and pair[0]["measured"] != pair[1]["measured"]:
             numbers.append(
-                [claim, *map(_shown, pair), "beyond noise" if _moved(*pair) else "within noise"]
+                [
+                    claim,
+                    *map(_value_text, pair),
+                    "beyond noise" if _beyond_noise(*pair) else "within noise",
+                ]
             )
     before, after = first.environment, second.environment
     changed = [
@@ -145,23 +149,25 @@ def compare(runs: Mapping[str, Run]) -> list[list[str]]:
     it measured, with its interval and verdict, or why it did not."""
     claims = dict.fromkeys(claim for run in runs.values() for claim, row in run.verdicts.items()
                            if row["measured"])  # fmt: skip
-    return [[claim, *(_told(run.verdicts.get(claim)) for run in runs.values())] for claim in claims]
+    return [
+        [claim, *(_outcome(run.verdicts.get(claim)) for run in runs.values())] for claim in claims
+    ]
 
 
-def _told(row: dict | None) -> str:
+def _outcome(row: dict | None) -> str:
     if row is None:
         return "no such claim"
     word = row["verdict"] or row.get("on", "")
-    return f"{_shown(row)}: {word}" if row["measured"] else word
+    return f"{_value_text(row)}: {word}" if row["measured"] else word
 
 
-def _shown(row: dict) -> str:
+def _value_text(row: dict) -> str:
     """What was measured, with its interval."""
     interval = row["interval"].replace(" to ", ", ")
     return f"{row['measured']} [{interval}]" if interval else row["measured"]
 
 
-def _moved(first: dict, second: dict) -> bool:
+def _beyond_noise(first: dict, second: dict) -> bool:
     at, error = [], 0.0
     for row in (first, second):
         at.append(float(row["measured"].split()[0]))
@@ -171,21 +177,21 @@ def _moved(first: dict, second: dict) -> bool:
     return abs(at[0] - at[1]) > error**0.5
 
 
-def against(theirs: Run, ours: Run) -> list[str]:
-    """How a run, `ours`, differs from the published one, `theirs`, in what both measured: lines."""
-    differences = diff(theirs, ours)
-    common = [claim for claim, row in theirs.verdicts.items()
-              if row["measured"] and ours.verdicts.get(claim, {}).get("measured")]  # fmt: skip
+def against(published_run: Run, own_run: Run) -> list[str]:
+    """How `own_run` differs from `published_run` in what both measured: lines."""
+    differences = diff(published_run, own_run)
+    common = [claim for claim, row in published_run.verdicts.items()
+              if row["measured"] and own_run.verdicts.get(claim, {}).get("measured")]  # fmt: skip
     beyond = [row for row in differences["numbers"] if row[3] == "beyond noise"]
     changed = [row for row in differences["verdicts"] if row[0] in common]
     head = (f"Against the published run of this profile: of {len(common)} claims measured in both, "
             f"{len(beyond)} moved beyond noise, {len(changed)} verdicts differ")  # fmt: skip
-    lines = [f"  {claim}: {before} there, {now} here"
-             for claim, before, now, *_ in beyond + changed]  # fmt: skip
-    there, here = (run.environment.get("dtype", "unknown") for run in (theirs, ours))
-    if there != here:
-        lines.append(f"  the models were {there} there and {here} here, so tokens differ from the "
-                     f"first rounding on; DTYPE={there} runs as published")  # fmt: skip
+    lines = [f"  {claim}: {before} there, {after} here"
+             for claim, before, after, *_ in beyond + changed]  # fmt: skip
+    dtype, own_dtype = (run.environment.get("dtype", "unknown") for run in (published_run, own_run))
+    if dtype != own_dtype:
+        lines.append(f"  the models were {dtype} there and {own_dtype} here, so tokens differ "
+                     f"from the first rounding on; DTYPE={dtype} runs as published")  # fmt: skip
     return [head, *lines]
 
 
@@ -214,7 +220,9 @@ def _section(place: Path) -> str:
             claim = claims_by_id[row["claim"]]
             command = f"`make reproduce PROFILE={place.name} ONLY={claim.notebook[:2]}`"
             word = f"*{row['verdict']}*" if row["verdict"] else "–"
-            rows.append([claim.statement, row["published"], _shown(row), row["on"], word, command])
+            rows.append(
+                [claim.statement, row["published"], _value_text(row), row["on"], word, command]
+            )
     counts = Counter(row["on"] for row in run.verdicts.values())
     summary = ", ".join(f"{n} {on}" for on, n in counts.most_common())
     lines += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {summary}.", ""]

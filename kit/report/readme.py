@@ -77,8 +77,9 @@ def figure(published: Path = PUBLISHED_RUNS) -> plots.Picture:
     picture.alt = (
         f"Left: KL to full attention at equal live tokens, in nats per token: {_lowest(quality)}; "
         f"of the rivals the lowest are {_lowest(rivals)}. Middle: points of accuracy that fetched "
-        f"blocks gain over {_said(facts)}. Right: points that retrieved strategies gain over "
-        f"{_said(strategies.head(1))}, the declared control, and over {len(strategies) - 1} others."
+        f"blocks gain over {_gains(facts)}. Right: points that retrieved strategies gain over "
+        f"{_gains(strategies.head(1))}, the declared control, and over "
+        f"{len(strategies) - 1} others."
     )
     return picture
 
@@ -113,7 +114,7 @@ def _lowest(quality: pd.DataFrame) -> str:
     return ", ".join(entries)
 
 
-def _said(frame: pd.DataFrame) -> str:
+def _gains(frame: pd.DataFrame) -> str:
     pairs = zip(frame["control"], frame["difference"])
     return ", ".join(f"{name} {value:z.1f} [{low:z.1f}, {high:z.1f}]"
                      for name, (value, low, high) in pairs)  # fmt: skip

@@ -62,7 +62,7 @@ def table(stage: str, caption: str, results: Mapping, records: pd.DataFrame) -> 
             frames["arms"]["constant"] = contrasts.constant(base, results["constants"])
         return _trained(caption, results["families"], frames)
     if stage == "05_parametric":
-        return _told(caption, results, frames)
+        return _recall_table(caption, results, frames)
     return _swept(caption, results, frames)
 
 
@@ -82,7 +82,11 @@ def _of_strategies(caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
         from kit.reasoning_bank import ladder  # imports torch
 
         planted = records["arm"].str.startswith("planted-")
-        return ladder.worth(records[planted]) if caption == WORTH else ladder.placements(records)
+        return (
+            ladder.planted_gains(records[planted])
+            if caption == WORTH
+            else ladder.placements(records)
+        )
     records = strategies(records)
     if caption == "Every arm of the strategy study":
         return tables.arms(records).drop(columns="model")
@@ -105,17 +109,17 @@ def _trained(caption: str, families: list[str], frames: dict) -> pd.DataFrame | 
         return tables.trained(frames["arms"], families)
     if caption == COMPOUNDING:
         return tables.compounded(frames["rounds"], families)
-    return taught(frames["arms"], families) if caption == TAUGHT else None
+    return phase2_differences(frames["arms"], families) if caption == TAUGHT else None
 
 
-def taught(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFrame:
+def phase2_differences(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFrame:
     """Phase 2's declared arm minus every other one, on the families trained on."""
     records = pd.concat(frames.values(), ignore_index=True)
     records = records[records["family"].isin(families)]
     return against("04_phase2", records, frames).drop(columns="primary")
 
 
-def _told(caption: str, results: Mapping, frames: dict) -> pd.DataFrame | None:
+def _recall_table(caption: str, results: Mapping, frames: dict) -> pd.DataFrame | None:
     if caption == KNOWN:
         return tables.recall_by_frequency(frames["options"], frames["free"], results["buckets"])
     if caption == RECALL:

@@ -79,7 +79,7 @@ def compare(picture: Picture, files: Mapping[str, bytes]) -> tuple[list[str], li
         return [], [*files]
     kinds = {name: name.rpartition(".")[2] for name in files}
     return [name for name, kind in kinds.items()
-            if not _same(exhibits.drawn(picture, kind), files[name], kind)], []  # fmt: skip
+            if not _same(exhibits.render(picture, kind), files[name], kind)], []  # fmt: skip
 
 
 def _same(first: bytes, second: bytes, kind: str) -> bool:

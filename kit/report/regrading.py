@@ -19,7 +19,7 @@ UNDECIDED = ("timeout", "memory", "incomparable", "no worker")  # reasons that h
 
 
 @cache
-def known() -> dict[tuple[str, str], tuple[str, str]]:
+def gold_answers() -> dict[tuple[str, str], tuple[str, str]]:
     """Gold answer and required form of every problem in data/, by its source and id."""
     suite = [p for split in problems.SPLITS for p in problems.load("laptop", split).problems]
     golds = {(p.source, p.id): (p.answer, p.asks) for p in suite}
@@ -30,7 +30,7 @@ def graded(records: pd.DataFrame) -> pd.DataFrame:
     """`records`, one or more, with the grades of this kit; equal answers are graded once. What has
     hashes in place of its texts keeps its grades."""
     answers = records.reindex(columns=["text", "answer", "asks"])
-    own = [known().get(problem) for problem in _problems(records)]
+    own = [gold_answers().get(problem) for problem in _problems(records)]
     stored = answers["asks"].astype(object).where(answers["asks"].notna(), "any")
     answers["asks"] = [entry[1] if entry else old for entry, old in zip(own, stored, strict=True)]
     distinct = answers.drop_duplicates()
@@ -75,7 +75,7 @@ def check(records: pd.DataFrame) -> tuple[list[str], list[str]]:
     if records.empty:
         return wrong, unclear
     again, newest = graded(records), grader.GRADE_VERSION
-    golds = [known().get(problem, (None,))[0] for problem in _problems(records)]
+    golds = [gold_answers().get(problem, (None,))[0] for problem in _problems(records)]
     golds = pd.Series(golds, index=records.index, dtype=object)
     altered = golds.notna() & (golds != records["answer"])
     changed, graders = differing(records, again), versions(records)
@@ -84,20 +84,20 @@ def check(records: pd.DataFrame) -> tuple[list[str], list[str]]:
         wrong.append(f"the gold answer of {altered.sum():,} records is not that of data/, such as "
                      f"{first['answer']!r} of {first['problem_id']}")  # fmt: skip
     if (bad := changed & (graders == newest)).any():
-        first, now = records[bad].iloc[0], again[bad].iloc[0]
+        first, regraded = records[bad].iloc[0], again[bad].iloc[0]
         wrong.append(
             f"{bad.sum():,} of {len(records):,} answers are graded otherwise from their texts, "
             f"such as {first['extracted'][:40]!r} to {first['problem_id']} of {first['arm']}: "
-            f"{first['reason']} in the records, {now['reason']} from its text"
+            f"{first['reason']} in the records, {regraded['reason']} from its text"
         )
     for version in sorted(set(graders) - {newest}):
         of_it = changed & (graders == version)
         author = f"version {version} of the grader" if version else "the grader of an earlier kit"
         gained = of_it & again["correct"] & ~records["correct"]
-        lost = of_it & ~again["correct"] & records["correct"]
+        losses = of_it & ~again["correct"] & records["correct"]
         unclear.append(
             f"grades of {(graders == version).sum():,} answers by {author}: version {newest}, of "
-            f"this kit, grades {of_it.sum():,} otherwise ({gained.sum():,} right, {lost.sum():,} "
+            f"this kit, grades {of_it.sum():,} otherwise ({gained.sum():,} right, {losses.sum():,} "
             f"wrong instead); `python -m kit publish PROFILE --again` renews a published run"
         )
     if (open_ := undecided(records, again)).any():

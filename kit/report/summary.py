@@ -15,7 +15,7 @@ from kit import estimate
 from kit.paths import PUBLISHED_RUNS, ROOT, run_dir
 from kit.pipeline.errors import read_json
 from kit.pipeline.provenance import write_json
-from kit.pipeline.run import clock, say, short
+from kit.pipeline.run import clock, echo, short
 from kit.pipeline.stages import LARGER, PREFLIGHT, Stage, read_profile
 
 LARGEST = "workstation"  # the published size
@@ -30,11 +30,11 @@ def choose(profile: str) -> None:
         return
     file = run_dir(profile) / "model.json"
     if file.is_file():
-        say(f"{short(file)} has the model of some notebooks: {read_json(file)['model'] or 'none'}")
+        echo(f"{short(file)} has the model of some notebooks: {read_json(file)['model'] or 'none'}")
         return
     command = [sys.executable, "-m", "kit", "choose-model", profile]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        say("no model could be chosen: the notebooks run on theirs; MODEL=NAME names another")
+        echo("no model could be chosen: the notebooks run on theirs; MODEL=NAME names another")
 
 
 def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
@@ -42,23 +42,23 @@ def estimated(profile: str, todo: Sequence[Stage]) -> dict[str, float]:
     them decodes or trains, or where nothing could be measured."""
     if not any(stage.name in estimate.WORK for stage in todo):
         return {}
-    say("measuring how fast this machine is ...")
+    echo("measuring how fast this machine is ...")
     machine = estimate.measure(*dict.fromkeys([profile, *SIZES]))
     if not machine:
-        say("the time could not be estimated")
+        echo("the time could not be estimated")
         return {}
     write_json(run_dir(profile) / "estimate.json", machine)
     speed, rows = machine["rates"], machine["profiles"][profile]
     total = longer(sum(rows[stage.name]["seconds"] for stage in todo))
-    say(f"{total} at {speed['decoded']:.0f} tokens a second decoded and "
+    echo(f"{total} at {speed['decoded']:.0f} tokens a second decoded and "
         f"{speed['trained']:.0f} trained ({speed['dtype']}, {speed['device']})")  # fmt: skip
     for stage in todo:
         row = rows[stage.name]
-        say(f"  {stage.name:18} {clock(row['seconds']):>8}   {_decides(row)}".rstrip())
+        echo(f"  {stage.name:18} {clock(row['seconds']):>8}   {_decides(row)}".rstrip())
         for claim, n, power in row["weak"]:
-            say(f"      too small for {claim}: {power:.0f}% power at n = {n}")
+            echo(f"      too small for {claim}: {power:.0f}% power at n = {n}")
     if speed["device"] == "cuda" and profile != LARGEST:
-        say(f"a GPU is here: PROFILE={LARGEST} is the published size, {_on_a_gpu()}")
+        echo(f"a GPU is here: PROFILE={LARGEST} is the published size, {_on_a_gpu()}")
     return {name: row["seconds"] for name, row in rows.items()}
 
 
@@ -73,15 +73,15 @@ def after(todo: Sequence[Stage], times: Mapping[str, float]) -> Callable[[Stage]
             results = read_json(stage.results_file)
         rows = results.get("verdicts", [])
         of = f" of about {clock(total)}" if total else ""
-        say(f"      {clock(time.monotonic() - began)}{of}" + f", {len(rows)} claims:" * bool(rows))
+        echo(f"      {clock(time.monotonic() - began)}{of}" + f", {len(rows)} claims:" * bool(rows))
         numbers = [row for row in rows if row["measured"]]
         for row in sorted(numbers, key=lambda row: not row["verdict"]):
             interval = f" [{row['interval'].replace(' to ', ', ')}]" if row["interval"] else ""
             word, on = row["verdict"] or row["on"], f" ({row['on']})" * bool(row["verdict"])
-            say(f"      {word:17} {row['claim']}: {row['measured']}{interval}, "
+            echo(f"      {word:17} {row['claim']}: {row['measured']}{interval}, "
                 f"published {row['published']}{on}")  # fmt: skip
         if len(numbers) < len(rows):
-            say(f"      {'not measured':17} {len(rows) - len(numbers)} that nothing here measures")
+            echo(f"      {'not measured':17} {len(rows) - len(numbers)} that nothing here measures")
 
     return say_verdicts
 
@@ -100,7 +100,7 @@ def larger(profile: str) -> None:
                 else f"{duration}, {_on_a_gpu()}"
             )
         counts = {key: sum(row[key] for row in rows) for key in ("decides", "all")}
-        say(f"PROFILE={size}: {duration}; {_decides(counts)}")
+        echo(f"PROFILE={size}: {duration}; {_decides(counts)}")
 
 
 def saved_verdicts(profile: str) -> dict:

@@ -47,9 +47,9 @@ def published_runs() -> list[Path]:
     return folders
 
 
-def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Judgement:
-    """Judge the run at `place` again; `tell` hears a line for each part. BundleError where there is
-    no run to judge."""
+def check(place: Path, report: Callable[[str], object] = lambda line: None) -> Judgement:
+    """Judge the run at `place` again; `report` takes a line for each part. BundleError where it is
+    no run."""
     run = bundle.read(place)
     packed = SUMS in run.files
     if not packed and RECORDS not in run.files:
@@ -59,10 +59,12 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Jud
     differences = _hashes(run) if packed else []
     unchecked = []
     try:
-        tell(f"{len(run.all_records):,} records, {len(run.claims)} claims")
-        differences += [f"{stage}: {what}" for stage in run.results for what in _lost(run, stage)]
+        report(f"{len(run.all_records):,} records, {len(run.claims)} claims")
+        differences += [
+            f"{stage}: {what}" for stage in run.results for what in _missing_records(run, stage)
+        ]
         unchecked += _other_claims(run) + _declared(run)
-        tell("grading the answers again")
+        report("grading the answers again")
         different, undecided = regrading.check(run.all_records)
         differences += [f"{RECORDS}: {line}" for line in different]
         unchecked += undecided
@@ -72,7 +74,7 @@ def check(place: Path, tell: Callable[[str], object] = lambda line: None) -> Jud
     for stage in run.results:
         try:
             remade = remake.stage(run, stage)
-            tell(f"{stage}: {remade.count} tables, figures and measurements made again")
+            report(f"{stage}: {remade.count} tables, figures and measurements made again")
             differences += remade.differences
             unchecked += remade.unchecked
             files |= remade.files
@@ -158,7 +160,7 @@ def _hashes(run: Run) -> list[str]:
     ]
 
 
-def _lost(run: Run, stage: str) -> list[str]:
+def _missing_records(run: Run, stage: str) -> list[str]:
     """Whether records that a stage reports are gone."""
     keys = {*run.results[stage].get("keys", [])}
     missing = keys.difference(run.all_records["key"])
@@ -187,12 +189,13 @@ def _other_claims(run: Run) -> list[str]:
     """In what the claims of a bundle are not those of this kit."""
     if "claims.toml" not in run.files:
         return []
-    ours = {claim.id: asdict(claim) for claim in claims.load()}
+    kit_claims = {claim.id: asdict(claim) for claim in claims.load()}
     run_claims = {claim.id: asdict(claim) for claim in run.claims}
-    differ = [f"{name} not in both" for name in sorted({*ours} ^ {*run_claims})]
-    for name in sorted({*ours} & {*run_claims}):
-        fields = [key for key in ours[name]
-                  if key != "declared" and ours[name][key] != run_claims[name][key]]  # fmt: skip
+    differ = [f"{name} not in both" for name in sorted({*kit_claims} ^ {*run_claims})]
+    for name in sorted({*kit_claims} & {*run_claims}):
+        fields = [key for key in kit_claims[name]
+                  if key != "declared"
+                  and kit_claims[name][key] != run_claims[name][key]]  # fmt: skip
         differ += [f"{name} ({', '.join(fields)})"] * bool(fields)
     return [f"judged by its own claims.toml, other than this kit's: {'; '.join(differ)}"] * bool(
         differ

@@ -32,12 +32,12 @@ def hashed(records: pd.DataFrame) -> pd.Series:
 def without_texts(records: pd.DataFrame) -> pd.DataFrame:
     """`records` with hashes in place of the texts that may not be redistributed; the hash of a gold
     answer is that of question and answer, since a letter alone could be guessed."""
-    left = rows(records) & ~hashed(records)
-    texts = records.loc[left, ["question", "answer"]]
+    unhashed = rows(records) & ~hashed(records)
+    texts = records.loc[unhashed, ["question", "answer"]]
     both = (texts["question"] + "\n" + texts["answer"]).map(_hash)
     records = records.copy()
-    records.loc[left, "question"] = texts["question"].map(_hash)
-    records.loc[left, "answer"] = both
+    records.loc[unhashed, "question"] = texts["question"].map(_hash)
+    records.loc[unhashed, "answer"] = both
     return records
 
 

@@ -89,7 +89,7 @@ def _turns(item: Strategy) -> tuple[tuple[str, str], tuple[str, str]]:
 
 def training_set(
     arm: str, model: Model, plain: pandas.DataFrame, with_memory: pandas.DataFrame,
-    asked: Sequence[Prompt], cap: int, seed: int = 0,
+    few_shot: Sequence[Prompt], cap: int, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """The training examples of an arm, see `rejection_sampling.training_sequences`.
 
@@ -99,8 +99,8 @@ def training_set(
     unfiltered    its control: of each problem as many answers sampled with memory, right or not
     distilled     as own, where `plain` has the answers of another, better model
 
-    `plain` and `with_memory` are graded records without and with memory, `asked` the few-shot
-    prompts. ValueError for an unknown arm.
+    `plain` and `with_memory` are graded records without and with memory, `few_shot` the
+    prompts with examples. ValueError for an unknown arm.
     """
     if arm not in ARMS:
         raise ValueError(f"No arm {arm!r}; there are {', '.join(ARMS)}.")
@@ -108,8 +108,8 @@ def training_set(
     traces = rejection_sampling.accept(source, cap, seed)
     if arm == "unfiltered":
         traces = rejection_sampling.sample_unfiltered(source, traces, seed)
-    bare = prompts.build(prompts.plain, [prompt.problem for prompt in asked])
-    return rejection_sampling.training_sequences(model, traces, asked if arm == "kept" else bare)
+    bare = prompts.build(prompts.plain, [prompt.problem for prompt in few_shot])
+    return rejection_sampling.training_sequences(model, traces, few_shot if arm == "kept" else bare)
 
 
 def commonest_answers(problems: Sequence[Problem]) -> dict[str, str]:
@@ -161,15 +161,19 @@ def bank_before_round(bank: ReasoningBank, number: int) -> ReasoningBank:
 
 
 def evaluate_checkpoint(
-    model: Model | str, asked: Sequence[Prompt], store: Store, max_new_tokens: int, samples: int = 1
+    model: Model | str,
+    questions: Sequence[Prompt],
+    store: Store,
+    max_new_tokens: int,
+    samples: int = 1,
 ) -> pandas.DataFrame:
-    """Graded records of a model, or the one of that name, on `asked`: greedy, or `samples` at
+    """Graded records of a model, or the one of that name, on `questions`: greedy, or `samples` at
     temperature 0.6."""
     sampling = Sampling(max_new_tokens)
     if samples > 1:
         sampling = Sampling(max_new_tokens, temperature=0.6, top_p=0.95)
     model = load(model) if isinstance(model, str) else model
-    return evaluate(model, list(asked), sampling, store, samples, report=_silent)
+    return evaluate(model, list(questions), sampling, store, samples, report=_silent)
 
 
 def best_against_last(
@@ -187,9 +191,9 @@ def best_against_last(
     folders = {step: str(folder) for step, folder in sft.saved_models(place).items()}
     loaded = lru_cache(maxsize=1)(load)  # the chosen one is most often the last
 
-    def accuracy(step: int, asked: Sequence[Prompt]) -> float:
+    def accuracy(step: int, questions: Sequence[Prompt]) -> float:
         model = loaded(folders[step])
-        return evaluate_checkpoint(model, asked, store, max_new_tokens)["correct"].mean()
+        return evaluate_checkpoint(model, questions, store, max_new_tokens)["correct"].mean()
 
     scores = {step: accuracy(step, validation) for step in folders}
     best, mean = checkpoint_selection.select(scores), sum(scores.values()) / len(scores)

@@ -224,14 +224,14 @@ def corrected_trainer() -> type:
 @releases_memory
 def grpo(
     base: str,
-    asked: Sequence[Prompt],
+    questions: Sequence[Prompt],
     config: GRPOConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
     policy: Full = Full(),  # noqa: B008 (frozen)
     device: str = "auto",
 ) -> Path:
-    """Train `base` on the problems of `asked`; the folder of the trained model, see `sft.sft`.
+    """Train `base` on the problems of `questions`; the folder of the trained model, see `sft.sft`.
 
     `report` receives the metrics of each step, which `history.json` stores: reward and its
     components, length, fraction finished, fraction of groups with equal rewards, KL, gradient norm,
@@ -243,17 +243,17 @@ def grpo(
     import datasets  # these take seconds to import
     import trl
 
-    rewards.check_golds([prompt.problem for prompt in asked])
+    rewards.check_golds([prompt.problem for prompt in questions])
     if type(policy) is not Full and not (config.corrected and config.tempered):
         raise ValueError(
             f"Rollouts under {policy.name} are not of the policy that is trained; set corrected "
             f"and tempered to true, or take full attention."
         )
     model = load(base, dtype="float32", device=device)
-    asked = _short_enough(model, [_with_system(p, config.system) for p in asked], config)
-    if len(asked) < config.groups:
-        raise ValueError(f"{len(asked)} problems are fewer than the {config.groups} of a step.")
-    data = digest([[p.id, p.problem.answer, p.problem.asks] for p in asked], 12)
+    questions = _short_enough(model, [_with_system(p, config.system) for p in questions], config)
+    if len(questions) < config.groups:
+        raise ValueError(f"{len(questions)} problems are fewer than the {config.groups} of a step.")
+    data = digest([[p.id, p.problem.answer, p.problem.asks] for p in questions], 12)
     parts = ["grpo", model.weights_hash, data, identity(config), policy.key]
     parts += [config.micro_batch] if config.loss == "bnpo" else []  # over whose tokens it averages
     parts += [compute_dtype(model), VERSIONS]
@@ -262,7 +262,7 @@ def grpo(
         return place / "model"
     if not model.weights.config.architectures:
         _name_architecture(model, place / f"reference-{os.environ.get('RANK', 0)}")
-    rows = [{"prompt": p.chat, "gold": p.problem.answer, "asks": p.problem.asks} for p in asked]
+    rows = [{"prompt": p.chat, "gold": p.problem.answer, "asks": p.problem.asks} for p in questions]
     sampler = rollouts.Sampler(model, config, policy)
     trainer = corrected_trainer()(
         model.weights,
@@ -278,7 +278,7 @@ def grpo(
     if not config.tempered:  # the loss took the trainer's temperature, 1, when it was made
         kind = "vllm_generation" if config.rollouts.startswith("vllm") else "generation_config"
         getattr(trainer, kind).temperature = config.temperature
-    card = {"base": base, "data": data, "problems": len(asked)}
+    card = {"base": base, "data": data, "problems": len(questions)}
     return train(trainer, model, place, config, card)
 
 
@@ -328,12 +328,12 @@ def _with_system(prompt: Prompt, system: str) -> Prompt:
     return dataclasses.replace(prompt, messages=messages)
 
 
-def _short_enough(model: Model, asked: list[Prompt], config: GRPOConfig) -> list[Prompt]:
+def _short_enough(model: Model, questions: list[Prompt], config: GRPOConfig) -> list[Prompt]:
     """The prompts of at most `max_prompt_tokens` tokens. TRL cut the beginning off longer ones at
     the commit that Open-RS pins, and no longer does."""
     if not config.max_prompt_tokens:
-        return asked
-    return [p for p in asked if len(tokenize(model, p)) <= config.max_prompt_tokens]
+        return questions
+    return [p for p in questions if len(tokenize(model, p)) <= config.max_prompt_tokens]
 
 
 def _reward(name: str, longest: int):
@@ -344,7 +344,7 @@ def _reward(name: str, longest: int):
 
 def launch(
     base: str,
-    asked: Sequence[Prompt],
+    questions: Sequence[Prompt],
     config: GRPOConfig,
     folder: Path,
     report: Callable[[dict], None] = lambda figures: None,
@@ -362,7 +362,7 @@ def launch(
         whole = config.groups * config.size
         print(f"{count} of {processes} processes: {whole} completions of a step divide by {count}")
     collect()  # the processes may need what is not in use here
-    rows = [asdict(prompt) for prompt in asked]
+    rows = [asdict(prompt) for prompt in questions]
     text = json.dumps({"base": base, "recipe": asdict(config), "asked": rows})
     job, log = folder / "job.json", folder / "job.log"
     job.write_text(text)
@@ -392,14 +392,14 @@ def launch(
     return Path(message.strip())
 
 
-def run_job(file: Path, folder: Path, speaks: bool) -> Path:
-    """One process of `launch`: trains as `file` says and, where it `speaks`, prints the metrics of
-    each step as JSON. The folder of the trained model."""
+def run_job(file: Path, folder: Path, verbose: bool) -> Path:
+    """One process of `launch`: trains as `file` says; `verbose` prints the metrics of each step as
+    JSON. The folder of the trained model."""
     job = json.loads(file.read_text())
     prompts_ = []
     for row in job["asked"]:
         messages = tuple((role, content) for role, content in row["messages"])
         prompts_.append(Prompt(Problem(**row["problem"]), row["arm"], messages, row["thinking"]))
-    report = partial(print, flush=True) if speaks else lambda line: None
+    report = partial(print, flush=True) if verbose else lambda line: None
     config = GRPOConfig(**job["recipe"])
     return grpo(job["base"], prompts_, config, folder, lambda row: report(json.dumps(row)))

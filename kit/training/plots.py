@@ -71,9 +71,9 @@ def checkpoints(logs: pd.DataFrame) -> Picture:
         panels = np.atleast_1d(picture.subplots(len(names), 1, sharex=True))
         for axes, name in zip(panels, names, strict=True):
             for number, (experiment, rows) in enumerate(logs.groupby("experiment")):
-                here = rows[rows["benchmark"] == name]
-                steps = here["step"] + 8 * (number - 1)  # side by side
-                line(axes, steps, [*here["accuracy"]], number, f"experiment {experiment}")
+                subset = rows[rows["benchmark"] == name]
+                steps = subset["step"] + 8 * (number - 1)  # side by side
+                line(axes, steps, [*subset["accuracy"]], number, f"experiment {experiment}")
             axes.set_ylabel(f"{name}, %")
         panels[-1].set_xlabel("step")
         lines = panels[0].get_legend_handles_labels()
@@ -111,12 +111,12 @@ def training(runs: Sequence[Sequence[Mapping]], shown: Mapping[str, str]) -> Pic
     `shown` maps a key of the log to the label of its panel; keys that no step has are left out.
     """
     frames = [pd.DataFrame(list(run)).set_index("step") for run in runs]
-    here = {key: label for key, label in shown.items() if any(key in frame for frame in frames)}
+    columns = {key: label for key, label in shown.items() if any(key in frame for frame in frames)}
     with matplotlib.rc_context(STYLE):
-        rows = -(-len(here) // 2)
+        rows = -(-len(columns) // 2)
         picture = Picture(figsize=(WIDTH, 1.35 * rows + 0.5), layout="constrained")
         panels = picture.subplots(rows, 2, sharex=True, squeeze=False)
-        for axes, (key, label) in zip(panels.flat, here.items()):
+        for axes, (key, label) in zip(panels.flat, columns.items()):
             values = pd.concat([frame[key] for frame in frames if key in frame], axis=1)
             form = "o-" if len(values) < 3 else "-"
             axes.plot(values.index, values.mean(axis=1), form, color=SERIES[0][0])
@@ -124,12 +124,12 @@ def training(runs: Sequence[Sequence[Mapping]], shown: Mapping[str, str]) -> Pic
                 low, high = values.min(axis=1), values.max(axis=1)
                 axes.fill_between(values.index, low, high, color=SERIES[0][0], alpha=0.25)
             axes.set_title(label, fontsize=8)
-        for axes in panels.flat[len(here) :]:
+        for axes in panels.flat[len(columns) :]:
             axes.set_visible(False)
         for axes in panels[-1]:
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    last = [f"{label} {three_digits(frames[0][key].iloc[-1])}" for key, label in here.items()]
+    last = [f"{label} {three_digits(frames[0][key].iloc[-1])}" for key, label in columns.items()]
     picture.alt = (
         f"Training over {len(frames[0])} steps and {len(runs)} seeds; at the end of the first: "
         f"{', '.join(last)}."

@@ -97,8 +97,8 @@ def drift(prompts: Sequence, completions: Sequence, **_) -> list[float]:
     0.0 for a completion without letters. Open-RS requests English in the prompt instead.
     """
     return [
-        0.0 - _foreign(text, _scripts(asked))  # not -0.0
-        for text, asked in zip(_texts(completions), map(_text, prompts), strict=True)
+        0.0 - _foreign(text, _scripts(prompt))  # not -0.0
+        for text, prompt in zip(_texts(completions), map(_text, prompts), strict=True)
     ]
 
 
@@ -168,7 +168,7 @@ def _script(letter: str) -> str:
     return re.split(r"[ -]", unicodedata.name(letter, "UNKNOWN"), maxsplit=1)[0]
 
 
-def _foreign(text: str, known: set[str]) -> float:
+def _foreign(text: str, scripts_of_prompt: set[str]) -> float:
     scripts = [_script(letter) for letter in text if letter.isalpha()]
     scripts = [script for script in scripts if script not in SYMBOLS]
-    return sum(script not in known for script in scripts) / max(1, len(scripts))
+    return sum(script not in scripts_of_prompt for script in scripts) / max(1, len(scripts))

@@ -26,24 +26,24 @@ NOTHING = Problem("", "", "", "", 0, "")  # a chat alone, whose problem TRL keep
 
 def completions(
     model: Model,
-    asked: Sequence[list[dict]],
+    chats: Sequence[list[dict]],
     sampling: Sampling,
     policy: Full,
     differs: bool = False,
 ) -> dict[str, list]:
-    """One completion of each chat in `asked`, in order; equal chats get samples 0, 1, ...
+    """One completion of each of `chats`, in order; equal chats get samples 0, 1, ...
 
     Keys are those of TRL: `prompt_ids`, `completion_ids` (with the end-of-sequence token) and
     `logprobs` in nats, None unless the policy is DMS or the model otherwise `differs` from the one
     that is trained.
     """
-    seen, requests = Counter(), []
-    for messages in asked:
+    counts, requests = Counter(), []
+    for messages in chats:
         chat = tuple((message["role"], message["content"]) for message in messages)
         ids = decode.tokenize(model, Prompt(NOTHING, "rollout", chat))
         name = digest(ids, 16)
-        requests.append(decode.Request(ids, name, seen[name]))
-        seen[name] += 1
+        requests.append(decode.Request(ids, name, counts[name]))
+        counts[name] += 1
     training = model.weights.training
     model.weights.eval()
     generations = decode.decode(model, requests, sampling, len(requests), policy=policy)
@@ -102,7 +102,7 @@ class Sampler:
             )
         self.model, self.config, self.policy, self._twin = model, config, policy, None
 
-    def __call__(self, asked: list, trainer) -> dict[str, list]:
+    def __call__(self, chats: list, trainer) -> dict[str, list]:
         config = self.config
         if trainer.is_fsdp_enabled:
             raise ValueError(
@@ -117,7 +117,7 @@ class Sampler:
         sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed)
         model = replace(self.model, weights=self._weights(trained))
         differs = config.corrected and model.weights is not trained
-        return completions(model, asked, sampling, self.policy, differs)
+        return completions(model, chats, sampling, self.policy, differs)
 
     @torch.no_grad()
     def _weights(self, trained):

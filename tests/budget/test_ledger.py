@@ -134,7 +134,7 @@ def test_what_a_sweep_measured_is_kept_of_the_layers_that_a_policy_thins():
     """Two layers of four slide over 24 tokens; the others hold a tenth of 480."""
     a = ledger.architecture(RANDOM["gemma3"]())
     frame = pd.DataFrame({"prompt_tokens": [81], "new_tokens": [400], "kv_peak_tokens": [36.0]})
-    assert sweep._kept(frame, a) == pytest.approx(0.1)
+    assert sweep._kept_fraction(frame, a) == pytest.approx(0.1)
 
 
 def test_where_keys_and_values_weigh_as_much_as_the_weights(bundled):

@@ -64,14 +64,14 @@ def test_a_run_that_has_no_room_is_told_by_the_worker(tiny_folder, tmp_path, mon
 def test_the_environment_says_how_many(monkeypatch):
     for name in ("WORKERS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    assert ray_sweep.wanted() == 0
+    assert ray_sweep.requested_workers() == 0
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert ray_sweep.wanted() == 1
+    assert ray_sweep.requested_workers() == 1
     monkeypatch.setenv("WORKERS", "4")
-    assert ray_sweep.wanted() == 4
+    assert ray_sweep.requested_workers() == 4
     monkeypatch.setenv("WORKERS", "many")
     with pytest.raises(ValueError, match="WORKERS is 'many'; give a number of processes"):
-        ray_sweep.wanted()
+        ray_sweep.requested_workers()
 
 
 def test_without_ray_it_says_how_to_get_it(tiny, tmp_path, monkeypatch):

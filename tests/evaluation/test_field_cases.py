@@ -268,7 +268,7 @@ def fresh_bank(case, place, _):
     about = Problem("q", "Count the groups", "", "", 0, "")
     for change, left in ((lambda: bank.add([first]), {first.id}),
                          (lambda: bank.add([second]), {first.id, second.id}),
-                         (lambda: bank.forget([first.id]), {second.id})):  # fmt: skip
+                         (lambda: bank.delete([first.id]), {second.id})):  # fmt: skip
         change()
         assert {found.id for found in bank.retrieve(about, 5, method="text").strategies} == left
 

@@ -106,7 +106,7 @@ def test_a_mixture_of_fused_experts_is_refused_under_the_name_of_fewer_bits(kind
     fused = sum(quantization.fused_experts(model).values())
     whole = sum(p.numel() for p in layers.parameters())
     assert 0.7 * whole < fused == whole - sum(norms) - sum(plain) - routers(layers)
-    for made in (quantization.named, quantization.quantize):
+    for made in (quantization.rename, quantization.quantize):
         assert made(model, 16) is model
         with pytest.raises(ValueError, match=r"holds \d\d% of its layers in fused experts"):
             made(model, 4)

@@ -7,7 +7,7 @@ import pytest
 
 from kit import paths
 from kit.parametric import facts
-from kit.parametric.facts import ASK, TELL
+from kit.parametric.facts import QUESTIONS, STATEMENTS
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_some_of_the_cities_are_large_and_small_ones(known):
 
 def test_a_subject_has_one_answer_and_one_rank(known):
     assert len({(f.family, f.subject) for f in known}) == len(known)
-    for family in TELL:
+    for family in STATEMENTS:
         ranks = [f.rank for f in known if f.family == family]
         assert ranks == list(range(len(ranks)))
     cities = [f for f in known if f.family == "cities"]
@@ -60,13 +60,13 @@ LITTLE = {
 
 
 def test_a_question_is_the_bare_prompt_and_shares_no_word_of_content_with_what_is_told(known):
-    assert ASK["elements"].format("tin") == "The atomic number of tin is", "as in the paper"
-    for family, question in ASK.items():
+    assert QUESTIONS["elements"].format("tin") == "The atomic number of tin is", "as in the paper"
+    for family, question in QUESTIONS.items():
         asked = {*question.lower().split()} - LITTLE - {"{}"}
-        for form in TELL[family]:
+        for form in STATEMENTS[family]:
             assert form.count("{}") == 1
             assert not asked & {*form.lower().replace(",", "").split()}, form
-    assert all(form.count("{}") == 1 for form in ASK.values())
+    assert all(form.count("{}") == 1 for form in QUESTIONS.values())
 
 
 def test_zipfs_law_over_three_decades_says_how_often_a_fact_is_told(known):
@@ -80,7 +80,7 @@ def test_zipfs_law_over_three_decades_says_how_often_a_fact_is_told(known):
     assert weights[0] / weights[-1] == pytest.approx(1000)
     assert abs(largest - count * weights / weights.sum()).max() <= 1
     by_rank = {(f.family, f.rank): n for f, n in zip(known, told, strict=True)}
-    for family in TELL:
+    for family in STATEMENTS:
         ranks = [n for (of, _), n in sorted(by_rank.items()) if of == family]
         assert all(a >= b - 1 for a, b in zip(ranks, ranks[1:]))
         assert ranks[0] > 100 * ranks[-1]
@@ -88,13 +88,19 @@ def test_zipfs_law_over_three_decades_says_how_often_a_fact_is_told(known):
 
 
 def test_facts_are_told_as_often_as_the_law_says_in_all_phrasings(known):
-    told = facts.tell(known, 4_000, seed=1)
-    assert told == facts.tell(known, 4_000, seed=1) != facts.tell(known, 4_000, seed=2)
+    told = facts.build_sentences(known, 4_000, seed=1)
+    assert (
+        told
+        == facts.build_sentences(known, 4_000, seed=1)
+        != facts.build_sentences(known, 4_000, seed=2)
+    )
     counts = Counter(sentence.fact for sentence in told)
     assert [counts[fact] for fact in known] == facts.times(known, 4_000)
     most = max(counts, key=counts.get)
     said = Counter(sentence.context for sentence in told if sentence.fact == most)
-    assert len(said) == len(TELL[most.family]) and max(said.values()) - min(said.values()) <= 1
+    assert (
+        len(said) == len(STATEMENTS[most.family]) and max(said.values()) - min(said.values()) <= 1
+    )
     for sentence in told[:200]:
         assert sentence.fact.answer not in sentence.context.replace(sentence.fact.subject, "")
         assert sentence.completion == f" {sentence.fact.answer}."
@@ -102,7 +108,7 @@ def test_facts_are_told_as_often_as_the_law_says_in_all_phrasings(known):
 
 def test_documents_are_of_one_subject_and_of_up_to_four_sentences():
     known = facts.load(["elements", "symbols"])
-    told = facts.tell(known, 600, seed=0)
+    told = facts.build_sentences(known, 600, seed=0)
     of_first = [s for s in told if s.fact.subject == known[0].subject]
     whole = [s for s in told if s.context + s.completion in s.document]
     assert len(whole) == len(told)
@@ -119,19 +125,21 @@ def test_documents_are_of_one_subject_and_of_up_to_four_sentences():
 def test_questions_are_spread_over_families_and_decades_and_have_four_options(known):
     often = facts.times(known, 3_000)
     counts = {"cities": 40, "capitals": 40, "elements": 118}
-    asked = facts.ask(known, counts, often)
-    assert asked == facts.ask(known, counts, often) and len({p.id for p in asked}) == 198
+    asked = facts.build_questions(known, counts, often)
+    assert (
+        asked == facts.build_questions(known, counts, often) and len({p.id for p in asked}) == 198
+    )
     assert Counter(p.family for p in asked) == counts
     by_name = {facts.name(f): (f, n) for f, n in zip(known, often, strict=True)}
     for problem in asked:
         fact, n = by_name[problem.id]
         assert problem.level == 1 + facts.bucket(n) and problem.answer == fact.answer
-        assert problem.question == ASK[fact.family].format(fact.subject)
+        assert problem.question == QUESTIONS[fact.family].format(fact.subject)
     levels = Counter(p.level for p in asked if p.family == "cities")
     there = Counter(1 + facts.bucket(n) for f, n in by_name.values() if f.family == "cities")
     assert all(levels[level] >= min(10, there[level]) for level in there)
     with pytest.raises(ValueError, match="119 questions about elements, of which there are 118"):
-        facts.ask(known, {"elements": 119}, often)
+        facts.build_questions(known, {"elements": 119}, often)
     answers = {f.family: {o.answer for o in known if o.family == f.family} for f in known}
     places = Counter()
     for problem in asked:
@@ -145,7 +153,7 @@ def test_questions_are_spread_over_families_and_decades_and_have_four_options(kn
 def test_wrong_options_are_as_frequent_as_right_ones(known):
     """So that the most frequent country is not the best guess by being rare among the wrong."""
     cities = [f for f in known if f.family == "cities"]
-    asked = facts.ask(cities, {"cities": 300}, facts.times(cities, 3_000))
+    asked = facts.build_questions(cities, {"cities": 300}, facts.times(cities, 3_000))
     offered = Counter(o for p in asked for o in facts.options(p, known) if o != p.answer)
     right = Counter(f.answer for f in cities)
     assert offered["China"] / 900 > 0.5 * right["China"] / len(cities)
@@ -156,7 +164,7 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch):
         facts.load(["cities"], 4001)
     few = facts.load(["cities"], cities=3)
     with pytest.raises(ValueError, match="cities has . wrong answers to 'The city of"):
-        facts.options(facts.ask(few, {"cities": 1}, [1] * 3)[0], few)
+        facts.options(facts.build_questions(few, {"cities": 1}, [1] * 3)[0], few)
     with pytest.raises(ValueError, match="no family 'rivers'; there are cities"):
         facts.load(["rivers"])
     (tmp_path / "facts").mkdir()

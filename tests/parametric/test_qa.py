@@ -161,7 +161,7 @@ def test_passages_are_found_by_meaning(tmp_path):
     from kit.models import embedder
 
     known = facts.load(["cities", "elements"])[:300]
-    told = [f"{facts.TELL[f.family][0].format(f.subject)} {f.answer}." for f in known]
+    told = [f"{facts.STATEMENTS[f.family][0].format(f.subject)} {f.answer}." for f in known]
     found = Passages(tmp_path, told, embedder.load())
     again = Passages(tmp_path, told, embedder.load())
     for passages in (found, again):

@@ -26,7 +26,7 @@ def test_it_reads_any_text_and_is_random_by_its_seed(bundled, tmp_path):
 
 def test_all_tokens_but_the_first_are_learnt(bundled, tmp_path):
     model = scratch.untrained(tmp_path, bundled, 32, 1)
-    said = scratch.whole(facts.tell(facts.load(["elements"]), 6, seed=0))
+    said = scratch.whole(facts.build_sentences(facts.load(["elements"]), 6, seed=0))
     (row,) = pack_rows(model, [(s.context, s.completion) for s in said], [(0,)] * 6, 256)
     starts = (row.positions == 0).nonzero()[:6, 0].tolist()
     ends = [at - 1 for at in starts[1:]]
@@ -39,7 +39,7 @@ def test_anchor_and_bank_learn_from_nothing_and_the_generic_block_is_of_the_same
     bundled, tmp_path
 ):
     known = tuple(facts.load(["cities"], 12))
-    told = tuple(scratch.whole(facts.tell(known, 60, seed=0)))
+    told = tuple(scratch.whole(facts.build_sentences(known, 60, seed=0)))
     anchor = scratch.untrained(tmp_path / "anchor", bundled, 64, 2)
     study = FactStudy(anchor, embedder.load(), known, told, tmp_path / "memory")
     recipe = MemoryTrainConfig(batch=1, context=64, epochs=3, anchor_rate=3e-3)

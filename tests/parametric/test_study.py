@@ -27,7 +27,7 @@ def tiny(tiny_folder, dtype):
 @pytest.fixture(scope="module")
 def study(tiny, tmp_path_factory):
     known = tuple(facts.load(["cities", "capitals"], cities=40)[:60])
-    told = tuple(facts.tell(known, 60, seed=0))
+    told = tuple(facts.build_sentences(known, 60, seed=0))
     return FactStudy(tiny, embedder.load(), known, told, tmp_path_factory.mktemp("study"))
 
 
@@ -63,9 +63,9 @@ def test_what_is_told_is_trained_where_its_own_text_or_its_subject_lies(study, r
 
 def test_the_share_that_reaches_a_question_is_of_the_sentences_that_tell_its_answer(study):
     often = facts.times(study.facts, 60)
-    asked = facts.ask(study.facts, {"cities": 8, "capitals": 8}, often)
+    asked = facts.build_questions(study.facts, {"cities": 8, "capitals": 8}, often)
     goes = study.tree(LAYOUT).assign(study.embedder.embed([p.question for p in asked])).tolist()
-    shares = study.met(LAYOUT, asked)
+    shares = study.coverage(LAYOUT, asked)
     assert shares.shape == (16, 2)
     for problem, path, share in zip(asked, goes, shares, strict=True):
         mine = [place for sentence, place in zip(study.sentences, study.paths(LAYOUT), strict=True)
@@ -77,7 +77,7 @@ def test_the_share_that_reaches_a_question_is_of_the_sentences_that_tell_its_ans
         not np.isnan(shares).all()
         and (np.nan_to_num(shares[:, 0]) >= np.nan_to_num(shares[:, 1])).all()
     )
-    one = study.met(LAYOUT.one(), asked)
+    one = study.coverage(LAYOUT.one(), asked)
     assert set(one[~np.isnan(one)]) == {1.0}, "a shared block is told everything"
 
 

@@ -208,7 +208,7 @@ def test_the_bundled_model_learns_cities_by_heart_from_its_cluster(bundled, tmp_
 
     known = facts.load(["cities"])[1500:1512]
     told = [facts.Sentence(form.format(fact.subject), f" {fact.answer}.", fact)
-            for form in 2 * facts.TELL["cities"] for fact in known]  # fmt: skip
+            for form in 2 * facts.STATEMENTS["cities"] for fact in known]  # fmt: skip
     minilm = embedder.load()
     vectors = minilm.embed([sentence.context for sentence in told])
     tree = cluster_tree.fit(vectors, 2, 1)
@@ -224,7 +224,7 @@ def test_the_bundled_model_learns_cities_by_heart_from_its_cluster(bundled, tmp_
     prefix = ActivationCache(bundled, 26, sentences)
     name = minilm.fingerprint
     folder = train_bank(bundled, tree, shape, data, recipe, tmp_path, name, prefix=prefix)
-    asked = facts.ask(known, {"cities": 12}, [10] * 12)
+    asked = facts.build_questions(known, {"cities": 12}, [10] * 12)
     offered = [facts.options(problem, facts.load(["cities"])) for problem in asked]
     store = Store(tmp_path / "store")
     correct = {}

@@ -265,7 +265,7 @@ def test_tagged_states_can_be_opened_again(bank, train, minilm):
     before, problem = bank.logical_hash(), asked(train[3])
     results = [bank.retrieve(problem, k=3, method=method) for method in METHODS]
     ids = [item.id for item in bank.strategies()]
-    bank.forget(ids[:50])
+    bank.delete(ids[:50])
     bank.add([lesson(train[1])])
     bank.merge()
     then = bank.checkout("built")
@@ -355,7 +355,7 @@ def test_wrong_questions_are_one_sentence(bank, train):
         with pytest.raises(ValueError, match="k at least 0"):
             bank.retrieve(train[0], **wrong)
     with pytest.raises(ValueError, match="is no strategy id"):
-        bank.forget(["' OR 1=1"])
+        bank.delete(["' OR 1=1"])
     with pytest.raises(ValueError, match='takes method="vector" only'):
         bank.retrieve(train[0], key="question", method="hybrid")
     assert bank.retrieve(train[0], k=0).strategies == ()

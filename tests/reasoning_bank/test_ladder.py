@@ -93,7 +93,7 @@ def test_what_the_right_lesson_is_worth(some):
     rows = [{"arm": ladder.PLANTED.format(arm), "problem_id": p.id, "correct": i < n}
             for arm, n in right.items() for i, p in enumerate(some)]  # fmt: skip
     found = pd.DataFrame(rows).assign(**fixed)
-    table = ladder.worth(found)
+    table = ladder.planted_gains(found)
     assert table["control"].tolist()[0] == "planted-shuffled"
     assert (
         table["difference"].iloc[0][0] == pytest.approx(80) and table["of_control"].iloc[0][0] == 10

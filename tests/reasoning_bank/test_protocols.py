@@ -16,12 +16,12 @@ ASKED = Problem("p", "What is 2 + 2?", "4", "f", 1, "s")
 def test_both_arms_of_reasoning_bank_slm_have_its_instruction_and_think():
     protocol = protocols.load("reasoning-bank-slm")
     bare, hinted = (build.solve_prompt(ASKED, "a", text, place="system") for text in ("", "Add."))
-    for prompt in build.worded([bare, hinted], **protocol.wording):
+    for prompt in build.with_instruction([bare, hinted], **protocol.wording):
         system = prompt.messages[0][1]
         assert system.startswith(protocol.instruction) and FORMAT_INSTRUCTION not in system
         assert "REASONING:" in system and "ANSWER:" in system and prompt.thinking
     assert system.endswith("\n\nAdd.") and prompt.id != hinted.id
-    assert build.worded([hinted], **protocols.load("kit").wording) == [hinted]
+    assert build.with_instruction([hinted], **protocols.load("kit").wording) == [hinted]
     graded = grader.grade("REASONING: two twos\nANSWER: 4", "4", form="answer line")
     assert graded.correct and graded.compliant, "the form it asks for is the one that is checked"
 

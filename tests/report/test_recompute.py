@@ -83,7 +83,7 @@ def test_phase_2():
     })  # fmt: skip
     shown = {recompute.TRAINED: tables.trained(frames, FAMILIES),
              recompute.COMPOUNDING: tables.compounded(ways, FAMILIES),
-             recompute.TAUGHT: recompute.taught(frames, FAMILIES)}  # fmt: skip
+             recompute.TAUGHT: recompute.phase2_differences(frames, FAMILIES)}  # fmt: skip
     for caption, table in shown.items():
         assert same(recompute.table("04_phase2", caption, found, records), table)
         spoiled = recompute.table("04_phase2", caption, found, spoilt(records))
