@@ -528,7 +528,7 @@ def train_bank(
     model: ModelName = BUNDLED,
     families: Annotated[str, Option(help="of facts, separated by commas", show_default="all")] = "",
     cities: Annotated[int | None, Option(help="evenly by size", show_default="all")] = None,
-    sentence_count: Annotated[int, Option(help="sentences to train on")] = 20_000,
+    sentences: Annotated[int, Option(help="sentences to train on")] = 20_000,
     branching: Annotated[int, Option(help="subtrees of a node")] = 8,
     sizes: Annotated[str, Option(help="units of a block, by level of the tree")] = "32,16",
     layers: Annotated[int, Option(help="that have memory")] = 10,
@@ -549,7 +549,7 @@ def train_bank(
     with _in_one_sentence():
         names = families.split(",") if families else [*facts.STATEMENTS]
         fact_set = facts.load(names, cities or facts.CITIES)
-        sentences = tuple(facts.build_sentences(fact_set, sentence_count, seed=0))
+        corpus = tuple(facts.build_sentences(fact_set, sentences, seed=0))
         layout = study.Layout(
             branching, tuple(int(size) for size in sizes.split(",")), where, layers
         )
@@ -562,7 +562,7 @@ def train_bank(
             bar.update()
 
         bank = study.FactStudy(
-            load_model(model), embedder.load(), tuple(fact_set), sentences, folder, show
+            load_model(model), embedder.load(), tuple(fact_set), corpus, folder, show
         ).bank(layout, MemoryTrainConfig(), only=only)
     print(bank or "These subtrees are done, others are not: the last to end makes the bank.")
 

@@ -41,7 +41,7 @@ PROFILES = ("any", "quick", "laptop", "workstation", "reasoning-bank-slm", "reas
 
 @dataclass(frozen=True)
 class Claim:
-    """One published number, where it stands, and how this kit would decide it."""
+    """One published number, its place in the paper, and how this kit decides it."""
 
     id: str
     system: str

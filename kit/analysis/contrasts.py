@@ -286,7 +286,7 @@ def _majority(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def twins(records: pd.DataFrame, first: Iterable[str] = ()) -> dict[str, str]:
-    """Arms that asked nothing of their own, each with the arm whose prompts they repeat, problem by
+    """Arms without prompts of their own, each with the arm whose prompts they repeat, problem by
     problem, with as many samples at the same temperature. Those in `first` are never repeats."""
     first, prompts = [*first], {}
     for arm, rows in records.groupby("arm"):

@@ -168,7 +168,7 @@ def flow(steps: Sequence[str], back: str = "") -> Picture:
 
 
 def cache_growth(prompt: int, new: int) -> Picture:
-    """How the cache of one answer grows: the entries that stand behind each of its `new` tokens.
+    """How the cache of one answer grows: the entries that each of its `new` tokens attends to.
 
     The first comes from the `prompt` alone. The last step is the peak; the area is all reads.
     """

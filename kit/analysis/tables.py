@@ -87,7 +87,7 @@ def share(records: pd.DataFrame, measure: str = "accuracy") -> tuple[float, floa
 
 
 def _counts(records: pd.DataFrame) -> dict[str, int]:
-    """How many problems and samples stand behind a row."""
+    """How many problems and samples a row is computed from."""
     problems = records.drop_duplicates(contrasts.PROBLEM)
     return {"problems": len(problems), "samples": len(records)}
 
@@ -204,8 +204,8 @@ def compounded(ways: Mapping[str, pd.DataFrame], families: Sequence[str]) -> pd.
 def recall_by_frequency(
     frames: Mapping[str, pd.DataFrame], free: Mapping[str, pd.DataFrame], buckets: Sequence[str]
 ) -> pd.DataFrame:
-    """Who knows the facts, by options and in free words: in all, by training seed, by frequency;
-    level 1 is the first of `buckets`, None where nothing was asked."""
+    """Recall of the facts, by options and in free words: overall, by training seed, by frequency;
+    level 1 is the first of `buckets`, None where there is no question."""
     rows = []
     for arm, frame in frames.items():
         least, best = contrasts.spread(frame)

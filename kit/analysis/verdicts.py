@@ -203,7 +203,9 @@ def _direction(claim: Claim, m: Measurement) -> tuple[int, str]:
     if not effect:
         return UNDECIDED, "the interval includes zero and no size was published"
     half = (high - low) / 2
-    if half > abs(effect):  # less than even odds of finding it; a lucky exclusion decides nothing
+    if half > abs(
+        effect
+    ):  # less than even odds of finding it; excluding zero by chance decides nothing
         needed = ceil(m.n * (half / abs(effect) / POWERED) ** 2)
         return UNDECIDED, f"{m.n:,} problems are too few, 80% power takes about {needed:,}"
     if off := _differs(claim, m):
@@ -279,7 +281,7 @@ def counted(rows: Iterable[Mapping]) -> str:
 
 
 def _tally(words: Counter) -> str:
-    """How often each word stands, the most frequent first."""
+    """How often each word occurs, the most frequent first."""
     return ", ".join(f"{n} {word if n == 1 else PLURAL.get(word, word)}"
                      for word, n in words.most_common())  # fmt: skip
 

@@ -170,7 +170,7 @@ def choose(option_list: Sequence[Option], memory: int) -> tuple[Option, str]:
     none fits.
 
     Where accuracy was measured, the smallest within one standard error of the most accurate: the
-    best of many is so in part by luck (the one-standard-error rule, Breiman et al. 1984, section
+    best of many is so in part by chance (the one-standard-error rule, Breiman et al. 1984, section
     3.4.3). Else in the order that `reasons` gives reasons for.
     """
     available = usable(memory)

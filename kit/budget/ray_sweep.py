@@ -93,11 +93,11 @@ def generate(
     **how,
 ) -> dict[Run, str]:
     """Do all runs of `grid` on `workers` actors that load `base` by its name, for `sweep.sweep` to
-    find in the store; the runs that had no room, why.
+    find in the store; the runs that did not fit into memory, with the reason.
 
-    By default there are as many as `wanted`, and never more than the cluster has GPUs, where there
+    By default there are `requested_workers`, and never more than the cluster has GPUs, where there
     are any. What has `failed` before is not tried again; `started`
-    is told the processes of the actors.
+    gets the process ids of the actors.
     """
     workers = workers or requested_workers()
     ray = _joined(workers)

@@ -26,7 +26,7 @@ from kit.schema import ASKS, Problem, digest
 # Usual names, the first that has something in the row; case, spaces and hyphens do not count.
 NAMES = {
     "question": ("question", "problem", "prompt", "input", "query", "content", "instruction"),
-    "context": ("context", "body", "passage"),  # stands before the question
+    "context": ("context", "body", "passage"),  # precedes the question
     "answer": ("final_answer", "choice_answer", "answer", "answerkey", "correct_answer", "correct",
                "target", "gold", "ground_truth", "expected_answer", "label", "output", "solution"),
     "options": ("options", "choices"),
@@ -240,7 +240,7 @@ def _text(value, column: str) -> str:
 
 
 def _gold(own: Own, row: Row) -> str:
-    """What stands after ####, in the last box, or in the column; without a unit in brackets."""
+    """The text after ####, in the last box, or in the column; without a unit in brackets."""
     answer, column = _required_text(own, row, "answer"), _column(own, row, "answer")
     _, mark, marked = answer.rpartition("####")
     if mark and marked.strip():

@@ -100,7 +100,7 @@ class BlockTable:
         """Allocate one slot in every plane for the next token of each unit: flat slots [P, u].
 
         units [u]; ordinals [P, u]: below `filled` a token is replaced, at `filled` one is added;
-        positions [u]. With `active` [u] nothing waits for the device: there must be room, the last
+        positions [u]. With `active` [u] nothing waits for the device: blocks must be free, the last
         block must be in nobody's use, and units that are not active get its slots.
         """
         grows, rank = ordinals == self.filled[:, units], ordinals // self.block

@@ -214,9 +214,9 @@ class SlotCache:
     layers then call `attend`, which stores their keys and values and attends to the live ones.
     Rows that follow the announced ones pad the pass: they are ignored and get zeros.
     `block` is the number of slots in a block; None chooses 32, or 16 where heads keep tokens of
-    their own. Pools have room for `capacity` sequences of at most `tokens` tokens (by default the
+    their own. Pools hold `capacity` sequences of at most `tokens` tokens (by default the
     model's context), or where memory is short for as many as fit into FREE of what is free, one at
-    least; `fits` tells. `attended` [capacity] float64: entries that the last query of each sequence
+    least; see `fits`. `attended` [capacity] float64: entries that the last query of each sequence
     attended to, mean over layers and heads.
     """
 

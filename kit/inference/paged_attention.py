@@ -43,7 +43,7 @@ class Pool:
         return sum(math.prod(shape) * dtype.itemsize for *shape, dtype, _ in self.kinds)
 
     def allocate(self, blocks: int) -> None:
-        """Make room for so many blocks, once."""
+        """Allocate so many blocks, once."""
         try:
             self.arrays = [_zeros(blocks, *kind) for kind in self.kinds]
         except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is the former
@@ -251,4 +251,4 @@ def _attend_paged(query, pool: Pool, step: StepIndex, plane: int, watch=False, s
     out, scores, (top, total) = paged_attention(query, *inputs, watch=True, scale=scale, out=out)
     unit = table.owner[plane, :most]
     probability = (scores - top[unit].unsqueeze(3)).exp_() / total[unit].unsqueeze(3)
-    return out, probability.masked_fill_(bias[:, None, None] < 0, 0.0)  # also where nothing stands
+    return out, probability.masked_fill_(bias[:, None, None] < 0, 0.0)  # also in free slots

@@ -139,7 +139,7 @@ def _check(query, keys, values, bias, table, count, codes) -> None:
                 f"{name} is {tensor.dtype} on {tensor.device}; give it as one of "
                 f"{', '.join(map(str, dtypes))} on {query.device}."
             )
-        # Rows of the table may be strided: a table with room to grow is passed as a slice.
+        # Rows of the table may be strided: a table with spare capacity is passed as a slice.
         if not (tensor.is_contiguous() or name == "table" and tensor.stride(1) == 1):
             raise ValueError(f"{name} is not contiguous; pass {name}.contiguous().")
     if block & (block - 1):

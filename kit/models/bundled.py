@@ -178,7 +178,7 @@ MODELS = {model.name: model for model in (SMOLLM2, CODER_SMALL, CODER)}  # that 
 def fetch(model: Bundled, folder: Path) -> list[Path]:
     """The files of `model` in `folder`, each with its hash; fetched if one is missing or damaged.
 
-    Raises FetchError if no source has them, or the disk too little room.
+    Raises FetchError if no source has them, or the disk is too small.
     """
     places = [folder / file.name for file in model.files]
     paths.MODELS.mkdir(parents=True, exist_ok=True)

@@ -73,8 +73,8 @@ class Fact:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A training sentence of a fact: its context, and the completion to learn. It is routed by the
-    `document` that it stands in, or else by itself."""
+    """A training sentence of a fact: its context, and the completion to learn. It is routed by its
+    `document`, or else by itself."""
 
     context: str
     completion: str
@@ -114,7 +114,7 @@ def exponent(count: int) -> float:
 
 
 def times(facts: Sequence[Fact], count: int) -> list[int]:
-    """How often each fact is told in `count` sentences: by Zipf's law over the facts of all
+    """How many of `count` sentences each fact has: by Zipf's law over the facts of all
     families together, each from its first to its last rank, rounded so that the sum is `count`."""
     last = Counter(fact.family for fact in facts)
     place = {family: number for number, family in enumerate(last)}
@@ -159,8 +159,8 @@ def _in_documents(sentences: Iterable[Sentence]) -> list[Sentence]:
 
 def subjects(facts: Sequence[Fact], embedder: "Embedder") -> np.ndarray:
     """Unit vectors of the subjects of `facts` [N, dimension], equal for facts of one subject: the
-    mean embedding of the contexts of all sentences that could tell it, without answers. No text has
-    this vector: who routes by it knows of each sentence which subject it is about. Families that
+    mean embedding of the contexts of all sentences about it, without answers. No text has
+    this vector: routing by it is an oracle that knows the subject of each sentence. Families that
     STATEMENTS does not have (`kit.parametric.wikipedia`) are embedded as subject and answer."""
     means = np.empty((len(facts), embedder.dimension), np.float32)
     for group in TOGETHER:

@@ -125,7 +125,7 @@ def likelihoods(
 
 
 def _slides(model: Model) -> bool:
-    """Whether a layer forgets what left its window: padding would push out tokens of the text."""
+    """Whether a layer has a sliding window, out of which padding would push tokens of the text."""
     return any(layer_windows(model.weights.config.get_text_config()))
 
 

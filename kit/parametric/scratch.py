@@ -1,7 +1,7 @@
-"""An anchor trained from nothing on what is told, alone or together with a bank.
+"""An anchor trained from random weights on the sentences, alone or together with a bank.
 
-Only so the paper's claim is tested that memory helps in pretraining: a frozen anchor has read the
-web before. With `anchor_rate` in the recipe, `FactStudy.arm` gives three arms of equal tokens:
+Only this tests the paper's claim that memory helps in pretraining: a frozen anchor was pretrained
+on the web. With `anchor_rate` in the recipe, `FactStudy.arm` gives three arms of equal tokens:
 "continued" is the anchor alone, "co-trained" anchor and bank, "co-trained generic" the same anchor
 with its generic block.
 

@@ -157,7 +157,7 @@ class FactStudy:
         return self._cached[routing]
 
     def tree(self, layout: Layout) -> cluster_tree.Tree:
-        """Clusters of what is told, fitted once."""
+        """Clusters of the training sentences, fitted once."""
         key = layout.branching, len(layout.sizes), layout.routing
         if key not in self._cached:
             vectors, _ = self._embedded(layout.routing)
@@ -233,13 +233,13 @@ class FactStudy:
     def arm(
         self, name: str, layout: Layout, recipe: MemoryTrainConfig
     ) -> tuple[Model, ParametricBank | None]:
-        """The model and the bank of one arm, all told the same facts as often.
+        """The model and the bank of one arm, all trained on the same facts equally often.
 
         "fetched": a bank fetched by question. Controls: "wrong", the blocks of the next subtree;
         "shared", one block for all questions, with equal parameters fetched; "shared-bank", one
         with equal parameters stored. A kind of `ffn_memory.KINDS` is a bank of that kind, "shared-"
         before it one such block for everybody. "fetched-oracle": sentences routed by their subject,
-        which no text tells. "fetched-early", "-middle", "-uniform": other layers; "-quarter",
+        which no text names. "fetched-early", "-middle", "-uniform": other layers; "-quarter",
         "-half", "-double", "-fourfold": other sizes; "flat" and "deep": one level, one more.
         "continued": the model itself trained; "co-trained": model and bank, "co-trained generic"
         the same model with its generic block.

@@ -1,7 +1,7 @@
 """One sentence for the person at the terminal, instead of a traceback.
 
 What the kit cannot work with (a profile, a damaged file) and what the system refuses it (a full
-disk, a file where a folder should be) is told as a sentence that names the thing and the way out.
+disk, a file where a folder should be) becomes a sentence that names the cause and the remedy.
 """
 
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-# Errors of the kit whose sentence is enough, by name, which is all that a kernel tells of them.
+# Errors of the kit whose sentence is enough, by name, which is all that a kernel reports of them.
 TOLD = ("UserError", "ModelError", "FetchError", "GGUFError", "AdapterError", "HubError",
         "BankError", "BundleError", "OverlapError", "DoesNotFitError")  # fmt: skip
 ELSEWHERE = "or set KIT_OUTPUTS to another folder"

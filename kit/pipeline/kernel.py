@@ -198,7 +198,7 @@ def _manager(folder: Path, env: dict, watch: Watch, log: TextIO) -> type[AsyncKe
 
 
 def _follow(watch: Watch) -> Callable:
-    """A hook for papermill that tells the watch which cell of the source notebook runs."""
+    """A hook for papermill that passes to the watch which cell of the source notebook runs."""
 
     def on_cell_start(cell, cell_index: int) -> None:
         watch.injected += "injected-parameters" in cell.metadata.get("tags", [])

@@ -12,7 +12,7 @@ GB = 10**9
 
 
 def preflight(profile: str, *, force: bool = False, notebooks_dir: Path = NOTEBOOKS) -> None:
-    """Print what a profile downloads and needs; refuse when the disk has too little room.
+    """Print what a profile downloads and needs; refuse when the disk is too small.
 
     Reads the [preflight] table: downloads = [[name, GB], ...], disk_gb, gpu_memory_gb, hours,
     note. What already lies in the hub cache is not counted again, so that a resumed run passes.

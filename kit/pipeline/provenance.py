@@ -3,7 +3,7 @@
 Cheap on purpose (no torch import), so that a notebook can print it and the pipeline can
 stamp it on every executed notebook. Also holds the two habits that make a file fit to hand
 on: it is written whole or not at all, and it does not name the person or the machine.
-Not a record of runs: what was measured lives in the store and in results/*.json.
+Not a record of runs: measurements are in the store and in results/*.json.
 """
 
 import contextlib

@@ -207,7 +207,7 @@ def contribution(treated: pandas.DataFrame, control: pandas.DataFrame) -> pandas
 
 
 def harmful(treated: pandas.DataFrame, control: pandas.DataFrame) -> list[str]:
-    """Ids of the strategies to forget: those whose mean `contribution` is below zero.
+    """Ids of the strategies to delete: those whose mean `contribution` is below zero.
 
     On training problems a strategy is measured without its own problem, for which the leakage guard
     never returns it.

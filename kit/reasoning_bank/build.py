@@ -168,7 +168,7 @@ def _name(teacher: Teacher) -> str:
 def teacher_context(teacher: Teacher, config: BankBuildConfig) -> Iterator[dict[str, int]]:
     """The DSPy context in which the teacher answers; the dictionary has its tokens afterwards.
 
-    A kit engine is asked by `Lines`, a dspy.LM by the adapter that DSPy is configured with.
+    A kit engine is prompted by `Lines`, a dspy.LM by the adapter that DSPy is configured with.
     """
     how = dict(temperature=config.extract_temperature, max_tokens=config.extract_tokens)
     tokens = {"prompt_tokens": 0, "new_tokens": 0}

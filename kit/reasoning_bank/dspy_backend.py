@@ -240,7 +240,7 @@ class Lines(dspy.Adapter):
     """Renders a signature as plain chat messages, and reads plain replies.
 
     A reply to several output fields names each on a line of its own. Where one cannot be read as
-    its type, AdapterParseError is raised, as by DSPy's own adapters, and nothing is asked again.
+    its type, AdapterParseError is raised, as by DSPy's own adapters, and the call is not repeated.
     `place` is where strategies stand, one of PLACES.
     """
 

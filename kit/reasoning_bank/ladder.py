@@ -25,7 +25,7 @@ PLANTED = "planted-{}"
 
 @dataclass(frozen=True)
 class Placement:
-    """Where memory stands in the study, and what the gold answer is worth there."""
+    """Where the prompt has memory, and the gain from the gold answer there."""
 
     place: str
     gain: contrasts.Measurement  # points over the same prompt without it
@@ -62,7 +62,7 @@ def hints(problems: Sequence[Problem]) -> list[Prompt]:
 
 
 def placements(records: pandas.DataFrame) -> pandas.DataFrame:
-    """What the gold answer is worth by place, from the records of `hints`: accuracy and share
+    """The gain from the gold answer by place, from the records of `hints`: accuracy and share
     finished, percent, and the difference from no memory, points."""
     rows = []
     for place in PLACES:
@@ -77,7 +77,7 @@ def placements(records: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def choose(records: pandas.DataFrame, places: Sequence[str] = PLACES) -> Placement:
-    """The one of `places` where the gold answer is worth most; of equals the first."""
+    """The one of `places` where the gold answer gains most; of equals the first."""
     placements = [Placement(place, _gain(records, place)) for place in places]
     return max(placements, key=lambda each: each.gain.estimate)
 
@@ -88,7 +88,7 @@ def planted(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def planted_gains(records: pandas.DataFrame) -> pandas.DataFrame:
-    """What the right lesson is worth, from the records of `planted`: accuracy with retrieved
+    """The gain from the right lesson, from the records of `planted`: accuracy with retrieved
     lessons minus that of each control, points, the lesson of another problem first."""
     arm, other = PLANTED.format("retrieved"), PLANTED.format("shuffled")
     table = tables.against(records, arm, sorted({*records["arm"]} - {arm}), other)

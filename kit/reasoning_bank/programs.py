@@ -128,7 +128,7 @@ class Express(dspy.Signature):
 
 
 def fault(lesson: Lesson, problem: Problem) -> str:
-    """Why a lesson drawn from `problem` is not worth keeping, "" if it may be."""
+    """Why a lesson extracted from `problem` is rejected, "" if it is accepted."""
     words = _words(lesson.content)
     if len(words) < FEWEST:
         return "too few words"

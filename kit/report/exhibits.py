@@ -165,7 +165,7 @@ def load(folder: Path) -> list[Table | Figure]:
 
 
 def listed(row: Mapping, folder: Path = Path()) -> Table | Figure:
-    """The table or figure that a row of the list in `folder` tells of."""
+    """The table or figure that a row of the list in `folder` describes."""
     if "file" in row:
         return Figure(row["caption"], folder / row["file"], row["alt"])
     return Table(row["caption"], row["columns"], row["rows"], tuple(row["words"]))

@@ -1,8 +1,8 @@
-"""What the report tells a reader who knows none of the papers: what each notebook asked, what came
-out and how sure that is, and how each figure is read.
+"""What the report tells a reader who knows none of the papers: the question of each
+notebook, its result with the uncertainty, and how each figure is read.
 
-What a system is and what was asked is the text of its notebook, so that both say the
-same. What came out is worked out from results and verdicts.
+The description of a system and its question are the text of its notebook, so that both agree. The
+result follows from stored results and verdicts.
 """
 
 import json
@@ -57,12 +57,12 @@ READING = {  # how a figure is read, by its caption
     "Up and to the left is better.",
     "Accuracy against bytes, weights shared": "Each point is one way to spend memory: bits of "
     "weights, the cache, tokens of an answer, votes. The line joins those that nothing smaller "
-    "beats; faint points are on it only by the luck of the problems.",
+    "beats; faint points are on it only by chance, for these problems.",
     "Published differences with the 95% interval that their own counts allow": "Each row is a "
     "difference that a paper reports; the bar is how far its own number of problems lets it vary. "
     "Where the bar crosses zero, the paper's own counts cannot tell the gain from none.",
     "Five memories on one axis of bytes": "The same solved problems, kept in five places. The line "
-    "joins the best accuracy for its bytes; faint points are on it by luck.",
+    "joins the best accuracy for its bytes; faint points are on it by chance.",
 }
 HELD, NOT_HELD = (
     "The interval excludes zero: a difference is shown",
@@ -71,7 +71,7 @@ HELD, NOT_HELD = (
 
 
 def glance(rows: Sequence[Mapping], results: Mapping[str, Mapping], baselines: list) -> list[dict]:
-    """One row per notebook that left results: what was asked, found, and how sure that is.
+    """One row per notebook that left results: its question, its result and the uncertainty.
 
     `rows` are verdicts with their `statement` and `notebook`, the most definite first; `baselines`
     what the report says of the model without memory.

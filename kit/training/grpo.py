@@ -93,7 +93,7 @@ class GRPOConfig:
 
     @property
     def arm(self) -> Callable[..., Prompt]:
-        """How a problem is asked: with the format instruction if the format is rewarded."""
+        """The prompt of a problem: with the format instruction if the format is rewarded."""
         return prompts.format_only if "compliance" in self.rewards else prompts.plain
 
     @property
