@@ -28,7 +28,7 @@ CLAIM = Claim(
     "simulated", "simulated", "", "accuracy", "percent", "", "CALC", "01_baseline",
     ("laptop",), "direction", {}, ("simulated",), "published", resolution=10.0, margin=8.0,
 )  # fmt: skip
-WORDS = (*verdicts.WORDS_THERE, "undecided", "floor")
+OUTCOMES = (*verdicts.WORDS_THERE, "undecided", "floor")
 HOLD = ("reproduced", "holds here", "direction only")  # words by which a claim's side is borne
 QUANTILES = norm.ppf((np.arange(200) + 0.5) / 200)  # of an estimate, for `chances`
 WEAK = 20  # percent of power below which a run says beforehand that it is too small for a claim
@@ -131,7 +131,7 @@ def error_rates(studies: int, seed: int = 0) -> pd.DataFrame:
             measurement = replace(measure(how, n, rng), model="simulated")
             words[verdicts.verdict(claim, measurement, "laptop").word] += 1
         row = {"rule": rule, "truth": truth, "problems": n}
-        rows.append(row | {word: 100 * words[word] / studies for word in WORDS})
+        rows.append(row | {word: 100 * words[word] / studies for word in OUTCOMES})
     return pd.DataFrame(rows)
 
 

@@ -124,10 +124,10 @@ def mean_gap(
     """Mean vertical distance of two frontiers, each (budgets, outcomes), over shared budgets.
 
     A frontier is a step function: the best accuracy measured at this budget or a smaller one,
-    because only configurations that were run are available. It is averaged from where both families have a
-    configuration to where one has no dearer one; over the logarithm of the budget, since budgets
-    are doubled and a linear scale would be dominated by the largest. `log=False` shows how much
-    depends on that, since the scale of the paper is not known here.
+    because only configurations that were run are available. It is averaged from where both families
+    have a configuration to where one has no dearer one; over the logarithm of the budget, since
+    budgets are doubled and a linear scale would be dominated by the largest. `log=False` shows how
+    much depends on that, since the scale of the paper is not known here.
 
     The best of many measured accuracies is too high, and more so in the larger family. So the
     whole is repeated on bootstrap draws of problems, and estimate and interval are less the bias

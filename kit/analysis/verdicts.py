@@ -1,7 +1,7 @@
 """Verdicts: on what a claim was measured, and one word for what came out, by the claim's rule.
 
-`verdict` answers both questions apart: `on` is one of `CLASSES`, the word one of `WORDS`. Only what
-was measured on the published model and task is a reproduction; elsewhere a claim holds or does
+`verdict` answers both questions apart: `on` is one of `CLASSES`, the word one of `VERDICTS`. Only
+what was measured on the published model and task is a reproduction; elsewhere a claim holds or does
 not. The rules are written out in `RULES`. What records do not hold (a ledger's bytes, a training
 curve) comes in as a ready Measurement.
 """
@@ -40,7 +40,7 @@ WORDS_THERE = ("reproduced", "direction only", "not reproduced", "contradicted")
 WORDS_HERE = ("holds here", "direction only", "not here", "opposite here")
 WORDS_ALIKE = ("undecided", "floor", "ceiling")
 AGREES, BEARS, CANNOT = ("agrees", "differs"), "bears it", "cannot tell"
-WORDS = {  # what each word says, in the order in which they are shown
+VERDICTS = {  # what each word says, in the order in which they are shown
     "reproduced": "on the published model and task the claim stands",
     "holds here": "on other models or tasks the claim stands",
     "direction only": "the difference is on the claimed side, of another size than published",
@@ -87,7 +87,7 @@ POWERED = 1.96 / (1.96 + 0.8416)  # half-width over effect at which a 5% test ha
 
 @dataclass(frozen=True)
 class Verdict:
-    """On what a claim was judged, and one of WORDS, or "" where nothing is; with its reason."""
+    """On what a claim was judged, and one of VERDICTS, or "" where nothing is; with its reason."""
 
     claim_id: str
     on: str

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from kit.budget import sweep
-from kit.budget.sweep import Grid, Run
+from kit.budget.sweep import Grid, SweepRun
 from kit.evaluation.store import Store
 from kit.models.load import Model, load
 from kit.schema import Prompt
@@ -42,7 +42,9 @@ class Worker:
         """Process id."""
         return os.getpid()
 
-    def generate(self, run: Run, grid: Grid, prompts: Sequence[Prompt], samples: int, how: dict):
+    def generate(
+        self, run: SweepRun, grid: Grid, prompts: Sequence[Prompt], samples: int, how: dict
+    ):
         """Store the records of a run; returns "", or why it did not fit into memory."""
         try:
             sweep.generate(
@@ -89,9 +91,9 @@ def generate(
     workers: int = 0,
     report: Callable[[str], None] = print,
     started: Callable[[list[int]], None] = lambda pids: None,
-    failed: dict[Run, str] | None = None,
+    failed: dict[SweepRun, str] | None = None,
     **how,
-) -> dict[Run, str]:
+) -> dict[SweepRun, str]:
     """Do all runs of `grid` on `workers` actors that load `base` by its name, for `sweep.sweep` to
     find in the store; the runs that did not fit into memory, with the reason.
 

@@ -1,9 +1,9 @@
 """The sweep: many allocations of one memory budget, from few generations.
 
 A scenario combines the bits of the weights, policy and precision of the cache, retrieved examples
-or none, a budget of tokens and a number of votes. One long generation per Run and sample serves
-every smaller budget of tokens (`kit.inference.budget_forcing`) and every smaller width (votes over
-subsets of the samples, `kit.analysis.pareto`).
+or none, a budget of tokens and a number of votes. One long generation per SweepRun and sample
+serves every smaller budget of tokens (`kit.inference.budget_forcing`) and every smaller width
+(votes over subsets of the samples, `kit.analysis.pareto`).
 
 Source: https://arxiv.org/abs/2510.10964, whose grid the workstation profile has.
 """
@@ -27,7 +27,7 @@ from kit.budget import ledger
 from kit.budget.ledger import Architecture, Configuration
 from kit.data.prompts import FORM
 from kit.evaluation import evaluate, grader
-from kit.evaluation.evaluate import Job, Memory
+from kit.evaluation.evaluate import Job, MemoryConfig
 from kit.evaluation.store import Store
 from kit.inference import policies
 from kit.inference.budget_forcing import BudgetForcing
@@ -56,7 +56,7 @@ BUDGETED = {
 
 
 @dataclass(frozen=True, order=True)
-class Run:
+class SweepRun:
     """A combination of settings that needs generations of its own."""
 
     bits: int = 16  # of linear weights
@@ -102,9 +102,9 @@ class Grid:
         return len(self.runs) * len(self.tokens) * len(self.widths)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[SweepRun]:
         """In the order in which they are done: weights are quantised once for all that share."""
-        return [Run(*values) for values in product(self.bits, self.policies, self.kv_bits,
+        return [SweepRun(*values) for values in product(self.bits, self.policies, self.kv_bits,
                                                    self.memory)]  # fmt: skip
 
 
@@ -113,11 +113,11 @@ class Swept(NamedTuple):
 
     table: pd.DataFrame  # a row per scenario, see `scenarios`
     outcomes: np.ndarray  # what each solves: [C, P]
-    failed: dict[Run, str]  # runs that had too little memory, why
+    failed: dict[SweepRun, str]  # runs that had too little memory, why
     keys: list[list[str]]  # of the records behind it, by run and budget of tokens
 
 
-def memory_of(run: Run, model: Model, load_evictor: LoadEvictor | None = None) -> Memory:
+def memory_of(run: SweepRun, model: Model, load_evictor: LoadEvictor | None = None) -> MemoryConfig:
     """The cache of a run for `model`; ValueError for a policy that there is not, or for "dms"
     without `load_evictor`.
 
@@ -126,9 +126,9 @@ def memory_of(run: Run, model: Model, load_evictor: LoadEvictor | None = None) -
     kind, _, size = run.policy.partition(" ")
     quantized = ledger.cache(ledger.architecture(model.weights.config), run.kv_bits)
     if run.policy == "full":
-        return Memory(policies.Full(), quantized)
+        return MemoryConfig(policies.Full(), quantized)
     if kind in BUDGETED and size.isdigit():
-        return Memory(BUDGETED[kind](int(size)), quantized)
+        return MemoryConfig(BUDGETED[kind](int(size)), quantized)
     file = paths.DATA / EVICTORS.format(size)
     if kind != "dms" or not file.is_file():
         raise ValueError(
@@ -137,12 +137,12 @@ def memory_of(run: Run, model: Model, load_evictor: LoadEvictor | None = None) -
         )
     if load_evictor is None:
         raise ValueError(f"{run.policy!r} needs an evictor; pass load_evictor=evictor.load")
-    return Memory(policies.DMS(load_evictor(file, model)), quantized)
+    return MemoryConfig(policies.DMS(load_evictor(file, model)), quantized)
 
 
 def generate(
     base: Model,
-    run: Run,
+    run: SweepRun,
     grid: Grid,
     prompts: Sequence[Prompt],
     store: Store,
@@ -156,7 +156,7 @@ def generate(
     """Records of one run on `base` with weights of its bits: an answer of every prompt and sample
     at every budget of tokens, as arm "... at N". Stored ones are not made again, and those of
     another version of the grader only graded again. Each question fetches from `bank` where there
-    is one, see `evaluate.Memory`; runs of "dms" open their evictor with `load_evictor`."""
+    is one, see `evaluate.MemoryConfig`; runs of "dms" open their evictor with `load_evictor`."""
     model = quantization.rename(base, run.bits)
     sampling = Sampling(max(grid.tokens), temperature, top_p=0.95 if temperature else 1.0)
     memory = replace(memory_of(run, model, load_evictor), bank=bank)
@@ -194,7 +194,9 @@ def _forcing(model: Model, grid: Grid, thinking: bool) -> BudgetForcing:
     return BudgetForcing(grid.tokens, answer_prompt, ANSWER_TOKENS, wait, grid.waits)
 
 
-def _answers(model, ended: list[tuple[Job, Generation]], keys, sampling, memory: Memory, forcing):
+def _answers(
+    model, ended: list[tuple[Job, Generation]], keys, sampling, memory: MemoryConfig, forcing
+):
     """Records of generations at every cut."""
     rows = [
         (job, cut, pair, forced or whole)
@@ -220,7 +222,7 @@ def quantized(model: Model, bits: int) -> Model:
 
 
 def scenarios(
-    base: Model, run: Run, grid: Grid, records: pd.DataFrame, batch: int = 64, **options
+    base: Model, run: SweepRun, grid: Grid, records: pd.DataFrame, batch: int = 64, **options
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Every scenario of one run as a row, and what it solves: [C] rows and outcomes [C, P].
 
@@ -270,7 +272,7 @@ def _kept_fraction(frame: pd.DataFrame, a: Architecture) -> float:
 
 def refused(
     a: Architecture, grid: Grid, prompt_tokens: int, available_bytes: int | None = None
-) -> dict[Run, str]:
+) -> dict[SweepRun, str]:
     """The runs of `grid` of which not one sequence fits into `available_bytes`, by default what is
     free here, and how much they lack, from the model's config alone. A run of quantized weights
     has them unpacked beside the 16-bit ones; a cache is as long as the largest budget."""
@@ -304,7 +306,7 @@ def sweep(
     store: Store,
     samples: int,
     report: Callable[[str], None] | None = None,
-    failed: dict[Run, str] | None = None,
+    failed: dict[SweepRun, str] | None = None,
     **how,
 ) -> Swept:
     """All scenarios of `grid` on `base`, in this process. `prompts` are those without and with

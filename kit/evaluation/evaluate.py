@@ -39,7 +39,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryConfig:
     """Memory configuration: KV-cache eviction policy and quantization, and a parametric bank.
 
     Besides the methods that `decode` calls, the bank has `paths(questions)`, one node per level for
@@ -68,7 +68,7 @@ def plan(
     prompts: list[Prompt],
     sampling: Sampling,
     samples: int,
-    memory: Memory = Memory(),  # noqa: B008 (frozen)
+    memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
 ) -> list[Job]:
     """Every sample of every prompt with its key, sorted by the part that determines the tokens."""
     if isinstance(memory.policy, DMS) and memory.policy.evictor.base_hash not in model.hashes:
@@ -107,7 +107,7 @@ def evaluate(
     samples: int = 1,
     batch_size: int = 64,
     report: Callable[[str], None] | None = None,
-    memory: Memory = Memory(),  # noqa: B008 (frozen)
+    memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
 ) -> pandas.DataFrame:
     """Records of all samples of all prompts; computes only those that `store` lacks. Text that is
     stored under another version of the grader is only graded. `report` takes lines of progress,
@@ -182,7 +182,7 @@ def generate(
     jobs: list[Job],
     sampling: Sampling,
     batch_size: int,
-    memory: Memory,
+    memory: MemoryConfig,
     commit: Callable[[list[tuple[Job, Generation]]], None],
     forcing: BudgetForcing = NO_FORCING,
 ) -> None:

@@ -1,7 +1,7 @@
 """Which token a new one replaces: rules on a block_table.BlockTable, one per kind of policy.
 
     Keep     no token is ever replaced
-    Prompt   no token is ever replaced, but only the highest-ranked of a prompt are stored
+    PromptOnly   no token is ever replaced, but only the highest-ranked of a prompt are stored
     Ring     replaces the oldest token after the sinks, by arithmetic (windows)
     Lowest   replaces the token with the lowest score, by a search (policies that rank tokens)
     Delayed  replaces the token that DMS marked `window` steps ago, by a ring buffer of marks
@@ -71,7 +71,7 @@ class Ring(Keep):
         return torch.where(filled < self.size, filled, oldest)
 
 
-class Prompt(Keep):
+class PromptOnly(Keep):
     """Reduces a prompt to the policy's budget, then keeps every token."""
 
     def __init__(self, table: BlockTable, policy):
@@ -88,7 +88,7 @@ class Prompt(Keep):
         return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True), score
 
 
-class Lowest(Prompt):
+class Lowest(PromptOnly):
     """Evicts the token with the lowest score when a unit exceeds the policy's budget."""
 
     def most(self, length):

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kit.inference import paged_attention
 from kit.inference.block_table import BlockTable, StepIndex
-from kit.inference.eviction import Delayed, Keep, Lowest, Prompt, Ring
+from kit.inference.eviction import Delayed, Keep, Lowest, PromptOnly, Ring
 from kit.inference.kv_quantization import Quantized
 from kit.inference.policies import DMS, Budgeted, Full, Window
 from kit.inference.prefill_attention import prompt_attention
@@ -190,7 +190,7 @@ def full_layers(
     elif isinstance(policy, DMS):
         rule = Delayed(table, policy.evictor.window)
     elif isinstance(policy, Budgeted):
-        rule = Prompt(table, policy)
+        rule = PromptOnly(table, policy)
     else:
         rule = Keep(table)
     return LayerGroup(layers, table, rule, split)

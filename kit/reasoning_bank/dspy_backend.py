@@ -29,7 +29,7 @@ from dspy.adapters.utils import parse_value
 from dspy.lm15 import Message, Request, Response, TextPart, Usage, response_to_events
 from dspy.utils.exceptions import AdapterParseError
 
-from kit.evaluation.evaluate import Memory
+from kit.evaluation.evaluate import MemoryConfig
 from kit.inference import decode
 from kit.models.load import Model
 from kit.schema import Problem, Prompt, Sampling, digest
@@ -56,7 +56,7 @@ class Engine:
         model: Model,
         max_new_tokens: int = 256,
         batch_size: int = 64,
-        memory: Memory = Memory(),  # noqa: B008 (frozen)
+        memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
         thinking: bool = False,
     ):
         self.model, self.max_new_tokens, self.thinking = model, max_new_tokens, thinking

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from kit.analysis import plots, tables
 from kit.analysis.claims import NOTEBOOKS
-from kit.analysis.verdicts import CLASSES, NEEDS, RULES, UNMEASURED, WORDS, counted, headline
+from kit.analysis.verdicts import CLASSES, NEEDS, RULES, UNMEASURED, VERDICTS, counted, headline
 from kit.paths import ROOT, run_dir
 from kit.pipeline import provenance, stages
 from kit.pipeline.provenance import GIB
@@ -75,7 +75,7 @@ def write(
         total=len(rows),
         headline=headline(rows, audits, tables.models(baseline)),
         classes=_legend_rows(CLASSES, rows, "on"),
-        words=_legend_rows(WORDS, rows, "verdict"),
+        words=_legend_rows(VERDICTS, rows, "verdict"),
         measured=measured,
         others=others,
         baselines=baselines,
@@ -152,7 +152,7 @@ def _verdict_rows(
         row["records"] = None  # where links to them would not resolve
         if row["measured"] and row["notebook"] in executed & results.keys():
             row["records"] = f"{len(results[row['notebook']].get('keys', [])):,}"
-    words = [*WORDS, ""]
+    words = [*VERDICTS, ""]
     return sorted(rows, key=lambda row: (_place(row["on"]), words.index(row["verdict"])))
 
 

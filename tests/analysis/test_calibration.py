@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from kit.analysis import calibration, claims
-from kit.analysis.calibration import HOLD, POWERED, SMALL, WORDS
+from kit.analysis.calibration import HOLD, OUTCOMES, POWERED, SMALL
 
 STUDIES = 400  # a rate is within five points of itself, twenty to one
 CLAIMS = {claim.id: claim for claim in claims.load()}
@@ -15,7 +15,7 @@ CLAIMS = {claim.id: claim for claim in claims.load()}
 @pytest.fixture(scope="module")
 def rates():
     table = calibration.error_rates(STUDIES)
-    assert table[list(WORDS)].sum(axis=1).to_numpy() == pytest.approx(100)
+    assert table[list(OUTCOMES)].sum(axis=1).to_numpy() == pytest.approx(100)
     table["holds"] = table["reproduced"] + table["direction only"]
     return table.set_index(["rule", "truth", "problems"]).sort_index()
 

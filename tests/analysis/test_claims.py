@@ -14,7 +14,7 @@ from scipy.stats import multinomial, ttest_1samp
 from scipy.stats import t as student
 
 from kit.analysis import claims, contrasts, stats
-from kit.analysis.verdicts import CLASSES, COLUMNS, RULES, WORDS, measured_table, verdict
+from kit.analysis.verdicts import CLASSES, COLUMNS, RULES, VERDICTS, measured_table, verdict
 from kit.paths import DATA, ROOT
 
 CLAIMS = {claim.id: claim for claim in claims.load()}
@@ -55,7 +55,7 @@ def measured(b: int, c: int, n: int) -> claims.Measurement:
 
 def word_rates(claim: claims.Claim, n: int, wins: float, losses: float) -> dict[str, float]:
     """Exact chance of each word when pairs disagree at these rates: all outcomes, no sampling."""
-    rates = dict.fromkeys(WORDS, 0.0)
+    rates = dict.fromkeys(VERDICTS, 0.0)
     for b in range(n + 1):
         c = np.arange(n + 1 - b)
         table = np.stack([np.full_like(c, b), c, n - b - c], axis=1)
@@ -365,7 +365,7 @@ CELL = CLAIMS["nab-weights-0.6b-16bit"]
 def test_each_rule_gives_its_word(claim, measurement, word):
     found = verdict(claim, measurement, "laptop")
     assert found.word == word, found.reason
-    assert found.word in WORDS and found.reason
+    assert found.word in VERDICTS and found.reason
     assert (found.claim_id, found.estimate, found.n) == (
         claim.id, measurement.estimate, measurement.n,
     )  # fmt: skip
@@ -701,7 +701,7 @@ def test_measured_table_joins_records_and_given_measurements():
     assert pd.isna(found.loc["rbslm-baseline-accuracy", "n"])
     assert found.loc["nab-kv-32b-x16", "verdict"] == ""
     assert found.loc["nab-kv-32b-x16", "reason"] == "not measured yet: run 06_memory_budget"
-    assert set(found["verdict"]) <= {*WORDS, ""}
+    assert set(found["verdict"]) <= {*VERDICTS, ""}
 
 
 def test_claims_need_no_model_library():

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from kit.budget import ray_sweep, sweep
-from kit.budget.sweep import Grid, Run
+from kit.budget.sweep import Grid, SweepRun
 from kit.data import problems, prompts
 from kit.evaluation.store import Store
 from kit.models.load import load
@@ -56,7 +56,7 @@ def test_a_run_that_has_no_room_is_told_by_the_worker(tiny_folder, tmp_path, mon
         raise MemoryError("No memory for 9 slots")
 
     monkeypatch.setattr(sweep, "generate", full)
-    assert worker.generate(Run(), GRID, ASKED[False], 2, HOW) == (
+    assert worker.generate(SweepRun(), GRID, ASKED[False], 2, HOW) == (
         "out of memory: No memory for 9 slots"
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from kit import paths
 from kit.budget import ledger, sweep
-from kit.budget.sweep import Grid, Run
+from kit.budget.sweep import Grid, SweepRun
 from kit.data import problems, prompts
 from kit.evaluation import evaluate, grader
 from kit.evaluation.store import Store
@@ -91,14 +91,14 @@ def test_what_is_stored_is_not_generated_again_and_order_does_not_matter(
 def test_a_new_grader_grades_what_a_sweep_stored(tiny, tmp_path, monkeypatch):
     """As another version or another gold answer would, without decoding or quantizing."""
     store, grid = Store(tmp_path), Grid(bits=(8,), tokens=(3, 9))
-    old = sweep.generate(tiny, Run(8), grid, PLAIN, store, 2, report=quiet)
+    old = sweep.generate(tiny, SweepRun(8), grid, PLAIN, store, 2, report=quiet)
     monkeypatch.setattr(decode, "decode", lambda *_, **__: pytest.fail("decoded again"))
     monkeypatch.setattr(sweep, "quantized", lambda *_: pytest.fail("quantized again"))
     monkeypatch.setattr(grader, "GRADE_VERSION", grader.GRADE_VERSION + 1)
     gold = {row.problem_id: row.extracted or "none" for row in old.itertuples()}
     asked = [dataclasses.replace(each, problem=dataclasses.replace(
         each.problem, answer=gold[each.problem.id])) for each in PLAIN]  # fmt: skip
-    new = sweep.generate(tiny, Run(8), grid, asked, store, 2, report=quiet)
+    new = sweep.generate(tiny, SweepRun(8), grid, asked, store, 2, report=quiet)
     assert set(new["key"]).isdisjoint(old["key"]) and len(new) == len(old) == 16
     assert set(new["grade_version"]) == {grader.GRADE_VERSION}
     chosen = new["extracted"] == new["answer"]
@@ -117,7 +117,7 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(tiny, tmp_path, monkeypat
         if "2 of 12" in line:
             raise KeyboardInterrupt
 
-    said, asked = [], (tiny, Run(), GRID, PLAIN)
+    said, asked = [], (tiny, SweepRun(), GRID, PLAIN)
     with pytest.raises(KeyboardInterrupt):
         sweep.generate(*asked, Store(tmp_path / "a"), 3, report=stop, batch_size=4)
     stored = len(Store(tmp_path / "a").keys()) // 3
@@ -151,11 +151,11 @@ def test_votes_need_samples_and_policies_names(tiny, tmp_path):
         swept(tiny, Grid(widths=(4,)), tmp_path)
     for wrong in ("dms 3x", "window", "ring 4"):
         with pytest.raises(ValueError, match=f"no policy '{wrong}'; use full, window N"):
-            sweep.memory_of(Run(policy=wrong), tiny)
+            sweep.memory_of(SweepRun(policy=wrong), tiny)
 
 
 def test_an_evictor_is_opened_by_what_the_caller_hands_over(tiny):
-    run, opened = Run(policy="dms 4x", kv_bits=4), []
+    run, opened = SweepRun(policy="dms 4x", kv_bits=4), []
     with pytest.raises(ValueError, match="'dms 4x' needs an evictor; pass load_evictor"):
         sweep.memory_of(run, tiny)
 
@@ -181,7 +181,7 @@ def test_a_run_without_room_is_recorded_and_the_rest_goes_on(tiny, tmp_path, mon
     table, outcomes, failed, _ = sweep.sweep(tiny, GRID, asked, Store(tmp_path), 3, said.append)
     assert set(table["policy"]) == {"full"} and len(table) == len(outcomes) == 9
     assert failed == {
-        Run(
+        SweepRun(
             policy="window 12"
         ): "out of memory: No memory for 12 slots of keys and values in a layer"
     }
@@ -201,13 +201,16 @@ def test_runs_without_room_are_refused_before_anything_is_loaded(tiny):
     grid = Grid(bits=(16, 4), policies=("full", "window 1024"), kv_bits=(16, 2), tokens=(30_000,))
     found = sweep.refused(a, grid, 500, room=20 * 10**9)
     # Two copies of the weights and one whole cache do not fit; a window does, and 2 bits.
-    assert set(found) == {Run(4)}
-    assert "out of memory: it needs 19" in found[Run(4)] and "more than there is" in found[Run(4)]
+    assert set(found) == {SweepRun(4)}
+    assert (
+        "out of memory: it needs 19" in found[SweepRun(4)]
+        and "more than there is" in found[SweepRun(4)]
+    )
     grown = dataclasses.replace(grid, policies=("snapkv 1024",), kv_bits=(16,))
-    assert set(sweep.refused(a, grown, 500, 20 * 10**9)) == {Run(4, "snapkv 1024")}
+    assert set(sweep.refused(a, grown, 500, 20 * 10**9)) == {SweepRun(4, "snapkv 1024")}
     need = sum(ledger.weights(a).values()) + 30_516 * 147_456
     short = sweep.refused(a, grid, 500, need)
-    assert Run(16) not in short and Run(16) in sweep.refused(a, grid, 500, need - 2**20)
+    assert SweepRun(16) not in short and SweepRun(16) in sweep.refused(a, grid, 500, need - 2**20)
     assert not sweep.refused(ledger.architecture(tiny.weights.config), GRID, 100)
     assert 0 < sweep.available() < 2**50
 
@@ -229,7 +232,7 @@ def test_memory_that_torch_keeps_for_later_is_free(monkeypatch):
 
 
 def test_a_refused_run_is_told_and_left_out(tiny, tmp_path):
-    said, run = [], Run(policy="window 12")
+    said, run = [], SweepRun(policy="window 12")
     asked = {False: PLAIN, True: PLAIN}
     found = sweep.sweep(
         tiny, GRID, asked, Store(tmp_path), 3, said.append, {run: "too large"}, batch_size=4
@@ -265,9 +268,9 @@ def test_the_notebook_ends_where_the_whole_cache_has_no_room(tiny_folder, tmp_pa
 
 def test_weights_are_shared_and_a_bank_is_counted(tiny, tmp_path):
     grid = Grid(bits=(16,), tokens=(4, 8), widths=(1, 2))
-    records = sweep.generate(tiny, Run(), grid, PLAIN, Store(tmp_path), 2, report=quiet)
-    plain, _ = sweep.scenarios(tiny, Run(), grid, records, batch=8)
-    held, _ = sweep.scenarios(tiny, Run(), grid, records, batch=8, fetched=100, resident=8000)
+    records = sweep.generate(tiny, SweepRun(), grid, PLAIN, Store(tmp_path), 2, report=quiet)
+    plain, _ = sweep.scenarios(tiny, SweepRun(), grid, records, batch=8)
+    held, _ = sweep.scenarios(tiny, SweepRun(), grid, records, batch=8, fetched=100, resident=8000)
     shared = plain["bytes"] - plain["weight_bytes"] * 7 / 8
     assert plain["shared_bytes"].to_numpy() == pytest.approx(shared.to_numpy())
     more = held["bytes"] - plain["bytes"]

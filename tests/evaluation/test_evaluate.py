@@ -19,7 +19,7 @@ from kit.data import prompts
 from kit.data.prompts import FORMAT_INSTRUCTION
 from kit.dms import evictor
 from kit.evaluation import evaluate, grader
-from kit.evaluation.evaluate import Memory, plan
+from kit.evaluation.evaluate import MemoryConfig, plan
 from kit.evaluation.store import Store
 from kit.inference import decode
 from kit.inference.kv_quantization import Quantized
@@ -33,7 +33,7 @@ SUMS = [
 PLAIN = prompts.build(prompts.plain, SUMS)
 SHORT = Sampling(max_new_tokens=8)
 WARM = Sampling(max_new_tokens=8, temperature=1.0, seed=5)
-THICK = Memory()
+THICK = MemoryConfig()
 
 
 @pytest.fixture
@@ -175,9 +175,11 @@ def test_all_that_determines_the_tokens_is_in_both_keys(tiny):
     moved = [dataclasses.replace(p, source="other") for p in SUMS]
     assert keys(asked=prompts.build(prompts.plain, moved)).isdisjoint(base)
     memories = [Window(kept_tokens=8), Window(kept_tokens=9), Window(kept_tokens=9, sinks=0)]
-    memories = [Memory(policy) for policy in memories] + [Memory(quantized=Quantized(4, 16))]
+    memories = [MemoryConfig(policy) for policy in memories] + [
+        MemoryConfig(quantized=Quantized(4, 16))
+    ]
     found = [keys(memory=memory) for memory in memories]
-    assert len(base.union(*found)) == 12 * 5 and keys(memory=Memory(Full())) == base
+    assert len(base.union(*found)) == 12 * 5 and keys(memory=MemoryConfig(Full())) == base
 
 
 def test_the_chat_template_and_the_stop_tokens_are_in_the_keys(tiny, monkeypatch):
@@ -197,7 +199,7 @@ def test_the_gold_answer_is_in_the_key_of_the_grade_alone(tiny):
 
 
 def test_records_say_what_the_cache_kept(tiny, tmp_path):
-    store, thin = Store(tmp_path), Memory(Window(kept_tokens=8), Quantized(4, 16, 4))
+    store, thin = Store(tmp_path), MemoryConfig(Window(kept_tokens=8), Quantized(4, 16, 4))
     full, _ = run(tiny, store)
     kept = evaluate.evaluate(tiny, PLAIN, WARM, store, memory=thin, report=lambda line: None)
     assert set(full["policy"]) == {"full"}
@@ -222,7 +224,7 @@ def test_derived_records_keep_their_costs_and_are_graded_anew(tiny, tmp_path):
 def test_an_evictor_of_other_weights_is_refused(tiny, tmp_path):
     made = evictor.Evictor(tiny.weights, evictor.LAPTOP, "other")
     with pytest.raises(ValueError, match="was trained for weights other, tiny has"):
-        evaluate.evaluate(tiny, PLAIN, WARM, Store(tmp_path), memory=Memory(DMS(made)))
+        evaluate.evaluate(tiny, PLAIN, WARM, Store(tmp_path), memory=MemoryConfig(DMS(made)))
 
 
 def test_the_same_prompt_twice_is_refused(tiny, tmp_path):

@@ -9,7 +9,7 @@ import dspy
 import pytest
 from dspy.utils.exceptions import AdapterParseError
 
-from kit.evaluation.evaluate import Memory
+from kit.evaluation.evaluate import MemoryConfig
 from kit.inference import decode
 from kit.inference.policies import Window
 from kit.reasoning_bank import build
@@ -128,8 +128,8 @@ def test_calls_from_plain_threads_are_gathered_too(engine, solver):
 def test_the_name_tells_weights_dtype_and_memory_apart(tiny):
     names = {
         Engine(tiny).name,
-        Engine(tiny, memory=Memory(Window(kept_tokens=16))).name,
-        Engine(tiny, memory=Memory(Window(kept_tokens=17))).name,
+        Engine(tiny, memory=MemoryConfig(Window(kept_tokens=16))).name,
+        Engine(tiny, memory=MemoryConfig(Window(kept_tokens=17))).name,
     }
     assert len(names) == 3 and all(tiny.weights_hash in name for name in names)
 

@@ -16,7 +16,7 @@ import pytest
 
 from kit import paths
 from kit.analysis import claims, plots, tables
-from kit.analysis.verdicts import RULES, WORDS, headline, measured_table
+from kit.analysis.verdicts import RULES, VERDICTS, headline, measured_table
 from kit.pipeline import provenance, stages
 from kit.report import exhibits, guide
 from kit.report import html as report
@@ -91,7 +91,7 @@ def _here(tmp_path, monkeypatch):
 
 PUBLISHED = claims.load()
 AUDITS = tables.audits(PUBLISHED)
-VERDICTS = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
+TABLE = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
 
 
 def write(records: pd.DataFrame, profile="laptop", results=None) -> Path:
@@ -194,7 +194,7 @@ def test_measured_claims_stand_before_the_others(page):
 
 def test_measured_claims_are_ordered_by_their_word():
     verdicts = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
-    words, rows = [*WORDS], slice(0, len(WORDS) - 1)
+    words, rows = [*VERDICTS], slice(0, len(VERDICTS) - 1)
     verdicts.loc[rows, "verdict"] = words[::-1]
     verdicts.loc[rows, ["measured", "on"]] = "1 points", "stand-in model"
     page = Page(report.write("laptop", {}, verdicts, AUDITS, {}))
@@ -313,7 +313,7 @@ def test_failed_stages_are_told_with_their_first_line():
     assert f"03_dms failed: {why} 0 – – –" in page.text and "07_verdicts running" in page.text
     assert "Its last run failed , so what stands here, if anything, is from an earlier" in page.text
     waiting = {c.id for c in PUBLISHED if c.notebook == "03_dms"}
-    waiting &= {*VERDICTS[VERDICTS["on"] == "not measured yet"]["claim"]}
+    waiting &= {*TABLE[TABLE["on"] == "not measured yet"]["claim"]}
     assert page.text.count(f"03_dms failed: {why}") == 1 + len(waiting) > 2
     shutil.rmtree(failed.folder / "exhibits")  # its first run failed
     assert "stage-03_dms" in Page(write(pd.DataFrame())).ids
