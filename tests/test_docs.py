@@ -1,6 +1,7 @@
 """README.md and docs/: snippets run, links lead somewhere, commands exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,17 @@ def test_every_command_that_a_page_names_exists(subtests):
             for command in re.findall(r"(?:-m kit|`kit) ([a-z-]+)", text):
                 assert command in commands, f"kit {command}"
             assert not re.findall(r"-m kit\.\w+", text), "python -m kit is the only command line"
+
+
+def test_every_command_line_of_a_page_is_one_that_the_kit_takes(subtests):
+    commands, count = typer.main.get_command(cli.app).commands, 0
+    for page in (page for page in PAGES if page.name != "cli.md"):  # test_cli checks that one
+        text = page.read_text()
+        blocks = "".join(code for language, code in CODE.findall(text) if not language)
+        lines = re.findall(r"-m kit (.+)", blocks.replace("\\\n", ""))
+        for line in lines + re.findall(r"`python -m kit ([^`]+)`", CODE.sub("", text)):
+            name, *arguments = shlex.split(line, comments=True)
+            with subtests.test(page=page.name, line=line):
+                assert commands[name].make_context(name, arguments)
+            count += 1
+    assert count > 10
