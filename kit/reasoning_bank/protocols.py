@@ -63,7 +63,7 @@ class Protocol:
 
     @property
     def wording(self) -> dict:
-        """Arguments of `build.worded`."""
+        """Arguments of `build.with_instruction`."""
         return {"instruction": self.instruction, "thinking": self.thinking}
 
     def sampling(self, max_new_tokens: int) -> Sampling:

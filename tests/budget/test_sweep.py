@@ -199,7 +199,7 @@ def test_asking_the_store_quantizes_nothing(tiny, tmp_path, monkeypatch):
 def test_runs_without_room_are_refused_before_anything_is_loaded(tiny):
     a = ledger.QWEN3["Qwen3-4B"]
     grid = Grid(bits=(16, 4), policies=("full", "window 1024"), kv_bits=(16, 2), tokens=(30_000,))
-    found = sweep.refused(a, grid, 500, room=20 * 10**9)
+    found = sweep.refused(a, grid, 500, available_bytes=20 * 10**9)
     # Two copies of the weights and one whole cache do not fit; a window does, and 2 bits.
     assert set(found) == {SweepRun(4)}
     assert (

@@ -37,7 +37,7 @@ def test_a_claim_knows_the_digest_that_the_pipeline_writes():
 
 def test_the_first_declaration_is_kept_and_goes_into_the_results(tmp_path, monkeypatch):
     first = declared.first(tmp_path / "laptop", STAGE)
-    monkeypatch.setattr(declared, "now", lambda stage: {"later": "x"})
+    monkeypatch.setattr(declared, "current", lambda stage: {"later": "x"})
     assert declared.first(tmp_path / "laptop", STAGE) == first
     assert declared.first(tmp_path / "laptop", "03_dms") == {"later": "x"}
     notebook.save_results(STAGE, {"keys": []}, "laptop")

@@ -41,7 +41,7 @@ def found(profiles=("quick", "laptop", "workstation"), device="cpu") -> dict:
 
 def test_before_it_starts_a_run_says_minutes_and_claims(monkeypatch, tmp_path, capsys, stages):
     monkeypatch.setattr(summary, "run_dir", lambda profile: tmp_path)
-    monkeypatch.setattr(estimate, "measured", lambda *profiles: found(profiles))
+    monkeypatch.setattr(estimate, "measure", lambda *profiles: found(profiles))
     times = summary.estimated("quick", stages[1:3])
     said = capsys.readouterr().out
     assert times["02_strategies"] == 120
@@ -49,7 +49,7 @@ def test_before_it_starts_a_run_says_minutes_and_claims(monkeypatch, tmp_path, c
     assert "  02_strategies          2:00   decides 1 of 9 claims" in said and "03_dms" not in said
     assert said.count("too small for one-claim: 4% power at n = 28") == 1
     assert "GPU" not in said
-    monkeypatch.setattr(estimate, "measured", lambda *profiles: found(profiles, "cuda"))
+    monkeypatch.setattr(estimate, "measure", lambda *profiles: found(profiles, "cuda"))
     summary.estimated("quick", stages)
     assert "PROFILE=workstation is the published size, about 50 hours" in capsys.readouterr().out
     summary.larger("quick")
@@ -77,7 +77,7 @@ def test_a_model_is_chosen_once_and_not_where_one_is_named(monkeypatch, tmp_path
 
 def test_no_run_waits_for_its_estimate(monkeypatch, tmp_path, capsys, stages):
     monkeypatch.setattr(summary, "run_dir", lambda profile: tmp_path)
-    monkeypatch.setattr(estimate, "measured", lambda *profiles: {})
+    monkeypatch.setattr(estimate, "measure", lambda *profiles: {})
     assert summary.estimated("quick", stages) == {}
     assert "could not be estimated" in capsys.readouterr().out
     assert summary.estimated("quick", stages[-1:]) == {}, "07 decodes nothing"
