@@ -265,7 +265,7 @@ def _weak(stage: Stage, claims: Iterable) -> list[tuple[str, int, float]]:
 
 
 def estimates(profiles: Iterable[str]) -> dict:
-    """What `measure` returns, measured in this process, which has not imported torch yet."""
+    """The result of `measure`, measured in this process, which has not imported torch yet."""
     began = time.perf_counter()
     from kit.analysis import claims
     from kit.models import gguf

@@ -1,4 +1,4 @@
-"""What only notebooks need: show a function, print where we are, hand results on.
+"""Functions that only notebooks need: show a function, print where we are, hand results on.
 
 A notebook records the fingerprints of what it read (`record_fingerprint`) and saves the
 numbers that later notebooks, the verdicts and the report use (`save_results`); the pipeline

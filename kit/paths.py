@@ -20,8 +20,8 @@ REVISIONS = CACHE / "revisions.json"  # hub commits seen first, enforced afterwa
 
 
 def run_dir(profile: str) -> Path:
-    """Where one profile's store, notebooks, results and report live; ValueError for a profile that
-    there is not, such as one mistyped in a parameters cell."""
+    """The folder of one profile's store, notebooks, results and report; ValueError for a profile
+    that there is not, such as one mistyped in a parameters cell."""
     if profile != "tour" and not (PROFILES / f"{profile}.toml").is_file():
         profiles = ", ".join(["tour", *sorted(file.stem for file in PROFILES.glob("*.toml"))])
         raise ValueError(f"there is no profile {profile!r}; PROFILE is one of: {profiles}")
@@ -30,8 +30,8 @@ def run_dir(profile: str) -> Path:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Where to write a file or folder, which replaces `path` at the end of the block, unless it
-    raises. Readers see the old content or the new, never half of it."""
+    """A temporary place for a file or folder that replaces `path` at the end of the block, unless
+    it raises. Readers see the old content or the new, never half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

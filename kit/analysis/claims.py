@@ -102,7 +102,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Audit:
-    """What the published counts alone can bear."""
+    """The conclusion that the published counts alone support."""
 
     claim_id: str
     interval: stats.Interval | None  # in the claim's unit
@@ -228,7 +228,7 @@ def impossible(claim: Claim) -> list[str]:
 
 
 def _from_counts(claim: Claim) -> tuple[stats.Interval | stats.Comparison | None, int]:
-    """What the published counts come to, and the factor to the claim's unit."""
+    """The effect of the published counts, and the factor to the claim's unit."""
     if claim.pairs:
         return stats.paired(*claim.pairs), 100
     if claim.sds:
@@ -298,7 +298,7 @@ def measure(claim: Claim, records: pd.DataFrame, seed: int = 0) -> Measurement |
 
 
 def _failed(check: Mapping, records: pd.DataFrame, seed: int) -> str:
-    """What a manipulation check or positive control came to, where it did not pass; else ""."""
+    """The result of a manipulation check or positive control that did not pass; else ""."""
     above, contrast = check.get("above", 0), _plain(check)
     measurement = contrasts.compute(contrast, records, seed)
     if measurement and measurement.low > above:

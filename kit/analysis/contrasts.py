@@ -31,7 +31,7 @@ MIN_VOTES = 3  # one sample, or greedy copies of one, would "prove" that voting 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a contrast came to on this machine, in percent or in points for a difference."""
+    """The value of a contrast on this machine, in percent, or in points for a difference."""
 
     estimate: float
     low: float  # 95% interval
@@ -57,7 +57,7 @@ class Measurement:
 
 
 def exact(value: float, unit: str, origin: str = "") -> Measurement:
-    """What is computed without sampling, as a number of steps or bytes."""
+    """A value computed without sampling, as a number of steps or bytes."""
     return Measurement(value, value, value, 1, unit, (value, value), origin=origin)
 
 
@@ -167,8 +167,8 @@ def p_value(contrast: Mapping, records: pd.DataFrame, seed: int = 0) -> float | 
 
 
 def _values(contrast: Mapping, records: pd.DataFrame) -> tuple[list[np.ndarray], int]:
-    """Of each side [problems, trainings, samples] over the problems that all have, and the number
-    of records behind."""
+    """Values of each side [problems, trainings, samples] over shared problems, and the number of
+    records."""
     check(contrast)
     records = _by_training(records)
     arm, measure = contrast["arm"], contrast["measure"]
@@ -344,8 +344,8 @@ def spread(records: pd.DataFrame) -> tuple[float, float]:
 
 
 def index_records(frames: Mapping[str, pd.DataFrame], keys: list[str]) -> list[dict]:
-    """Where in `keys` the records of each arm and training (`seed`) are, in order; `restore_frames`
-    reads it."""
+    """The positions in `keys` of the records of each arm and training (`seed`), in order;
+    `restore_frames` reads it."""
     at = {key: number for number, key in enumerate(keys)}
     return [
         {"arm": arm, "seed": seed, "at": [at[key] for key in part["key"]]}

@@ -1,4 +1,4 @@
-"""Where the next byte goes: effects of each place of memory over a grid of scenarios.
+"""Where to spend the next byte: effects of each place of memory over a grid of scenarios.
 
 A grid crosses the places, so each effect is a mean over pairs of scenarios that differ in one place
 only, and pairs by problem: `table` and `outcomes` are those of `kit.budget.sweep`, rows [C] and

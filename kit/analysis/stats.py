@@ -250,7 +250,7 @@ def _crossed(*sides: np.ndarray) -> _Crossed | None:
 
 
 def _between(cells: np.ndarray) -> list[tuple[float, float]]:
-    """What trainings add to the variance of a mean over [problems, trainings], in parts with their
+    """The variance that trainings add to a mean over [problems, trainings], in parts with their
     degrees of freedom; nothing where they differ by no more than noise makes them differ."""
     cells = cells[:, ~np.isnan(cells).all(axis=0)]
     n, k = cells.shape

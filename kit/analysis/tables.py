@@ -168,7 +168,8 @@ def _numbers(interval: stats.Interval | contrasts.Measurement) -> tuple[float, f
 
 
 def answers(records: pd.DataFrame) -> pd.DataFrame:
-    """Where the grader found the answers: share of samples per model and arm, percent."""
+    """The places where the grader found the answers: share of samples per model and arm,
+    percent."""
     counts = records.groupby(["model", "arm", "method"]).size().unstack(fill_value=0)
     return 100 * counts.div(counts.sum(axis=1), axis=0)
 
@@ -218,7 +219,7 @@ def recall_by_frequency(
 
 
 def audits(claims: list[Claim]) -> pd.DataFrame:
-    """What each published number can bear by its own counts; NaN where none are published.
+    """What each published number supports by its own counts; NaN where none are published.
 
     `estimate`, `low` and `high` are in the unit that ends `published`, or in points where that
     is a difference of percentages; `n_needed` is for 80% power at the published effect.

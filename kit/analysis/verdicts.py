@@ -142,7 +142,7 @@ def _audited(claim: Claim) -> Verdict:
 
 
 def _outcome(claim: Claim, m: Measurement) -> tuple[int, str]:
-    """What came out by the rule, and why; what could not move is at its floor or ceiling."""
+    """The result by the rule, and why; what could not move is at its floor or ceiling."""
     if m.failed:
         return FLOOR, m.failed
     rule = {

@@ -145,9 +145,9 @@ def _kept_fraction(row: dict, context: int) -> float:
 
 
 def candidates(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option]:
-    """What may be run at `context` tokens: what the sweep in `rows` measured, if it read sequences
-    at least 1/NEAR as long, else all configurations. ValueError where the model reads fewer
-    tokens."""
+    """The configurations that may be run at `context` tokens: what the sweep in `rows` measured, if
+    it read sequences at least 1/NEAR as long, else all configurations. ValueError where the model
+    reads fewer tokens."""
     if 0 < a.context < context:
         raise ValueError(
             f"context is {context:,} tokens, and this model reads {a.context:,} at most by its "

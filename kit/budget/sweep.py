@@ -255,7 +255,7 @@ def scenarios(
 
 
 def at(records: pd.DataFrame, cut: int) -> pd.DataFrame:
-    """Those of `generate` at one budget of tokens."""
+    """The records of `generate` at one budget of tokens."""
     return records[records["arm"].str.endswith(f" at {cut}")]
 
 

@@ -55,7 +55,7 @@ _UNIT = re.compile(r"([-+]?[\d.,/]+)\s*\([^()\d]*\)")  # 9 (apples)
 
 @dataclass(frozen=True)
 class Own:
-    """Where the problems of a set are: a file by split, or one `file` for all."""
+    """The location of the problems of a set: a file by split, or one `file` for all."""
 
     name: str
     files: dict[str, Path]  # by split, or under "file"

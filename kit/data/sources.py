@@ -213,7 +213,7 @@ def read_rows(path: Path, name: str) -> tuple[list[Problem], list[Reject]]:
 def collect(
     file: str, numbered_rows: Iterable[tuple[int, Row | Exception]], make: Callable[[Row], Problem]
 ) -> tuple[dict[int, Problem], list[Reject]]:
-    """What `make` does of each row, by line, and the rows for which it raises ValueError.
+    """The problems that `make` makes of rows, by line, and the rows for which it raises ValueError.
 
     Of rows with the same id the first is taken, and none where their golds differ.
     """

@@ -94,8 +94,8 @@ def hidden(weights, ids: torch.Tensor, gates: Gates) -> torch.Tensor:
 
 
 def attention_weights(log_keep: torch.Tensor, window: int) -> torch.Tensor:
-    """What each query of one head attends to under gates `log_keep` [T], all scores being equal:
-    [T, T]."""
+    """The attention weights of each query of one head under gates `log_keep` [T], all scores being
+    equal: [T, T]."""
     length = len(log_keep)
     equal = torch.zeros(1, 1, length, 1)
     keys_told_apart = torch.eye(length)[None, None]

@@ -43,7 +43,7 @@ def training(history: list[dict], title: str = "") -> Picture:
 
 
 def gate_mechanism(weights: dict[str, np.ndarray]) -> Picture:
-    """What each token attends to, one panel per kind of eviction; `weights` are [T, T], of
+    """The keys that each token attends to, one panel per kind of eviction; `weights` are [T, T], of
     `kit.dms.gates.attention_weights`."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         picture = Picture(figsize=(WIDTH, 2.5), layout="constrained")

@@ -137,7 +137,7 @@ def evaluate(
 
 
 def stored_keys(store: Store, requests: Iterable[tuple[str, str, Problem]]) -> set[str]:
-    """Those keys of `requests` (key, generation key, problem) that `store` has.
+    """The keys of `requests` (key, generation key, problem) that `store` has.
 
     A text that was stored under another version of the grader, or with another gold answer, is
     graded again, and the new record stored beside the old one.

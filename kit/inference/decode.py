@@ -92,7 +92,8 @@ class _Reuse:
 
 
 def versions(device: torch.device) -> list[int]:
-    """What of record keys says which code decoded: DECODE_VERSION, on a GPU CUDA_VERSION too."""
+    """The part of record keys that identifies the decoding code: DECODE_VERSION, on a GPU
+    CUDA_VERSION too."""
     return [DECODE_VERSION, CUDA_VERSION] if device.type == "cuda" else [DECODE_VERSION]
 
 

@@ -41,7 +41,7 @@ class SequenceCopy:
 
 @dataclass
 class UndoLog:
-    """What `SlotCache.rewind` needs to undo steps of one sequence: no copy of its cache."""
+    """The data with which `SlotCache.rewind` undoes steps of one sequence: no copy of its cache."""
 
     length: int
     attended: torch.Tensor

@@ -39,7 +39,7 @@ class Pool:
 
     @property
     def block_bytes(self) -> int:
-        """Of one block, keys and values."""
+        """Bytes of the keys and values of one block."""
         return sum(math.prod(shape) * dtype.itemsize for *shape, dtype, _ in self.kinds)
 
     def allocate(self, blocks: int) -> None:

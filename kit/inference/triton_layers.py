@@ -1,4 +1,4 @@
-"""What a decoder layer computes between its matrix products, one Triton kernel for each.
+"""The steps of a decoder layer between its matrix products, one Triton kernel each.
 
 Each rounds where transformers' own layers round, to the dtype of its input; sums and functions are
 float32. A row depends on nothing but itself. `fused_layers` puts them into a model; on the CPU

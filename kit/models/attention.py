@@ -63,7 +63,7 @@ def unserved(weights: PreTrainedModel) -> str:
 
 
 def _misfit(config, calls: list[tuple]) -> str:
-    """What the calls of `_probe` have that the slot cache does not expect."""
+    """The properties of the calls of `_probe` that the slot cache does not expect."""
     try:
         windows = layer_windows(config)
     except ValueError as error:

@@ -63,12 +63,12 @@ class Bundled:
 
     @property
     def folder(self) -> Path:
-        """Of the weights that `load` reads."""
+        """The folder of the weights that `load` reads."""
         return paths.MODELS / self.name.removeprefix("bundled:")
 
     @property
     def sources(self) -> str:
-        """Where the weights come from, for provenance."""
+        """The origin of the weights, for provenance."""
         kind = " (4-bit as published, dequantized)" if self.quantized else ""
         return f"{self.repo}@{self.commit[:12]}, SHA-256 {self.files[0].sha256[:12]}{kind}"
 

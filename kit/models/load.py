@@ -122,7 +122,7 @@ class Model:
 
     @property
     def hashes(self) -> tuple[str, str]:
-        """Of these weights and of the unquantized ones; an evictor fits both."""
+        """Hashes of these weights and of the unquantized ones; an evictor fits both."""
         return self.weights_hash, self.base_hash
 
     @property

@@ -109,7 +109,7 @@ def load(families: Sequence[str] = tuple(STATEMENTS), cities: int = CITIES) -> l
 
 
 def exponent(count: int) -> float:
-    """Of Zipf's law, such that `count` facts span DECADES of frequency."""
+    """The exponent of Zipf's law for which `count` facts span DECADES of frequency."""
     return DECADES / math.log10(max(2, count))
 
 
@@ -189,7 +189,7 @@ def name(fact: Fact) -> str:
 def build_questions(
     facts: Sequence[Fact], counts: Mapping[str, int], frequencies: Sequence[int]
 ) -> list[Problem]:
-    """So many questions about each family, as many of each decade of frequency as there are.
+    """Questions about each family, balanced over the decades of frequency.
 
     `frequencies` has the number of sentences of each fact; the `level` of a problem is its bucket,
     from 1.

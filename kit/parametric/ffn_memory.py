@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of the whole bank."""
+        """Parameters of the whole bank."""
         units = sum(nodes * size for nodes, size in zip(self.nodes, self.sizes, strict=True))
         return self.row * len(self.layers) * units
 

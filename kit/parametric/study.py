@@ -196,7 +196,7 @@ class FactStudy:
 
     @cached_property
     def tokens(self) -> int:
-        """Of all sentences, which every trained arm reads once an epoch."""
+        """Tokens of all sentences; every trained arm reads them once an epoch."""
         return sum(len(ids) for ids in self._ids)
 
     @cached_property

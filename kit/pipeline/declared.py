@@ -1,4 +1,4 @@
-"""What was declared of a stage's claims before its first run: a digest of each.
+"""Declarations of a stage's claims before its first run: a digest of each.
 
 A digest is of all that decides a verdict (rule, contrast, margin, published numbers, profiles) and
 of none of its prose. `first` writes those of a stage into outputs/<profile>/declared.json once,
@@ -38,7 +38,7 @@ def current(stage: str, path: Path = DATA / "claims.toml") -> dict[str, str]:
 
 
 def first(folder: Path, stage: str) -> dict[str, str]:
-    """What was declared before the first run of `stage` in `folder`; now, where none has run."""
+    """The digests declared before the first run of `stage` in `folder`; now, where none has run."""
     file = folder / "declared.json"
     declarations = read_json(file) if file.is_file() else {}
     if stage not in declarations and (digests := current(stage)):

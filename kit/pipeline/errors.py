@@ -25,7 +25,8 @@ class UserError(Exception):
 
 
 def of_system(error: OSError) -> UserError | None:
-    """What the system refused; None for what is no fault of a disk or a folder."""
+    """The sentence for an error of the operating system; None for what is no fault of a disk or a
+    folder."""
     place = Path(str(error.filename or "the outputs folder"))
     if error.errno in FULL:
         return UserError(f"the disk is full ({error}); free some space and run again", 1)
@@ -37,7 +38,7 @@ def of_system(error: OSError) -> UserError | None:
 
 
 def file_in_the_way(folder: Path) -> UserError | None:
-    """Where a file lies in the place of `folder`, or of a folder that it is in."""
+    """The error where a file is in the place of `folder` or of one of its parents."""
     return next((_a_file(p) for p in [*reversed(folder.parents), folder] if p.is_file()), None)
 
 

@@ -27,7 +27,7 @@ def assignments(source: str) -> dict:
 
 
 def misfit(value: object, default: object) -> str:
-    """What is wrong with `value` in the place of `default`: "" where its type is the same, or an
+    """The reason why `value` cannot replace `default`: "" where its type is the same, or an
     integer stands for a float.
 
     The items of a list fit one of the default's items, those of a table the default's of that name.

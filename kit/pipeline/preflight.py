@@ -1,4 +1,4 @@
-"""What a profile downloads and needs, said before it starts."""
+"""Prints the downloads and needs of a profile before it starts."""
 
 import shutil
 from pathlib import Path
@@ -71,7 +71,7 @@ def _needs(profile: str, notebooks_dir: Path) -> dict:
 
 
 def _cached_gb(cache: Path, name: str) -> float:
-    """What the hub cache already holds of a model or data set."""
+    """Gigabytes of a model or data set that the hub cache already holds."""
     label = name.replace("/", "--")
     folders = [cache / f"{kind}--{label}" for kind in ("models", "datasets")]
     files = [file for folder in folders for file in folder.rglob("*")]

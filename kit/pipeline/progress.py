@@ -5,8 +5,8 @@ from itertools import chain, repeat
 
 
 def in_place() -> Callable[[str], None]:
-    """What takes lines of progress: in a notebook each takes the place of the one before, elsewhere
-    they are printed."""
+    """A function that takes lines of progress: in a notebook each takes the place of the one
+    before, elsewhere they are printed."""
     from IPython import get_ipython
     from IPython.display import DisplayHandle
 

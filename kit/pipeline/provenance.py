@@ -1,4 +1,4 @@
-"""Where a result came from: commit, lock, sources, hardware, versions.
+"""Provenance of a result: commit, lock, sources, hardware, versions.
 
 Cheap on purpose (no torch import), so that a notebook can print it and the pipeline can
 stamp it on every executed notebook. Also holds the two habits that make a file fit to hand
@@ -130,7 +130,7 @@ def collect(root: Path = ROOT) -> dict:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, None when it is missing, fails or hangs."""
+    """The output of a command, None when it is missing, fails or hangs."""
     try:
         process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -164,7 +164,7 @@ def _versions() -> dict[str, str]:
 
 
 def fingerprints(notebook: dict) -> dict[str, str]:
-    """What `kit.notebook.record_fingerprint` left in the outputs of an executed notebook."""
+    """The fingerprints that `kit.notebook.record_fingerprint` wrote in an executed notebook."""
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     entries = [output["data"][FINGERPRINT_MIME] for output in outputs
              if FINGERPRINT_MIME in output.get("data", {})]  # fmt: skip

@@ -235,7 +235,7 @@ def _write_status(stage: Stage, stamp: dict, before: dict[str, str]) -> None:
 
 
 def _failure(stage: Stage, outcome) -> str:
-    """What happened, where, and how to go on. `outcome` is a kit.pipeline.kernel.Outcome."""
+    """The failure, its place, and how to continue. `outcome` is a kit.pipeline.kernel.Outcome."""
     lines = [f"{stage.name}: {outcome.problem}"]
     if outcome.killed:
         where = "its parameters cell" if stage.profile == TOUR else f"{stage.profile}.toml"

@@ -1,4 +1,4 @@
-"""What a stage is, and whether its result on disk still holds.
+"""Stages, and whether their results on disk are fresh.
 
 A stage is one notebook under one profile. It is fresh when everything that decides its
 result is what it was at its last complete run: notebook source, the kit modules it imports,
@@ -69,7 +69,7 @@ class Stage:
 
     @property
     def failed(self) -> Path:
-        """What was left of the last run if that failed."""
+        """The notebook of the last run if that failed."""
         return self.folder / "notebooks" / f"{self.name}.failed.ipynb"
 
     @property
@@ -84,7 +84,7 @@ class Stage:
 
     @property
     def results_file(self) -> Path:
-        """What the notebook wrote through `kit.notebook.save_results`."""
+        """The results that the notebook wrote through `kit.notebook.save_results`."""
         return self.folder / "results" / f"{self.name}.json"
 
     @property
@@ -115,7 +115,7 @@ class Stage:
 
     @property
     def state(self) -> str:
-        """What its last run left, whatever has changed since; see `freshness` for that."""
+        """The state after its last run, whatever has changed since; see `freshness` for that."""
         if self.running.is_file():
             return "running"
         if self.failed.is_file():
@@ -373,7 +373,8 @@ def _load(file: Path, profile: str, table: dict, folder: Path) -> Stage:
 
 
 def _dtype() -> str:
-    """What KIT_DTYPE asks of all notebooks: it outranks the profile. "" where it asks nothing."""
+    """The dtype that KIT_DTYPE sets for all notebooks: it outranks the profile. "" where it asks
+    nothing."""
     name = os.environ.get("KIT_DTYPE", "").removeprefix("auto")
     if name and name not in DTYPES:
         raise UserError(f"DTYPE is {name!r}; take one of: auto, {', '.join(DTYPES)}")

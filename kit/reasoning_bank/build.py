@@ -158,7 +158,7 @@ def teacher(name: str) -> Teacher:
 
 
 def _name(teacher: Teacher) -> str:
-    """Who wrote a lesson, as the bank says it."""
+    """The author of a lesson, as the bank stores it."""
     if isinstance(teacher, Engine):
         return f"{teacher.model.name}@{teacher.model.weights_hash}"
     return teacher.model

@@ -282,7 +282,7 @@ class Lines(dspy.Adapter):
 
 
 def _forms(outputs) -> list[str]:
-    """What to write, where that is not one plain text."""
+    """The form of each output field that is not one plain text."""
     written = [_model(field.annotation).FORM for field in outputs.values()
                if _model(field.annotation)]  # fmt: skip
     if len(outputs) > 1:

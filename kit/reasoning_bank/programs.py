@@ -33,7 +33,7 @@ FEWEST, ALIKE = 5, 0.6  # words of a lesson; share of words from which it is a c
 
 
 class Lesson(BaseModel):
-    """What an attempt teaches."""
+    """One lesson extracted from an attempt."""
 
     title: str
     description: str = Field(description="one sentence: when to use it, and when not")

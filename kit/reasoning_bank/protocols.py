@@ -25,7 +25,7 @@ BOTH = (
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a study does besides its sizes; the defaults are the kit's own choices."""
+    """The settings of a study besides its sizes; the defaults are the kit's own choices."""
 
     instruction: str = FORMAT_INSTRUCTION  # of all arms but the plain one
     thinking: bool = False

@@ -212,7 +212,7 @@ def _numbers(text: str) -> list[tuple[set, str, str]]:
 
 
 def _values(number: latex.Number) -> set:
-    """What a number may stand for: 50% is 50, and 0.5."""
+    """The values that a number may mean: 50% is 50, and 0.5."""
     return {number.value, number.value / (100 if number.percent else 1)}
 
 

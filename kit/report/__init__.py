@@ -1,1 +1,1 @@
-"""What a run hands out: HTML report, LaTeX, bundle, and the comparison with published runs."""
+"""Outputs of a run: HTML report, LaTeX, bundle, and the comparison with published runs."""

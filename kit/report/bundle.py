@@ -64,7 +64,7 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left: files by their name in a bundle."""
+    """The files of a run: files by their name in a bundle."""
 
     files: Mapping[str, bytes]
 
@@ -108,7 +108,7 @@ class Run:
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """What its executed notebooks say of code, lock, machine and versions; the newest says."""
+        """The code, lock, machine and versions by its executed notebooks; the newest says."""
         entries: dict[str, str] = {}
         for stage, stamp in self.stamps.items():
             keys = ("commit", "lock_sha256", "kit_sha256", "system")
@@ -245,7 +245,7 @@ def write(profile: str) -> Path:
 
 
 def sums(files: Mapping[str, bytes]) -> bytes:
-    """What `sha256sum -c` reads of `files`."""
+    """The checksums of `files`, as `sha256sum -c` reads them."""
     lines = (f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files))
     return "".join(lines).encode()
 
@@ -287,7 +287,7 @@ def _stored(folder: Path, profile: str, run: Run) -> pd.DataFrame:
 
 
 def _readme(profile: str, all_stages: Sequence[stages.Stage], run: Run, commit: str) -> str:
-    """What is in the bundle, and first of all what is not."""
+    """The contents of the bundle, after what it lacks."""
     rows = ["| stage | state | finished (UTC) |", "|---|---|---|"]
     for stage in all_stages:
         state = f"{stage.state}: {stage.failure}" if stage.failure else stage.state

@@ -1,4 +1,4 @@
-"""What a stage leaves for the report and for papers: its key tables and figures, and its numbers.
+"""Exhibits of a stage for the report and for papers: its key tables and figures, and its numbers.
 
 Under outputs/<profile>/exhibits/<stage>/ a table is CSV (numbers as they are, a column each for the
 ends of an interval) and booktabs LaTeX (as a reader sees them), a figure is PDF, SVG and PNG;
@@ -157,7 +157,7 @@ def plain(value, place: str):
 
 
 def load(folder: Path) -> list[Table | Figure]:
-    """What `save` left in `folder`, in its order; [] where there is nothing."""
+    """The exhibits that `save` wrote to `folder`, in its order; [] where there is nothing."""
     if not (folder / LIST).is_file():
         return []
     rows = json.loads((folder / LIST).read_text(encoding="utf-8"))

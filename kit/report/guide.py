@@ -1,4 +1,4 @@
-"""What the report tells a reader who knows none of the papers: the question of each
+"""Explanations in the report for a reader who knows none of the papers: the question of each
 notebook, its result with the uncertainty, and how each figure is read.
 
 The description of a system and its question are the text of its notebook, so that both agree. The

@@ -96,7 +96,7 @@ def write(
 
 
 def _template() -> jinja2.Template:
-    """Of the page, which escapes what it is given."""
+    """The template of the page; it escapes its inputs."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -107,7 +107,7 @@ def _template() -> jinja2.Template:
 
 
 def _legend_rows(meanings: dict[str, str], rows: list[dict], key: str) -> list[tuple[str, str]]:
-    """Those of the words, with their meanings, that a row has under `key`."""
+    """The words, with their meanings, that some row has under `key`."""
     return [(word, means) for word, means in meanings.items() if word in {r[key] for r in rows}]
 
 
@@ -157,7 +157,7 @@ def _verdict_rows(
 
 
 def _place(on: str) -> int:
-    """Where a class stands among the others; those that need a profile stand together."""
+    """The rank of a class among the others; those that need a profile stand together."""
     return ORDER.index(on) if on in ORDER else list(CLASSES).index(NEEDS.format("workstation"))
 
 
@@ -200,7 +200,7 @@ def _family_table(arm: str, table: pd.DataFrame) -> Table:
 
 
 def _systems(folder: Path, stage_list: list[stages.Stage], rows: list[dict]) -> list[dict]:
-    """What each notebook but the baseline's says and shows; of one that failed, why."""
+    """The text and exhibits of each notebook but the baseline; of one that failed, why."""
     systems = []
     for stage in stage_list:
         contents = exhibits.load(folder / "exhibits" / stage.name)
@@ -239,7 +239,7 @@ def _audit(audits: pd.DataFrame) -> Table:
 
 
 def _stages(stage_list: list[stages.Stage], results: dict[str, dict]) -> Table:
-    """What each stage took, as far as it has run."""
+    """Time and memory of each stage that has run."""
     rows = []
     for stage in stage_list:
         state, status = stage.state, stage.status()
@@ -254,7 +254,7 @@ def _stages(stage_list: list[stages.Stage], results: dict[str, dict]) -> Table:
 
 
 def _facts(stamp: dict, records: pd.DataFrame, results: dict[str, dict]) -> dict[str, str]:
-    """Where the numbers come from: code, machine, models, problems."""
+    """The origin of the numbers: code, machine, models, problems."""
     hardware = stamp["hardware"]
     devices = [f"{gpu['name']} (driver {gpu['driver']})" for gpu in hardware["gpus"]]
     facts = {

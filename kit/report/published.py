@@ -106,7 +106,7 @@ def _replaced(place: Path) -> Iterator[Path]:
 
 
 def place(name: str) -> Path:
-    """Where the run lies that a person means: a bundle or folder, what has run here of a profile,
+    """The folder of a run by its name: a bundle or folder, what has run here of a profile,
     or else what is published of it."""
     local_run, published_run = paths.OUTPUTS / name, PUBLISHED_RUNS / name
     if Path(name).exists():
@@ -117,7 +117,7 @@ def place(name: str) -> Path:
 
 
 def diff(first: Run, second: Run) -> dict[str, list[list[str]]]:
-    """Where two runs differ: `numbers` of claims, `verdicts`, `environment`.
+    """The differences of two runs: `numbers` of claims, `verdicts`, `environment`.
 
     A number moved beyond noise where the two 95% intervals, taken as normal and independent, differ
     by more than 1.96 standard errors of the difference.
@@ -162,7 +162,7 @@ def _outcome(row: dict | None) -> str:
 
 
 def _value_text(row: dict) -> str:
-    """What was measured, with its interval."""
+    """The measured value with its interval."""
     interval = row["interval"].replace(" to ", ", ")
     return f"{row['measured']} [{interval}]" if interval else row["measured"]
 
@@ -196,7 +196,7 @@ def against(published_run: Run, own_run: Run) -> list[str]:
 
 
 def text(published: Path = PUBLISHED_RUNS) -> str:
-    """What docs/results.md says of all published runs, in Markdown."""
+    """The text of docs/results.md on all published runs, in Markdown."""
     return "\n".join(
         _section(file.parent.parent) for file in sorted(published.glob(f"[!.]*/{VERDICTS}"))
     )

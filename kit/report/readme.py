@@ -1,4 +1,4 @@
-"""What the README says of published runs: how many claims were measured on what, and a figure.
+"""The README's section on published runs: how many claims were measured on what, and a figure.
 
 Every number is computed from outputs/published and data/claims.toml. `kit.report.published` writes
 the text between two marks of README.md, and the figure to docs/findings.svg.

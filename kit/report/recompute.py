@@ -169,14 +169,15 @@ def _swept(caption: str, results: Mapping, frames: dict) -> pd.DataFrame | None:
 
 
 def _outcomes(rows: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> np.ndarray:
-    """What each scenario solves, [C, P]: the widths of a budget of tokens lie side by side."""
+    """The problems that each scenario solves, [C, P]: the widths of a budget of tokens lie side by
+    side."""
     widths_of = [frame for frame in frames.values() for _ in range(rows["width"].nunique())]
     pairs = zip(widths_of, rows["width"], strict=True)
     return np.array([pareto.votes(frame, width) for frame, width in pairs])
 
 
 def outcomes(results: Mapping, name: str, records: pd.DataFrame) -> np.ndarray:
-    """What each row of the `scenarios` or `places` of a sweep solves: [C, P]."""
+    """The problems that each row of the `scenarios` or `places` of a sweep solves: [C, P]."""
     frames = contrasts.restore_frames(results["frames"][name], results["keys"], records)
     return _outcomes(pd.DataFrame(results[name]), frames)
 
@@ -186,7 +187,7 @@ def _rng() -> np.random.Generator:
 
 
 def on_sequences(kl: Mapping[str, list[float]], model: str = "") -> dict[str, Measurement]:
-    """What held-out sequences say of claims, by claim: by how many percent immediate eviction
+    """Measurements on held-out sequences, by claim: by how many percent immediate eviction
     diverges more from full attention than delayed eviction. `kl` has nats per token, by kind of
     training."""
     if not {"delayed", "immediate"} <= {*kl}:
@@ -201,7 +202,7 @@ def on_facts(
     free: Mapping[str, pd.DataFrame],
     where: str,
 ) -> dict[str, Measurement]:
-    """What the answers of the parametric study say of claims, by claim: chosen among options, or
+    """Measurements on the answers of the parametric study, by claim: chosen among options, or
     free where the claim's `probe` says so; the `fetched` arm is also that of its layers, as
     "fetched-late"."""
     of = {}
@@ -215,7 +216,7 @@ def on_facts(
 
 
 def on_prose(nats: Mapping[str, list[float]], model: str = "") -> dict[str, Measurement]:
-    """What texts about other things say of claims, by claim: by how many percent fetched blocks
+    """Measurements on unrelated texts, by claim: by how many percent fetched blocks
     make them more surprising; `nats` per token of each text, by arm."""
     if not nats.get("fetched"):
         return {}
@@ -226,7 +227,7 @@ def on_prose(nats: Mapping[str, list[float]], model: str = "") -> dict[str, Meas
 def on_scenarios(
     published: Iterable[claims.Claim], rows: pd.DataFrame, outcomes: np.ndarray
 ) -> dict[str, Measurement]:
-    """What a sweep says of claims, by claim: of gaps of frontiers, of two scenarios, and of the
+    """Measurements on a sweep, by claim: of gaps of frontiers, of two scenarios, and of the
     scale threshold."""
     measurements: dict[str, Measurement] = {}
     gaps = effects.gaps(rows, outcomes, _rng())

@@ -61,7 +61,7 @@ def versions(records: pd.DataFrame) -> pd.Series:
 
 
 def check(records: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """What is wrong with the grades of `records`, and what could not be decided: sentences.
+    """The errors in the grades of `records`, and the undecided ones: sentences.
 
     A grade that differs is wrong where the same version of the grader gave it. Where an earlier one
     did, the difference says what changed between the two.

@@ -1,4 +1,5 @@
-"""What a stage of a run left, made again from its records and results, and held against its files.
+"""Makes the outputs of a stage again from its records and results, and compares them with its
+files.
 
 Tables with their CSV and LaTeX, figures in every format, entries of the results and measurements.
 What does not follow from records is named; a CSV or LaTeX file of such a table must still show what
@@ -23,7 +24,7 @@ CHECKED = ("keys", "verdicts", "headline", "by_chance", "measurements", "declare
 
 @dataclass
 class Remake:
-    """What came of making the things of a stage again."""
+    """The result of making the outputs of a stage again."""
 
     differences: list[str] = field(default_factory=list)  # a sentence each
     unchecked: list[str] = field(default_factory=list)  # what does not follow from records

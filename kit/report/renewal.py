@@ -23,7 +23,7 @@ ADVICE = "What to run here"
 
 @dataclass(frozen=True)
 class Renewal:
-    """What a renewal changed, and what it could not make again."""
+    """The changes of a renewal, and what it could not make again."""
 
     grades: pd.DataFrame  # by stage and arm: answers, graded otherwise, now right, now wrong
     tables: list[str]  # those that read otherwise now
@@ -105,7 +105,7 @@ def _measurements(stage: str, results: Mapping, run: Run) -> tuple[dict, list[st
 
 
 def advice(results: Mapping, parameters: Mapping) -> pd.DataFrame:
-    """What the advisor says of the scenarios of a sweep, with the parameters of its notebook."""
+    """The advice on the scenarios of a sweep, with the parameters of its notebook."""
     from kit.budget import advisor  # imports torch
 
     memory, context = advisor.size(parameters["CARD"][0]), advisor.tokens(parameters["CARD"][1])

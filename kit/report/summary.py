@@ -1,4 +1,5 @@
-"""What a run says of time and verdicts: before it starts, after each stage, and at its end.
+"""The terminal's summary of time and verdicts of a run: before it starts, after each stage, and at
+its end.
 
 Prints what `kit.estimate` measures and what notebooks saved. Imports nothing heavy.
 """
@@ -104,7 +105,7 @@ def larger(profile: str) -> None:
 
 
 def saved_verdicts(profile: str) -> dict:
-    """What notebook 07 saved: `verdicts`, a row per claim, `headline`, and how many would hold
+    """The results of notebook 07: `verdicts`, a row per claim, `headline`, and how many would hold
     `by_chance`; {} before it ran."""
     file = run_dir(profile) / "results" / "07_verdicts.json"
     return read_json(file) if file.is_file() else {}
@@ -142,7 +143,7 @@ def print_reference(profile: str, published: Path = PUBLISHED_RUNS) -> None:
 
 
 def print_paths(profile: str) -> None:
-    """Where the report and the executed notebooks lie."""
+    """The paths of the report and the executed notebooks."""
     report = run_dir(profile) / "report.html"
     print()
     if report.is_file():

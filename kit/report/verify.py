@@ -30,7 +30,7 @@ UNVOUCHED = f"without a {SUMS}, so that nothing says whether it was changed"
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of judging a run again."""
+    """The result of judging a run again."""
 
     run: Run
     differences: list[str] = field(default_factory=list)  # a sentence each
@@ -170,7 +170,7 @@ def _missing_records(run: Run, stage: str) -> list[str]:
 
 
 def _paper(run: Run) -> dict[str, bytes]:
-    """Those files of its LaTeX that a run has, made again from its results and tables."""
+    """The LaTeX files of a run, made again from its results and tables."""
     lists = {stage: run.json(f"exhibits/{stage}/{exhibits.LIST}") for stage in run.results}
     exhibits_of = {stage: [*map(exhibits.listed, rows)] for stage, rows in lists.items()}
     texts = latex.files(run.stamps["07_verdicts"]["profile"], run.results, exhibits_of)

@@ -31,8 +31,9 @@ SYMBOLS = {"GREEK", "MATHEMATICAL", "DOUBLE-STRUCK", "SCRIPT", "PLANCK", "OHM", 
 
 
 def advantages(rewards: Sequence[float]) -> np.ndarray:
-    """What GRPO makes of the rewards of one group: how much better each answer is than the group,
-    in standard deviations (https://arxiv.org/abs/2402.03300, Section 4.1; 1e-4 as in TRL)."""
+    """The advantages of GRPO from the rewards of one group: how much better each answer is than the
+    group, in standard deviations (https://arxiv.org/abs/2402.03300, Section 4.1; 1e-4 as in
+    TRL)."""
     rewards = np.asarray(rewards, dtype=float)
     return (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
 
