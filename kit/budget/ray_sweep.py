@@ -50,7 +50,7 @@ class Worker:
             sweep.generate(
                 self.base, run, grid, prompts, self.store, samples, report=lambda line: None, **how
             )
-        except sweep.NO_ROOM as error:
+        except sweep.OUT_OF_MEMORY as error:
             return f"{sweep.OUT}: {error}"
         return ""
 

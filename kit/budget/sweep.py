@@ -43,7 +43,7 @@ ANSWER_PROMPT, WAIT = (
 )  # what forces an answer, and what stands in the place of a stop
 END = "\n</think>\n"  # of the thoughts of a model that thinks
 ANSWER_TOKENS = 8
-NO_ROOM = (MemoryError, torch.OutOfMemoryError)
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 OUT = "out of memory"
 EVICTORS = "evictors/smollm2-135m-seed0-{}.safetensors"  # shipped ones, under data/
 LoadEvictor = Callable[[Path, Model], object]  # file, model: what `policies.DMS` takes
@@ -323,7 +323,7 @@ def sweep(
             records = generate(
                 base, run, grid, prompts[run.memory], store, samples, report=report, **how
             )
-        except NO_ROOM as error:
+        except OUT_OF_MEMORY as error:
             failed[run] = f"{OUT}: {error}"
             emit(f"{run.name}: {failed[run]}")
             continue

@@ -24,7 +24,7 @@ from kit.paths import atomic
 
 # Bytes of disk per byte of a model, while it is fetched. Of a quantized one: itself, and its
 # weights in 16 bits, which take up to 3.5 times its bytes.
-ROOM, ROOM_QUANTIZED = 2.0, 4.6
+DISK, DISK_QUANTIZED = 2.0, 4.6
 
 
 class FetchError(ValueError):
@@ -202,7 +202,7 @@ def _right(file: File, place: Path) -> bool:
 
 
 def _check_room(model: Bundled) -> None:
-    need = model.size * (ROOM_QUANTIZED if model.quantized else ROOM)
+    need = model.size * (DISK_QUANTIZED if model.quantized else DISK)
     free = shutil.disk_usage(paths.MODELS).free
     if free < need:
         raise FetchError(

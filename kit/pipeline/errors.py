@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # Errors of the kit whose sentence is enough, by name, which is all that a kernel reports of them.
-TOLD = ("UserError", "ModelError", "FetchError", "GGUFError", "AdapterError", "HubError",
+KNOWN_ERRORS = ("UserError", "ModelError", "FetchError", "GGUFError", "AdapterError", "HubError",
         "BankError", "BundleError", "OverlapError", "DoesNotFitError")  # fmt: skip
 ELSEWHERE = "or set KIT_OUTPUTS to another folder"
 
@@ -32,7 +32,7 @@ def of_system(error: OSError) -> UserError | None:
         return UserError(f"the disk is full ({error}); free some space and run again", 1)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return file_in_the_way(place) or _a_file(place)
-    if error.errno in CLOSED:
+    if error.errno in NO_ACCESS:
         return UserError(f"{place} cannot be written ({error.strerror}); change that, {ELSEWHERE}")
     return None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kit.paths import NOTEBOOKS, OUTPUTS
 from kit.pipeline import declared, provenance
-from kit.pipeline.errors import FULL, TOLD, UserError, file_in_the_way, read_json
+from kit.pipeline.errors import FULL, KNOWN_ERRORS, UserError, file_in_the_way, read_json
 from kit.pipeline.provenance import GIB
 from kit.pipeline.stages import (
     LARGER,
@@ -245,7 +245,7 @@ def _failure(stage: Stage, outcome) -> str:
                      f"lower {' or '.join(sizes)} in {where}")  # fmt: skip
     if any(os.strerror(number) in outcome.problem for number in FULL):
         lines.append("The disk is full: free some space first.")
-    elif not any(f" raised {name}: " in outcome.problem for name in TOLD):
+    elif not any(f" raised {name}: " in outcome.problem for name in KNOWN_ERRORS):
         source = outcome.source.strip().splitlines()
         excerpt = source[:SOURCE_LINES] + ["..."] * (len(source) > SOURCE_LINES)
         lines += [f"cell {outcome.cell} of {len(stage.cells)} in {stage.notebook.name}:"]

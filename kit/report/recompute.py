@@ -20,7 +20,7 @@ STEPS = "What a step buys, over {} scenarios from {} generations"
 RATES = "How often each verdict comes out, percent of {} simulated studies"
 TRAINED = "What each way of training teaches"
 COMPOUNDING = "Compounding, by round"
-TAUGHT = "Internalised against every other arm"
+PHASE2_DIFFERENCES = "Internalised against every other arm"
 KNOWN = "Who knows what, by frequency"
 RECALL = "Free answers, by how often a fact was told"
 FETCHED = "Fetched against every other arm"
@@ -29,14 +29,14 @@ BYTES = "Bytes held and read"
 SIZES = ("fetched", "stored", "trained")  # parameters, parameters, tokens of training
 GAPS = "Frontiers of cache settings at equal bytes"
 READ = "Where the gold answer is read"
-WORTH = "Planted rules, retrieved against each control"
+PLANTED_GAINS = "Planted rules, retrieved against each control"
 # Arms of the strategy study's first two steps, and of other draws of its bank.
 CONTROLS = r"(?:no-hint$|hint-|planted-|retrieved-draw)"
 PLACES = "Five memories, the best of each alone"
 QUALITY = "Quality at equal live tokens"
 # Entries of the results that are tables, by caption.
 ENTRIES = {
-    "04_phase2": {"arms": TRAINED, "rounds": COMPOUNDING, "contrasts": TAUGHT},
+    "04_phase2": {"arms": TRAINED, "rounds": COMPOUNDING, "contrasts": PHASE2_DIFFERENCES},
     "05_parametric": {"arms": KNOWN, "recall": RECALL, "contrasts": FETCHED,
                       "recalled": RECALLED, "bytes": BYTES},
     "06_memory_budget": {"gaps": GAPS, "best": PLACES},
@@ -78,13 +78,13 @@ def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | 
 
 
 def _of_strategies(caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
-    if caption in (READ, WORTH):
+    if caption in (READ, PLANTED_GAINS):
         from kit.reasoning_bank import ladder  # imports torch
 
         planted = records["arm"].str.startswith("planted-")
         return (
             ladder.planted_gains(records[planted])
-            if caption == WORTH
+            if caption == PLANTED_GAINS
             else ladder.placements(records)
         )
     records = strategies(records)
@@ -109,7 +109,7 @@ def _trained(caption: str, families: list[str], frames: dict) -> pd.DataFrame | 
         return tables.trained(frames["arms"], families)
     if caption == COMPOUNDING:
         return tables.compounded(frames["rounds"], families)
-    return phase2_differences(frames["arms"], families) if caption == TAUGHT else None
+    return phase2_differences(frames["arms"], families) if caption == PHASE2_DIFFERENCES else None
 
 
 def phase2_differences(frames: Mapping[str, pd.DataFrame], families: list[str]) -> pd.DataFrame:

@@ -98,5 +98,5 @@ def test_what_the_right_lesson_is_worth(some):
     assert (
         table["difference"].iloc[0][0] == pytest.approx(80) and table["of_control"].iloc[0][0] == 10
     )
-    made = recompute.table("02_strategies", recompute.WORTH, {}, found)
+    made = recompute.table("02_strategies", recompute.PLANTED_GAINS, {}, found)
     pd.testing.assert_frame_equal(made, table)

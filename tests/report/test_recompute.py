@@ -83,7 +83,8 @@ def test_phase_2():
     })  # fmt: skip
     shown = {recompute.TRAINED: tables.trained(frames, FAMILIES),
              recompute.COMPOUNDING: tables.compounded(ways, FAMILIES),
-             recompute.TAUGHT: recompute.phase2_differences(frames, FAMILIES)}  # fmt: skip
+             recompute.PHASE2_DIFFERENCES:
+             recompute.phase2_differences(frames, FAMILIES)}  # fmt: skip
     for caption, table in shown.items():
         assert same(recompute.table("04_phase2", caption, found, records), table)
         spoiled = recompute.table("04_phase2", caption, found, spoilt(records))
@@ -98,7 +99,7 @@ def test_phase_2():
     assert rounds.groupby("way")["round"].apply(list).to_dict() == {
         way: [0, 1, 2] for way in ("without the bank", "with the bank", "families held out")
     }
-    assert [*shown[recompute.TAUGHT]["control"]] == ["base", "constant"]
+    assert [*shown[recompute.PHASE2_DIFFERENCES]["control"]] == ["base", "constant"]
     constant = shown[recompute.TRAINED].set_index("arm").loc["constant"]
     assert constant["accuracy"][0] == 50 and constant["one answer"] == 100
     assert constant["families held out"] is None
