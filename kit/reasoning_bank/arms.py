@@ -209,8 +209,8 @@ def contribution(treated: pandas.DataFrame, control: pandas.DataFrame) -> pandas
 def harmful(treated: pandas.DataFrame, control: pandas.DataFrame) -> list[str]:
     """Ids of the strategies to delete: those whose mean `contribution` is below zero.
 
-    On training problems a strategy is measured without its own problem, for which the leakage guard
-    never returns it.
+    Contributions on training problems are leave-one-out: the leakage guard never returns a strategy
+    for its own problem.
     """
     table = contribution(treated, control)
     return table.loc[table["points"] < 0, "id"].tolist()
