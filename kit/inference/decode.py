@@ -166,11 +166,9 @@ def decode(
                 after = waiting[-1][1].prompt_ids if waiting else None
                 logits = _admit(model, cache, running, places, reuse, after)
             else:
-                last_ids = [running[p].new_ids[-1] for p in places]
                 by_graph = graphs and cache.steps_without_sync
-                logits = (graphs.step if by_graph else partial(_step, model, cache))(
-                    places, last_ids
-                )
+                step = graphs.step if by_graph else partial(_step, model, cache)
+                logits = step(places, [running[place].new_ids[-1] for place in places])
             meter.tokens += len(places)
             output = sample_tokens(logits, sampling, uniform, cache.counters())
             for one in _advance(model, cache, running, places, *output, forcing, meter):
