@@ -116,7 +116,7 @@ def reproduce(
     only: Annotated[
         str | None, Option(metavar="'NN ...'", help="bring only these notebooks up to date")
     ] = None,
-    given: Annotated[
+    settings: Annotated[
         list[str] | None,
         Option("--set", metavar="NAME=VALUE", help="a parameter's value for this run, as TOML"),
     ] = None,
@@ -136,7 +136,7 @@ def reproduce(
     """Run every notebook whose result is not up to date, then print the verdicts."""
     profile = profile or default_profile()
     pipeline.echo(f"profile {profile}")
-    how = dict(from_=from_, only=only, force=force, values=_values(given or []))
+    how = dict(from_=from_, only=only, force=force, values=_values(settings or []))
     if dry_run:
         for stage, why in pipeline.plan(profile, **how):
             print(f"{stage.name:18} " + (f"runs: {why}" if why else "up to date"))
@@ -149,7 +149,7 @@ def reproduce(
         judged, times = chosen[-1].judges, {}
         if todo:
             preflight(profile, force=force)
-            times = {} if given else summary.estimated(profile, todo)
+            times = {} if settings else summary.estimated(profile, todo)
         return times, summary.after(todo, times)
 
     code = pipeline.run(profile, **how, keep_going=keep_going, start=start)

@@ -223,7 +223,7 @@ def _budget(parameters) -> tuple[float, float]:
 
 
 WORK: dict[str, Callable[[SimpleNamespace], tuple[float, float]]] = {  # decoded, trained by a model
-    "00_tour": lambda given: (3 * answer(given.MAX_NEW_TOKENS) * 4, 0),  # three at a time
+    "00_tour": lambda parameters: (3 * answer(parameters.MAX_NEW_TOKENS) * 4, 0),  # three at a time
     "01_baseline": _baseline,
     "02_strategies": _strategies,
     "03_dms": _dms,

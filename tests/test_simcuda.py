@@ -221,7 +221,7 @@ def test_a_step_of_each_training_of_banks(seen, kind, tmp_path):
         job = BankTraining(model, shape, nodes, data, recipe, tmp_path / str(number), prefix)
         found.append([job.step() for _ in range(2)])
         job.save()
-        assert all(value.device == model.device for value in job.named.values())
+        assert all(value.device == model.device for value in job.parameters.values())
     losses = [[step["loss"] for step in steps] for steps in found]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 

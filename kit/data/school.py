@@ -406,8 +406,8 @@ def sequences(r: Random, level: int) -> Made:
 
 
 FAMILIES: dict[str, Family] = {
-    made.__name__: made
-    for made in (shopping, sharing, equations, systems, fractions, percentages, geometry, counting,
-                 rates, sequences)
+    function.__name__: function
+    for function in (shopping, sharing, equations, systems, fractions, percentages, geometry,
+                     counting, rates, sequences)
 }  # fmt: skip
 LEVELS = 3

@@ -99,11 +99,11 @@ class EvictorTraining(ResumableTraining):
         self.student = dataclasses.replace(model, weights=weights)
         self.evictor = Evictor(weights, recipe, model.weights_hash)
         weights.requires_grad_(everything)
-        self.named |= {f"evictor.{k}": p for k, p in self.evictor.named_parameters()}
+        self.parameters |= {f"evictor.{k}": p for k, p in self.evictor.named_parameters()}
         if everything:
-            self.named |= {f"base.{k}": p for k, p in weights.named_parameters()}
+            self.parameters |= {f"base.{k}": p for k, p in weights.named_parameters()}
         self.optimizer = torch.optim.AdamW(
-            self.named.values(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+            self.parameters.values(), recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
         self.windows = layer_windows(weights.config.get_text_config())
         self._teacher: dict[int, torch.Tensor] = {}  # sequence -> its final hidden states
@@ -140,7 +140,7 @@ class EvictorTraining(ResumableTraining):
             hinge = (target - rate).clamp_min(0)
             self.optimizer.zero_grad()
             (kl + recipe.hinge_weight * hinge).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         figures = dict(step=number + 1, kl=kl.item(), hinge=hinge.item(), closed=rate.item())
         figures |= dict(target=target, gradient_norm=float(norm))

@@ -20,7 +20,7 @@ class ResumableTraining:
     """A training of `steps` steps in a folder of its own, named by the digest of all that
     determines it.
 
-    A subclass fills `named`, the trained parameters by name, sets `optimizer`, an AdamW over them,
+    A subclass fills `parameters`, the trained ones by name, sets `optimizer`, an AdamW over them,
     and defines `step`. The state lies in one file, which is complete or what it was before:
     parameters, moments and `history`, one entry per step.
     """
@@ -30,7 +30,7 @@ class ResumableTraining:
     def __init__(self, folder: Path, identity: list, steps: int):
         self.job = digest(identity, 12)
         self.folder, self.steps = Path(folder) / self.job, steps
-        self.named: dict[str, torch.nn.Parameter] = {}
+        self.parameters: dict[str, torch.nn.Parameter] = {}
         self.history: list[dict] = []
 
     @property
@@ -60,7 +60,7 @@ class ResumableTraining:
         """Write what `resume` reads. The moments are left out after the last step: the file is then
         a third as large."""
         tensors, finished = {}, len(self.history) >= self.steps
-        for name, value in self.named.items():
+        for name, value in self.parameters.items():
             state = {} if finished else self.optimizer.state[value]
             tensors[f"{name}|value"] = value.detach()
             tensors |= {f"{name}|{key}": state[key] for key in MOMENTS if key in state}
@@ -74,7 +74,7 @@ class ResumableTraining:
             return
         with safe_open(self.state, "pt") as handle:
             self.history, stored = json.loads(handle.metadata()["history"]), set(handle.keys())
-            for name, value in self.named.items():
+            for name, value in self.parameters.items():
                 value.data.copy_(handle.get_tensor(f"{name}|value"))
                 if f"{name}|{MOMENTS[0]}" in stored:
                     step = torch.tensor(float(len(self.history)), device=value.device)

@@ -168,14 +168,14 @@ class BankTraining(ResumableTraining):
         if name == "generic":  # one block as large as a path's
             shape = replace(shape, sizes=(sum(shape.sizes),))
         for level, blocks in enumerate(ffn_memory.initial(self.model.weights, shape, seed)):
-            self.named[f"{name}|{level}"] = torch.nn.Parameter(blocks.to(self.model.device))
+            self.parameters[f"{name}|{level}"] = torch.nn.Parameter(blocks.to(self.model.device))
 
     def _optimizer(self) -> torch.optim.AdamW:
-        groups = [{"params": [*self.named.values()], "peak": self.recipe.learning_rate}]
+        groups = [{"params": [*self.parameters.values()], "peak": self.recipe.learning_rate}]
         if self.recipe.anchor_rate:
             anchor = dict(self.model.weights.named_parameters())
             groups.append({"params": [*anchor.values()], "peak": self.recipe.anchor_rate})
-            self.named |= {f"model.{name}": value for name, value in anchor.items()}
+            self.parameters |= {f"model.{name}": value for name, value in anchor.items()}
         groups = [group for group in groups if group["params"]]
         kind = dict(betas=(0.9, 0.95), weight_decay=self.recipe.weight_decay)
         return torch.optim.AdamW(groups, lr=0.0, fused=True, **kind)
@@ -209,7 +209,7 @@ class BankTraining(ResumableTraining):
             )
         self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip)
         self.optimizer.step()
         tokens = sum(int((row.targets != IGNORED).sum()) for row in batch)
         figures = dict(nodes=self.nodes, step=number + 1, loss=loss.item(), tokens=tokens)
@@ -220,9 +220,9 @@ class BankTraining(ResumableTraining):
     def _fetched(self, path: tuple[int, ...], generic: bool) -> torch.Tensor:
         """Blocks of a path, concatenated over levels: [layers, units, row]."""
         if generic:
-            return self.named["generic|0"][0]
+            return self.parameters["generic|0"][0]
         levels = range(len(self.shape.sizes))
-        path_blocks = [self.named[f"{path[0]}|{level}"] for level in levels]
+        path_blocks = [self.parameters[f"{path[0]}|{level}"] for level in levels]
         places = [path[level] % self.shape.branching**level for level in levels]
         return torch.cat([blocks[place] for blocks, place in zip(path_blocks, places)], dim=1)
 
@@ -245,7 +245,7 @@ class BankTraining(ResumableTraining):
         return self.folder
 
     def _blocks(self, name: str) -> list[torch.Tensor]:
-        tensors = [value for key, value in self.named.items() if key.split("|")[0] == name]
+        tensors = [value for key, value in self.parameters.items() if key.split("|")[0] == name]
         return [blocks.detach().half() for blocks in tensors]
 
 

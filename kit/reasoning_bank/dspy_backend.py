@@ -62,7 +62,7 @@ class Engine:
         self.model, self.max_new_tokens, self.thinking = model, max_new_tokens, thinking
         self.batch_size, self.memory = batch_size, memory
         self.calls = self.rounds = self.prompt_tokens = self.new_tokens = self.truncated = 0
-        self._asked: Counter = Counter()  # requests without a seed
+        self._unseeded: Counter = Counter()  # requests without a seed
         self._waiting: list[tuple[Request, Future]] = []
         self._running: int | None = None  # programs inside `run_batched` that may still ask
         self._changed = threading.Condition()
@@ -194,8 +194,8 @@ class Engine:
         ids = decode.tokenize(self.model, prompt)
         name, sample = json.dumps([prompt.id, config.seed]), 0
         if config.seed is None:
-            sample = self._asked[name, sampling]
-            self._asked[name, sampling] += 1
+            sample = self._unseeded[name, sampling]
+            self._unseeded[name, sampling] += 1
         return sampling, decode.Request(ids, name, sample)
 
     def _response(self, request: Request, generation) -> Response:

@@ -220,13 +220,13 @@ def _stacked(lines: list[str], left: bool) -> str:
 def _parts(widths: Mapping[int, int], words: tuple[int, ...]) -> list[list[int]]:
     """Columns by tabular: those of words in each, the others as many as fit beside them."""
     first = [i for i in widths if i in words]
-    parts, room = [[*first]], LINE - sum(widths[i] for i in first)
-    left = room
+    parts, free = [[*first]], LINE - sum(widths[i] for i in first)
+    remaining = free
     for i in (i for i in widths if i not in words):
-        if widths[i] > left and len(parts[-1]) > len(first):
-            parts, left = [*parts, [*first]], room
+        if widths[i] > remaining and len(parts[-1]) > len(first):
+            parts, remaining = [*parts, [*first]], free
         parts[-1].append(i)
-        left -= widths[i]
+        remaining -= widths[i]
     return [sorted(part) for part in parts]
 
 

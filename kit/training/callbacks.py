@@ -32,13 +32,13 @@ class MetricsCallback(TrainerCallback):
         self.report, self.place, self.equal = report, place, 0
 
     def on_step_begin(self, args, state, control, **_):
-        self.began, self.counted = time.perf_counter(), energy.joules()
+        self.began, self.joules = time.perf_counter(), energy.joules()
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:
             return
         logs["seconds"] = time.perf_counter() - self.began
-        logs["joules"] = energy.consumed(self.counted, energy.joules())
+        logs["joules"] = energy.consumed(self.joules, energy.joules())
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         on_gpu = torch.cuda.is_available()

@@ -179,11 +179,13 @@ def test_steps_that_bfloat16_does_not_hold_are_kept(recipe, tmp_path):
     """Weights of 1 and steps of 1e-5: each alone is lost in eight bits."""
     quick = dataclasses.replace(recipe, fade_steps=1, learning_rate=1e-5)
     training = EvictorTraining(toy("llama", "bfloat16"), tokens(4, 48), quick, tmp_path)
-    assert {value.dtype for value in training.named.values()} == {torch.float32}
-    before = {name: value.detach().clone() for name, value in training.named.items()}
+    assert {value.dtype for value in training.parameters.values()} == {torch.float32}
+    before = {name: value.detach().clone() for name, value in training.parameters.items()}
     for _ in range(3):
         training.step()
-    moved = [name for name, value in training.named.items() if not torch.equal(value, before[name])]
+    moved = [
+        name for name, value in training.parameters.items() if not torch.equal(value, before[name])
+    ]
     norms = [name for name in before if "norm" in name]
     assert norms and set(norms) <= set(moved), "all of which are 1"
 

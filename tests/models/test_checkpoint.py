@@ -14,13 +14,13 @@ class LineFit(ResumableTraining):
 
     def __init__(self, folder, rate=0.1):
         super().__init__(folder, ["line", rate], STEPS)
-        self.named["slope"] = torch.nn.Parameter(torch.zeros(3))
-        self.optimizer = torch.optim.AdamW(self.named.values(), rate)
+        self.parameters["slope"] = torch.nn.Parameter(torch.zeros(3))
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), rate)
 
     def step(self) -> dict:
         rng = torch.Generator().manual_seed(len(self.history))
         points = torch.randn(8, 3, generator=rng)
-        loss = ((points @ self.named["slope"] - points.sum(1)) ** 2).mean()
+        loss = ((points @ self.parameters["slope"] - points.sum(1)) ** 2).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -53,7 +53,7 @@ def test_a_training_killed_twice_ends_as_an_undisturbed_one(every_s, tmp_path, m
     last.train(lambda figures: steps.append(figures["step"]))
     assert steps == [*range(9 if every_s == 0 else 7, STEPS + 1)]
     assert last.history == whole.history
-    assert torch.equal(last.named["slope"], whole.named["slope"])
+    assert torch.equal(last.parameters["slope"], whole.parameters["slope"])
 
 
 def test_a_folder_belongs_to_one_training_and_a_finished_one_keeps_no_moments(tmp_path):
