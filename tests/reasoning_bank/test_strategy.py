@@ -37,6 +37,8 @@ GOLDS = {  # gold, and other ways of writing it
     "1.5": ["3/2", "1 1/2", "1½", "3:2", "150%"],
     "1500": ["1.5e3", r"1.5 \times 10^3", "1.5 × 10³"],
     r"50\%": ["50%", "0.5", "1/2"],
+    r"\frac{1} {2}": [r"\frac{1}{2}", r"\frac{1}  {2}", r"\frac {1} {2}"],
+    "blue car": ["bluecar", "blue  car"],
 }
 HARMLESS = [
     "Name the size of one group and the number of groups, then multiply the two.",
@@ -53,6 +55,12 @@ HARMLESS = [
 def test_an_answer_is_found_in_every_sentence_and_notation(form, gold):
     missed = [way for way in [gold, *GOLDS[gold]] if not leaks_answer(form.format(way), gold)]
     assert missed == []
+
+
+def test_latex_is_found_anywhere_however_answer_and_text_are_spaced():
+    for answer in (r"\frac{1}{2}", r"\frac{1} {2}", r"\frac{ 1 }{ 2 }"):
+        for text in (r"so \frac{1}{2} it is", r"so \frac{1}  {2} it is"):
+            assert leaks_answer(text, answer), (text, answer)
 
 
 def test_numbers_that_are_no_results_are_left_alone():
