@@ -993,9 +993,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "KINETO_LOG_LEVEL": "5"}
     if args.dry:  # before anything imports triton: the kernel is interpreted
         os.environ["TRITON_INTERPRET"] = "1"
-        from tests.inference import test_triton_attention as test_kernels
+        from tests.inference.conftest import start_interpreter
 
-        test_kernels._start()
+        start_interpreter()
     faulthandler.dump_traceback_later(args.limit + 20, exit=True)
     chosen = {name: CHECKS[name] for name in args.only or CHECKS}
     result = {"dry": args.dry, "provenance": provenance.collect(), "checks": {}}

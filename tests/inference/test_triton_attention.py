@@ -1,15 +1,11 @@
 """The Triton decode kernel against softmax written out slot by slot in float64.
 
-Without a GPU the kernel runs in Triton's interpreter, in a process of its own: TRITON_INTERPRET
-counts when triton is first imported, and must not reach the other tests. Compiled code is checked
-too, for the GPUs that Triton can build for without having one: it must not spill registers.
-With a GPU the same cases run on it.
+Without a GPU the kernel runs in Triton's interpreter. Compiled code is checked too, for the GPUs
+that Triton can build for without having one: it must not spill registers. With a GPU the same
+cases run on it.
 """
 
-import multiprocessing
 import re
-import subprocess
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -113,36 +109,6 @@ def worst_error(case, dtype, device="cpu", **changes) -> float:
 def missed(out, plain, right) -> float:
     error = (out - right).abs().nan_to_num(torch.inf).max().item()
     return error / rounding.tolerance(plain, right)
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """`call(function, ...)` in a process whose Triton interprets."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(_start).result()
-        yield lambda *call, **changes: pool.submit(*call, **changes).result()
-
-
-def _start() -> None:
-    """Teach the interpreter bfloat16 products: it multiplies their bit patterns as integers
-    (triton-lang/triton, issue 11584)."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    torch.set_num_threads(1)
-    dot = InterpreterBuilder.create_dot
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(
-        self, widened(a), widened(b), *rest
-    )
 
 
 @pytest.mark.parametrize(("name", "dtype"), CHECKS, ids=str)
@@ -309,32 +275,6 @@ def test_wrong_arguments_are_named(message):
     arguments |= {name: change(arguments[name]) for name, change in WRONG[message].items()}
     with pytest.raises(ValueError, match=message):
         paged_attention(**arguments)
-
-
-@pytest.fixture
-def compiled(tmp_path, monkeypatch):
-    """Shared memory, PTX and resource usage of a kernel built for one compute capability."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-    def build_for(capability: int, kernel, types: dict, **constants):
-        types = types | dict.fromkeys(constants, "constexpr")
-        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-        whole = [p for p in kernel.params if not p.is_constexpr and not p.do_not_specialize]
-        whole = [p.num for p in whole if not p.do_not_specialize_on_alignment]
-        whole = [number for number in whole if signature[kernel.arg_names[number]] != "fp32"]
-        aligned = {(number,): [["tt.divisibility", 16]] for number in whole}
-        source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        cubin = tmp_path / "cubin"
-        cubin.write_bytes(built.asm["cubin"])
-        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        return built.metadata.shared, built.asm["ptx"], usage
-
-    return build_for
 
 
 SHAPE = dict(HEADS=1, GROUP=8, BLOCK=16)

@@ -6,7 +6,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests import rounding
-from tests.inference.test_triton_attention import compiled, cuda, interpreter  # noqa: F401
+from tests.inference.test_triton_attention import cuda
 from tests.simcuda import PLAIN
 
 pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
@@ -78,7 +78,7 @@ def worst_error(case: str, dtype, device="cpu") -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_as_near_to_float64_as_transformers(interpreter, case, dtype):  # noqa: F811
+def test_as_near_to_float64_as_transformers(interpreter, case, dtype):
     assert interpreter(worst_error, case, dtype) <= 1
 
 
@@ -97,7 +97,7 @@ def written(dtype, device="cpu") -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tokens_are_written_to_their_slots(interpreter, dtype):  # noqa: F811
+def test_tokens_are_written_to_their_slots(interpreter, dtype):
     assert interpreter(written, dtype)
 
 
@@ -113,7 +113,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiles_without_spilling(compiled, name, capability):  # noqa: F811
+def test_compiles_without_spilling(compiled, name, capability):
     from kit.inference import triton_layers
 
     kernel = getattr(triton_layers, name)
