@@ -13,18 +13,20 @@ from tests.nbval_lost import LOST
 DIES = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
 HANGS = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
 SLOW = "import time\ntime.sleep(60)"
-WRONG = "1 / 0"
+RIGHT = "1"
 
 
 @pytest.mark.parametrize(
     ("sources", "status", "said"),
     [
-        ([DIES, HANGS], LOST, ["Segmentation fault", "Fatal Python error: Aborted"]),
-        ([DIES, WRONG], 1, ["ZeroDivisionError"]),
-        ([SLOW], 1, ["KeyboardInterrupt"]),
-        (["1"], 0, ["1 passed"]),
+        (
+            [DIES, HANGS, RIGHT],
+            LOST,
+            ["Segmentation fault", "Fatal Python error: Aborted", "1 passed"],
+        ),
+        ([DIES, SLOW], 1, ["KeyboardInterrupt"]),  # which was interrupted, and is not lost
     ],
-    ids=["die and hang", "dies beside a wrong one", "slow", "right"],
+    ids=["die and hang", "dies beside a slow one"],
 )
 def test_lost_kernels(tmp_path, sources, status, said):
     for number, source in enumerate(sources):
@@ -32,7 +34,7 @@ def test_lost_kernels(tmp_path, sources, status, said):
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{number}.ipynb")
     options = ["-p", "tests.nbval_lost", "-p", "no:cacheprovider", "--nbval-lax"]
     options += ["--nbval-current-env", "--nbval-cell-timeout=4"]
-    options += ["-n", f"{len(sources)}", "--dist", "loadfile", str(tmp_path)]
+    options += ["-n", "2", "--dist", "loadfile", str(tmp_path)]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *options],
         cwd=paths.ROOT,
