@@ -276,7 +276,7 @@ def test_several_goals_a_value_for_once_and_a_plan(project, capsys):
     assert planned(only="2,first") == {"01_first": "", "02_second": ""}
     assert [*planned(only="second")] == ["02_second"]
     once = {"SIZE": "3"}
-    assert planned(given=once) == {"01_first": "its parameters changed",
+    assert planned(values=once) == {"01_first": "its parameters changed",
                                    "02_second": "an earlier stage runs"}  # fmt: skip
     assert planned(from_="02") == {"02_second": "asked for again"}
     assert trace(project) == []  # a plan runs nothing
