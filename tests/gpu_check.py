@@ -221,7 +221,7 @@ def small_policies(model) -> dict:
     from kit.inference import policies as p
     from tests.toys import drawn
 
-    made = {"full": p.Full(), "dms": p.DMS(drawn(model, window=6))}
+    made = {"full": p.Full(), "dms": p.DMS(drawn(model, window=6)), "rkv": p.RKV(20, buffer=16)}
     for kind in (p.Window, p.TOVA, p.H2O, p.Random, p.Knorm):
         for policy in (kind(20), kind(kept_fraction=0.4)):
             made[policy.name] = policy

@@ -27,7 +27,7 @@ from kit.inference import decode
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request
 from kit.inference.kv_quantization import Quantized
-from kit.inference.policies import DMS, H2O, TOVA, Full, Knorm, Random, SnapKV, Window
+from kit.inference.policies import DMS, H2O, RKV, TOVA, Full, Knorm, Random, SnapKV, Window
 from kit.models.load import Model
 from kit.parametric import cluster_tree, ffn_memory, qa, shards
 from kit.parametric.bank import ParametricBank, assemble_bank
@@ -113,7 +113,7 @@ def tokens(dtype: str = "float64") -> dict[str, list[str]]:
     llama, qwen3, gemma3 = (model(family, dtype) for family in ("llama", "qwen3", "gemma3"))
     kinds = (Window, TOVA, H2O, Random, Knorm)
     policies = [Full(), *(kind(8) for kind in kinds), SnapKV(8, window=3)]
-    policies += [Window(kept_fraction=0.4), TOVA(kept_fraction=0.4)]
+    policies += [Window(kept_fraction=0.4), TOVA(kept_fraction=0.4), RKV(8, buffer=4, window=3)]
     runs = {policy.name: dict(policy=policy) for policy in policies}
     for recipe in (evictor.LAPTOP, evictor.PAPER):
         runs[f"dms {recipe.source}"] = dict(policy=dms(llama, recipe))

@@ -41,6 +41,7 @@ POLICIES = {
     "random": lambda model: policies.Random(8),
     "knorm": lambda model: policies.Knorm(8),
     "snapkv": lambda model: policies.SnapKV(8, window=3),
+    "rkv": lambda model: policies.RKV(9, window=3, buffer=8),
     "tova": lambda model: policies.TOVA(8),
     "h2o 40%": lambda model: policies.H2O(kept_fraction=0.4),
     "dms": lambda model: policies.DMS(drawn(model, window=4)),
@@ -51,7 +52,9 @@ CACHES = {
     "forced": dict(forcing=BudgetForcing((2, 4), (5,), 2, (9,), 1)),
 }
 CASES = [("plain", name) for name in POLICIES]
-CASES += [(how, name) for how in ("quantised", "forced") for name in ("full", "h2o 40%", "dms")]
+CASES += [
+    (how, name) for how in ("quantised", "forced") for name in ("full", "h2o 40%", "rkv", "dms")
+]
 
 
 @pytest.fixture

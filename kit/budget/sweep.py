@@ -52,6 +52,7 @@ BUDGETED = {
     "tova": policies.TOVA,
     "h2o": policies.H2O,
     "snapkv": policies.SnapKV,
+    "rkv": policies.RKV,
 }
 
 
@@ -60,7 +61,7 @@ class SweepRun:
     """A combination of settings that needs generations of its own."""
 
     bits: int = 16  # of linear weights
-    policy: str = "full"  # "window 64", "tova 64", "h2o 64", "snapkv 64", or "dms 4x"
+    policy: str = "full"  # "window 64", "tova 64", "h2o 64", "snapkv 64", "rkv 64", or "dms 4x"
     kv_bits: int = 16
     memory: bool = False  # examples retrieved into the prompt
 

@@ -120,7 +120,7 @@ def at_equal_live_tokens(
         frames["dms", compression] = measure(DMS(evictor))
         live = frames["dms", compression]["live_tokens"].mean()
         for kind in rivals:
-            rival = match_live_tokens(kind(kept_tokens=8), live, prompt, ids.shape[1])
+            rival = match_live_tokens(kind(ids.shape[1]), live, prompt, ids.shape[1])
             frames[kind.__name__.lower(), compression] = measure(rival)
     return frames
 
@@ -158,8 +158,10 @@ def match_live_tokens(policy, live_tokens: float, prompt: int, length: int):
     For sequences of `length` tokens of which `prompt` are prefilled. Rounded up, so that a rival
     of DMS never has less memory than DMS.
     """
-    attended = numpy.arange(prompt + 1, length)
-    for kept_positions in range(1, length):
-        if numpy.minimum(attended, kept_positions + 1).mean() >= live_tokens:
+    attended, rounds = numpy.arange(prompt + 1, length), max(1, policy.buffer)
+    reduced = numpy.maximum(prompt, (attended - 1) // rounds * rounds)  # last after so many tokens
+    for kept_positions in range(getattr(policy, "window", 0) + 1, length):
+        live = numpy.minimum(reduced, kept_positions) + attended - reduced
+        if live.mean() >= live_tokens:
             return dataclasses.replace(policy, kept_tokens=kept_positions)
     return dataclasses.replace(policy, kept_tokens=length)

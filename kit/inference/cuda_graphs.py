@@ -37,6 +37,7 @@ class StepGraphs:
             self.places = places
             self.index = torch.tensor(places, device=self.model.device)
             self.active.zero_()[self.index] = True
+        self.cache.evict(places)
         self.tokens[0, self.index] = torch.tensor(last_ids, device=self.model.device)
         for place in places:
             self.cache.length[place] += 1

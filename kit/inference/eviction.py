@@ -4,12 +4,14 @@
     PromptOnly   no token is ever replaced, but only the highest-ranked of a prompt are stored
     Ring     replaces the oldest token after the sinks, by arithmetic (windows)
     Lowest   replaces the token with the lowest score, by a search (policies that rank tokens)
+    Rounds   no token is replaced; all but the highest-ranked are evicted together (R-KV)
     Delayed  replaces the token that DMS marked `window` steps ago, by a ring buffer of marks
 
 Every rule has `prompt`, which tokens of a prompt to store; `admit`, which records their state;
 `place`, where the next token of each unit goes; and `state`, the tensors per unit that are copied
 with a sequence. A step adds one token to each unit and evicts at most one, so no slot of an evicted
-token stays empty. Policies with their papers: `policies`.
+token stays empty; after a round what is kept moves into the first slots of its unit. Policies with
+their papers: `policies`.
 """
 
 import torch
@@ -80,12 +82,15 @@ class PromptOnly(Keep):
 
     def prompt(self, layer, query, key, evicted):
         score = self.policy.prompt_scores(layer, query, key)  # [units of a sequence, T]
-        length = torch.tensor(score.shape[1], device=key.device)
-        budget = self.policy.budget(length)
+        return self.highest(score, score.shape[1]), score
+
+    def highest(self, score: torch.Tensor, seen: int) -> torch.Tensor:
+        """Mask of the tokens with `score` [u, n] that the budget keeps after `seen` tokens."""
+        budget, length = self.policy.budget(torch.tensor(seen)), score.shape[1]
         rank = score.clone()
-        rank[:, int(length - self.policy.recent(budget)) :] = torch.inf
-        best = rank.topk(int(torch.minimum(budget, length)), 1).indices
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True), score
+        rank[:, length - int(self.policy.recent(budget)) :] = torch.inf
+        best = rank.topk(min(int(budget), length), 1).indices
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
 
 
 class Lowest(PromptOnly):
@@ -125,6 +130,43 @@ class Lowest(PromptOnly):
         """Update the scores from the attention of this step, [n, Hs, G, Z] over blocks in use."""
         score = self.table.score[plane, : len(probability)]
         score.copy_(self.policy.update(score, probability))
+
+
+class Rounds(PromptOnly):
+    """Evicts all tokens but the highest-ranked at every `policy.buffer`-th token of a sequence."""
+
+    def __init__(self, table: BlockTable, policy, group: int, size: int, precise: torch.dtype):
+        super().__init__(table, policy)
+        shape = (*table.filled.shape, policy.window, group, size)
+        # Scaled queries [P, U, window, G, D]: that of the token at position p is at p % window.
+        self.queries = torch.zeros(shape, dtype=precise, device=table.device)
+        self.state = [self.queries]
+
+    def most(self, length):
+        budget = int(self.policy.budget(torch.tensor(length)))
+        return min(length, budget + self.policy.buffer)
+
+    def due(self, unit: int, length: int) -> bool:
+        """Whether this unit, of a sequence of so many tokens, has some to evict before the next."""
+        if length % self.policy.buffer:
+            return False
+        return int(self.table.filled[0, unit]) > int(self.policy.budget(torch.tensor(length)))
+
+    def remember(self, plane: int, units: torch.Tensor, end, query: torch.Tensor) -> None:
+        """Store the newest of these queries: units [u], queries [rows, t, G, D], scaled, of the t
+        tokens before position `end` (one number, or [u]); rows repeat to match the units."""
+        window = self.policy.window
+        ago = min(query.shape[1], window)
+        at = torch.as_tensor(end, device=units.device).expand(len(units)).unsqueeze(1)
+        at = at - torch.arange(ago, 0, -1, device=units.device)  # [u, ago]
+        newest = query[:, -ago:].repeat(len(units) // len(query), 1, 1, 1)
+        self.queries[plane, units.unsqueeze(1), at % window] = newest
+
+    def keep(self, plane: int, layer: int, units: torch.Tensor, seen: int, key) -> torch.Tensor:
+        """Ordinals [u, kept] of the tokens with keys [u, n, D] that stay after `seen` tokens."""
+        query = self.queries[plane, units].permute(0, 2, 1, 3).flatten(0, 1)  # [u*G, window, D]
+        score = self.policy.prompt_scores(layer, query, key)
+        return self.highest(score, seen).nonzero()[:, 1].view(len(units), -1)
 
 
 class Delayed(Keep):

@@ -22,9 +22,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kit.inference import paged_attention
 from kit.inference.block_table import BlockTable, StepIndex
-from kit.inference.eviction import Delayed, Keep, Lowest, PromptOnly, Ring
+from kit.inference.eviction import Delayed, Keep, Lowest, PromptOnly, Ring, Rounds
 from kit.inference.kv_quantization import Quantized
-from kit.inference.policies import DMS, Budgeted, Full, Window
+from kit.inference.policies import DMS, RKV, Budgeted, Full, Window
 from kit.inference.prefill_attention import prompt_attention
 from kit.inference.prefix_sharing import padded
 from kit.models.attention import layer_windows
@@ -41,7 +41,8 @@ class SequenceCopy:
 
 @dataclass
 class UndoLog:
-    """The data with which `SlotCache.rewind` undoes steps of one sequence: no copy of its cache."""
+    """The data with which `SlotCache.rewind` undoes steps of one sequence: no copy of its cache,
+    unless a round of evictions came."""
 
     length: int
     attended: torch.Tensor
@@ -50,6 +51,7 @@ class UndoLog:
     # Per step and layer: layer, ordinals, slot contents before the step, of several sequences, and
     # this one's number among them.
     overwritten: list[tuple] = field(default_factory=list)
+    copy: SequenceCopy | None = None  # from before a round of evictions
 
 
 @dataclass
@@ -172,13 +174,16 @@ def sliding_layers(
 
 
 def full_layers(
-    layers: list[int], policy: Full, heads: int, capacity: int, block: int | None, device, precise
-) -> LayerGroup:
-    """Layers of full attention under `policy`; scores have the dtype `precise`."""
+    layers: list[int], policy: Full, heads: int, capacity: int, block: int | None, device, precise,
+    query: tuple[int, int],
+) -> LayerGroup:  # fmt: skip
+    """Layers of full attention under `policy`; scores have the dtype `precise`, and the queries of
+    a KV head the shape `query` (G, D)."""
     split = heads if policy.spread == "head" else 1
     planes = 1 if policy.spread == "model" else len(layers)
     ring = isinstance(policy, Window) and policy.kept_tokens is not None
-    ranks = isinstance(policy, Budgeted) and policy.decoding and not ring
+    rounds = isinstance(policy, RKV)
+    ranks = isinstance(policy, Budgeted) and policy.decoding and not ring and not rounds
     size = block or (
         32 if split == 1 else 16
     )  # half-empty blocks cost more where each head has its own
@@ -187,6 +192,8 @@ def full_layers(
         rule = Ring(table, policy.sinks, policy.kept_tokens, policy.kept_tokens + 1)
     elif ranks:
         rule = Lowest(table, policy)
+    elif rounds:
+        rule = Rounds(table, policy, *query, precise)
     elif isinstance(policy, DMS):
         rule = Delayed(table, policy.evictor.window)
     elif isinstance(policy, Budgeted):
@@ -252,8 +259,9 @@ class SlotCache:
             for window in sorted({window for window in windows if window is not None})
         ]
         if full:
+            query = config.num_attention_heads // self.heads, self.head_dim
             self.layer_groups.append(
-                full_layers(list(full), policy, self.heads, *shape, self.precise)
+                full_layers(list(full), policy, self.heads, *shape, self.precise, query)
             )
         layers = range(len(windows))
         self.group_of = [next(g for g in self.layer_groups if i in g.layers) for i in layers]
@@ -354,6 +362,7 @@ class SlotCache:
 
     def step(self, sequences: list[int]) -> torch.Tensor:
         """Announce one new token for each of the N live sequences: position ids [1, N]."""
+        self.evict(sequences)
         if self._segments is not None or sequences != self._step_sequences:
             self._segments, self._step_sequences = None, sequences
             index = torch.tensor(sequences, device=self.device)
@@ -366,7 +375,8 @@ class SlotCache:
         for sequence in sequences:
             self.length[sequence] += 1
         self._step_logs = None
-        if rows := [row for row, sequence in enumerate(sequences) if sequence in self._undo_logs]:
+        logged = {sequence for sequence, log in self._undo_logs.items() if not log.copy}
+        if rows := [row for row, sequence in enumerate(sequences) if sequence in logged]:
             logs = [self._undo_logs[sequences[row]] for row in rows]
             self._step_logs = logs, torch.tensor(rows, device=self.device)
         self.attended.copy_(self.live_tokens())
@@ -378,6 +388,40 @@ class SlotCache:
         where a kernel reads the blocks in place and no step is logged for `rewind`."""
         logs = self._undo_logs and any(type(group.rule) is not Keep for group in self.layer_groups)
         return self.device.type == "cuda" and self.precise == torch.float32 and not logs
+
+    def evict(self, sequences: list[int]) -> None:
+        """Evict what is evicted together of those of `sequences` that are due before their next
+        step; waits for the device. `step` does it by itself, `step_active` does not."""
+        for group in self.layer_groups:
+            if not isinstance(group.rule, Rounds):
+                continue
+            due = [s for s in sequences if group.rule.due(s * group.split, self.length[s])]
+            for sequence in due:
+                if (log := self._undo_logs.get(sequence)) and not log.copy:
+                    log.copy = self.read(sequence)
+            if due:
+                kept = torch.cat([self._evict(group, sequence) for sequence in due], 1)
+                units = group.units(torch.tensor(due, device=self.device))
+                self._move(group, group.table.release(units, kept))
+
+    def _evict(self, group: LayerGroup, sequence: int) -> torch.Tensor:
+        """Move what is kept of a sequence to the first slots of its units: their tokens [P, u]."""
+        table, units = group.table, group.units(torch.tensor([sequence], device=self.device))
+        filled = table.filled[:, units].clone()
+        for layer in group.layers:
+            pool, plane, length = self.pools[layer], group.plane(layer), self.length[sequence]
+            counts, slots = table.live_slots(plane, units)  # all units have as many tokens
+            positions = table.position.flatten(1)[plane, slots].long()
+            owners = units.repeat_interleave(counts)
+            key = pool.keys(slots, owners, positions, length, self.precise)
+            slots, positions = (x.view(len(units), -1) for x in (slots, positions))
+            key = key.view(*slots.shape, -1)
+            kept = group.rule.keep(plane, layer, units, length, key)
+            filled[plane] = kept.shape[1]
+            to, source = slots[:, : kept.shape[1]].flatten(), slots.gather(1, kept).flatten()
+            pool.put(to, pool.rows(source))
+            table.position.flatten(1)[plane, to] = positions.gather(1, kept).flatten().int()
+        return filled
 
     def step_active(self, active: torch.Tensor, longest: int) -> torch.Tensor:
         """`step` for those of all sequences for which `active` [capacity] is set, none longer than
@@ -450,6 +494,9 @@ class SlotCache:
         query = query[0].transpose(0, 1).reshape(shape)
         watch = ranks and self.policy.watches
         wide = shape[1] * query.shape[2] * group.split, self.head_dim  # H*G, D
+        if isinstance(group.rule, Rounds):
+            scaled = query.to(self.precise) * scale
+            group.rule.remember(plane, step.units, step.positions + 1, scaled)
         out = torch.zeros(rows, *wide, dtype=self.dtype, device=self.device)
         to = out[:count].view(query.shape)
         _, probability = paged_attention.attend(query, pool, step, plane, watch, scale, to)
@@ -484,6 +531,9 @@ class SlotCache:
                 scaled = q.to(self.precise) * scale
                 evicted = None if evicted is None else evicted[:, :length]
                 group.keep(layer, sequences, scaled, k.to(self.precise), evicted)
+            if isinstance(group.rule, Rounds):
+                asked = scaled.unflatten(0, (group.split, -1)).transpose(1, 2)  # [H, T, G, D]
+                group.rule.remember(group.plane(layer), group.units(sequences), length, asked)
             # [units of a sequence, T, Hs, D]; stored tokens are repeated for each sequence
             k, v = (x.unflatten(0, (group.split, -1)).transpose(1, 2) for x in (k, v))
             stored, copies = group.stored[number][0], len(sequences)
@@ -533,6 +583,9 @@ class SlotCache:
     def rewind(self, sequence: int) -> None:
         """Take back all steps of this sequence since `start_undo_log`."""
         log, index = self._undo_logs.pop(sequence), torch.tensor([sequence], device=self.device)
+        if log.copy:
+            self.release([sequence])
+            self.restore([sequence], log.length, log.copy)
         for layer, ordinals, rows, number in reversed(log.overwritten):
             group, units = self.group_of[layer], self.group_of[layer].units(index)
             part = slice(number * group.split, (number + 1) * group.split)

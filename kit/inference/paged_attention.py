@@ -83,6 +83,11 @@ class Pool:
         """Copies of the arrays at flat slots [k]: [k, Hs, ...] each."""
         return [array[slots // self.block, :, slots % self.block] for array in self.arrays]
 
+    def keys(self, slots: torch.Tensor, units, positions, end: int, dtype) -> torch.Tensor:
+        """Keys [k, Hs, D] at flat slots [k], as attention reads them: of tokens of `units` [k] at
+        `positions` [k], in sequences of `end` tokens."""
+        return self.rows(slots)[0].to(dtype)
+
     def move(self, to: torch.Tensor, source: torch.Tensor) -> None:
         """Copy whole blocks."""
         for array in self.arrays:
@@ -147,6 +152,13 @@ class QuantizedPool(Pool):
         for exact, rows in zip(self.state, (key, value)):
             newest = rows[:, -ago:].repeat(len(units) // len(rows), 1, 1, 1)
             exact[units.unsqueeze(1), at % residual] = newest
+
+    def keys(self, slots, units, positions, end, dtype):
+        residual = self.quantized.residual
+        key = unpack(*self.rows(slots)[:3], self.quantized.bits, dtype)
+        newest = (positions >= end - residual).nonzero().flatten()
+        key[newest] = self.state[0][units[newest], positions[newest] % max(1, residual)].to(dtype)
+        return key
 
     def portions(self, step, plane, dtype):
         used, residual, table = step.table.used[plane], self.quantized.residual, step.table

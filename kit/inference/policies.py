@@ -4,11 +4,10 @@ All but Full and DMS share one budget: a unit (layer, or layer and KV head) that
 tokens keeps `kept_tokens` of them, or `kept_fraction` of t (rounded down, at least FLOOR). A
 prompt is read with dense attention and then reduced to the budget; in decoding a new token attends
 to the kept tokens and itself, then the lowest-ranked token is evicted if the unit exceeds its
-budget. SnapKV's budget is that of the prompt, and what is decoded is kept.
+budget. SnapKV's budget is that of the prompt, and what is decoded is kept. RKV evicts in rounds: a
+unit exceeds its budget by up to `buffer` tokens, which are evicted together.
 
-A policy ranks tokens; `eviction` finds the lowest, and `kv_cache` reuses its slot. Not included:
-R-KV (https://arxiv.org/abs/2505.24133), which needs pairwise key similarities and a buffer of
-recent queries.
+A policy ranks tokens; `eviction` finds the lowest, and `kv_cache` reuses their slots.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -55,6 +54,7 @@ class Budgeted(Full):
 
     kept_tokens: int | None = None
     kept_fraction: float | None = None
+    buffer: ClassVar[int] = 0  # tokens beyond the budget that are evicted together
 
     def __post_init__(self):
         tokens, fraction = self.kept_tokens, self.kept_fraction
@@ -233,14 +233,7 @@ class SnapKV(Budgeted):
 
     def __post_init__(self):
         super().__post_init__()
-        most = None if self.kept_tokens is None else self.kept_tokens - 1
-        if self.window < 1 or (most is not None and self.window > most):
-            raise ValueError(
-                f"SnapKV got window={self.window} and kept_tokens={self.kept_tokens}; "
-                f"give a window from 1 to {most or 'any length'}, and keep more tokens than it has."
-            )
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"SnapKV got kernel={self.kernel}; give an odd number from 1 on.")
+        check_window(self)
 
     def recent(self, budget):
         return budget.clamp(max=self.window)
@@ -252,6 +245,72 @@ class SnapKV(Budgeted):
             pooled = F.avg_pool1d(attention[:, :older], self.kernel, 1, self.kernel // 2)
             attention = torch.cat([pooled, attention[:, older:]], 1)
         return attention
+
+
+@dataclass(frozen=True)
+class RKV(Budgeted):
+    """Keeps the newest `window` tokens, and those that they attend to and that no other resembles.
+
+    R-KV: Redundancy-aware KV Cache Compression for Reasoning Models, arXiv 2505.24133. A prompt is
+    reduced to the budget, then the cache of each layer and KV head whenever the tokens read are a
+    multiple of `buffer`. Scores are weight * importance - (1 - weight) * redundancy:
+
+    - importance: the window's queries attend to the older tokens; the largest score of the query
+      heads of a KV head, softmax, mean over the queries, maximum over `kernel` neighbours;
+    - redundancy: a softmax of each token's mean cosine similarity to all tokens, where each token
+      is not counted against the `spared` newest of those that are closer to it than `threshold`.
+
+    As the authors' code (github.com/Zefan-Cai/R-KV), but: tokens stay in the order of the text,
+    which decides who are neighbours and who is newest, where that code goes on with them in the
+    order of their scores; a token that none resembles spares none, where it spares the first one;
+    a round comes one token earlier; and the weight is the paper's 0.1, where it has 0.07.
+    """
+
+    spread: ClassVar[str] = "head"
+    buffer: int = 128
+    window: int = 8
+    kernel: int = 7
+    weight: float = 0.1
+    threshold: float = 0.5
+    spared: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_window(self)
+        if self.buffer < 1 or self.spared < 0 or not 0 <= self.weight <= 1:
+            raise ValueError(
+                f"RKV got buffer={self.buffer}, spared={self.spared} and weight={self.weight}; "
+                f"give a buffer from 1 on, spare 0 or more, and weigh from 0 to 1."
+            )
+
+    def recent(self, budget):
+        return budget.clamp(max=self.window)
+
+    def prompt_scores(self, layer, query, key):
+        """As for all policies; of what is decoded it gets the window's queries, and the cache."""
+        score = torch.zeros(key.shape[:2], dtype=query.dtype, device=key.device)
+        older = key.shape[1] - self.window
+        if older > 0:
+            seen = query[:, -self.window :].unflatten(0, (len(key), -1))  # [H, G, window, D]
+            scores = (seen @ key[:, None, :older].transpose(2, 3)).amax(1)
+            attention = scores.softmax(-1).mean(1)
+            importance = F.max_pool1d(attention, self.kernel, 1, self.kernel // 2)
+            score[:, :older] = self.weight * importance
+            score[:, :older] -= (1 - self.weight) * self.redundancy(key)[:, :older]
+        return score
+
+    def redundancy(self, key: torch.Tensor) -> torch.Tensor:
+        """Redundancy [H, T] of tokens with keys [H, T, D]; sums to 1."""
+        direction = key / (torch.linalg.vector_norm(key, dim=-1, keepdim=True) + 1e-8)
+        total = torch.zeros_like(key[..., 0])
+        for first in range(0, key.shape[1], CHUNK):
+            rows = direction[:, first : first + CHUNK]
+            similarity = rows @ direction.transpose(1, 2)  # [H, t, T]
+            similarity.diagonal(first, 1, 2).zero_()
+            close = similarity > self.threshold
+            later = close.sum(-1, True) - close.cumsum(-1, dtype=torch.int32)  # of the close ones
+            total += similarity.masked_fill_(close & (later < self.spared), 0.0).sum(1)
+        return (total / key.shape[1]).softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -297,7 +356,20 @@ def held_tokens(name: str) -> int | None:
     they grow with the text."""
     kind, _, size = name.partition(" ")
     classes = {each.__name__.lower(): each for each in Budgeted.__subclasses__()}
-    return int(size) if kind in classes and classes[kind].decoding and size.isdigit() else None
+    policy = classes.get(kind)
+    return int(size) + policy.buffer if policy and policy.decoding and size.isdigit() else None
+
+
+def check_window(policy: Budgeted) -> None:
+    """Raise ValueError for a `window` of observing queries or a `kernel` that make no sense."""
+    who, most = type(policy).__name__, policy.kept_tokens and policy.kept_tokens - 1
+    if policy.window < 1 or (most is not None and policy.window > most):
+        raise ValueError(
+            f"{who} got window={policy.window} and kept_tokens={policy.kept_tokens}; "
+            f"give a window from 1 to {most or 'any length'}, and keep more tokens than it has."
+        )
+    if policy.kernel < 1 or policy.kernel % 2 == 0:
+        raise ValueError(f"{who} got kernel={policy.kernel}; give an odd number from 1 on.")
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

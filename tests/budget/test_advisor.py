@@ -101,14 +101,14 @@ def scenario(bits: int, tokens: int, accuracy: float, policy: str = "full", **mo
 ROWS = [
     scenario(16, 64, 30.0), scenario(8, 64, 31.0), scenario(8, 16, 50.0), scenario(4, 64, 31.0),
     scenario(16, 64, 40.0, "window 64", kept=0.5), scenario(16, 64, 90.0, memory=True),
-    scenario(16, 64, 40.0, "snapkv 64", kept=0.7),
+    scenario(16, 64, 40.0, "snapkv 64", kept=0.7), scenario(16, 64, 40.0, "rkv 64", kept=0.7),
 ]  # fmt: skip
 
 
 def test_what_was_measured_decides_and_of_equals_the_smallest():
     a = QWEN3["Qwen3-0.6B"]
     found = advisor.measured(a, 1000, ROWS)
-    assert len(found) == 5 and {o.configuration.tokens for o in found} == {1000}
+    assert len(found) == 6 and {o.configuration.tokens for o in found} == {1000}
     option, why = advisor.choose(found, 24 * GIB)
     assert option.name == "weights 8-bit, cache full at 16-bit" and option.accuracy[0] == 50
     assert "measured here with answers of at most 16 tokens" in why
@@ -120,6 +120,8 @@ def test_what_was_measured_decides_and_of_equals_the_smallest():
     assert thin.configuration.kept == 0.064
     (prompt,) = (each for each in found if each.policy == "snapkv 64")
     assert prompt.configuration.kept == 0.7  # its answers are kept, however long
+    (rounds,) = (each for each in found if each.policy == "rkv 64")
+    assert rounds.configuration.kept == 0.192  # with its buffer of 128
     small = advisor.choose(found, round(0.7 * GIB / 0.9))[0]
     assert small.configuration.packing.bits == 4 and small.accuracy[0] == 31
 

@@ -208,6 +208,8 @@ def test_runs_without_room_are_refused_before_anything_is_loaded(tiny):
     )
     grown = dataclasses.replace(grid, policies=("snapkv 1024",), kv_bits=(16,))
     assert set(sweep.refused(a, grown, 500, 20 * 10**9)) == {SweepRun(4, "snapkv 1024")}
+    bounded = dataclasses.replace(grown, policies=("rkv 1024",))
+    assert not sweep.refused(a, bounded, 500, 20 * 10**9)
     need = sum(ledger.weights(a).values()) + 30_516 * 147_456
     short = sweep.refused(a, grid, 500, need)
     assert SweepRun(16) not in short and SweepRun(16) in sweep.refused(a, grid, 500, need - 2**20)

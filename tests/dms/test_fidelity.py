@@ -1,5 +1,7 @@
 """What policies cost on given text, fed through the real cache, against masked sequences."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -33,7 +35,12 @@ def test_the_fed_cache_agrees_with_the_masked_sequence():
     assert 0.3 < fed["kept_fraction"].mean() < 0.9
 
 
-@pytest.mark.parametrize("kind", [policies.Window, policies.TOVA, policies.H2O, policies.Random])
+RKV = partial(policies.RKV, window=3, buffer=8)
+
+
+@pytest.mark.parametrize(
+    "kind", [policies.Window, policies.TOVA, policies.H2O, policies.Random, RKV]
+)
 @pytest.mark.parametrize("live", [12.3, 17.0, 25.1])
 def test_matched_policies_take_as_much_memory_and_hardly_more(kind, live):
     model, ids = toy(), tokens(2, 60)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import random
 import sys
 import types
@@ -20,8 +21,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kit.inference import decode as decode_module
 from kit.inference import kv_cache
+from kit.inference.block_table import BlockTable
 from kit.inference.budget_forcing import BudgetForcing
 from kit.inference.decode import Request, decode, slots_attached
+from kit.inference.eviction import Rounds
 from kit.inference.kv_cache import SlotCache, layer_windows
 from kit.inference.kv_quantization import Quantized, pack, unpack
 from kit.inference.paged_attention import _attend_paged, attend
@@ -29,6 +32,7 @@ from kit.inference.policies import (
     DMS,
     FLOOR,
     H2O,
+    RKV,
     TOVA,
     Full,
     Knorm,
@@ -100,6 +104,10 @@ class Twin:
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         given = query[0], key[0], value[0]
         self.group, self.layer, self.key = len(query[0]) // len(key[0]), layer, key[0].double()
+        self.query, self.rough = query[0].double() * scale, self.key
+        if self.quantized:
+            bits, group = self.quantized.bits, self.quantized.group
+            self.rough = unpack(*pack(self.key, bits, group), bits, torch.float64)
         self.scores, *read = self._read(*(x.double() for x in given), scale)
         self.seen[layer] = seen = self._walk(layer, len(query[0]), len(key[0]), key.shape[2])
         hidden = torch.ones(len(key[0]), *self.scores.shape[1:], dtype=torch.bool)
@@ -170,13 +178,17 @@ class Twin:
     def budget(self, seen: int) -> int:
         if isinstance(self.policy, SnapKV) and seen > self.prompt:
             return seen
+        if isinstance(self.policy, RKV) and seen > self.prompt and seen % self.policy.buffer:
+            return seen
         if self.policy.kept_tokens is not None:
             return self.policy.kept_tokens
         return max(FLOOR, int(seen * self.policy.kept_fraction))
 
     def safe(self, t: int, budget: int) -> set[int]:
         window = min(budget, getattr(self.policy, "window", 0))
-        newest = {H2O: budget // 2, Random: 1, SnapKV: window}.get(type(self.policy), 0)
+        newest = {H2O: budget // 2, Random: 1, SnapKV: window, RKV: window}.get(
+            type(self.policy), 0
+        )
         return set(range(t + 1 - newest, t + 1))
 
     def _rank(self, score: dict, query_heads, unit: int, t: int, tokens: list[int]) -> None:
@@ -194,6 +206,9 @@ class Twin:
         elif isinstance(policy, SnapKV):
             if t == self.prompt - 1:
                 score.update(self.neighbourhoods(query_heads))
+        elif isinstance(policy, RKV):
+            if t >= self.prompt - 1:
+                score.update(self.gains(query_heads, unit, t, tokens))
         else:
             mass = self.scores[query_heads, t][:, tokens].softmax(-1).sum(0).tolist()
             for p, m in zip(tokens, mass):
@@ -208,6 +223,34 @@ class Twin:
             mass = [m + r for m, r in zip(mass, row + [0.0] * self.prompt)]
         around = [sum(mass[max(0, p - half) : min(older, p + half + 1)]) for p in range(older)]
         return dict(enumerate(around + mass[older:]))
+
+    def gains(self, query_heads, unit: int, t: int, tokens: list[int]) -> dict[int, float]:
+        """R-KV's scores of the tokens that a unit holds after the one at t; 0 in the window."""
+        policy, residual = self.policy, self.quantized.residual if self.quantized else 0
+        coarse = [self.quantized and t >= self.prompt and t - p >= residual for p in tokens]
+        keys = [(self.rough if c else self.key)[unit, p] for c, p in zip(coarse, tokens)]
+        older = [i for i, p in enumerate(tokens) if p <= t - policy.window]
+        mass = [0.0] * len(older)
+        for at in range(t - policy.window + 1, t + 1) if older else ():
+            queries = [self.query[head, at] for head in query_heads]
+            best = [max(float(q @ keys[i]) for q in queries) for i in older]
+            for i, share in enumerate(torch.tensor(best).double().softmax(0).tolist()):
+                mass[i] += share / policy.window
+        length, alike = len(tokens), [[0.0] * len(tokens) for _ in tokens]
+        for i, one in enumerate(keys):
+            spared = policy.spared
+            for j in reversed(range(length)):
+                cosine = float(one @ keys[j]) / ((float(one.norm()) * float(keys[j].norm())) or 1)
+                near = i != j and cosine > policy.threshold
+                alike[i][j] = 0.0 if i == j or near and spared > 0 else cosine
+                spared -= near
+        mean = [sum(row[j] for row in alike) / length for j in range(length)]
+        total, half = sum(math.exp(x) for x in mean), policy.kernel // 2
+        return dict.fromkeys(tokens, 0.0) | {
+            tokens[i]: policy.weight * max(mass[max(0, i - half) : i + half + 1])
+            - (1 - policy.weight) * math.exp(mean[i]) / total
+            for i in older
+        }
 
 
 class Given:
@@ -363,6 +406,7 @@ POLICIES = {
     "random": lambda w: Random(kept_tokens=12, seed=3),
     "knorm": lambda w: Knorm(kept_fraction=0.5),
     "snapkv": lambda w: SnapKV(kept_tokens=9, window=3, kernel=3),
+    "rkv": lambda w: RKV(kept_tokens=9, buffer=4, window=3, kernel=3),
     "dms": lambda w: DMS(Evictor(w, 6)),
     "dms at once": lambda w: DMS(Evictor(w, 1, seed=1)),
 }
@@ -377,6 +421,12 @@ EDGES = {
     "random of one": lambda w: Random(kept_tokens=1),
     "snapkv fraction": lambda w: SnapKV(kept_fraction=0.4, window=4),
     "snapkv of its window": lambda w: SnapKV(kept_fraction=0.4, window=64, kernel=1),
+    "rkv fraction": lambda w: RKV(kept_fraction=0.5, buffer=3, window=4, threshold=0.2),
+    "rkv of its window": lambda w: RKV(kept_fraction=0.2, buffer=5, window=40),
+    "rkv of attention": lambda w: RKV(9, buffer=1, window=2, kernel=5, weight=0.9),
+    "rkv of keys alone": lambda w: RKV(6, buffer=2, window=1, weight=0.0, threshold=0.1, spared=2),
+    "rkv that spares none": lambda w: RKV(12, buffer=7, window=3, kernel=1, spared=0),
+    "rkv of a long buffer": lambda w: RKV(5, buffer=16, window=4, weight=0.5, threshold=-1.0),
     "dms that waits long": lambda w: DMS(Evictor(w, 30)),
 }
 # The third shape of each policy is NARROW's.
@@ -401,6 +451,8 @@ def test_the_cache_says_and_keeps_what_the_slow_twin_does(families, shape, name)
         ("qwen3", "tova", Quantized(4, group=8, residual=6)),
         ("llama", "h2o", Quantized(4, group=16, residual=3)),
         ("gemma3", "dms", Quantized(8, group=16, residual=4)),
+        ("qwen3", "rkv", Quantized(4, group=8, residual=6)),
+        ("gemma3", "rkv", Quantized(4, group=8, residual=0)),
     ],
 )
 def test_quantized_tokens_are_read_from_codes_except_for_the_newest(
@@ -512,6 +564,8 @@ def test_reads_and_peaks_of_cases_counted_by_hand(families):
     assert cost(TOVA(kept_tokens=4)) == (6 + 5 + 5 + 5 + 5, 5)
     # Budgets after 6, 7, 8, 9 tokens: 8, 8, 8, 8 at least.
     assert cost(H2O(kept_fraction=0.5)) == (6 + 7 + 8 + 9 + 9, 9)
+    # After 9 tokens 4 of 7 are kept; after 6 there is nothing beyond the budget.
+    assert cost(RKV(kept_tokens=4, buffer=3, window=2)) == (6 + 5 + 6 + 7 + 5, 7)
     # Window 2; tokens 1, 4, 5 and 7 are marked. The query at 5 sees 0-5 less 1; at 6 the same
     # and 6, for 4 is 2 ago; at 7 4 is gone; at 8 5 is gone; at 9 nothing goes, 7 is 2 ago.
     assert cost(DMS(Marks(model, 2, {1, 4, 5, 7}))) == (5 + 6 + 6 + 6 + 7, 7)
@@ -646,17 +700,19 @@ def test_names_and_keys_tell_policies_apart(families):
     evictor = Evictor(families["llama"].weights, 4, seed=7)
     made = [Full(), Window(64), Window(64, sinks=0), TOVA(64), H2O(kept_fraction=0.25), Random(64)]
     made += [Random(64, seed=1), Knorm(kept_fraction=0.125), SnapKV(64), SnapKV(64, kernel=7)]
-    made += [DMS(evictor)]
+    made += [RKV(64), RKV(64, buffer=16), DMS(evictor)]
     names = ["full", "window 64", "window 64", "tova 64", "h2o 25%", "random 64", "random 64"]
     assert [p.name for p in made] == [
         *names,
         "knorm 12.5%",
         "snapkv 64",
         "snapkv 64",
+        "rkv 64",
+        "rkv 64",
         "dms stub w4",
     ]
     held = [held_tokens(p.name) for p in made]
-    assert held == [None, 64, 64, 64, None, 64, 64, None, None, None, None]
+    assert held == [None, 64, 64, 64, None, 64, 64, None, None, None, 192, 192, None]
     keys = [json.dumps(p.key, sort_keys=True) for p in made]
     assert len(set(keys)) == len(made)
     assert made[1] == Window(kept_tokens=64) and made[1].key["sinks"] == 4
@@ -676,6 +732,10 @@ def test_names_and_keys_tell_policies_apart(families):
         (lambda: SnapKV(32), "window=32 and kept_tokens=32; give a window from 1 to 31"),
         (lambda: SnapKV(kept_fraction=0.5, window=0), "window=0 and kept_tokens=None"),
         (lambda: SnapKV(64, kernel=4), "kernel=4; give an odd number from 1 on"),
+        (lambda: RKV(8), "RKV got window=8 and kept_tokens=8; give a window from 1 to 7"),
+        (lambda: RKV(64, kernel=0), "RKV got kernel=0; give an odd number from 1 on"),
+        (lambda: RKV(64, buffer=0), "RKV got buffer=0, spared=1 and weight=0.1; give a buffer"),
+        (lambda: RKV(64, weight=1.5), "weight=1.5; give a buffer from 1 on, spare 0 or more, and"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_one_sentence(make, message):
@@ -719,15 +779,55 @@ def test_too_little_memory_is_one_sentence(families):
     assert cache.pools[0].nbytes() == 0
 
 
-DTYPES = ("float32", "bfloat16")  # both of full, H2O and DMS; the other policies take turns
+def test_of_keys_that_are_alike_the_newest_stay():
+    """One-hot keys: the first of a unit is at 0, 2, 4 and 6, the others once each."""
+    one = torch.eye(8)[[0, 1, 0, 2, 0, 3, 0, 4]].double()
+    key, query = torch.stack([one, one.flip(1)]), torch.ones(4, 8, 8).double()
+
+    def evicted(kept: int, **how) -> list[int]:
+        rule = Rounds(BlockTable(1, 2, 4, "cpu"), RKV(kept, window=1, **how), 2, 8, torch.float64)
+        which, score = rule.prompt(0, query, key, None)
+        assert which.sum(1).tolist() == [min(kept, 8)] * 2 and score.isfinite().all()
+        assert torch.equal(*which) and which[:, -1].all()
+        return (~which[0]).nonzero().flatten().tolist()
+
+    # Each spares the newest of its kind but itself: three spare 6, and 6 spares 4.
+    assert evicted(6) == evicted(6, weight=0.0) == [0, 2] and evicted(5) == [0, 2, 4]
+    assert set(evicted(4)) > {0, 2, 4} and 6 not in evicted(4)
+    assert evicted(6, spared=2) == [0, 2] and evicted(8) == evicted(30) == []
+    for same in (torch.zeros_like(key), torch.ones_like(key)):
+        key = same
+        assert len(evicted(3)) == 5
+
+
+@pytest.mark.parametrize("quantized", [None, Quantized(4, 8, 3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_answer_asked_for_across_a_round_takes_the_round_back(
+    families, shape, quantized, monkeypatch
+):
+    model, restored, restore = families[shape], [], SlotCache.restore
+    how = dict(policy=RKV(9, buffer=4, window=3), quantized=quantized)
+    asked, sampling = requests([3, 41, 18]), Sampling(max_new_tokens=16, temperature=1.0)
+    plain = decode(model, asked, sampling, 2, **how)
+    monkeypatch.setattr(SlotCache, "restore", lambda *a: restored.append(a) or restore(*a))
+    forcing = BudgetForcing((2, 5, 11), (7, 8), 3)
+    for one, forced in zip(plain, decode(model, asked, sampling, 2, forcing=forcing, **how)):
+        assert one.token_ids == forced.token_ids
+        assert one.kv_reads_tokens == forced.kv_reads_tokens
+        assert one.kv_peak_tokens == forced.kv_peak_tokens
+    assert len(restored) > 3
+
+
+DTYPES = ("float32", "bfloat16")  # both of full, H2O, R-KV and DMS; the other policies take turns
 BITS = [
     (SHAPES[i % 3], name, None, dtype)
     for i, name in enumerate(POLICIES)
-    for dtype in (DTYPES if name in ("full", "h2o", "dms") else DTYPES[i % 2 :][:1])
+    for dtype in (DTYPES if name in ("full", "h2o", "rkv", "dms") else DTYPES[i % 2 :][:1])
 ]
 BITS += [(shape, "full", None, dtype) for shape in ("llama", "qwen3") for dtype in DTYPES]
 BITS += [("qwen3", "full", Quantized(8, 16, 5), "bfloat16")]
 BITS += [("llama", "tova", Quantized(4, 8, 6), "float32")]
+BITS += [("gemma3", "rkv", Quantized(4, 8, 6), "float32")]
 
 
 @pytest.mark.parametrize("shape, name, quantized, dtype", BITS)
