@@ -85,8 +85,8 @@ lint: env
 	$(PREFIX)/bin/ruff check kit tests notebooks
 	$(PREFIX)/bin/ruff format --check kit tests
 	$(PREFIX)/bin/lint-imports
-unit: env cluster
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --durations=10
+unit: env cluster # three workers, as many tests wait for processes of their own
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 3 --dist loadfile --durations=10
 NBVAL = OMP_NUM_THREADS=1 $(PY) -m pytest -p tests.nbval_lost --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
   -n 2 --dist loadfile --durations=10 -p no:cacheprovider notebooks
 notebooks: env

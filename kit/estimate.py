@@ -33,10 +33,10 @@ SURELY = 1.5  # times its hours by size, a profile does not fit on a model
 FACTORS = {"00_tour": 1.0, "01_baseline": 0.95, "02_strategies": 1.35, "03_dms": 1.8,
            "04_phase2": 1.1, "05_parametric": 1.05, "06_memory_budget": 0.8}  # fmt: skip
 # What a stage takes beside its model's work, in `start`s: imports, loading, statistics, figures.
-# Fitted to two whole runs of quick on idle cores (log book, 2026-11-27), where steps of a few
-# sequences, which take as long as those of many, are most of what 02, 03, 04 and 06 do.
-FIXED = {"00_tour": 1.6, "01_baseline": 2.1, "02_strategies": 5.8, "03_dms": 6.6, "04_phase2": 6.9,
-         "05_parametric": 2.5, "06_memory_budget": 4.3, "07_verdicts": 1.5}  # fmt: skip
+# Fitted to a whole run of quick on idle cores (log book, 2026-11-27, weights packed), where steps
+# of a few sequences, which take half as long as those of many, are much of 02, 03, 04 and 06.
+FIXED = {"00_tour": 1.4, "01_baseline": 1.7, "02_strategies": 3.2, "03_dms": 4.3, "04_phase2": 4.5,
+         "05_parametric": 2.4, "06_memory_budget": 2.4, "07_verdicts": 1.0}  # fmt: skip
 
 
 def measure(*profiles: str) -> dict:

@@ -60,6 +60,7 @@ def executed(folder: Path, stage: str, profile: str, commit: str, failure: str =
 def ran(profile: str = "laptop", seed: int = 0, gain: float = 0.2, commit: str = "c0") -> Path:
     """The folder of a small run: two arms, its verdicts, one table and two figures, of which the
     second does not follow from records; its paper."""
+    assert paths.OUTPUTS != paths.ROOT / "outputs", "this would overwrite the reader's own run"
     folder = paths.run_dir(profile)
     made = Path(_made(profile, seed, gain, commit).name) / "run"
     shutil.copytree(made, folder, dirs_exist_ok=True)
