@@ -37,10 +37,8 @@ from kit.models.load import Model, collect
 from kit.pipeline import progress
 from kit.schema import Generation, Prompt, Sampling, digest
 
-ANSWER_PROMPT, WAIT = (
-    "\nAnswer:",
-    " Wait,",
-)  # what forces an answer, and what stands in the place of a stop
+ANSWER_PROMPT = "\nAnswer:"  # what forces an answer
+WAIT = " Wait,"  # what takes the place of a stop
 END = "\n</think>\n"  # of the thoughts of a model that thinks
 ANSWER_TOKENS = 8
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)

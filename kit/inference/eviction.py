@@ -56,9 +56,8 @@ class Ring(Keep):
 
     def prompt(self, layer, query, key, evicted):
         stored, _ = super().prompt(layer, query, key, evicted)
-        stored[:, self.sinks : max(self.sinks, key.shape[1] - self.kept_tokens + self.sinks)] = (
-            False
-        )
+        newest = key.shape[1] - self.kept_tokens + self.sinks
+        stored[:, self.sinks : max(self.sinks, newest)] = False
         return stored, None
 
     def most(self, length):

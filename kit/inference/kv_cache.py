@@ -271,9 +271,8 @@ class SlotCache:
         self.tokens = min(tokens or config.max_position_embeddings, config.max_position_embeddings)
         self.length = [0] * capacity  # tokens of each sequence, dropped ones included
         self._undo_logs: dict[int, UndoLog] = {}
-        self._step_logs: tuple[list, torch.Tensor] | None = (
-            None  # of this step: undo logs, their rows
-        )
+        # Undo logs of this step, and their rows.
+        self._step_logs: tuple[list, torch.Tensor] | None = None
         self._allocate()
         self._segments = self._evicted = self._prefix = None
         self.places = torch.arange(capacity, device=self.device)

@@ -22,13 +22,6 @@ PAGE = "report.html"
 PROCESS_RUN = "https://w3id.org/ro/wfrun/process/0.5"
 
 
-@pytest.fixture(autouse=True)
-def _outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
-    here = provenance.collect()
-    monkeypatch.setattr(provenance, "collect", lambda: here)
-
-
 def test_a_bundle_holds_what_a_paper_needs_and_verifies():
     made = bundle.write("laptop") if ran() else None
     names = set(bundle.read(made).files)

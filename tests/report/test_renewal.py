@@ -8,17 +8,9 @@ import pytest
 from kit import paths
 from kit.analysis import plots, tables
 from kit.evaluation.grader import GRADE_VERSION
-from kit.pipeline import provenance
 from kit.report import bundle, exhibits, published, recompute, redraw, renewal, verify
 from kit.report.bundle import RECORDS
 from tests.runs import CAPTION, FIGURE, ran
-
-
-@pytest.fixture(autouse=True)
-def _outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
-    here = provenance.collect()
-    monkeypatch.setattr(provenance, "collect", lambda: here)
 
 
 def test_a_run_that_another_grader_graded_is_renewed(tmp_path):

@@ -12,17 +12,8 @@ import pytest
 
 from kit import cli, paths
 from kit.analysis import claims
-from kit.pipeline import provenance
 from kit.report import bundle, exhibits, verify
 from tests.runs import CAPTION, FIGURE, bundled, published, tampered
-
-
-@pytest.fixture(autouse=True)
-def _outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
-    here = provenance.collect()
-    monkeypatch.setattr(provenance, "collect", lambda: here)
-
 
 NAMED = ["notebooks/01_baseline.ipynb", "exhibits/01_baseline/format-against-plain.svg",
          "claims.toml", "records.parquet", "results/01_baseline.json", "LICENSE"]  # fmt: skip

@@ -8,17 +8,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from kit import paths
 from kit.data import sources
 from kit.report import bundle, regrading, samples, verify, withheld
 from tests.runs import ran
 
 SECRET = r"Which of $\frac{1}{2}$ and" + "\n" + "a 'third' part is larger than the other, and why?"
-
-
-@pytest.fixture(autouse=True)
-def _outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "OUTPUTS", tmp_path)
 
 
 @pytest.fixture
