@@ -20,13 +20,15 @@ from types import SimpleNamespace
 from kit.hub import HubError
 from kit.paths import ROOT
 from kit.pipeline.provenance import memory_limit_bytes
-from kit.pipeline.stages import LARGER, Stage, load_stages, read_profile
+from kit.pipeline.stages import LARGER, Stage, larger_tables, load_stages, read_profile
 
 BILLIONS = 0.135  # parameters of the bundled model, on which the rates are measured
 # Of memory per parameter that 04 takes at its peak, weights, copies of them, logits and workers: it
 # was 13.6 GB on the 0.5B model (log book, 2026-11-27); of others it is assumed.
 TRAINED_BYTES = 27
-SURELY = 1.5  # times its hours by size, a profile does not fit on a model
+# Times its hours by size, a profile does not fit on a model: those of 0.5B and 1.5B decode 2.1 and
+# 2.8 times as fast as their sizes say (log book, 2026-11-27).
+SURELY = 3
 # Seconds that a stage of the laptop profile took, over what its tokens make at the rates of that
 # machine; see the log book of 2026-11-26 for how well they fit another machine and profile. That of
 # 05 is by the times of its steps and questions, see 2026-11-27.
@@ -115,7 +117,7 @@ def choose(profile: str, report: Callable[[str], None] = print) -> dict:
     A model that would not fit by its size is neither fetched nor measured.
     """
     larger, speed, why = read_profile(profile)[LARGER], rates(), []
-    for name in [*larger["models"], ""]:
+    for name in [*larger_tables(larger), ""]:
         fits, reason = _consider(profile, name, larger["hours"], speed)
         why.append(f"{name or 'the models of the notebooks'}: {reason}{': taken' * fits}")
         report(why[-1])

@@ -19,6 +19,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from kit.analysis import claims
+from kit.models import bundled
+from kit.pipeline.stages import larger_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -458,8 +460,9 @@ def test_a_profile_names_only_notebooks_and_their_parameters(books, subtests):
             tables = tomllib.loads(path.read_text())
             tables.pop(NOT_A_NOTEBOOK, None)
             larger = tables.pop(LARGER, {})
-            own = [each for each in larger.items() if isinstance(each[1], dict)]
-            assert {*larger} - {name for name, _ in own} <= {"models", "hours"}
+            by_model = larger_tables(larger)
+            assert {*larger} - {*by_model} <= {"hours"} and {*by_model} <= {*bundled.MODELS}
+            own = [each for of_model in by_model.values() for each in of_model.items()]
             for table, values in [*tables.items(), *own]:
                 assert table in knobs, f"there is no notebook {table}"
                 assert values.keys() <= knobs[table], f"{table}: {values.keys() - knobs[table]}"

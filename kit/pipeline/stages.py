@@ -171,21 +171,33 @@ def load_stages(
         raise UserError(f"there is no notebook NN_*.ipynb in {notebooks}")
     larger = tables.pop(LARGER, {})
     chosen, why = (model, "") if model is not None else choice(profile, larger, outputs)
-    own = {name: table for name, table in larger.items() if isinstance(table, dict)}
-    for table in [*tables, *own]:
+    by_model = larger_tables(larger)
+    for table in [*tables, *(name for of_model in by_model.values() for name in of_model)]:
         if table not in [*names, PREFLIGHT]:
             raise UserError(f"{profile}.toml names the notebook {table}, which does not exist; "
                           f"there are: {', '.join(names) or 'none'}")  # fmt: skip
+    taken = chosen if chosen in by_model else next(iter(by_model), "")
     stages, folder = [], outputs / profile
     for file in files:
         table = tables.get(file.stem, {})
         stage = _load(file, profile, table, folder)
-        if file.stem in own:  # checked also where it is not taken
-            kind = {"MODELS": [chosen]} if "MODELS" in stage.defaults else {"MODEL": chosen}
-            other = _load(file, profile, table | own[file.stem] | kind, folder)
-            stage = replace(other if chosen not in ("", *stage.models) else stage, why=why)
+        kind = {"MODELS": [chosen]} if "MODELS" in stage.defaults else {"MODEL": chosen}
+        larger_stages = {  # all are loaded, which checks them
+            name: _load(file, profile, table | of_model[file.stem] | kind, folder)
+            for name, of_model in by_model.items()
+            if file.stem in of_model
+        }
+        if taken in larger_stages:
+            own = chosen in ("", *stage.models)
+            stage = replace(stage if own else larger_stages[taken], why=why)
         stages.append(stage)
     return stages
+
+
+def larger_tables(larger: dict) -> dict[str, dict[str, dict]]:
+    """The tables of notebooks in the table [larger] of a profile, by the model that they are for,
+    the first choice first. One that none is for runs with those of the first."""
+    return {name: tables for name, tables in larger.items() if isinstance(tables, dict)}
 
 
 def choice(profile: str, larger: dict, outputs: Path = OUTPUTS) -> tuple[str, str]:

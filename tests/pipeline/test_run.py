@@ -230,8 +230,15 @@ def test_kit_dtype_reaches_the_notebooks_that_name_it_before_the_profile(project
         dtypes("tour")
 
 
-def test_some_stages_of_a_profile_run_on_the_model_that_was_chosen(tmp_path, monkeypatch):
-    model, on = "bundled:qwen2.5-coder-0.5b", ["01", "02", "04", "06"]
+@pytest.mark.parametrize(
+    ("model", "suite"),
+    [("bundled:qwen2.5-coder-0.5b", "laptop"), ("bundled:qwen2.5-coder-1.5b", "school"),
+     ("hub:a/b-3B", "school")],  # which has no table, so that of the first
+)  # fmt: skip
+def test_some_stages_of_a_profile_run_on_the_model_that_was_chosen(
+    tmp_path, monkeypatch, model, suite
+):
+    on = ["01", "02", "04", "06"]
 
     def of(profile="laptop"):
         return {s.number: s for s in stages.load_stages(profile, outputs=tmp_path)}
@@ -241,9 +248,8 @@ def test_some_stages_of_a_profile_run_on_the_model_that_was_chosen(tmp_path, mon
     large = of()
     assert [number for number in large if large[number].models == [model]] == on
     assert [number for number in large if large[number].why] == on
-    assert (
-        large["01"].parameters["PROBLEM_SET"] == large["06"].parameters["PROBLEMS"][0] == "school"
-    )
+    suites = [large[number].parameters["PROBLEM_SET"] for number in ("01", "02", "04")]
+    assert [*suites, large["06"].parameters["PROBLEMS"][0]] == 4 * [suite]
     assert {number: s for number, s in large.items() if number not in on} == {
         number: s for number, s in small.items() if number not in on
     }
