@@ -229,7 +229,9 @@ def advise(
             }
             for each, total in totals.items()
         ]
-        advice = {"run": option.name, "why": why, "configurations": configurations}
+        evidence = dict(advisor.reasons(option, limit))
+        advice = {"run": option.name, "why": why, "evidence": evidence}
+        advice |= {"arithmetic": advisor.arithmetic(option), "configurations": configurations}
         print(json.dumps(advice, indent=1))
         return
     print(f"{model} at {tokens:,} tokens in {ledger.text(limit)}\n")
@@ -239,7 +241,7 @@ def advise(
     print(tabulate(table, heads, disable_numparse=True))
     print(f"\nRun: {option.name}\nWhy: {why}\n")
     print("\n".join(advisor.arithmetic(option)))
-    if explain and not measured:
+    if explain:
         print("\n" + "\n".join(f"- {sentence}. {evidence}" for sentence, evidence in
                                advisor.reasons(option, limit)))  # fmt: skip
 

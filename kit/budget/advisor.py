@@ -2,15 +2,15 @@
 
 Bytes come from the ledger (`kit.budget.ledger`), accuracies from notebook 06 on this machine. Where
 it has not measured the model at such a length, the order is: the whole cache before an evicted one,
-8 bit or more before 4, first of the weights and then of the cache, and votes only when each keeps a
-cache of its own. `reasons` says what stands behind each step: https://arxiv.org/abs/2510.10964
-(findings 1 to 3), or what this kit measured.
+8 bit or more before 4, first of the weights and then of the cache, then votes, each with a whole
+cache of its own, and 16 bit. `reasons` says what stands behind each step:
+https://arxiv.org/abs/2510.10964 (findings 1 to 3), or what this kit measured.
 """
 
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -31,9 +31,8 @@ SWITCH = sum(ledger.weights(QWEN3["Qwen3-4B"], Packing(8)).values())  # bytes: f
 VOTES = ((16.4e9, 4), (28.9e9, 8))  # from so many bytes on so many votes pay: finding 3
 EVICTION = "TOVA"  # the policy meant by an evicted cache, `kit.inference.policies.TOVA`
 RESERVE = 0.1  # of the memory: runtime, activations, logits; as much as vLLM leaves by default
-NEAR = 2  # times the length that a sweep has measured, up to which it is believed
 PAPER = "published (arXiv 2510.10964, finding {})"
-HERE = "measured on the bundled model"
+HERE = "inferred (measured on the bundled model)"
 
 
 class DoesNotFitError(ValueError):
@@ -89,7 +88,9 @@ def sizes(name: str) -> Architecture:
             names = [key for key in QWEN3 if repo.startswith(f"Qwen/{key}")]
             if not names:
                 raise
-            return QWEN3[max(names, key=len)]
+            known = QWEN3[max(names, key=len)]
+            same = repo == f"Qwen/{max(names, key=len)}"  # else another context, such as of -2507
+            return known if same else replace(known, context=0)
         folder = file.parent
     else:
         folder, _ = local(name)
@@ -146,8 +147,8 @@ def _kept_fraction(row: dict, context: int) -> float:
 
 def candidates(a: Architecture, context: int, rows: Sequence[dict]) -> list[Option]:
     """The configurations that may be run at `context` tokens: what the sweep in `rows` measured, if
-    it read sequences at least 1/NEAR as long, else all configurations. ValueError where the model
-    reads fewer tokens."""
+    it read sequences as long, else all configurations. ValueError where the model reads fewer
+    tokens."""
     if 0 < a.context < context:
         raise ValueError(
             f"context is {context:,} tokens, and this model reads {a.context:,} at most by its "
@@ -155,9 +156,9 @@ def candidates(a: Architecture, context: int, rows: Sequence[dict]) -> list[Opti
         )
     each = ledger.keys_and_values(a, 1)
     whole = [row["kv_bytes"] / each / row["width"] for row in rows
-             if row["kv_bits"] == 16 and row["kept"] == 1]  # fmt: skip
-    near = context <= NEAR * max(whole, default=0)
-    return measured(a, context, rows) if near else options(a, context)
+             if row["kv_bits"] == 16 and row["kept"] == 1 and not row["memory"]]  # fmt: skip
+    as_long = context <= max(whole, default=0)
+    return measured(a, context, rows) if as_long else options(a, context)
 
 
 def usable(memory: int) -> int:
@@ -212,9 +213,20 @@ def paying_votes(a: Architecture, memory: int) -> int:
 
 
 def reasons(option: Option, memory: int) -> list[tuple[str, str]]:
-    """Why a configuration that was not measured is advised: sentences, each with its evidence."""
+    """Why an option is advised: sentences, each with its evidence, which is measured here,
+    published, inferred, computed or assumed."""
     c = option.configuration
     most = paying_votes(c.architecture, memory)
+    needs = [
+        (f"{ledger.text(c.total())} in all",
+         "computed: from config.json, within 5% of what is allocated"),
+        (f"{ledger.text(memory - usable(memory))} are left free",
+         "assumed: runtime, activations and logits"),
+    ]  # fmt: skip
+    if option.accuracy:
+        accuracy = "{:.1f} percent [{:.1f}, {:.1f}]".format(*option.accuracy)
+        how = f"measured here: notebook 06, answers of at most {option.answered} tokens"
+        return [(f"accuracy {accuracy}", how), *needs]
     if c.kept == 1:
         cache = "the cache is whole, since bits cost less than tokens"
         why = "untrained eviction to 60% costs 0.24 nats a token, a 4-bit cache 0.01 (LOG.md)"
@@ -227,7 +239,7 @@ def reasons(option: Option, memory: int) -> list[tuple[str, str]]:
         bits = (f"{HERE}: 8 bit cost 0.001 nats a token, 4 bit 0.31; and {PAPER.format(2)}: "
                 f"mathematics needs 8 bit")  # fmt: skip
     else:
-        weights = "4-bit weights, since 8 bit do not fit"
+        weights = "4-bit weights, since 8 bit do not fit beside this cache"
         bits = f"{PAPER.format(2)}: enough for knowledge, not for mathematics"
     return [
         (cache, f"{HERE}: {why}"),
@@ -237,8 +249,7 @@ def reasons(option: Option, memory: int) -> list[tuple[str, str]]:
         (f"{c.width} votes" if c.width > 1 else "one answer",
          f"{PAPER.format(3)}: votes pay from an 8-bit Qwen3-4B on, up to {most} in this memory; "
          f"each with a cache of its own"),
-        (f"{ledger.text(memory - usable(memory))} are left free",
-         "assumed: runtime, activations and logits"),
+        *needs,
     ]  # fmt: skip
 
 

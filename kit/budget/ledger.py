@@ -101,7 +101,8 @@ def _longest(config: PretrainedConfig) -> int:
 
 def _qwen3(layers: int, hidden: int, heads: int, intermediate: int, tied: bool) -> Architecture:
     norms = layers * (2 * hidden + 2 * 128) + hidden
-    return Architecture(layers, hidden, heads, 8, 128, intermediate, 151_936, tied, norms)
+    sizes = layers, hidden, heads, 8, 128, intermediate, 151_936, tied, norms
+    return Architecture(*sizes, context=40_960)
 
 
 QWEN3 = {  # from the config.json of each
