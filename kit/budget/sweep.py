@@ -39,7 +39,7 @@ from kit.schema import Generation, Prompt, Sampling, digest
 
 ANSWER_PROMPT = "\nAnswer:"  # what forces an answer
 WAIT = " Wait,"  # what takes the place of a stop
-END = "\n</think>\n"  # of the thoughts of a model that thinks
+END = "</think>"  # of the thoughts of a model that thinks
 ANSWER_TOKENS = 8
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 OUT = "out of memory"
@@ -80,7 +80,7 @@ class Grid:
     memory: tuple[bool, ...] = (False,)
     tokens: tuple[int, ...] = (64,)  # budgets of new tokens, ascending
     widths: tuple[int, ...] = (1,)
-    waits: int = 0  # stops that are replaced, see kit.inference.budget_forcing
+    waits: int = 0  # stops, or ends of thoughts, replaced: see kit.inference.budget_forcing
     most: int = 5_000
 
     def __post_init__(self):
@@ -186,11 +186,14 @@ def _keyed(job: Job, forcing: BudgetForcing, cut: int) -> tuple[str, str]:
 
 
 def _forcing(model: Model, grid: Grid, thinking: bool) -> BudgetForcing:
-    answer_prompt, wait = (
-        tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in (END + ANSWER_PROMPT if thinking else ANSWER_PROMPT, WAIT)
+    texts = ANSWER_PROMPT, WAIT, END, f"\n{END}\n{ANSWER_PROMPT}"
+    answer_prompt, wait, end, closing_prompt = (
+        tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
     )
-    return BudgetForcing(grid.tokens, answer_prompt, ANSWER_TOKENS, wait, grid.waits)
+    forcing = BudgetForcing(grid.tokens, answer_prompt, ANSWER_TOKENS, wait, grid.waits)
+    if thinking and len(end) == 1:  # more tokens: a model that does not know thoughts
+        return replace(forcing, end_of_thinking=end[0], closing_prompt=closing_prompt)
+    return forcing
 
 
 def _answers(
@@ -225,10 +228,10 @@ def scenarios(
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Every scenario of one run as a row, and what it solves: [C] rows and outcomes [C, P].
 
-    `bytes` is the ledger's: weights and the cache at the whole budget of tokens, and what `options`
-    add, see `budget.Configuration`; `shared_bytes` the same where `batch` questions share the
-    weights. `reads`, `peak_bytes`, `seconds` and `joules` are means of what was
-    measured, times the width.
+    `bytes` is the ledger's: weights, the cache of the mean sequence at its end, its forced answer
+    included, and what `options` add, see `budget.Configuration`; `shared_bytes` the same where
+    `batch` questions share the weights. `reads`, `peak_bytes`, `seconds` and `joules` are means of
+    what was measured, times the width.
     """
     rows, outcomes = [], []
     sizes = ledger.architecture(base.weights.config)
@@ -237,7 +240,7 @@ def scenarios(
     for cut in grid.tokens:
         frame = at(records, cut)
         configuration = Configuration(
-            sizes, packing, tokens=round(frame["prompt_tokens"].mean() + cut),
+            sizes, packing, tokens=round(_stored_tokens(frame).mean()),
             kept=_kept_fraction(frame, sizes), quantized=ledger.cache(sizes, run.kv_bits),
             **options,
         )  # fmt: skip
@@ -258,9 +261,14 @@ def at(records: pd.DataFrame, cut: int) -> pd.DataFrame:
     return records[records["arm"].str.endswith(f" at {cut}")]
 
 
+def _stored_tokens(frame: pd.DataFrame) -> pd.Series:
+    """Tokens whose keys and values a whole cache holds at the end: all but the last."""
+    return frame["prompt_tokens"] + frame["new_tokens"] - 1
+
+
 def _kept_fraction(frame: pd.DataFrame, a: Architecture) -> float:
     """Share of a sequence that the layers without a sliding window held at their peak, measured."""
-    whole = frame["prompt_tokens"] + frame["new_tokens"] - 1
+    whole = _stored_tokens(frame)
     windows = [window for window in a.windows if window is not None]
     if len(windows) == a.layers:
         return 1.0

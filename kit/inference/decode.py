@@ -328,7 +328,8 @@ def _advance(model, cache, running, places, tokens: list[int], counters: list, f
     for place, token in zip(places, tokens):
         sequence = running[place]
         stopped = token in model.stop_ids and not sequence.forced_ids
-        if stopped and sequence.waits and len(sequence.new_ids) < forcing.budgets[-1]:
+        ends = stopped or token == forcing.end_of_thinking and not sequence.forced_ids
+        if ends and sequence.waits and len(sequence.new_ids) < forcing.budgets[-1]:
             stopped, sequence.forced_ids = False, [*forcing.wait_tokens]
             sequence.waits -= 1
         sequence.new_ids.append(sequence.forced_ids.pop(0) if sequence.forced_ids else token)
@@ -340,9 +341,9 @@ def _advance(model, cache, running, places, tokens: list[int], counters: list, f
         if count in forcing.budgets and not stopped and not parent:
             if not sequence.whole:
                 cache.start_undo_log(place)
-            ids, limit = [*sequence.new_ids], count + forcing.extra_tokens
+            ids, forced_ids = [*sequence.new_ids], [*forcing.prompt(sequence.new_ids)]
+            limit = count + len(forced_ids) + forcing.max_answer_tokens
             answer = dict(budget=count, limit=limit, new_ids=ids, waits=0, whole=None)
-            forced_ids = [*forcing.answer_prompt]
             running[place] = replace(sequence, parent=sequence, forced_ids=forced_ids, **answer)
         elif sequence.whole and parent:
             parent.answers[sequence.budget] = sequence.whole

@@ -1,5 +1,6 @@
 """The sweep: scenarios derived from few generations, against generations of their own."""
 
+import copy
 import dataclasses
 import json
 import weakref
@@ -282,9 +283,28 @@ def test_weights_are_shared_and_a_bank_is_counted(tiny, tmp_path):
     assert set(plain["model"]) == {tiny.name}
 
 
-def test_thoughts_are_ended_before_an_answer_is_asked_for(tiny):
-    prompts = [sweep._forcing(tiny, GRID, thinking).answer_prompt for thinking in (False, True)]
-    assert [tiny.tokenizer.decode(prompt) for prompt in prompts] == [
-        "\nAnswer:",
-        "\n</think>\n\nAnswer:",
-    ]
+def test_an_answer_is_asked_for_in_thoughts_by_ending_them(tiny):
+    knows = dataclasses.replace(tiny, tokenizer=copy.deepcopy(tiny.tokenizer))
+    knows.tokenizer.add_tokens(["</think>"])
+    (end,) = knows.tokenizer("</think>", add_special_tokens=False)["input_ids"]
+    waiting = dataclasses.replace(GRID, waits=2)
+    for model, thinking in ((tiny, False), (tiny, True), (knows, False), (knows, True)):
+        forcing = sweep._forcing(model, waiting, thinking)
+        asked = [model.tokenizer.decode(forcing.prompt(ids)) for ids in ((1, 2), (1, end, 2))]
+        knows_thoughts = model is knows and thinking
+        assert asked == ["\n</think>\n\nAnswer:" if knows_thoughts else "\nAnswer:", "\nAnswer:"]
+        assert forcing.end_of_thinking == (end if knows_thoughts else None)
+        assert model.tokenizer.decode(forcing.wait_tokens) == " Wait," and forcing.max_waits == 2
+
+
+def test_a_scenario_is_charged_its_forced_answers_and_no_more_than_was_used(tiny, tmp_path):
+    """A whole cache at the end of each sequence, as measured."""
+    records = sweep.generate(tiny, SweepRun(), GRID, PLAIN, Store(tmp_path), 3, report=quiet)
+    ended = sweep.at(records, 10).index[0]  # as if it had ended of its own accord
+    records.loc[ended, "new_tokens"] = 4
+    records.loc[ended, "kv_peak_tokens"] = records.loc[ended, "prompt_tokens"] + 3
+    table, _ = sweep.scenarios(tiny, SweepRun(), GRID, records)
+    each = ledger.keys_and_values(ledger.architecture(tiny.weights.config), 1)
+    for cut, rows in table[table["width"] == 1].groupby("tokens"):
+        peak = sweep.at(records, cut)["kv_peak_tokens"].mean()
+        assert rows["kv_bytes"].item() / each == pytest.approx(peak, abs=0.5)

@@ -99,6 +99,36 @@ def test_what_has_ended_is_not_asked_and_a_stop_may_have_to_wait():
     assert longer.new_tokens > ended.new_tokens
 
 
+def test_an_answer_is_asked_for_in_open_thoughts_or_after_them():
+    free = decode(model("llama"), REQUESTS[:1], Sampling(NEW))[0].token_ids
+    end, place = free[6], free.index(free[6])
+    assert CUTS[0] <= place < CUTS[1], "no cut lies in the thoughts, or none after them"
+    thinks = dataclasses.replace(FORCING, end_of_thinking=end, closing_prompt=(end, 11))
+    (whole,) = decode(model("llama"), REQUESTS[:1], Sampling(NEW), forcing=thinks)
+    assert whole.token_ids == free
+    for cut, forced in zip(CUTS, whole.forced, strict=True):
+        ids = (*free[:cut], *((end, 11) if cut <= place else ASK))
+        (alone,) = decode(model("llama"), [Request(REQUESTS[0].prompt_ids + ids)], Sampling(5))
+        assert forced.token_ids == ids + alone.token_ids
+
+
+@pytest.mark.parametrize("waits", [1, 2, NEW])
+def test_the_end_of_thoughts_has_to_wait_up_to_the_last_budget(waits):
+    """Against tokens asked for one by one; this model says 230 again and again."""
+    tiny, request, end = model("qwen3"), REQUESTS[2], 230
+    said, left = (), waits
+    while len(said) < CUTS[-1]:
+        (one,) = decode(tiny, [Request(request.prompt_ids + said)], Sampling(1))
+        replaced = one.token_ids == (end,) and left > 0
+        said, left = said + ((5, 6) if replaced else one.token_ids), left - replaced
+    forcing = dataclasses.replace(FORCING, wait_tokens=(5, 6), max_waits=waits,
+                                  end_of_thinking=end, closing_prompt=(end, 11))  # fmt: skip
+    (whole,) = decode(tiny, [request], Sampling(NEW), forcing=forcing)
+    assert whole.token_ids == said[:NEW] and said.count(5) == waits - left > 0
+    (stopping,) = decode(model("qwen3", stops=[end]), [request], Sampling(NEW), forcing=forcing)
+    assert stopping.token_ids[: said.index(6) + 1] == said[: said.index(6) + 1], "a stop waits too"
+
+
 def test_budgets_that_do_not_fit_are_refused():
     for wrong in (BudgetForcing(budgets, ASK, 5) for budgets in ((9, 4), (4, 17), (0,))):
         with pytest.raises(ValueError, match="give ascending numbers of new tokens, from 1 to 16"):
@@ -106,6 +136,9 @@ def test_budgets_that_do_not_fit_are_refused():
     for wrong in (BudgetForcing((4,), (), 5), BudgetForcing((4,), ASK, 0)):
         with pytest.raises(ValueError, match="give at least one of each"):
             decode(model("llama"), REQUESTS, Sampling(NEW), forcing=wrong)
+    with pytest.raises(ValueError, match="closing_prompt is empty; give tokens that end thoughts"):
+        wrong = BudgetForcing((4,), ASK, 1, end_of_thinking=3)
+        decode(model("llama"), REQUESTS, Sampling(NEW), forcing=wrong)
     with pytest.raises(ValueError, match="wait_tokens is empty; give tokens to wait by"):
         wrong = BudgetForcing((4,), ASK, 1, max_waits=1)
         decode(model("llama"), REQUESTS, Sampling(NEW), forcing=wrong)
@@ -116,6 +149,8 @@ def test_the_key_is_that_of_stored_records():
     # Digest of the dataclass as it was when the published records were stored.
     stored = {"cuts": [4, 9], "ask": [5, 6], "answer": 3, "wait": [7], "waits": 2}
     assert digest(forcing.key) == digest(stored)
+    thinks = dataclasses.replace(forcing, end_of_thinking=1, closing_prompt=(1, 5))
+    assert forcing.key.items() <= thinks.key.items() and len(thinks.key) == 7
 
 
 def test_what_the_devices_drew_is_shared_by_the_tokens_decoded(monkeypatch):
