@@ -94,7 +94,7 @@ def cached_teacher_forced_kl(
 ) -> pandas.DataFrame:
     """`teacher_forced_kl`, cached in `folder` as Parquet."""
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
-    runs += [*versions(model.device), QUALITY_VERSION]
+    runs += [*versions(model), QUALITY_VERSION]
     file = Path(folder) / f"{digest([*runs, policy.key, prompt, ids.tolist()])}.parquet"
     if not file.is_file():
         frame = teacher_forced_kl(model, ids, policy, prompt)

@@ -80,7 +80,7 @@ def plan(
     reads = [model.weights_hash, json.dumps(config, sort_keys=True, default=str)]
     reads += [model.tokenizer.chat_template, sorted(model.stop_ids)]
     runs = [str(model.dtype), model.device.type, torch.__version__, transformers.__version__]
-    runs += decode.versions(model.device)
+    runs += decode.versions(model)
     base = [*reads, *runs, asdict(sampling), memory.key]
     jobs = []
     for prompt in sorted(prompts, key=lambda prompt: digest([base, prompt.id, prompt.arm])):

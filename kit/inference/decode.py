@@ -91,10 +91,12 @@ class _Reuse:
     rows: list | None = None  # keys and values of the prefix, per layer
 
 
-def versions(device: torch.device) -> list[int]:
+def versions(model: Model) -> list[int | str]:
     """The part of record keys that identifies the decoding code: DECODE_VERSION, on a GPU
-    CUDA_VERSION too."""
-    return [DECODE_VERSION, CUDA_VERSION] if device.type == "cuda" else [DECODE_VERSION]
+    CUDA_VERSION too, and whether packed weights give a model's products other bits."""
+    if model.device.type == "cuda":
+        return [DECODE_VERSION, CUDA_VERSION]
+    return [DECODE_VERSION, *["packed"] * packed_weights.changes_bits(model.weights)]
 
 
 @contextmanager

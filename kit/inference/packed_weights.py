@@ -1,16 +1,19 @@
 """Weights as a CPU's matrix product reads them, copied once instead of at every step.
 
-oneDNN multiplies by a matrix in blocks of its own order, and `torch.nn.functional.linear` has it
-reorder the whole matrix at every call: a quarter to a third of the time of a decode step of few
-sequences in bfloat16 (see LOG.md). `pack` keeps the reordered copies, beside the weights; inside
-`multiplying` a model's linear layers use them. The kernel is the same, and so are the bits: where a
-layer's are not, on another CPU or in another dtype, `pack` leaves it as it is.
+A CPU multiplies by a matrix in blocks of an order of its own, and `torch.nn.functional.linear` has
+the whole matrix reordered at every call: a quarter to a third of the time of a decode step of few
+sequences (see LOG.md). `pack` keeps the reordered copies, beside the weights; inside `multiplying`
+a model's linear layers use them. In 16 bits the kernel is the same, and so are the bits: where a
+layer's are not, on another CPU, `pack` leaves it as it is. In float32 the packed product sums in
+another order than the plain one, so whether it is taken follows from the model and the machine
+alone, and record keys say so (`changes_bits`).
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 
+import psutil
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,17 +22,19 @@ from transformers import PreTrainedModel
 from kit.inference.kv_cache import free_bytes
 from kit.inference.prefix_sharing import ROWS
 
-DTYPES = (torch.bfloat16, torch.float16)  # in float32 the packed product sums in another order
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHARE = 12  # float32 weights have copies where memory, all of it, is so many times as large
+COUNTS = (2 * ROWS, 8 * ROWS, 32 * ROWS)  # of rows, of which each has the bits that it has in ROWS
 _COPIES = WeakTensorKeyDictionary()  # weight -> what it held, and its packed copy if it has one
 
 
 def pack(weights: PreTrainedModel) -> dict[nn.Linear, torch.Tensor]:
     """Packed copies of the weights of a model's linear layers on a CPU, as `multiplying` takes
     them. They are made again only for weights that have changed, are freed with the model, and are
-    not made where they would take half of the free memory."""
-    layers = [layer for layer in weights.modules() if type(layer) is nn.Linear and _fits(layer)]
-    copies = {}
-    room = free_bytes(torch.device("cpu")) > 2 * sum(layer.weight.nbytes for layer in layers)
+    not made where they would take half of the free memory (in float32: see `changes_bits`)."""
+    layers, copies = _layers(weights), {}
+    size = sum(layer.weight.nbytes for layer in layers)
+    room = changes_bits(weights) or free_bytes(torch.device("cpu")) > 2 * size
     for layer in layers:
         weight, state = layer.weight, _state(layer.weight)
         before, copy = _COPIES.get(weight, (None, None))
@@ -40,6 +45,14 @@ def pack(weights: PreTrainedModel) -> dict[nn.Linear, torch.Tensor]:
         if copy is not None:
             copies[layer] = copy
     return copies
+
+
+def changes_bits(weights: PreTrainedModel) -> bool:
+    """Whether a model decodes by packed products whose bits differ from those of plain ones: in
+    float32 on a CPU that has them, with memory for SHARE times its weights."""
+    layers = (layer.weight for layer in _layers(weights))
+    size = sum(weight.nbytes for weight in layers if weight.dtype == torch.float32)
+    return 0 < SHARE * size <= psutil.virtual_memory().total and _has_product(torch.float32)
 
 
 @contextmanager
@@ -53,8 +66,14 @@ def multiplying(copies: dict[nn.Linear, torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def _fits(layer: nn.Linear) -> bool:
-    return layer.weight.device.type == "cpu" and layer.weight.dtype in DTYPES
+def _layers(weights: nn.Module) -> list[nn.Linear]:
+    linear = (layer for layer in weights.modules() if type(layer) is nn.Linear)
+    return [x for x in linear if x.weight.device.type == "cpu" and x.weight.dtype in DTYPES]
+
+
+@lru_cache
+def _has_product(dtype: torch.dtype) -> bool:
+    return _packed(torch.randn(64, 64, dtype=dtype)) is not None
 
 
 def _linear(layer: nn.Linear, copy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -69,15 +88,20 @@ def _product(x: torch.Tensor, copy: torch.Tensor, bias: torch.Tensor | None) -> 
 
 @torch.inference_mode()
 def _packed(weight: torch.Tensor) -> torch.Tensor | None:
-    """The copy, if the product by it has the bits of the product by the matrix itself."""
+    """The copy, if a row's product by it has the same bits whatever the number of rows, and, but
+    for float32, those of the product by the matrix itself; None else."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+    x = torch.randn(COUNTS[-1], weight.shape[1], generator=generator).to(weight.dtype)
     try:
         copy = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-        same = torch.equal(_product(x, copy, None), nn.functional.linear(x, weight))
+        rows = _product(x[:ROWS], copy, None)
+        others = [_product(x[:count], copy, None)[:ROWS] for count in COUNTS]
     except RuntimeError:  # torch has no such product for this CPU or dtype
         return None
-    return copy if same else None
+    plain = nn.functional.linear(x[:ROWS], weight)
+    same = torch.equal if weight.dtype != torch.float32 else partial(torch.allclose, atol=1e-3)
+    whole = same(rows, plain) and all(torch.equal(rows, other) for other in others)
+    return copy if whole else None
 
 
 def _state(weight: torch.Tensor) -> tuple:

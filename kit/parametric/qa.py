@@ -200,7 +200,7 @@ def _prepare(model: Model, problems, store: Store, arm: str, bank, passages, see
 def _keyed(model: Model, problem: Problem, prompt: str, how: list):
     """(key, generation key, prompt id) of one record."""
     runs = [model.weights_hash, str(model.dtype), model.device.type, torch.__version__]
-    runs += [transformers.__version__, *decode.versions(model.device), PROBE_VERSION]
+    runs += [transformers.__version__, *decode.versions(model), PROBE_VERSION]
     tokens = digest([*runs, prompt, how])
     graded = [tokens, grader.GRADE_VERSION, problem.answer, problem.asks, FORM, problem.id]
     return digest(graded), tokens, digest(prompt)

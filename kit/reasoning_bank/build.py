@@ -99,7 +99,7 @@ def build_bank(
     """The bank of `config`, in a subfolder of `folder` named by a hash of all that determines it,
     and the records that `fill_bank` returns."""
     programs = [Extractor().dump_state(), SelfJudge().dump_state()]
-    programs += versions(engine.model.device)
+    programs += versions(engine.model)
     parts = [engine.name, embedder.fingerprint, asdict(config), *programs]
     parts += [_name(teacher)] if teacher else []
     name = digest([*parts, [problem.id for problem in problems]], 12)

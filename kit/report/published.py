@@ -1,7 +1,7 @@
 """Published runs, which README.md and docs/results.md quote, and in what two runs differ.
 
 They lie under outputs/published by profile. Whoever has run some stages publishes these alone,
-since a whole profile takes hown_dtype: those that others published stay, and all verdicts are made
+since a whole profile takes hours: those that others published stay, and all verdicts are made
 again from the records and measurements of both.
 
     python -m kit publish laptop             publish what has run of a profile, and renew both

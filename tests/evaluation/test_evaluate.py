@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_a_new_decoder_decodes_again(tiny, tmp_path, decoded, monkeypatch):
     monkeypatch.setattr(decode, "CUDA_VERSION", decode.CUDA_VERSION + 1)
     run(tiny, Store(tmp_path))
     assert [len(requests) for requests in decoded] == [6, 6], "a GPU's kernels are none of a CPU's"
-    gpu = decode.versions(torch.device("cuda"))
+    gpu = decode.versions(SimpleNamespace(device=torch.device("cuda")))
     assert gpu == [decode.DECODE_VERSION, decode.CUDA_VERSION]
 
 

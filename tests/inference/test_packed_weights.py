@@ -2,13 +2,14 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from kit.inference import packed_weights
-from kit.inference.decode import Request, decode
+from kit.inference.decode import DECODE_VERSION, Request, decode, versions
 from kit.inference.packed_weights import multiplying, pack
 from kit.models.load import load
 from kit.schema import Sampling
@@ -86,6 +87,49 @@ def test_a_layer_with_a_bias(model):
     with multiplying(pack(nn.ModuleList([bias]))):
         ours = outputs(bias)
     assert same(ours, outputs(bias))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_logits_are_as_near_to_float64_as_those_of_plain_products(tiny_folder, dtype):
+    model, exact = (load(str(tiny_folder), dtype=each) for each in (dtype, "float64"))
+    exact.weights.load_state_dict(model.weights.state_dict())
+    ids = torch.arange(5, 101).view(1, -1)
+    with torch.inference_mode():
+        plain, right = model.weights(ids).logits, exact.weights(ids).logits
+        with multiplying(pack(model.weights)):
+            packed = model.weights(ids).logits
+    errors = [float((logits.double() - right).abs().max()) for logits in (packed, plain)]
+    assert errors[0] <= 4 * errors[1], errors
+
+
+def test_in_float32_memory_decides_and_record_keys_know(tiny_folder, monkeypatch):
+    """Whatever is free: products of other bits are those of the model and the machine."""
+    model = load(str(tiny_folder), dtype="float32")
+    if not packed_weights.changes_bits(model.weights):
+        pytest.skip("torch has no packed product in float32 on this CPU")
+    monkeypatch.setattr(packed_weights, "free_bytes", lambda device: 1000)
+    assert {*pack(model.weights)} == {*layers(model)}
+    assert versions(model) == [DECODE_VERSION, "packed"]
+    size = sum(layer.weight.nbytes for layer in layers(model))
+    small = SimpleNamespace(total=packed_weights.SHARE * size - 1)
+    monkeypatch.setattr(packed_weights.psutil, "virtual_memory", lambda: small)
+    assert pack(copy.deepcopy(model.weights)) == {}
+    assert versions(model) == [DECODE_VERSION]
+    assert versions(load(str(tiny_folder), dtype="bfloat16")) == [DECODE_VERSION]
+
+
+def test_a_product_whose_rows_depend_on_their_number_is_not_taken(tiny_folder, monkeypatch):
+    model, product = load(str(tiny_folder), dtype="float32"), packed_weights._product
+    monkeypatch.setattr(
+        packed_weights,
+        "_product",
+        lambda x, copy, bias: product(x, copy, bias) + 1e-6 * (len(x) > packed_weights.ROWS),
+    )
+    packed_weights._has_product.cache_clear()
+    try:
+        assert pack(model.weights) == {} and versions(model) == [DECODE_VERSION]
+    finally:
+        packed_weights._has_product.cache_clear()
 
 
 def test_gradients_flow_through_the_weights_themselves(model):
