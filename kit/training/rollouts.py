@@ -21,6 +21,7 @@ from kit.models.load import Model, default_dtype, twin
 from kit.schema import Problem, Prompt, Sampling, digest
 
 AT_ONCE = 8  # sequences per forward pass of `sampled_logps`
+ROWS = 512  # tokens whose logits it has at once
 NOTHING = Problem("", "", "", "", 0, "")  # a chat alone, whose problem TRL keeps
 
 
@@ -80,9 +81,11 @@ def sampled_logps(
             states = hidden(model.weights, ids, gates)
         for row, prompt, completion in zip(states, prompts[part], completions[part]):
             at = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
-            logp = (model.weights.lm_head(row[at]).float() / temperature).log_softmax(-1)
-            targets = torch.tensor(completion, device=logp.device)
-            logps.append(logp.gather(-1, targets[:, None])[:, 0].tolist())
+            targets, found = torch.tensor(completion, device=row.device), []
+            for states, chosen in zip(row[at].split(ROWS), targets.split(ROWS), strict=True):
+                logp = (model.weights.lm_head(states).float() / temperature).log_softmax(-1)
+                found += logp.gather(-1, chosen[:, None])[:, 0].tolist()
+            logps.append(found)
     return logps
 
 

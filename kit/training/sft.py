@@ -11,9 +11,9 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,8 +23,10 @@ from transformers import TrainerCallback
 
 from kit.models.load import Model, collect, default_dtype, load, save
 from kit.schema import digest
+from kit.training import memory
 from kit.training.callbacks import MetricsCallback, explain_error, last_checkpoint
 
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit"}  # names in TRL
 VERSIONS = [torch.__version__, transformers.__version__]  # others may take other steps
 
 
@@ -38,6 +40,7 @@ class SFTConfig:
     learning_rate: float = 5e-5
     warmup: float = 0.1  # fraction of the steps
     lora_rank: int = 0  # 0 trains all weights
+    optimizer: str = "adamw"  # of OPTIMIZERS
     save_every: int = 16  # steps
     keep_every: int = 0  # steps between two saved models; 0 saves the last one only
     seed: int = 0
@@ -48,6 +51,13 @@ class SFTConfig:
                 f"batch is {self.batch}, micro_batch {self.micro_batch}, steps {self.steps}: "
                 f"micro_batch must divide batch, and steps be at least 1."
             )
+        check_optimizer(self.optimizer)
+
+
+def check_optimizer(name: str) -> None:
+    """ValueError unless `name` is one of OPTIMIZERS."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {name!r}; choose one of {', '.join(OPTIMIZERS)}.")
 
 
 def releases_memory(train: Callable[..., Path]) -> Callable[..., Path]:
@@ -91,9 +101,11 @@ def sft(
     place = Path(folder) / digest(parts, 12)
     if (place / "model" / "card.json").is_file():
         return place / "model"
+    longest = max(len(example["input_ids"]) for example in examples)
+    checkpointing = memory.checkpoints_layers(model, config, longest)
     trainer = trl.SFTTrainer(
         model.weights,
-        trl.SFTConfig(**_settings(config, model, place)),
+        trl.SFTConfig(gradient_checkpointing=checkpointing, **_settings(config, model, place)),
         train_dataset=datasets.Dataset.from_list(list(examples)),
         processing_class=model.tokenizer,
         peft_config=lora_config(config.lora_rank) if config.lora_rank else None,
@@ -104,8 +116,10 @@ def sft(
 
 
 def identity(config) -> dict:
-    """The fields of a configuration that name its training: all except `micro_batch`."""
-    return asdict(config) | {"micro_batch": None}
+    """The fields of a configuration that name its training: all except `micro_batch`, and the
+    optimizer where it is not AdamW, the only one of earlier trainings."""
+    named = asdict(config) | {"micro_batch": None}
+    return {name: value for name, value in named.items() if (name, value) != ("optimizer", "adamw")}
 
 
 def compute_dtype(model: Model) -> str:
@@ -125,8 +139,14 @@ def _settings(config: SFTConfig, model: Model, place: Path) -> dict:
 
 
 def trainer_settings(config, model: Model, place: Path) -> dict:
-    """TRL's settings that SFT and GRPO share."""
+    """TRL's settings that SFT and GRPO share. ValueError for an optimizer whose package is not
+    installed."""
     cpu = model.device.type == "cpu"
+    if config.optimizer == "adamw-8bit" and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optimizer is 'adamw-8bit', which needs bitsandbytes (not part of the kit: pip install "
+            "it into the environment, on a machine with a GPU); or set lora_rank."
+        )
     return dict(
         output_dir=str(place / "checkpoints"),
         max_steps=config.steps,
@@ -134,7 +154,7 @@ def trainer_settings(config, model: Model, place: Path) -> dict:
         learning_rate=config.learning_rate,
         bf16=compute_dtype(model) == "bfloat16",
         use_cpu=cpu,
-        gradient_checkpointing=not cpu,
+        optim=OPTIMIZERS[config.optimizer],
         dataloader_pin_memory=not cpu,
         save_steps=config.save_every,
         save_total_limit=2,
@@ -155,6 +175,8 @@ def train(trainer, model: Model, place: Path, config, card: dict) -> Path:
             f"LoRA with a copy in each process (data/launch/ddp.yaml)."
         )
     trainer.remove_callback(transformers.PrinterCallback)
+    # Else a resumed training warns that a tied head is missing in its checkpoint.
+    model.weights._keys_to_ignore_on_save = {*model.weights.all_tied_weights_keys}
     card |= {"base_hash": model.weights_hash, "recipe": asdict(config), "versions": VERSIONS}
     trainer.add_callback(CheckpointCallback(trainer, model, place, config.keep_every, card))
     try:
@@ -174,13 +196,27 @@ def train(trainer, model: Model, place: Path, config, card: dict) -> Path:
 
 def save_model(trainer, model: Model, folder: Path, card: dict) -> None:
     """Save the model of `trainer` as it is now. Each of several processes has to call it."""
-    trained, weights = trainer.accelerator.unwrap_model(trainer.model), None
-    if hasattr(trained, "merge_and_unload"):  # LoRA is merged into a copy of the weights
-        trained = deepcopy(trained).merge_and_unload()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(trained, "get_base_model"):
+        weights, trained = merged_weights(trained), trained.get_base_model()
     else:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers shards
     if trainer.is_world_process_zero():
         save(trained, model, folder, card, weights)
+
+
+@torch.no_grad()
+def merged_weights(lora) -> dict[str, torch.Tensor]:
+    """The weights of a model with its LoRA added to them, matrix by matrix in float16, so that
+    there is no second copy in float32."""
+    base = lora.get_base_model()
+    weights = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items()
+               if ".lora_" not in name}  # fmt: skip
+    for name, layer in base.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            (adapter,) = layer.active_adapters
+            weights[f"{name}.weight"] = (layer.weight + layer.get_delta_weight(adapter)).half()
+    return weights
 
 
 class CheckpointCallback(TrainerCallback):
