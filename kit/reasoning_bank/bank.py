@@ -12,7 +12,6 @@ SIGIR 2009, https://doi.org/10.1145/1571941.1572114.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import datetime, timedelta
@@ -23,6 +22,7 @@ import pandas
 import pyarrow
 from lancedb.index import FTS, IvfHnswSq
 from lancedb.query import MatchQuery
+from lancedb.rerankers import Reranker, RRFReranker
 
 from kit.reasoning_bank.strategy import (
     KINDS,
@@ -160,14 +160,16 @@ class ReasoningBank:
         key: str = "text",
         method: str = "vector",
         kinds: Sequence[str] = KINDS,
+        reranker: Reranker = RRFReranker(FUSION),  # noqa: B008 (has no state)
     ) -> RetrievalResult:
         """The `k` best strategies for `problem` that pass the leakage guard.
 
         key: what the question of `problem` is compared with. "text": the text of the strategies;
         "question": the questions they were extracted from, where `k` counts past problems and all
         strategies of each are returned, as in the paper. method: "vector" (cosine similarity),
-        "text" (BM25) or "hybrid" (both, by reciprocal rank fusion). Ties are broken by id. An
-        empty bank returns no strategies. ValueError where a parameter has no such value.
+        "text" (BM25) or "hybrid" (both, which `reranker` puts into one order: one of LanceDB's,
+        or of your own; the guard filters after it). Ties are broken by id. An empty bank returns
+        no strategies. ValueError where a parameter has no such value.
         """
         if key not in ("text", "question") or method not in METHODS or k < 0:
             raise ValueError(
@@ -182,14 +184,18 @@ class ReasoningBank:
         every = set(kinds) >= set(KINDS)  # then no filter, which would cost as much as the search
         where = None if every else f"kind IN ({', '.join(map(repr, kinds)) or 'NULL'})"
         while True:
-            ranked, complete = self._ranked(problem.question, vector, key, method, where, limit)
+            ranked, complete = self._ranked(
+                problem.question, vector, key, method, where, limit, reranker
+            )
             result, enough = self._guarded(ranked, problem, vector, k, key)
             # A tie at the last place could hide a smaller id: fetch more rows until it is broken.
             if complete or (enough and result.scores[-1] > ranked[-1]["score"]):
                 return result
             limit *= 4
 
-    def _ranked(self, question, vector, key, method, where, limit) -> tuple[list[dict], bool]:
+    def _ranked(
+        self, question, vector, key, method, where, limit, reranker
+    ) -> tuple[list[dict], bool]:
         """The first `limit` rows, best first, with `score`, and whether there are no more."""
         parts = []
         if method in ("vector", "hybrid"):
@@ -200,12 +206,25 @@ class ReasoningBank:
         complete = all(len(part) < limit for part in parts)
         if len(parts) == 1:
             return parts[0], complete
-        ranks, rows = Counter(), {}
-        for part in parts:
-            for rank, row in enumerate(part):
-                ranks[row["id"]] += 1 / (FUSION + 1 + rank)
-                rows[row["id"]] = row
-        return _sorted([row | {"score": ranks[i]} for i, row in rows.items()]), complete
+        return self._fused(question, *parts, reranker), complete
+
+    def _fused(
+        self, question: str, near: list[dict], matching: list[dict], reranker: Reranker
+    ) -> list[dict]:
+        """The rows of both searches, which come with ties broken, as `reranker` orders them."""
+        rows = [*{row["id"]: row for row in (*near, *matching)}.values()]
+        number = {row["id"]: place for place, row in enumerate(rows)}
+        tables = []
+        for part, column in ((near, "_distance"), (matching, "_score")):
+            types = {"_rowid": pyarrow.uint64(), "text": pyarrow.string()}
+            texts = [getattr(_strategy(row), self.embedded) for row in part]
+            scores = [row["score"] if column == "_score" else 1 - row["score"] for row in part]
+            columns = [[number[row["id"]] for row in part], texts, scores]
+            schema = pyarrow.schema(types | {column: pyarrow.float32()})
+            tables.append(pyarrow.table(columns, schema=schema))
+        fused = reranker.rerank_hybrid(question, *tables).to_pylist() if rows else []
+        ordered = ((rows[each["_rowid"]], each["_relevance_score"]) for each in fused)
+        return _sorted([row | {"score": score} for row, score in ordered])
 
     def _nearest(self, vector, column: str, where: str | None, limit: int) -> list[dict]:
         exact = len(self) < EXACT_ROWS

@@ -12,6 +12,7 @@ import lancedb
 import numpy
 import pyarrow
 import pytest
+from lancedb.rerankers import LinearCombinationReranker
 
 from kit import paths
 from kit.data import problems
@@ -156,6 +157,27 @@ def test_words_find_what_vectors_may_miss(tmp_path, minilm, train):
         assert made.retrieve(problem, k=1, method=method).strategies == (rare,)
     operators = asked(train[300], question='zygote) AND -"rule" ^~* (', answer="none")
     assert made.retrieve(operators, k=1, method="text").strategies == (rare,), "words, not a query"
+
+
+def test_a_hybrid_search_is_ordered_by_the_reranker(bank):
+    """Reciprocal rank fusion by hand, and another one of LanceDB's; the guard stays behind both."""
+    problem = problems.load("laptop", "test").problems[7]
+    whole = len(bank)
+    ranks = {s.id: 0.0 for s in bank.strategies()}
+    for method in ("vector", "text"):
+        for rank, s in enumerate(bank.retrieve(problem, whole, method=method).strategies, 1):
+            ranks[s.id] += 1 / (60 + rank)
+    fused = bank.retrieve(problem, whole, method="hybrid")
+    assert not fused.filtered, "else ranks would count what the guard took out"
+    assert [*fused.scores] == pytest.approx([ranks[s.id] for s in fused.strategies])
+    assert [*fused.scores] == sorted(fused.scores, reverse=True) and len(fused.scores) == whole
+    by_vector = LinearCombinationReranker(weight=1.0)
+    found = bank.retrieve(problem, 4, method="hybrid", reranker=by_vector)
+    assert found.strategies == bank.retrieve(problem, 4).strategies != fused.strategies[:4]
+    (item,) = found.strategies[:1]
+    own = dataclasses.replace(problem, id=item.problem_id)
+    again = bank.retrieve(own, 4, method="hybrid", reranker=by_vector)
+    assert again.filtered[item.id] == "same problem" and item not in again.strategies
 
 
 def test_by_question_gives_all_strategies_of_the_nearest_past_problems(tmp_path, minilm, train):
