@@ -133,6 +133,11 @@ def primary(path: Path = DATA / "claims.toml") -> dict[str, dict]:
     return tomllib.loads(path.read_text(encoding="utf-8"))["primary"]
 
 
+def secondary(path: Path = DATA / "claims.toml") -> dict[str, dict]:
+    """The second contrast of a stage that was declared beforehand, by stage."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))["secondary"]
+
+
 def _claim(row: dict, name: str, links: Mapping[str, str]) -> Claim:
     def check(good: bool, key: str, what: str) -> None:
         if not good:

@@ -16,7 +16,8 @@ from kit.pipeline.provenance import write_json
 from kit.schema import digest
 
 PROSE = {"statement", "metric", "source", "grade", "scope"}
-PRIMARY = "primary contrast"  # of a stage, declared for itself, whatever was published
+# Of a stage, declared for itself, whatever was published; by tables of data/claims.toml.
+PRIMARY, SECONDARY = "primary contrast", "secondary contrast"
 CHANGED = "changed after the run"
 
 
@@ -26,15 +27,15 @@ def digest_of(row: Mapping) -> str:
 
 
 def current(stage: str, path: Path = DATA / "claims.toml") -> dict[str, str]:
-    """The digests of a stage's claims as `path` has them, by claim, and of its primary contrast;
-    {} where it has none."""
+    """The digests of a stage's claims as `path` has them, by claim, and of its primary and
+    secondary contrast; {} where it has none."""
     if not path.is_file():  # a project of one's own without claims
         return {}
     document = tomllib.loads(path.read_text(encoding="utf-8"))
     digests = {row["id"]: digest_of(row) for row in document.get("claim", [])
                if row["notebook"] == stage}  # fmt: skip
-    own = document.get("primary", {}).get(stage)
-    return digests | ({PRIMARY: digest(own, 12)} if own else {})
+    own = {name: document.get(name.split()[0], {}).get(stage) for name in (PRIMARY, SECONDARY)}
+    return digests | {name: digest(contrast, 12) for name, contrast in own.items() if contrast}
 
 
 def first(folder: Path, stage: str) -> dict[str, str]:

@@ -30,6 +30,8 @@ SIZES = ("fetched", "stored", "trained")  # parameters, parameters, tokens of tr
 GAPS = "Frontiers of cache settings at equal bytes"
 READ = "Where the gold answer is read"
 PLANTED_GAINS = "Planted rules, retrieved against each control"
+HANDWRITTEN = "Hand-written strategies against each control"
+TOOL_USE = "Calls of the calculator"
 # Arms of the strategy study's first two steps, and of other draws of its bank.
 CONTROLS = r"(?:no-hint$|hint-|planted-|retrieved-draw)"
 PLACES = "Five memories, the best of each alone"
@@ -92,7 +94,20 @@ def _of_strategies(caption: str, records: pd.DataFrame) -> pd.DataFrame | None:
         return tables.arms(records).drop(columns="model")
     if caption == "Retrieved strategies against each control":
         return against("02_strategies", records, {*records["arm"]}).drop(columns="primary")
+    if caption == HANDWRITTEN:
+        return handwritten(records).drop(columns="primary")
+    if caption == TOOL_USE:
+        from kit.reasoning_bank import arms  # imports torch
+
+        return arms.tool_use(records)
     return None
+
+
+def handwritten(records: pd.DataFrame) -> pd.DataFrame:
+    """Hand-written strategies minus their declared control, first, and minus other arms."""
+    declared = claims.secondary()["02_strategies"]
+    others = [arm for arm in ("plain", "irrelevant", "retrieved") if arm in {*records["arm"]}]
+    return tables.against(records, declared["arm"], others, declared["control"])
 
 
 def strategies(records: pd.DataFrame) -> pd.DataFrame:
@@ -268,6 +283,7 @@ def entries(
         compared = strategies(records)
         differences = against(stage, compared, {*compared["arm"]})
         values["contrasts"] = differences.to_dict("records")
+        values["handwritten"] = handwritten(compared).to_dict("records")
     if stage == "06_memory_budget" and "frames" in results:
         rows, correct = pd.DataFrame(results["scenarios"]), outcomes(results, "scenarios", records)
         shares = effects.accuracies(correct, _rng())

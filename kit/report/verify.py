@@ -203,14 +203,17 @@ def _other_claims(run: Run) -> list[str]:
 
 
 def _declared(run: Run) -> list[str]:
-    """Stages that ran before declarations were kept, and those whose primary contrast changed."""
+    """Stages that ran before declarations were kept, and those whose own contrasts changed."""
     stages = [stage for stage in run.results if stage in claims.NOTEBOOKS]
     unknown = [stage for stage in stages if not run.results[stage].get("declared")]
     lines = [f"when the claims of {', '.join(unknown)} were declared: not recorded"] * bool(unknown)
     for stage in stages:
-        first = run.results[stage].get("declared", {}).get(declared.PRIMARY)
-        if first and first != declared.current(stage).get(declared.PRIMARY):
-            lines.append(f"{stage}: its primary contrast was {declared.CHANGED}")
+        first, now = run.results[stage].get("declared", {}), declared.current(stage)
+        changed = [name for name in (declared.PRIMARY, declared.SECONDARY)
+                   if name in first and first[name] != now.get(name)]  # fmt: skip
+        if first and declared.SECONDARY not in first and run.results[stage].get("handwritten"):
+            changed.append(declared.SECONDARY)  # which the run shows, but had not declared
+        lines += [f"{stage}: its {name} was {declared.CHANGED}" for name in changed]
     return lines
 
 

@@ -81,3 +81,16 @@ def test_the_primary_contrasts_are_those_of_the_tables_and_a_change_is_said():
             "when the claims of 03_dms were declared: not recorded",
             f"{stage}: its primary contrast was changed after the run",
         ]
+
+
+def test_a_second_contrast_that_was_not_declared_before_is_said_to_be():
+    stage, *_ = claims.secondary()
+    now = declared.current(stage)
+    before = {name: of for name, of in now.items() if name != declared.SECONDARY}
+    assert declared.SECONDARY in now and declared.PRIMARY in before
+    run, said = Run({}), [f"{stage}: its secondary contrast was changed after the run"]
+    for first, shown, lines in ((now, True, []), (before, True, said), (before, False, []),
+                                (now | {declared.SECONDARY: "another"}, True, said)):  # fmt: skip
+        results = {"declared": first} | ({"handwritten": [{"arm": "shipped"}]} if shown else {})
+        run.__dict__["results"] = {stage: results}
+        assert _declared(run) == lines

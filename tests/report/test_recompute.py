@@ -105,6 +105,22 @@ def test_phase_2():
     assert constant["families held out"] is None
 
 
+def test_the_contrasts_of_strategies_written_by_hand():
+    rates = {"shipped": 0.9, "format-only": 0.3, "plain": 0.4, "retrieved": 0.5, "examples": 0.6}
+    frames = {arm: answers(arm, rate).assign(prompt_id=arm) for arm, rate in rates.items()}
+    records = pd.concat(frames.values(), ignore_index=True)
+    made = recompute.table("02_strategies", recompute.HANDWRITTEN, {}, records)
+    assert made["control"].tolist() == ["format-only", "plain", "retrieved"], "the declared first"
+    for row in made.itertuples():
+        gain = frames["shipped"]["correct"].mean() - frames[row.control]["correct"].mean()
+        assert row.difference[0] == pytest.approx(100 * gain) and row.arm == "shipped"
+    without = records[records["arm"] != "shipped"]
+    assert recompute.table("02_strategies", recompute.HANDWRITTEN, {}, without).empty
+    tools = answers("tools", 0.5).assign(prompt_id="t", text="2 + 2 = 4\nAnswer: 4")
+    (row,) = recompute.table("02_strategies", recompute.TOOL_USE, {}, tools).to_dict("records")
+    assert row == {"arm": "tools", "problems": 12, "calls": 12, "errors": 0, "answered": 12}
+
+
 def test_thinned_caches():
     rng, frames = RNG(0), {}
     for name, x in (("full", 1), ("dms", 4), ("window", 4), ("dms", 8)):
