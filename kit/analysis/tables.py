@@ -21,6 +21,7 @@ from kit.schema import digest
 
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
 CUT = 5.0  # points in the share of ended answers, above which a length limit may make a difference
+ENDED = 95.0  # percent of the answers that a length limit should let end
 COSTS = ("new_tokens", "kv_reads_tokens", "kv_peak_bytes", "seconds")  # mean over samples
 LABELS = {  # heading of a column, where its name does not do; units where they are not obvious
     "accuracy": "accuracy, %",
@@ -79,6 +80,18 @@ def by_family(records: pd.DataFrame, arm: str = "plain") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def ended(records: pd.DataFrame) -> str:
+    """A sentence on the arms in which the length limit let fewer than ENDED percent of the answers
+    end."""
+    shares = 100 * (records["finish"] == "stop").groupby(records["arm"]).mean()
+    cut = shares[shares < ENDED].sort_values()
+    if cut.empty:
+        return f"At least {ENDED:g}% of the answers ended in each of {len(shares)} arms."
+    each = ", ".join(f"{arm} {share:.0f}%" for arm, share in cut.items())
+    few = f"Fewer than {ENDED:g}% of the answers ended in {len(cut)} of {len(shares)} arms"
+    return f"{few}: {each}."
+
+
 def share(records: pd.DataFrame, measure: str = "accuracy") -> tuple[float, float, float] | None:
     """Estimate and interval, percent, of the records of one arm; None where the measure has no
     value, as a vote of two samples."""
@@ -119,7 +132,7 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
         if measurement is not None:
             row = {"arm": arm, "control": control, "difference": _numbers(measurement)}
             row |= {"p": contrasts.p_value(contrast, records), "problems": measurement.n}
-            row |= {"equal finish": _at_equal_finish(contrast, records)}
+            row |= {"equal finish": at_equal_finish(contrast, records)}
             rows.append(row | {"primary": control == primary})
     columns = ["arm", "control", "difference", "p", "problems", "equal finish", "primary"]
     table = pd.DataFrame(rows, columns=columns)
@@ -130,12 +143,14 @@ def against(records: pd.DataFrame, arm: str, controls: list[str], primary: str) 
     return table
 
 
-def _at_equal_finish(contrast: dict, records: pd.DataFrame) -> tuple[float, float, float] | None:
-    ended = [
+def at_equal_finish(contrast: dict, records: pd.DataFrame) -> tuple[float, float, float] | None:
+    """The difference of `contrast` over the answers that ended, where its arms differ in how many
+    did by more than CUT points; else None."""
+    shares = [
         100 * (records.loc[records["arm"] == contrast[side], "finish"] == "stop").mean()
         for side in ("arm", "control")
     ]
-    if abs(ended[0] - ended[1]) <= CUT:
+    if abs(shares[0] - shares[1]) <= CUT:
         return None
     measurement = contrasts.compute(contrast | {"measure": "accuracy_given_finished"}, records)
     return measurement and _numbers(measurement)

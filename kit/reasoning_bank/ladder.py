@@ -29,6 +29,7 @@ class Placement:
 
     place: str
     gain: contrasts.Measurement  # points over the same prompt without it
+    ended: tuple[float, float, float] | None = None  # at equal finish, where the arms differ in it
 
     @property
     def used(self) -> bool:
@@ -40,6 +41,8 @@ class Placement:
         worth = (
             f'The gold answer as memory is worth {gain} ({interval}) in the place "{self.place}"'
         )
+        if self.ended:
+            worth += ", over the answers that ended {:.1f} ({:.1f} to {:.1f})".format(*self.ended)
         if self.used:
             return f"{worth}: this model uses memory given in this way."
         if self.gain.high > MARGIN:
@@ -78,8 +81,9 @@ def placements(records: pandas.DataFrame) -> pandas.DataFrame:
 
 def choose(records: pandas.DataFrame, places: Sequence[str] = PLACES) -> Placement:
     """The one of `places` where the gold answer gains most; of equals the first."""
-    placements = [Placement(place, _gain(records, place)) for place in places]
-    return max(placements, key=lambda each: each.gain.estimate)
+    best = max(places, key=lambda place: _gain(records, place).estimate)
+    ended = tables.at_equal_finish(_contrast(best), records)
+    return Placement(best, _gain(records, best), ended)
 
 
 def planted(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -99,5 +103,8 @@ def planted_gains(records: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _gain(records: pandas.DataFrame, place: str) -> contrasts.Measurement:
-    contrast = {"measure": "accuracy", "arm": HINT.format(place), "control": NO_HINT}
-    return contrasts.compute(contrast, records)
+    return contrasts.compute(_contrast(place), records)
+
+
+def _contrast(place: str) -> dict[str, str]:
+    return {"measure": "accuracy", "arm": HINT.format(place), "control": NO_HINT}

@@ -296,6 +296,16 @@ def test_arms_that_differ_in_what_was_cut_are_shown_at_equal_finish():
     assert shown(0)["equal finish"] is None
 
 
+def test_arms_whose_answers_do_not_end_are_named():
+    ends = {"a": ["stop"] * 19 + ["length"], "b": ["stop"] * 3 + ["length"], "c": ["stop"]}
+    rows = [{"arm": arm, "finish": finish} for arm in ends for finish in ends[arm]]
+    assert tables.ended(frame(*rows)) == (
+        "Fewer than 95% of the answers ended in 1 of 3 arms: b 75%."
+    )
+    left = [row for row in rows if row["arm"] != "b"]
+    assert tables.ended(frame(*left)) == "At least 95% of the answers ended in each of 2 arms."
+
+
 def test_an_arm_that_was_not_run_has_no_row():
     found = tables.against(three_arms(), "format", ["nothing"], "plain")
     assert found["control"].tolist() == ["plain"]

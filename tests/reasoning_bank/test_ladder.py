@@ -73,6 +73,17 @@ def test_a_model_that_reads_no_memory_is_said_not_to(some):
     assert "20 problems do not show whether this is above 20" in str(chosen)
 
 
+def test_a_gain_that_answers_cut_off_may_explain_is_shown_at_equal_finish(some):
+    right = {"no-hint": 2} | {f"hint-{place}": 16 for place in PLACES}
+    found = records(some, right)
+    assert ladder.choose(found).ended is None and "ended" not in str(ladder.choose(found))
+    cut = (found["arm"] == "no-hint") & ~found["correct"]
+    chosen = ladder.choose(found.assign(finish=["length" if c else "stop" for c in cut]))
+    assert chosen.gain.estimate == pytest.approx(70) and chosen.used
+    assert chosen.ended[0] == pytest.approx(0), "where both ended, both are right"
+    assert "over the answers that ended 0.0 (" in str(chosen)
+
+
 def test_controls_are_kept_out_of_the_arms_of_the_study(tiny, some, tmp_path):
     hinted = evaluate(tiny, ladder.hints(some[:2]), Sampling(2), Store(tmp_path))
     assert {*hinted["arm"]} == {"no-hint", *(f"hint-{place}" for place in PLACES)}
