@@ -188,8 +188,8 @@ def _strategies(parameters) -> tuple[float, float]:
     train, further, controls = parameters.TRAIN, parameters.FURTHER, parameters.CONTROLS
     decoded = train * (each + lesson) + parameters.TEST * 10 * each
     decoded += (controls[0] + 2 * controls[1]) * 5 * each  # the controls before
-    if further:  # 12 more arms, checks and samples, a loop; banks and a solver of their own
-        decoded += further * (19 * each + lesson) + train * (6 * each + lesson)
+    if further:  # 14 more arms, checks and samples, a loop; banks and a solver of their own
+        decoded += further * (21 * each + lesson) + train * (6 * each + lesson)
         decoded += 2 * (train * (each + lesson) + further * each)  # two further draws
     return decoded, 0
 

@@ -19,14 +19,18 @@ from kit.reasoning_bank.bank import ReasoningBank
 from kit.reasoning_bank.build import solve_prompt
 from kit.reasoning_bank.dspy_backend import chat_messages
 from kit.reasoning_bank.programs import (
-    EXPRESSED,
+    NO_WORK,
     Choose,
-    Express,
     Revise,
     Solver,
+    ToolSolver,
+    answered,
+    finished,
     numbered,
     picked,
     shown,
+    tool_calls,
+    worked,
 )
 from kit.reasoning_bank.strategy import RetrievalResult, Strategy, leak_reason
 from kit.schema import Problem, Prompt, Sampling, digest
@@ -85,12 +89,45 @@ def oracle_hint(
     return [solve_prompt(p, arm, text.format(p.answer), place=place) for p in problems]
 
 
-def expressions(problems: Sequence[Problem]) -> list[Prompt]:
-    """Prompts of the calculator arm; `programs.worked_out` turns the replies into answers."""
-    return [
-        Prompt(p, "expression", chat_messages(Express, EXPRESSED, question=p.question))
-        for p in problems
-    ]
+def with_tool(
+    program: ToolSolver,
+    prompts: Sequence[Prompt],
+    evaluate: Callable[..., pandas.DataFrame],
+    store: Store,
+    arm: str = "tools",
+    place: str = "system",
+) -> pandas.DataFrame:
+    """The records of `program` on the problems, and with the memory, of `prompts`: text and cost of
+    all its steps. `evaluate(prompts)` returns the records of a step."""
+    predict, parts, live = program.step, [], list(prompts)
+    work = {each.problem.id: "" for each in prompts}
+    while live:
+        asked = []
+        for each in live:
+            inputs = {"question": each.problem.question, "strategies": memory_of(each)}
+            inputs["work"] = work[each.problem.id] or NO_WORK
+            messages = chat_messages(predict.signature, *predict.demos, place=place, **inputs)
+            asked.append(replace(each, arm=f"{arm}-step{len(parts) + 1}", messages=messages))
+        parts.append(evaluate(asked))
+        for row in parts[-1].itertuples():
+            work[row.problem_id] = worked(work[row.problem_id], row.text)
+        live = [each for each in live if not finished(work[each.problem.id], program.steps)]
+    steps = pandas.concat(parts, ignore_index=True)
+    costs = steps.groupby("problem_id")[COSTS].sum()
+    last = steps.drop_duplicates("problem_id", keep="last").set_index("problem_id")
+    last = last.assign(**costs.loc[last.index]).reset_index().astype(steps.dtypes)
+    return derive(last, [work[name] for name in last["problem_id"]], arm, store)
+
+
+def tool_use(records: pandas.DataFrame) -> pandas.DataFrame:
+    """One row per arm of `with_tool` in `records`: problems, `calls` of the calculator, `errors`,
+    the calls without a value, and `answered`, the problems that ended in an answer."""
+    rows = []
+    for arm, texts in records[records["arm"].str.match("tools")].groupby("arm")["text"]:
+        calls, errors = map(sum, zip(*map(tool_calls, texts), strict=True))
+        row = {"arm": arm, "problems": len(texts), "calls": calls, "errors": errors}
+        rows.append(row | {"answered": sum(map(answered, texts))})
+    return pandas.DataFrame(rows, columns=["arm", "problems", "calls", "errors", "answered"])
 
 
 def revisions(
@@ -177,13 +214,17 @@ def over_draws(
     return contrasts.compute({"measure": "accuracy", "arm": "drawn", "control": "control"}, records)
 
 
-def from_program(program: Solver, problems: Sequence[Problem], arm: str) -> list[Prompt]:
-    """The prompts of a solver to which `optimize` gave other instructions or worked examples."""
-    solve, prompts = program.solve, []
-    for problem in problems:
-        inputs = dict(strategies="", question=problem.question)
-        prompts.append(Prompt(problem, arm, chat_messages(solve.signature, *solve.demos, **inputs)))
-    return prompts
+def from_program(
+    program: Solver, prompts: Sequence[Prompt], arm: str, place: str = "system"
+) -> list[Prompt]:
+    """The same problems and memory as in `prompts`, asked as a solver does to which `optimize` gave
+    other instructions or worked examples."""
+    solve, made = program.solve, []
+    for each in prompts:
+        inputs = dict(strategies=memory_of(each), question=each.problem.question)
+        messages = chat_messages(solve.signature, *solve.demos, place=place, **inputs)
+        made.append(replace(each, arm=arm, messages=messages))
+    return made
 
 
 def subset(bank: ReasoningBank, size: int, folder) -> ReasoningBank:

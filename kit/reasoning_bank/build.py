@@ -324,17 +324,6 @@ def _extract(
             if reason := fault(lesson, problem):
                 reasons.append(reason)
                 continue
-            lessons.append(
-                Strategy(
-                    **lesson.model_dump(),
-                    kind="success" if correct else "failure",
-                    problem_id=problem.id,
-                    family=problem.family,
-                    level=problem.level,
-                    question=problem.question,
-                    model=_name(teacher),
-                    extractor=fingerprint,
-                    step=step,
-                )
-            )
+            origin = dict(extractor=fingerprint, step=step)
+            lessons.append(lesson.strategy(problem, correct, _name(teacher), **origin))
     return lessons

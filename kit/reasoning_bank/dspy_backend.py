@@ -270,6 +270,10 @@ class Lines(dspy.Adapter):
         turns = [("system", system), *chain(*messages), *recalled, ("user", user)]
         return [{"role": role, "content": content} for role, content in turns]
 
+    def format_user_message_content(self, signature, inputs, *parts, **more) -> str:
+        """The inputs alone: how `dspy.ReAct` writes down its steps."""
+        return _user(signature, inputs)
+
     def parse(self, signature, completion: str) -> dict:
         """The output fields, each read as its type."""
         fields = signature.output_fields
@@ -345,10 +349,15 @@ def _text(value, kind) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
+def thoughtless(completion: str) -> str:
+    """What a reply says beside thoughts, also those that were broken off."""
+    return completion.rpartition("</think>")[2].partition("<think>")[0]
+
+
 def _read(completion: str, kind):
     """The reply as `kind`, None where it says none or several; what was thought is no reply, nor
     are thoughts that were broken off."""
-    text = completion.rpartition("</think>")[2].partition("<think>")[0]
+    text = thoughtless(completion)
     if model := _model(kind):
         return model.read(text)
     if kind in (bool, bool | None):

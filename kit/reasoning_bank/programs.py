@@ -9,6 +9,7 @@ extractor (the wording is our own), Section 3.3 for memory-aware test-time scali
 
 import re
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import ClassVar
 
 import dspy
@@ -17,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from kit.data.prompts import FORMAT_INSTRUCTION
 from kit.reasoning_bank.calculator import ExpressionError, calculate
-from kit.reasoning_bank.dspy_backend import Lines
+from kit.reasoning_bank.dspy_backend import Lines, thoughtless
 from kit.reasoning_bank.strategy import Strategy, leaks_answer
 from kit.schema import Problem
 
@@ -30,6 +31,8 @@ LESSON = re.compile(
     re.IGNORECASE | re.MULTILINE | re.DOTALL,
 )
 FEWEST, ALIKE = 5, 0.6  # words of a lesson; share of words from which it is a copy
+STEPS = 6  # most calls of the model that a `ToolSolver` makes
+NO_WORK, FAILED, ANSWER = "nothing yet", "Error:", r"\W*answer\W*:"  # parts of its work
 
 
 class Lesson(BaseModel):
@@ -45,6 +48,20 @@ class Lesson(BaseModel):
 
     def __str__(self) -> str:
         return f"Title: {self.title}\nWhen: {self.description}\nLesson: {self.content}"
+
+    def strategy(self, problem: Problem, correct: bool, model: str, **origin) -> Strategy:
+        """The lesson of an attempt at `problem`, as a bank keeps it; `origin` is the `extractor`
+        and, while a bank is built, the `step`."""
+        return Strategy(
+            **self.model_dump(),
+            kind="success" if correct else "failure",
+            problem_id=problem.id,
+            family=problem.family,
+            level=problem.level,
+            question=problem.question,
+            model=model,
+            **origin,
+        )
 
     @classmethod
     def read(cls, text: str) -> list["Lesson"] | None:
@@ -119,12 +136,16 @@ class Choose(dspy.Signature):
     number: int = dspy.OutputField()
 
 
-class Express(dspy.Signature):
-    """Write the one arithmetic expression whose value answers the problem. Use numbers, + - * /,
-    gcd(a, b) and lcm(a, b). Write nothing else."""
+class Step(dspy.Signature):
+    """Write the one arithmetic expression whose value answers the problem, or is the next step to
+    it. Use numbers, + - * /, gcd(a, b) and lcm(a, b). Write nothing else; you are told the value.
+    Where a value answers the problem, write
+    Answer: <value>"""
 
+    strategies: str = dspy.InputField()
     question: str = dspy.InputField()
-    expression: str = dspy.OutputField()
+    work: str = dspy.InputField(desc="what was calculated so far")
+    step: str = dspy.OutputField()
 
 
 def fault(lesson: Lesson, problem: Problem) -> str:
@@ -256,14 +277,73 @@ class Extractor(Program):
         return self.compare, {"solutions": "\n\n".join(marked)}
 
 
-def worked_out(expression: str) -> str:
-    """The first line of `expression` evaluated by the calculator; the text where that fails."""
-    first = expression.strip().splitlines()[0] if expression.strip() else ""
+class ToolSolver(Program):
+    """Answers a question with the calculator as a tool, in at most `steps` calls of the model.
+
+    Each reply is one expression, and its value, or why it has none, is shown to the next call; the
+    `answer` is all of this. `calls` counts the expressions, `errors` those without a value. This is
+    ReAct (https://arxiv.org/abs/2210.03629) without its thoughts and names of tools, a form that a
+    model of 135M parameters does not keep; a larger one may take `dspy.ReAct(Solve, [calculate])`.
+    """
+
+    def __init__(self, steps: int = STEPS):
+        super().__init__()
+        self.steps, self.step = steps, dspy.Predict(Step)
+        self.step.demos = _calculated()
+
+    def forward(self, question: str, strategies: str = "", seed: int | None = None):
+        work = ""
+        while not finished(work, self.steps):
+            inputs = dict(question=question, strategies=strategies, work=work or NO_WORK)
+            work = worked(work, self.invoke(self.step, seed, **inputs).step)
+        return _used(work)
+
+    async def aforward(self, question: str, strategies: str = "", seed: int | None = None):
+        work = ""
+        while not finished(work, self.steps):
+            inputs = dict(question=question, strategies=strategies, work=work or NO_WORK)
+            work = worked(work, (await self.ainvoke(self.step, seed, **inputs)).step)
+        return _used(work)
+
+
+def worked(work: str, reply: str | None) -> str:
+    """The `work` of a `ToolSolver` with what the next reply adds: an expression and its value, an
+    error, or the answer. A value that repeats the last one is the answer."""
+    lines = [line for line in thoughtless(reply or "").splitlines() if line.strip()]
+    first, done = lines[0].strip() if lines else "", work.splitlines()
+    if re.match(ANSWER, first, re.IGNORECASE):
+        return "\n".join([*done, first])
+    expression = re.sub(r"^\W*[A-Za-z ]+:", "", first).partition("=")[0].strip()
     try:
-        value = calculate(first)
-    except ExpressionError:
-        return expression
-    return f"{first} = {value}\nAnswer: {value}"
+        value = calculate(expression.lower())  # LCM(4, 6) is written as well
+    except ExpressionError as error:
+        return "\n".join([*done, f"{FAILED} {shorten(str(error), 60)}"])
+    repeats = done and done[-1].endswith(f"= {value}")
+    return "\n".join([*done, f"{expression} = {value}", *[f"Answer: {value}"] * bool(repeats)])
+
+
+def answered(work: str) -> bool:
+    """Whether the work ends in an answer."""
+    lines = work.splitlines()
+    return bool(lines and re.match(ANSWER, lines[-1], re.IGNORECASE))
+
+
+def finished(work: str, steps: int) -> bool:
+    """Whether the work ends in an answer or in two errors, or `steps` are used up."""
+    lines = work.splitlines()
+    failed = [line.startswith(FAILED) for line in lines[-2:]]
+    return answered(work) or failed == [True, True] or len(lines) >= steps
+
+
+def tool_calls(work: str) -> tuple[int, int]:
+    """Calls of the calculator in the work, and those that it could not evaluate."""
+    calls = [line for line in work.splitlines() if not re.match(ANSWER, line, re.IGNORECASE)]
+    return len(calls), sum(line.startswith(FAILED) for line in calls)
+
+
+def _used(work: str) -> dspy.Prediction:
+    calls, errors = tool_calls(work)
+    return dspy.Prediction(answer=work, calls=calls, errors=errors)
 
 
 def numbered(texts: Sequence[str]) -> str:
@@ -302,5 +382,10 @@ def _demos() -> list[dspy.Example]:
     ]
 
 
-EXPRESSED = dspy.Example(question=SPIDERS, expression="8 * 3")
+def _calculated() -> list[dspy.Example]:
+    """The worked example of a `ToolSolver`, step by step."""
+    steps = [(NO_WORK, "8 * 3"), ("8 * 3 = 24", "Answer: 24")]
+    return [dspy.Example(question=SPIDERS, work=work, step=step) for work, step in steps]
+
+
 STATED = re.compile(r"\b(?:answer|result)\b[\s\W]*(?:is|was|=|:)?[\s\W]*-?\d", re.IGNORECASE)

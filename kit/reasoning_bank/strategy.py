@@ -107,21 +107,26 @@ def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
     one per problem."""
     rows = records[records["correct"] & (records["new_tokens"] <= longest)]
     rows = rows.drop_duplicates("problem_id")
-    return [
-        Strategy(
-            title="Worked example",
-            description="",
-            content=f"{row.question}\n{row.text.strip()}",
-            kind="success",
-            problem_id=row.problem_id,
-            family=row.family,
-            level=row.level,
-            question=row.question,
-            model=f"{row.model}@{row.weights_hash}",
-            extractor="trajectory",
-        )
-        for row in rows.itertuples()
-    ]
+    columns = ["problem_id", "question", "answer", "family", "level", "source"]
+    models = rows["model"] + "@" + rows["weights_hash"]
+    solved = map(Problem, *(rows[name] for name in columns))
+    return [example(*each) for each in zip(solved, rows["text"], models, strict=True)]
+
+
+def example(problem: Problem, text: str, model: str) -> Strategy:
+    """A correct attempt of `model` at a problem, verbatim."""
+    return Strategy(
+        title="Worked example",
+        description="",
+        content=f"{problem.question}\n{text.strip()}",
+        kind="success",
+        problem_id=problem.id,
+        family=problem.family,
+        level=problem.level,
+        question=problem.question,
+        model=model,
+        extractor="trajectory",
+    )
 
 
 def row_model(dimension: int) -> type[LanceModel]:

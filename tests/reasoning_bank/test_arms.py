@@ -5,13 +5,14 @@ import pandas as pd
 import pytest
 
 from kit.data import problems
+from kit.data.prompts import FORMAT_INSTRUCTION
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
 from kit.models import embedder
 from kit.reasoning_bank import arms, build
 from kit.reasoning_bank.bank import ReasoningBank
-from kit.reasoning_bank.dspy_backend import PLACES
-from kit.reasoning_bank.programs import Solver
+from kit.reasoning_bank.dspy_backend import PLACES, Engine, Lines, language_model
+from kit.reasoning_bank.programs import Solver, ToolSolver
 from kit.schema import Sampling
 from tests.reasoning_bank.test_bank import lesson
 
@@ -175,16 +176,19 @@ def test_one_of_several_samples_is_chosen_by_its_number(tests):
     assert (found[arms.COSTS] == 31).all(axis=None), "three answers and a choice were paid for"
 
 
-def test_an_optimized_solver_asks_what_it_was_given(tests):
-    solver = Solver()
-    (bare,) = arms.from_program(solver, tests[:1], "solver")
-    assert bare.messages == build.format_only(tests[:1])[0].messages and bare.arm == "solver"
+@pytest.mark.parametrize("place", PLACES)
+def test_an_optimized_solver_asks_in_every_arm_what_it_was_given(bank, tests, place):
+    solver, found = Solver(), build.retrieved(bank, tests[:3], place=place)
+    same = arms.from_program(solver, found, "retrieved", place)
+    assert same == found and all(arms.memory_of(p) for p in found)
     solver.solve.demos = [dspy.Example(question="What is 1 + 1?", strategies="", answer="Two.")]
     solver.solve.signature = solver.solve.signature.with_instructions("Be brief.")
-    (made,) = arms.from_program(solver, tests[:1], "solver")
-    said = [*bare.messages]
-    said[:1] = [("system", "Be brief."), ("user", "What is 1 + 1?"), ("assistant", "Two.")]
-    assert made.messages == tuple(said)
+    for before, made in zip(found, arms.from_program(solver, found, "brief", place), strict=True):
+        said = [(role, text.replace(FORMAT_INSTRUCTION, "Be brief."))
+                for role, text in before.messages]  # fmt: skip
+        said[1:1] = [("user", "What is 1 + 1?"), ("assistant", "Two.")]
+        assert made.messages == tuple(said) and made.arm == "brief"
+        assert made.retrieved == before.retrieved and made.refused == before.refused
 
 
 def test_a_subset_is_part_of_its_bank(bank, tmp_path):
@@ -212,11 +216,42 @@ def test_what_a_strategy_contributes_is_paired_by_problem():
     assert arms.harmful(treated.assign(correct=False), control) == ["a"]
 
 
-def test_expressions_are_asked_for_by_example(tests):
-    (prompt,) = arms.expressions(tests[:1])
-    roles = [role for role, _ in prompt.messages]
-    assert roles == ["system", "user", "assistant", "user"] and prompt.arm == "expression"
-    assert prompt.messages[-1][1] == tests[0].question and prompt.messages[2][1] == "8 * 3"
+def test_the_arm_with_a_tool_asks_what_the_program_asks(bank, tests, tiny, tmp_path):
+    """Greedily, by the prompts of an arm and by the DSPy module: the same steps to the letter."""
+    store, asked = Store(tmp_path), []
+
+    def ask(prompts):
+        records = evaluate(tiny, prompts, Sampling(6), store, report=lambda line: None)
+        asked.append(records)
+        return records
+
+    prompts, solver = build.retrieved(bank, tests[:4]), ToolSolver(steps=3)
+    records = arms.with_tool(solver, prompts, ask, store).set_index("problem_id")
+    with dspy.context(lm=language_model(Engine(tiny, 6), temperature=0.0), adapter=Lines()):
+        found = {p.problem.id: solver(p.problem.question, arms.memory_of(p)) for p in prompts}
+    assert {name: each.answer for name, each in found.items()} == records["text"].to_dict()
+    steps = pd.concat(asked)
+    assert {*steps["arm"]} <= {"tools-step1", "tools-step2", "tools-step3"} and len(asked) > 1
+    assert (steps.groupby("problem_id")[arms.COSTS].sum() == records[arms.COSTS]).all(axis=None)
+    assert [*records["retrieved"]] == [" ".join(p.retrieved) for p in prompts]
+    (row,) = arms.tool_use(records.reset_index()).to_dict("records")
+    assert row["calls"] == sum(each.calls for each in found.values())
+    assert row["errors"] == sum(each.errors for each in found.values())
+    again = arms.with_tool(solver, prompts, ask, store).set_index("problem_id")
+    assert [*again["key"]] == [*records["key"]], "a second run decodes and stores nothing new"
+
+
+def test_calls_of_the_tool_are_counted_by_arm():
+    texts = {
+        "tools": ["2 + 2 = 4\nAnswer: 4", "Error: no\nError: no"],
+        "tools-retrieved": ["1 = 1"],
+    }
+    rows = [{"arm": arm, "text": text} for arm in texts for text in texts[arm]]
+    table = arms.tool_use(pd.DataFrame([*rows, {"arm": "plain", "text": "4"}]))
+    assert table.to_dict("records") == [
+        {"arm": "tools", "problems": 2, "calls": 3, "errors": 2, "answered": 1},
+        {"arm": "tools-retrieved", "problems": 1, "calls": 1, "errors": 0, "answered": 0},
+    ]
 
 
 def test_an_arm_that_repeats_another_is_left_out_and_said_to_be(bank, tests, tmp_path):

@@ -68,11 +68,14 @@ def test_gepa_says_what_it_lacks(model, sums, monkeypatch):
     assert told.score == 0 and told.feedback == f"Wrong: answered 99, it is {sums[0].answer}."
 
 
-def test_gepa_takes_the_instruction_of_a_stronger_model(model, sums, monkeypatch):
+@pytest.mark.parametrize("given", [False, True])
+def test_gepa_takes_the_instruction_of_a_stronger_model(model, sums, monkeypatch, given):
     said = '{"new_instruction": "Count on your fingers."}'
     stronger = Scripted(lambda messages: said)
-    monkeypatch.setattr(optimize, "_stronger", lambda: language_model(stronger))
-    made = optimize.optimize(Solver(), sums[:6], sums[6:10], "gepa", trials=8)
+    proposer = language_model(stronger)
+    monkeypatch.setattr(optimize, "_stronger", lambda: None if given else proposer)
+    split, proposer = (sums[:6], sums[6:10]), proposer if given else None
+    made = optimize.optimize(Solver(), *split, "gepa", trials=8, proposer=proposer)
     assert "fingers" in made.solve.signature.instructions and stronger.asked
     assert score(made, sums[10:16]) == 1.0
 

@@ -10,8 +10,10 @@ from dspy.adapters.baml_adapter import BAMLAdapter
 from dspy.utils.exceptions import AdapterParseError
 
 from kit.data.prompts import FORMAT_INSTRUCTION
+from kit.reasoning_bank.calculator import calculate
 from kit.reasoning_bank.dspy_backend import Lines, language_model
 from kit.reasoning_bank.programs import (
+    FAILED,
     Compare,
     Extractor,
     Judge,
@@ -19,9 +21,10 @@ from kit.reasoning_bank.programs import (
     SelfJudge,
     Solve,
     Solver,
+    ToolSolver,
     fault,
     shown,
-    worked_out,
+    worked,
 )
 from kit.reasoning_bank.strategy import Strategy
 from kit.schema import Problem
@@ -186,18 +189,75 @@ def test_a_lesson_not_worth_keeping_has_a_fault(content, reason):
     assert fault(titled, problem) in (reason, "copy of the example in the prompt")
 
 
-@pytest.mark.parametrize(
-    "said, answer",
-    [
-        ("12 * 3 - 1", "12 * 3 - 1 = 35\nAnswer: 35"),
-        ("gcd(12, 18)\nbecause", "gcd(12, 18) = 6\nAnswer: 6"),
-        ("I would add them.", "I would add them."),
-        ("exit()", "exit()"),
-        ("", ""),
-    ],
-)
-def test_the_calculator_works_out_what_the_model_writes(said, answer):
-    assert worked_out(said) == answer
+@pytest.mark.parametrize("before, reply, after", [
+    ("", "12 * 3 - 1", "12 * 3 - 1 = 35"),
+    ("", "<think>gcd?</think>\n GCD(12, 18) = 3\nbecause", "GCD(12, 18) = 6"),  # its value counts
+    ("", "Add: 34 + 91 = 231", "34 + 91 = 125"),
+    ("2 * 3 = 6", "6 + 1", "2 * 3 = 6\n6 + 1 = 7"),
+    ("2 * 3 = 6", "12 / 2", "2 * 3 = 6\n12 / 2 = 6\nAnswer: 6"),  # nothing new
+    ("2 * 3 = 6", "Answer: 7\nIt is 7.", "2 * 3 = 6\nAnswer: 7"),
+    ("", "1 / 0", "Error: division by zero"),
+    ("", "exit()", "Error: 'exit()' is no number and no known operation"),
+    ("", None, "Error: an expression has 1 to 200 signs, this one 0"),
+])  # fmt: skip
+def test_the_tool_says_what_an_expression_is_worth(before, reply, after):
+    assert worked(before, reply) == after
+
+
+def test_an_error_does_not_repeat_a_long_reply():
+    said = worked("", "I would add them all " * 20)
+    assert said.startswith(FAILED) and len(said) < 80
+
+
+@pytest.mark.parametrize("replies, steps, answer, counts", [
+    (["4 * 5", "20 - 3", "Answer: 17"], 6, "4 * 5 = 20\n20 - 3 = 17\nAnswer: 17", (2, 0)),
+    (["4 * 5 = 9", "4 * 5 = 20"], 6, "4 * 5 = 20\n4 * 5 = 20\nAnswer: 20", (2, 0)),
+    (["x", "2 + 2", "5", "y", "z"], 6, None, (5, 3)),  # two errors in a row end it
+    (["1", "2", "3"], 3, "1 = 1\n2 = 2\n3 = 3", (3, 0)),  # as many steps as it may take
+])  # fmt: skip
+def test_a_solver_with_a_tool_goes_on_until_it_answers(replies, steps, answer, counts):
+    engine, context = with_replies(*replies)
+    solver = ToolSolver(steps)
+    with context:
+        found = solver("How much?", "- Strategy: T. C.")
+    assert (found.calls, found.errors) == counts and len(engine.asked) == len(replies)
+    assert answer is None or found.answer == answer
+    system, last = engine.asked[-1][0][1], engine.asked[-1][-1][1]
+    assert "Strategy: T. C." in system and "8 * 3" in engine.asked[0][2][1]
+    assert last.startswith("Question:\nHow much?") and "nothing yet" in engine.asked[0][-1][1]
+    assert all(line in last for line in found.answer.splitlines()[: len(replies) - 1])
+
+
+def test_a_solver_with_a_tool_is_an_ordinary_program(tmp_path):
+    """By another adapter, awaited, saved and loaded."""
+    replies = [f"[[ ## step ## ]]\n{step}\n\n[[ ## completed ## ]]" for step in ("2 + 2", "2 + 2")]
+    solver = ToolSolver()
+    solver.step.signature = solver.step.signature.with_instructions("Be brief.")
+    solver.save(tmp_path / "solver.json")
+    again = ToolSolver()
+    again.load(tmp_path / "solver.json")
+    engine = Scripted(replies)
+    with dspy.context(lm=language_model(engine), adapter=dspy.ChatAdapter()):
+        found = asyncio.run(again.acall(question="Q"))
+    assert found.answer == "2 + 2 = 4\n2 + 2 = 4\nAnswer: 4" and found.calls == 2
+    assert "Be brief." in engine.asked[0][0][1] and len(again.step.demos) == 2
+
+
+def test_react_calls_the_calculator_by_the_adapter_for_small_models():
+    said = "Next thought: multiply\nNext tool name: {}\nNext tool args: {}"
+    replies = [said.format("calculate", '{"expression": "8 * 3"}'), said.format("finish", "{}")]
+    engine, context = with_replies(*replies, "Reasoning: 8 times 3.\nAnswer: 24")
+    with context:
+        found = dspy.ReAct("question -> answer", tools=[calculate])(question="8 legs, 3 spiders?")
+    assert found.answer == "24" and found.trajectory["observation_0"] == "24"
+    assert "24" in engine.asked[1][-1][1], "the second step sees what the tool said"
+
+
+def test_a_lesson_becomes_a_strategy_with_its_origin():
+    problem = Problem("p7", "How many?", "3", "gcd", 2, "laptop")
+    lesson = Lesson(title="T", description="D.", content="C.")
+    made = lesson.strategy(problem, False, "m@w", extractor="e", step=4)
+    assert made == Strategy("T", "D.", "C.", "failure", "p7", "gcd", 2, "How many?", "m@w", "e", 4)
 
 
 def test_strategies_are_shown_without_their_origin():
