@@ -219,7 +219,9 @@ class ReasoningBank:
             types = {"_rowid": pyarrow.uint64(), "text": pyarrow.string()}
             texts = [getattr(_strategy(row), self.embedded) for row in part]
             scores = [row["score"] if column == "_score" else 1 - row["score"] for row in part]
-            columns = [[number[row["id"]] for row in part], texts, scores]
+            most = max(scores, default=0) or 1  # rerankers expect scores from 0 to 1
+            scaled = [score / most for score in scores]
+            columns = [[number[row["id"]] for row in part], texts, scaled]
             schema = pyarrow.schema(types | {column: pyarrow.float32()})
             tables.append(pyarrow.table(columns, schema=schema))
         fused = reranker.rerank_hybrid(question, *tables).to_pylist() if rows else []

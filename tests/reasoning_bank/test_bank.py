@@ -159,10 +159,8 @@ def test_words_find_what_vectors_may_miss(tmp_path, minilm, train):
     assert made.retrieve(operators, k=1, method="text").strategies == (rare,), "words, not a query"
 
 
-def test_a_hybrid_search_is_ordered_by_the_reranker(bank):
-    """Reciprocal rank fusion by hand, and another one of LanceDB's; the guard stays behind both."""
-    problem = problems.load("laptop", "test").problems[7]
-    whole = len(bank)
+def test_a_hybrid_search_fuses_reciprocal_ranks(bank):
+    problem, whole = problems.load("laptop", "test").problems[7], len(bank)
     ranks = {s.id: 0.0 for s in bank.strategies()}
     for method in ("vector", "text"):
         for rank, s in enumerate(bank.retrieve(problem, whole, method=method).strategies, 1):
@@ -171,13 +169,24 @@ def test_a_hybrid_search_is_ordered_by_the_reranker(bank):
     assert not fused.filtered, "else ranks would count what the guard took out"
     assert [*fused.scores] == pytest.approx([ranks[s.id] for s in fused.strategies])
     assert [*fused.scores] == sorted(fused.scores, reverse=True) and len(fused.scores) == whole
-    by_vector = LinearCombinationReranker(weight=1.0)
-    found = bank.retrieve(problem, 4, method="hybrid", reranker=by_vector)
-    assert found.strategies == bank.retrieve(problem, 4).strategies != fused.strategies[:4]
-    (item,) = found.strategies[:1]
-    own = dataclasses.replace(problem, id=item.problem_id)
-    again = bank.retrieve(own, 4, method="hybrid", reranker=by_vector)
-    assert again.filtered[item.id] == "same problem" and item not in again.strategies
+
+
+def test_a_hybrid_search_is_ordered_by_any_reranker_before_the_guard(tmp_path, minilm, train):
+    made = ReasoningBank(tmp_path, minilm)
+    made.add([lesson(p) for p in train[:40]])
+    rare = lesson(train[41], content="Remember the zygote rule.")
+    made.add([rare])
+    problem = asked(train[300], question="What does zygote say?", answer="none")
+    by_words, by_vectors = (LinearCombinationReranker(weight=weight) for weight in (0.0, 1.0))
+
+    def found(problem, reranker):
+        return made.retrieve(problem, 3, method="hybrid", reranker=reranker)
+
+    assert found(problem, by_words).strategies[0] == rare
+    nearest = made.retrieve(problem, 3).strategies
+    assert found(problem, by_vectors).strategies == nearest and nearest[0] != rare
+    own = found(dataclasses.replace(problem, id=rare.problem_id), by_words)
+    assert own.filtered == {rare.id: "same problem"} and rare not in own.strategies
 
 
 def test_by_question_gives_all_strategies_of_the_nearest_past_problems(tmp_path, minilm, train):

@@ -72,10 +72,11 @@ def test_gepa_says_what_it_lacks(model, sums, monkeypatch):
 def test_gepa_takes_the_instruction_of_a_stronger_model(model, sums, monkeypatch, given):
     said = '{"new_instruction": "Count on your fingers."}'
     stronger = Scripted(lambda messages: said)
-    proposer = language_model(stronger)
-    monkeypatch.setattr(optimize, "_stronger", lambda: None if given else proposer)
-    split, proposer = (sums[:6], sums[6:10]), proposer if given else None
-    made = optimize.optimize(Solver(), *split, "gepa", trials=8, proposer=proposer)
+    proposer, other = language_model(stronger), language_model(Scripted(["Be brief."]))
+    monkeypatch.setattr(optimize, "_stronger", lambda: other if given else proposer)
+    split = sums[:6], sums[6:10]
+    given_proposer = {"proposer": proposer} if given else {}
+    made = optimize.optimize(Solver(), *split, "gepa", trials=8, **given_proposer)
     assert "fingers" in made.solve.signature.instructions and stronger.asked
     assert score(made, sums[10:16]) == 1.0
 
