@@ -182,9 +182,10 @@ def test_a_hybrid_search_is_ordered_by_any_reranker_before_the_guard(tmp_path, m
     def found(problem, reranker):
         return made.retrieve(problem, 3, method="hybrid", reranker=reranker)
 
-    assert found(problem, by_words).strategies[0] == rare
-    nearest = made.retrieve(problem, 3).strategies
-    assert found(problem, by_vectors).strategies == nearest and nearest[0] != rare
+    words, vectors = found(problem, by_words), found(problem, by_vectors)
+    assert words.strategies[0] == rare and words.scores[0] == 1
+    assert vectors.strategies == made.retrieve(problem, 3).strategies
+    assert 0 < vectors.scores[0] < 1, "a distance, not a rank or a count of words"
     own = found(dataclasses.replace(problem, id=rare.problem_id), by_words)
     assert own.filtered == {rare.id: "same problem"} and rare not in own.strategies
 
