@@ -201,6 +201,16 @@ def test_measured_claims_are_ordered_by_their_word():
     assert badges(page)[: len(words)] == [word.replace(" ", "-") for word in words]
 
 
+def test_a_card_says_on_what_a_claim_was_measured_but_arithmetic_was_on_nothing():
+    verdicts = measured_table(PUBLISHED, pd.DataFrame(), "laptop")
+    verdicts.loc[[0, 1], "verdict"] = "holds here", "agrees"
+    verdicts.loc[[0, 1], ["measured", "on"]] = "1 points", "stand-in model"
+    verdicts.loc[1, "on"] = "recomputed"
+    page = Page(report.write("laptop", {}, verdicts, AUDITS, {}))
+    labels = [each.get("data-label") for each in page.all("td")]
+    assert labels.count("measured on a ") == labels.count("") == 1
+
+
 def test_nothing_measured_says_how_to():
     page = Page(write(pd.DataFrame()))
     assert "Nothing has been measured yet." in page.text
