@@ -270,6 +270,22 @@ def test_an_editor_finds_the_environment_and_the_folder_of_the_notebooks():
     assert settings["python.defaultInterpreterPath"] == "${workspaceFolder}/.venv/bin/python"
     box = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
     assert box["image"].rsplit(":", 1)[1] in PYTHONS and box["postCreateCommand"] == "make env"
+    binder = yaml.safe_load((ROOT / ".binder" / "environment.yml").read_text())
+    assert binder["dependencies"][0].partition("=")[2] in PYTHONS
+
+
+def test_binder_makes_the_environment_and_takes_its_kernel(tmp_path):
+    folder = tmp_path / "a path with spaces"
+    tools = {"python3": RUNS, "make": f'PATH="$PATH" exec {shutil.which("make")} "$@"'}
+    assert make(folder, tools, "help").returncode == 0
+    script = ROOT / ".binder" / "postBuild"
+    assert script.stat().st_mode & 0o111, "Binder runs it"
+    done = subprocess.run([shutil.which("bash"), script], cwd=folder, capture_output=True,
+                          text=True, env={"PATH": str(folder / "bin")})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (folder / "said").read_text().splitlines()
+    assert "--require-hashes -r requirements.lock" in "\n".join(lines)
+    assert lines[-1].startswith("-m ipykernel install --user --name python3 ")
 
 
 def test_make_warns_of_a_variable_that_nothing_reads(tmp_path):
