@@ -14,7 +14,7 @@ KNOWS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 UV := $(shell command -v uv)
 INSTALL := $(if $(UV),uv pip install -q --compile-bytecode --python $(PY),$(PY) -m pip install -q --disable-pip-version-check)
 # What may be said on the command line, besides what others read from the environment.
-READ := ENV PYTHON UV PROFILE FROM ONLY SET FORCE KEEP_GOING DTYPE MODEL WORKERS FILE DRY PUBLISH WEIGHTS
+READ := ENV PYTHON UV PROFILE FROM ONLY SET FORCE KEEP_GOING DTYPE MODEL WORKERS FILE DRY PUBLISH WEIGHTS SMALL
 OTHERS := KIT_% OMP_% CUDA_% RAY_% HF_% PIP_% UV_% TORCH_% TRITON_%
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
 $(foreach v,$(filter-out $(READ) $(OTHERS),$(GIVEN)),$(warning nothing reads $v; there are $(READ)))
@@ -112,6 +112,9 @@ gpu-check: env ## what one CUDA GPU says of the kit, in 8 minutes (DRY=1 on the 
 	@$(PY) -m tests.gpu_check $(ONLY) $(if $(DRY),--dry) $(if $(PUBLISH),--publish)
 gpu-pack: env ## pack what gpu-check needs where there is no network, print the command (WEIGHTS=1)
 	@$(PY) -m tests.gpu_pack $(if $(WEIGHTS),--weights)
+.PHONY: gpu-study
+gpu-study: env ## pack a study of 8 minutes for one CUDA GPU without network, in pieces (SMALL=1 for 0.5B)
+	@$(PY) -m tests.gpu_study $(if $(SMALL),--small)
 
 # kvpress caps transformers below 5.3, hence an environment of its own (1.4 GB).
 .PHONY: bench-peers
