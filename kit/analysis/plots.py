@@ -37,6 +37,7 @@ SHARED = {
         ("without the bank", "with the bank"),
         ("linear weights", "keys and values", "strategies", "embeddings", "bank",
          "scales and zeros", "norms", "evictor"),
+        ("16 bit", "8 bit", "4 bit", "16 bit, memory", "8 bit, memory", "4 bit, memory"),
     )
     for place, name in enumerate(group)
 }  # fmt: skip

@@ -54,6 +54,13 @@ LABELS = {  # heading of a column, where its name does not do; units where they 
     "trained": "tokens trained on",
     "prompt_tokens": "prompt tokens, mean",
     "nats": "nats per token",
+    "changes_with": "changes with",
+    "formula_bytes": "by formula",
+    "allocated_bytes": "allocated",
+    "off_percent": "off by, %",
+    "weight_bytes": "weights",
+    "shared_bytes": "bytes, weights shared",
+    "membership": "on the frontier, share of draws",
 }
 
 
@@ -305,16 +312,26 @@ def cell_text(name: str, cell) -> str:
     return f"{cell:z,.1f}" if isinstance(cell, float) else str(cell)
 
 
+def comparison(arm: str, control: str, difference: tuple[float, float, float]) -> str:
+    """The `difference` of two arms, in points, as a sentence: which is ahead, by its interval."""
+    _, low, high = difference
+    word = "beats" if low > 0 else "is behind" if high < 0 else "is not told apart from"
+    return f"{arm} {word} {control}: {cell_text('difference', difference)} points"
+
+
 def style(table: pd.DataFrame):
-    """`text(table)` as a Styler: numbers right, words left, no index, markup as plain text."""
+    """`text(table)` as a Styler: numbers right, words left as are their headings, no index, markup
+    as plain text."""
     frame = text(table)
     words = [LABELS.get(name, name) for name in table if is_words(table[name])]
+    left = [{"selector": "th.col_heading", "props": "text-align: left"}]
     return (
         frame.style.set_uuid(digest(frame.to_dict("list"), 8))  # random ids would never repeat
         .format(escape="html")
         .hide(axis="index")
         .set_properties(**{"text-align": "right"})
         .set_properties(subset=words, **{"text-align": "left"})
+        .set_table_styles(dict.fromkeys(words, left))
     )
 
 

@@ -19,6 +19,7 @@ from kit.inference.policies import Full
 from kit.models import quantization
 
 GIB, GB = 2**30, 10**9
+UNITS = ((3, ("GiB", "GB")), (2, ("MiB", "MB")), (1, ("KiB", "kB")))  # by power of 1024 and 1000
 PARTS = (
     "linear weights", "scales and zeros", "embeddings", "norms", "keys and values", "strategies",
     "bank", "evictor",
@@ -235,6 +236,13 @@ def crossover(a: Architecture, packing: Packing = Packing()) -> float:  # noqa: 
     return sum(weights(a, packing).values()) / per_token
 
 
+def affordable_tokens(a: Architecture, memory: float, packing: Packing = Packing()) -> int:  # noqa: B008
+    """Tokens of one sequence whose keys and values fill what the weights leave of `memory` bytes; 0
+    where the weights do not fit."""
+    left = memory - sum(weights(a, packing).values())
+    return max(0, int(left / keys_and_values(a, 1, native_bits=packing.native_bits)))
+
+
 def reported_bytes(contrast: Mapping) -> tuple[float, str] | None:
     """The ledger's number for what a claim about bytes says, and its unit; None for other claims.
 
@@ -297,5 +305,8 @@ def measured_cache(
 
 
 def text(count: float) -> str:
-    """Bytes in both units, for display."""
-    return f"{count / GIB:.3g} GiB ({count / GB:.3g} GB)"
+    """Bytes in both units, for display; small ones in MiB and MB, or KiB and kB."""
+    power, (binary, decimal) = next(
+        (power, names) for power, names in UNITS if count >= 0.1 * 1024**power or power == 1
+    )
+    return f"{count / 1024**power:.3g} {binary} ({count / 1000**power:.3g} {decimal})"

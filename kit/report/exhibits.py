@@ -12,7 +12,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import matplotlib
@@ -140,8 +140,12 @@ def gathered(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def plain(value, place: str):
-    """`value` as JSON types, floats to 12 significant digits, a NaN or an infinity as null;
-    TypeError names the `place` where something else is."""
+    """`value` as JSON types: tables as rows, dataclasses as their fields, floats to 12 significant
+    digits, a NaN or an infinity as null; TypeError names the `place` where something else is."""
+    if isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, dict):

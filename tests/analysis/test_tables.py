@@ -225,6 +225,27 @@ def test_style_escapes_and_repeats():
     assert page != tables.style(table.assign(samples=2)).to_html()
 
 
+def test_words_and_their_headings_are_left_numbers_right():
+    page = tables.style(pd.DataFrame({"claim": ["a", "b"], "p": [0.5, 0.1]})).to_html()
+    rules = dict(re.findall(r"([^{}]+) \{\s+([^{}]+?);?\s+\}", page.partition("</style>")[0]))
+    left = {name.strip() for name, rule in rules.items() if rule.endswith("text-align: left")}
+    (headings,) = [name for name in left if "col_heading" in name]
+    assert headings.endswith("th.col_heading.col0")
+    assert any("row1_col0" in name for name in left) and not any("col1" in name for name in left)
+
+
+@pytest.mark.parametrize(
+    "difference, sentence",
+    [
+        ((4.84, 1.3, 8.2), "fetched beats plain: +4.8 [1.3, 8.2] points"),
+        ((-3.0, -5.0, -0.01), "fetched is behind plain: -3.0 [-5.0, 0.0] points"),
+        ((-0.01, -2.0, 2.0), "fetched is not told apart from plain: +0.0 [-2.0, 2.0] points"),
+    ],
+)
+def test_a_comparison_is_said_by_its_interval(difference, sentence):
+    assert tables.comparison("fetched", "plain", difference) == sentence
+
+
 def test_quality_pairs_policies_by_sequence():
     rng = np.random.default_rng(0)
     hard = rng.random(40)  # a sequence is hard or easy for every policy

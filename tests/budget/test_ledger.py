@@ -164,3 +164,15 @@ def test_a_quantized_checkpoint_is_counted_as_it_is():
 
 def test_bytes_are_said_in_both_units():
     assert ledger.text(30_000 * 147_456) == "4.12 GiB (4.42 GB)"
+    assert ledger.text(70_272) == "68.6 KiB (70.3 kB)" and ledger.text(0) == "0 KiB (0 kB)"
+    assert ledger.text(2**20) == "1 MiB (1.05 MB)"
+
+
+def test_tokens_fill_what_weights_leave():
+    a, packing = QWEN3["Qwen3-4B"], Packing(8)
+    count = ledger.affordable_tokens(a, 6 * 2**30, packing)
+    whole = [Configuration(a, packing, tokens=count + more).total() for more in (0, 1)]
+    assert whole[0] <= 6 * 2**30 < whole[1]
+    assert ledger.affordable_tokens(a, 2**30, packing) == 0, "not even the weights"
+    weights = sum(ledger.weights(a, packing).values())
+    assert ledger.affordable_tokens(a, 2 * weights, packing) == int(ledger.crossover(a, packing))

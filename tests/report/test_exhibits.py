@@ -1,5 +1,6 @@
 """Key tables and figures as files: what is read back is what was shown."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from kit.analysis import plots
+from kit.analysis import contrasts, plots
 from kit.analysis.plots import WIDTH
 from kit.report import exhibits
 
@@ -92,6 +93,19 @@ def test_a_new_run_leaves_nothing_old_and_captions_are_told_apart(tmp_path):
         exhibits.save(tmp_path / "x", {"A b": FRAME, "a: B": FRAME}, {})
 
 
-@pytest.mark.parametrize("value, stored", [(float("nan"), None), ((1, 2), [1, 2]), (0.1, 0.1)])
+ROWS = pd.DataFrame({"a": [1, 2], "b": [0.5, np.nan]})
+SIZE = contrasts.exact(4.0, "GiB", "ledger")
+
+
+@pytest.mark.parametrize(
+    "value, stored",
+    [
+        (float("nan"), None),
+        ((1, 2), [1, 2]),
+        (0.1, 0.1),
+        (ROWS, [{"a": 1, "b": 0.5}, {"a": 2, "b": None}]),
+        ({"size": SIZE}, {"size": json.loads(json.dumps(dataclasses.asdict(SIZE)))}),
+    ],
+)
 def test_numbers_that_json_has_not_become_null(value, stored):
     assert exhibits.plain(value, "here") == stored
