@@ -8,8 +8,8 @@ measured. Intervals are cluster bootstraps over problems.
 Source of the questions: arXiv 2510.10964, findings 1 to 5.
 """
 
-from collections.abc import Mapping
-from itertools import product
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -183,6 +183,18 @@ def interaction(
             return None
         sides.append((outcomes[after] - outcomes[before]).mean(0))
     return stats.cluster_bootstrap(sides[0] - sides[1], rng)
+
+
+def interactions(
+    table: pd.DataFrame, outcomes: np.ndarray, ends: Sequence[tuple[str, object, object]]
+) -> pd.DataFrame:
+    """`interaction` of each pair of `ends` (place, from, to), in points, as a table."""
+    rows = []
+    for effect, of in combinations(ends, 2):
+        between = interaction(table, outcomes, np.random.default_rng(0), effect, of)
+        names = ["{}, {} to {}".format(*each) for each in (effect, of)]
+        rows.append([*names, between and between.percent])
+    return pd.DataFrame(rows, columns=["effect", "changes_with", "difference"])
 
 
 def threshold(

@@ -106,6 +106,13 @@ class Grid:
         return [SweepRun(*values) for values in product(self.bits, self.policies, self.kv_bits,
                                                    self.memory)]  # fmt: skip
 
+    @property
+    def ends(self) -> list[tuple[str, object, object]]:
+        """The first and the last value of each place that has several, tokens and votes aside."""
+        values = {name: getattr(self, name) for name in ("policies", "kv_bits", "bits", "memory")}
+        return [("policy" if name == "policies" else name, each[0], each[-1])
+                for name, each in values.items() if len(each) > 1]  # fmt: skip
+
 
 class Swept(NamedTuple):
     """The result of a sweep."""

@@ -58,6 +58,20 @@ def test_does_eviction_cost_more_at_four_bit():
     assert effects.interaction(table, outcomes, RNG(0), ("policy", "full", "dms"), of) is None
 
 
+def test_all_pairs_of_ends_are_a_table_of_differences_of_differences():
+    def rate(row):  # a window costs nothing at 16 bit, 0.3 at 4 bit
+        return 0.6 - 0.3 * (row["policy"] == "window" and row["bits"] == 4)
+
+    table, outcomes = grid(rate)
+    ends = [("policy", "full", "window"), ("bits", 16, 4), ("tokens", 8, 16)]
+    rows = effects.interactions(table, outcomes, ends)
+    assert rows["effect"].tolist() == ["policy, full to window"] * 2 + ["bits, 16 to 4"]
+    assert rows["changes_with"].tolist() == ["bits, 16 to 4"] + ["tokens, 8 to 16"] * 2
+    alone = effects.interaction(table, outcomes, RNG(0), *ends[:2]).percent
+    assert rows["difference"][0] == alone and alone[0] == pytest.approx(-30, abs=6)
+    assert rows["difference"][1][1] < 0 < rows["difference"][1][2]
+
+
 def test_the_threshold_is_where_tokens_begin_to_buy_more():
     def rate(row):  # at 4 bit weights buy all, from 8 bit on tokens do
         return 0.1 if row["bits"] == 4 else 0.4 + 0.3 * (row["tokens"] == 16)
