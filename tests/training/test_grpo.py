@@ -312,6 +312,20 @@ def test_a_sampler_in_bfloat16_is_one_copy_that_follows_the_training(
     torch.testing.assert_close(second.float(), kept, rtol=2**-8, atol=2**-24)
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_reference_model_is_stored_as_the_device_computes(
+    tiny_folder, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv("KIT_DTYPE", name)
+    made = []
+    monkeypatch.setattr(grpo, "train", lambda trainer, *_: made.append(trainer) or tmp_path)
+    grpo.grpo(str(tiny_folder), asked(), dataclasses.replace(QUICK, beta=0.04), tmp_path)
+    (trainer,) = made
+    assert {p.dtype for p in trainer.ref_model.parameters()} == {getattr(torch, name)}
+    assert {b.dtype for b in trainer.ref_model.buffers()} == {torch.float32}, "of RoPE"
+    assert trainer.model.dtype == torch.float32
+
+
 def test_a_sampler_without_probabilities_is_refused(tiny):
     with pytest.raises(ValueError, match="Rollouts under tova 8 do not know .* take full"):
         rollouts.Sampler(tiny, QUICK, TOVA(8))
@@ -357,6 +371,29 @@ def test_two_processes_by_accelerate_launch(tiny_folder, tmp_path):
     with pytest.raises(RuntimeError, match=r"accelerate launch ended with 1; see .*job.log"):
         grpo.launch(wrong, asked(), recipe, tmp_path, processes=1)
     assert "No model at" in (tmp_path / "job.log").read_text()
+
+
+def test_accelerate_reads_both_configurations(monkeypatch):
+    """Accelerate shards nothing on CPUs, so of FSDP this is what each process is told."""
+    from accelerate.commands import launch
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    def told(name: str) -> dict[str, str]:
+        file = paths.DATA / "launch" / f"{name}.yaml"
+        args = launch.launch_command_parser().parse_args(["--config_file", str(file), "script.py"])
+        args, _, _ = launch._validate_launch_command(args)
+        return launch.prepare_multi_gpu_env(args)
+
+    assert "ACCELERATE_USE_FSDP" not in told("ddp")
+    for name, value in told("fsdp").items():
+        monkeypatch.setenv(name, str(value))
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT" and plugin.cpu_ram_efficient_loading
+    plugin.set_auto_wrap_policy(toy().weights)
+    assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {
+        type(toy().weights.model.layers[0])
+    }
 
 
 def test_a_step_is_shared_by_any_number_of_gpus(monkeypatch, tmp_path):
