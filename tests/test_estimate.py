@@ -26,7 +26,8 @@ def test_the_laptop_profile_takes_about_what_it_took():
     before = {  # what the profile had when it was timed
         "02_strategies": {"CONTROLS": [0, 0], "MAX_NEW_TOKENS": 96, "TRAIN": 70, "TEST": 147,
                           "FURTHER": 42},
-        "03_dms": {"TEXTS": [56, 8], "PROBLEMS": 28},
+        "03_dms": {"TEXTS": [56, 8, 0], "PROBLEMS": 28,
+                   "RIVALS": ["Window", "TOVA", "H2O", "Random"]},
         "04_phase2": {"PROBLEMS": [140, 70, 250], "PLAN": {},
                       "SFT": {"arms": ["own", "kept", "internalised", "unfiltered"], "seeds": 3,
                               "keep_every": 16}},

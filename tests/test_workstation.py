@@ -112,7 +112,7 @@ def benchmark_rows() -> dict[str, tuple[dict, ...]]:
 SHORT = {
     "01_baseline": {"PROBLEMS": 14},
     "02_strategies": {"TRAIN": 14, "TEST": 14, "CONTROLS": "[14, 3]"},
-    "03_dms": {"RAMP_STEPS": 2, "CONTEXT": 64, "TEXTS": "[2000, 2]", "PROBLEMS": 14},
+    "03_dms": {"RAMP_STEPS": 2, "CONTEXT": 64, "TEXTS": "[2000, 2, 2]", "PROBLEMS": 14},
     "04_phase2": {
         "PROBLEMS": "[14, 7, 14]",
         "SFT": "{ arms = ['own', 'kept', 'internalised', 'unfiltered'], seeds = 2, steps = 2, "

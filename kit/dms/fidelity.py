@@ -104,12 +104,19 @@ def cached_teacher_forced_kl(
 
 
 def at_equal_live_tokens(
-    folder: Path, model: Model, ids: torch.Tensor, evictors: Mapping, rivals: Iterable, prompt: int
+    folder: Path,
+    model: Model,
+    ids: torch.Tensor,
+    evictors: Mapping,
+    rivals: Iterable,
+    prompt: int,
+    shares: bool = False,
 ) -> dict[tuple[str, float], pandas.DataFrame]:
     """`cached_teacher_forced_kl` of the full cache, of each evictor, by its compression, and of
-    each kind of policy in `rivals` with as many live tokens as that evictor took, rounded up.
+    each kind of policy in `rivals` with as many live tokens as that evictor took, rounded up: by a
+    constant number of tokens, as published, and with `shares` also by a constant share of the text.
 
-    By policy and compression; the full cache has compression 1.
+    By policy ("tova", "tova, share") and compression; the full cache has compression 1.
     """
 
     def measure(policy: Full) -> pandas.DataFrame:
@@ -120,8 +127,12 @@ def at_equal_live_tokens(
         frames["dms", compression] = measure(DMS(evictor))
         live = frames["dms", compression]["live_tokens"].mean()
         for kind in rivals:
-            rival = match_live_tokens(kind(ids.shape[1]), live, prompt, ids.shape[1])
-            frames[kind.__name__.lower(), compression] = measure(rival)
+            budgets = [kind(kept_tokens=ids.shape[1])]
+            budgets += [kind(kept_fraction=1.0)] if shares else []
+            for budget in budgets:
+                rival = match_live_tokens(budget, live, prompt, ids.shape[1])
+                name = rival.key["policy"] + ", share" * (rival.kept_tokens is None)
+                frames[name, compression] = measure(rival)
     return frames
 
 
@@ -153,15 +164,23 @@ def _final(model: Model, cache: SlotCache, tokens, positions) -> torch.Tensor:
 
 
 def match_live_tokens(policy, live_tokens: float, prompt: int, length: int):
-    """`policy` with the smallest `kept_tokens` whose mean live tokens reach `live_tokens`.
+    """`policy` with the smallest `kept_tokens`, or `kept_fraction` in steps of 0.005 where it has
+    one, whose mean live tokens reach `live_tokens`.
 
     For sequences of `length` tokens of which `prompt` are prefilled. Rounded up, so that a rival
     of DMS never has less memory than DMS.
     """
-    attended, rounds = numpy.arange(prompt + 1, length), max(1, policy.buffer)
+    attended = numpy.arange(prompt + 1, length)
+    rounds = max(1, policy.buffer) if policy.decoding else length  # between two evictions
     reduced = numpy.maximum(prompt, (attended - 1) // rounds * rounds)  # last after so many tokens
-    for kept_positions in range(getattr(policy, "window", 0) + 1, length):
-        live = numpy.minimum(reduced, kept_positions) + attended - reduced
-        if live.mean() >= live_tokens:
-            return dataclasses.replace(policy, kept_tokens=kept_positions)
-    return dataclasses.replace(policy, kept_tokens=length)
+    if policy.kept_tokens is None:
+        budgets = [dict(kept_fraction=step / 200) for step in range(1, 201)]
+    else:
+        least = getattr(policy, "sinks", getattr(policy, "window", 0)) + 1
+        budgets = [dict(kept_tokens=tokens) for tokens in range(least, length + 1)]
+    for budget in budgets:
+        matched = dataclasses.replace(policy, **budget)
+        kept = numpy.minimum(reduced, matched.budget(torch.tensor(reduced)).numpy())
+        if (kept + attended - reduced).mean() >= live_tokens:
+            break
+    return matched

@@ -58,7 +58,8 @@ def own_traces(
 def pack_documents(model: Model, documents: list[str], context: int, seed: int = 0) -> torch.Tensor:
     """Documents, shuffled and concatenated, as sequences of exactly `context` tokens: [S, context].
 
-    A remainder shorter than a sequence is dropped, as in the official data pipeline.
+    A document goes on in the next sequence; a remainder shorter than a sequence is dropped. The
+    official data pipeline begins each sequence with a document and drops what does not fit.
     """
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     ids: list[int] = []

@@ -36,6 +36,7 @@ TOOL_USE = "Calls of the calculator"
 CONTROLS = r"(?:no-hint$|hint-|planted-|retrieved-draw)"
 PLACES = "Five memories, the best of each alone"
 QUALITY = "Quality at equal live tokens"
+BY_TEXT = "Quality by kind of text"
 # Entries of the results that are tables, by caption.
 ENTRIES = {
     "04_phase2": {"arms": TRAINED, "rounds": COMPOUNDING, "contrasts": PHASE2_DIFFERENCES},
@@ -52,8 +53,9 @@ def table(stage: str, caption: str, results: Mapping, records: pd.DataFrame) -> 
     if simulated:
         return calibration.error_rates(int(simulated[1]))
     if caption == QUALITY:
-        rows = pd.DataFrame(results["sequences"]).groupby(["policy", "compression_x"], sort=False)
-        return tables.quality({key: frame.reset_index(drop=True) for key, frame in rows})
+        return quality(pd.DataFrame(results["sequences"]))
+    if caption == BY_TEXT:
+        return by_text(pd.DataFrame(results["texts"]))
     if "frames" not in results:
         return _of_arms(stage, caption, records)
     frames = {name: contrasts.restore_frames(at, results["keys"], records)
@@ -66,6 +68,21 @@ def table(stage: str, caption: str, results: Mapping, records: pd.DataFrame) -> 
     if stage == "05_parametric":
         return _recall_table(caption, results, frames)
     return _swept(caption, results, frames)
+
+
+def quality(sequences: pd.DataFrame) -> pd.DataFrame:
+    """`tables.quality` of rows by sequence, policy and compression."""
+    rows = sequences.groupby(["policy", "compression_x"], sort=False)
+    return tables.quality({key: frame.reset_index(drop=True) for key, frame in rows})
+
+
+def by_text(sequences: pd.DataFrame) -> pd.DataFrame:
+    """`quality` of each kind of text, from rows by sequence that name it."""
+    parts = []
+    for name, rows in sequences.groupby("text", sort=False):
+        parts.append(quality(rows))
+        parts[-1].insert(0, "text", name)
+    return pd.concat(parts, ignore_index=True).drop(columns="kv_bytes")
 
 
 def _of_arms(stage: str, caption: str, records: pd.DataFrame) -> pd.DataFrame | None:

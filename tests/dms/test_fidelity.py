@@ -42,11 +42,22 @@ RKV = partial(policies.RKV, window=3, buffer=8)
     "kind", [policies.Window, policies.TOVA, policies.H2O, policies.Random, RKV]
 )
 @pytest.mark.parametrize("live", [12.3, 17.0, 25.1])
-def test_matched_policies_take_as_much_memory_and_hardly_more(kind, live):
+@pytest.mark.parametrize("budget", [{"kept_tokens": 8}, {"kept_fraction": 0.9}])
+def test_matched_policies_take_as_much_memory_and_hardly_more(kind, live, budget):
     model, ids = toy(), tokens(2, 60)
-    chosen = fidelity.match_live_tokens(kind(kept_tokens=8), live, 10, 60)
+    chosen = fidelity.match_live_tokens(kind(**budget), live, 10, 60)
+    assert getattr(chosen, *budget) != budget[[*budget][0]]
     found = fidelity.teacher_forced_kl(model, ids, chosen, prompt=10)["live_tokens"]
     assert (live <= found).all() and (found < live + 1.1).all()
+
+
+def test_a_policy_of_prompts_is_matched_by_what_it_keeps_of_them():
+    model, ids = toy(), tokens(2, 60)
+    for live in (30.2, 40.0):
+        policy = policies.SnapKV(60, window=4)
+        chosen = fidelity.match_live_tokens(policy, live, 40, 60)
+        found = fidelity.teacher_forced_kl(model, ids, chosen, prompt=40)["live_tokens"]
+        assert (live <= found).all() and (found < live + 1.1).all()
 
 
 def test_rivals_are_compared_at_the_live_tokens_that_each_evictor_took(tmp_path):
@@ -60,6 +71,10 @@ def test_rivals_are_compared_at_the_live_tokens_that_each_evictor_took(tmp_path)
         assert all(live[0] <= rival < live[0] + 1.1 for rival in live[1:])
     alone = fidelity.teacher_forced_kl(model, ids, policies.DMS(evictors[4]), 10)
     assert frames["dms", 4].equals(alone)
+    how = dict(prompt=10, shares=True)
+    both = fidelity.at_equal_live_tokens(tmp_path, model, ids, {4: evictors[4]}, [RKV], **how)
+    assert [*both] == [("full", 1), ("dms", 4), ("rkv", 4), ("rkv, share", 4)]
+    assert len({*(both["rkv", 4]["policy"]), *(both["rkv, share", 4]["policy"])}) == 2
 
 
 def test_kept_is_what_a_window_keeps():

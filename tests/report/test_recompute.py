@@ -132,6 +132,13 @@ def test_thinned_caches():
     records, published = answers("plain", 0.5), claims.load()
     shown = tables.quality(frames)
     assert same(recompute.table("03_dms", recompute.QUALITY, found, records), shown)
+    texts = pd.concat(sequences.assign(text=text) for text in ("prose", "chats"))
+    found["texts"] = through_json({"texts": texts.to_dict("records")})["texts"]
+    by_text = recompute.table("03_dms", recompute.BY_TEXT, found, records)
+    assert [*by_text["text"]] == ["prose"] * 4 + ["chats"] * 4
+    for text, rows in by_text.groupby("text"):
+        alone = shown.drop(columns="kv_bytes")
+        assert same(rows.drop(columns="text").reset_index(drop=True), alone), text
     found["sequences"][7]["kl"] += 0.1
     assert not same(recompute.table("03_dms", recompute.QUALITY, found, records), shown)
     found["measurements"] = {"dms-delayed-eviction": {}}
