@@ -111,7 +111,9 @@ def verdict(claim: Claim, measurement: Measurement | None, profile: str) -> Verd
         reason = f"the {needed} profile would decide it{scope}"
         return Verdict(claim.id, NEEDS.format(needed), "", reason)
     if m is None:
-        return Verdict(claim.id, UNMEASURED, "", f"not measured yet: run {claim.notebook}")
+        names = claim.contrast.get("model", []) if "measure" in claim.contrast else []
+        on = f" on {' or '.join([names] if isinstance(names, str) else names)}" * bool(names)
+        return Verdict(claim.id, UNMEASURED, "", f"not measured yet: run {claim.notebook}{on}")
     if claim.rule == "arithmetic":
         gap = abs(m.estimate - claim.reported_value)
         word = AGREES[gap > claim.tolerance + 1e-9]  # binary fractions

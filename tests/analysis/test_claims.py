@@ -16,6 +16,7 @@ from scipy.stats import t as student
 from kit.analysis import claims, contrasts, stats
 from kit.analysis.verdicts import CLASSES, COLUMNS, RULES, VERDICTS, measured_table, verdict
 from kit.paths import DATA, ROOT
+from kit.pipeline.stages import LARGER, larger_tables, load_stages, read_profile
 
 CLAIMS = {claim.id: claim for claim in claims.load()}
 MODEL = "hub:Qwen/Qwen3-1.7B"
@@ -410,7 +411,26 @@ def test_what_nothing_measures_says_what_would_help():
     assert tour.on == "needs the laptop profile" and not tour.word
     waiting = verdict(GAIN, None, "laptop")
     assert (waiting.on, waiting.word) == ("not measured yet", "")
-    assert waiting.reason == "not measured yet: run 01_baseline"
+    assert waiting.reason == "not measured yet: run 01_baseline on smollm2-135m or Qwen3-1.7B"
+
+
+def test_a_claim_that_the_laptop_profile_decides_takes_records_of_each_model_it_may_run_on():
+    larger = larger_tables(read_profile("laptop")[LARGER])
+    for model in ["", *larger]:
+        for stage in load_stages("laptop", model=model):
+            own = [claim for claim in CLAIMS.values() if claim.notebook == stage.name
+                   and claim.decided_by("laptop") and "measure" in claim.contrast]  # fmt: skip
+            for claim in own:
+                for contrast in filter(None, (claim.contrast, claim.check)):
+                    names = contrast.get("model", "")
+                    names = [names] if isinstance(names, str) else names
+                    table = records({contrast["arm"]: np.ones((2, 1))}, model=stage.models[0])
+                    by = contrast.get("by", "arm")
+                    row = dict.fromkeys({"model", by}) | {"model": stage.models[0]}
+                    row[by] = contrast["arm"]
+                    kept = contrasts._select({"arm": contrast["arm"], "by": by, "model": names},
+                                             contrast["arm"], table.assign(**row))  # fmt: skip
+                    assert len(kept) == 2, (claim.id, stage.models)
 
 
 def test_a_claim_holds_only_over_all_of_its_controls():
