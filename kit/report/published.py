@@ -31,6 +31,7 @@ BEGIN, END = (
 RESULTS = ROOT / "docs" / "results.md"
 KEPT = ("results/", "exhibits/", "notebooks/", "status/")
 MOST = 8  # columns of a table in docs/results.md
+MAIN = ["Every arm of the strategy study"]  # tables shown there instead of the first of a stage
 HEADS = ["claim", "published", "measured", "on", "verdict", "command"]
 
 
@@ -227,9 +228,10 @@ def _section(place: Path) -> str:
     summary = ", ".join(f"{n} {on}" for on, n in counts.most_common())
     lines += [*_markdown(HEADS, rows), "", f"All {len(run.verdicts)} claims: {summary}.", ""]
     for stage in stages:
-        first_table = [each for each in exhibits.load(place / "exhibits" / stage)
-                       if isinstance(each, exhibits.Table)][:1]  # fmt: skip
-        for table in first_table:
+        tables = [each for each in exhibits.load(place / "exhibits" / stage)
+                  if isinstance(each, exhibits.Table)]  # fmt: skip
+        main = [each for each in tables if each.caption in MAIN] or tables
+        for table in main[:1]:
             url = f"../outputs/published/{place.name}/exhibits/{stage}"
             more = ", its first columns" if len(table.columns) > MOST else ""
             lines += [f"`{stage}`: {table.caption}{more} ([all tables and figures]({url}))", ""]

@@ -8,6 +8,7 @@ step that is to be compared on the validation split.
 """
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from kit.training.callbacks import MetricsCallback, explain_error, last_checkpoi
 
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw-8bit": "adamw_bnb_8bit"}  # names in TRL
 VERSIONS = [torch.__version__, transformers.__version__]  # others may take other steps
+# It would warn that a model's special tokens follow its tokenizer's from now on, as they should.
+logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,11 @@ def test_a_round_adds_the_problems_that_the_bank_does_not_hold_yet(bank, tmp_pat
         rows = [
             dict(
                 key=f"{answers[-1]} {prompt.problem.id}", problem_id=prompt.problem.id,
-                question=prompt.problem.question, family=prompt.problem.family,
-                level=prompt.problem.level, text=f"Attempt {answers[-1]}: {prompt.problem.answer}",
-                correct=True, finish="stop", new_tokens=4, model="m", weights_hash="h",
+                question=prompt.problem.question, answer=prompt.problem.answer,
+                family=prompt.problem.family, level=prompt.problem.level,
+                text=f"Attempt {answers[-1]}: {prompt.problem.answer}",
+                source=prompt.problem.source, correct=True, finish="stop", new_tokens=4,
+                model="m", weights_hash="h",
             )
             for prompt in asked
         ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,6 +166,20 @@ def test_a_killed_training_goes_on_and_ends_the_same(tiny, tiny_folder, tmp_path
         monkeypatch.setenv("KIT_DTYPE", dtype)
         with pytest.raises(ZeroDivisionError):  # another training, which begins
             sft.sft(str(tiny_folder), data, recipe, tmp_path / "cut", lambda f: 1 / 0)
+
+
+def test_special_tokens_follow_the_tokenizer_without_a_warning(
+    tiny, tiny_folder, tmp_path, monkeypatch
+):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"bos_token_id": 7}))
+    said = []
+    monkeypatch.setattr("transformers.trainer_utils.logger.handle", said.append)
+    place = sft.sft(str(other), examples(tiny), dataclasses.replace(QUICK, steps=1), tmp_path)
+    trained = json.loads((place / "config.json").read_text())
+    assert trained["bos_token_id"] == tiny.tokenizer.bos_token_id != 7
+    assert not said
 
 
 def test_models_of_several_steps_are_kept_to_choose_from(tiny, tiny_folder, tmp_path):
