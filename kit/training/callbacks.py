@@ -8,7 +8,6 @@ import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,11 +52,11 @@ class MetricsCallback(TrainerCallback):
             )
         self.equal = self.equal + 1 if logs.get("frac_reward_zero_std") == 1 else 0
         if self.equal == min(IDLE, state.max_steps):
-            warnings.warn(
+            print(
                 f"In {self.equal} steps every group had equal rewards, so nothing is learnt; take "
                 f"problems that are solved sometimes (rejection_sampling.with_reward_variance), or "
                 f"larger groups.",
-                stacklevel=2,
+                flush=True,
             )
         self.report({"step": state.global_step, **logs})
 

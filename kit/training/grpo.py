@@ -21,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, update_wrapper
@@ -33,7 +34,7 @@ from kit import paths
 from kit.data import prompts
 from kit.inference.decode import tokenize
 from kit.inference.policies import Full
-from kit.models.load import Model, collect, default_dtype, load
+from kit.models.load import Model, collect, default_dtype, load, twin
 from kit.schema import Problem, Prompt, digest
 from kit.training import memory, rewards, rollouts
 from kit.training.callbacks import MetricsCallback
@@ -366,6 +367,47 @@ def _reward(name: str, longest: int):
     """A function of kit.training.rewards under its own name, which TRL's log uses."""
     function = getattr(rewards, name)
     return update_wrapper(partial(function, longest=longest), function)
+
+
+def group_losses(model: Model, prompt: Prompt, texts: Sequence[str], advantages) -> dict:
+    """The loss of one group of answers in the first step, by the way its tokens are averaged (of
+    LOSSES): by hand, and by TRL's trainer.
+
+    Nothing has been trained, so that every ratio is 1 and the KL divergence 0, and what is left of
+    the loss of a token is minus the advantage of its answer.
+    """
+    import datasets
+    import trl
+
+    answers = [model.tokenizer(text)["input_ids"] for text in texts]
+    counts, advantages = [len(ids) for ids in answers], [float(a) for a in advantages]
+    per_token = -sum(a * n for a, n in zip(advantages, counts)) / sum(counts)
+    by_hand = {"grpo": -sum(advantages) / len(advantages), "bnpo": per_token}
+
+    size = len(texts)
+    config = GRPOConfig(groups=1, size=size, micro_batch=size, beta=0.0, rollouts="transformers",
+                        rewards=("accuracy",), weights=(1.0,))  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        trainer = corrected_trainer()(
+            twin(model.weights, torch.float32),  # accelerate leaves its own `forward` on it
+            [_reward("accuracy", config.longest)],
+            trl.GRPOConfig(**_settings(config, model, Path(place))),
+            train_dataset=datasets.Dataset.from_list([{"prompt": "-"}]),
+            processing_class=model.tokenizer,
+        )
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in answers], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
+    asked = torch.tensor([tokenize(model, prompt)] * size)
+    batch = {"prompt_ids": asked, "prompt_mask": torch.ones_like(asked)}
+    batch |= {"completion_ids": ids, "completion_mask": mask.long()}
+    batch["advantages"] = torch.tensor(advantages)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    trainer.current_gradient_accumulation_steps, losses = 1, {}
+    for kind, expected in by_hand.items():
+        trainer.loss_type = kind
+        with torch.no_grad():
+            losses[kind] = expected, float(trainer.compute_loss(trainer.model.train(), batch))
+    return losses
 
 
 def launch(
