@@ -196,11 +196,15 @@ def _strategies(parameters) -> tuple[float, float]:
 
 def _dms(parameters) -> tuple[float, float]:
     kinds, longest = 1 + len(parameters.COMPRESSIONS), max(parameters.MAX_NEW_TOKENS)
-    decoded = 2 * parameters.TEXTS[0] * answer(longest)
+    rivals = 2 * len(parameters.RIVALS)  # with a constant number of tokens, and a constant share
+    train, held_out, other = parameters.TEXTS
+    decoded = 2 * train * answer(longest)
     decoded += 4 * parameters.PROBLEMS * kinds * sum(map(answer, parameters.MAX_NEW_TOKENS))
-    decoded += 4 * parameters.PROBLEMS * len(parameters.RIVALS) * answer(longest)
-    compared = 1 + (1 + len(parameters.RIVALS)) * len(parameters.COMPRESSIONS)
-    decoded += compared * parameters.TEXTS[1] * parameters.CONTEXT
+    decoded += 4 * parameters.PROBLEMS * rivals * answer(longest)
+    compared = 1 + (1 + rivals) * len(parameters.COMPRESSIONS)
+    decoded += compared * held_out * parameters.CONTEXT
+    # Chats and prose of 60 tokens after their prompts; longer text, needles and variables.
+    decoded += other * ((2 + rivals) * 2 * 60 + (3 + rivals / 2) * (parameters.CONTEXT + 16))
     steps = log2(max(parameters.COMPRESSIONS)) * parameters.RAMP_STEPS + 2
     return decoded, len(parameters.VARIANTS) * steps * parameters.CONTEXT
 
