@@ -59,6 +59,8 @@ def write(
     baselines = [_baseline(name, of_model) for name, of_model in _by_model(baseline)]
     script = SCRIPT.read_text(encoding="utf-8")
     measured = [row for row in rows if row["measured"] and row["verdict"]]
+    models = {name for of_stage in records.values() if len(of_stage)
+              for name in tables.models(of_stage).split(", ") if name}  # fmt: skip
     others = {}
     for row in rows:
         if row not in measured:
@@ -73,7 +75,7 @@ def write(
         again=again,
         left=stages.incomplete([each for each in stage_list if _is_missing(each)]),
         total=len(rows),
-        headline=headline(rows, audits, tables.models(baseline)),
+        headline=headline(rows, audits, ", ".join(sorted(models))),
         classes=_legend_rows(CLASSES, rows, "on"),
         words=_legend_rows(VERDICTS, rows, "verdict"),
         measured=measured,

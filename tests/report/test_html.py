@@ -234,6 +234,14 @@ def test_two_models_have_a_section_each():
     assert all(f"{name} without memory solves" in page.text for name in names)
 
 
+def test_the_headline_names_the_models_of_all_stages():
+    stages = {"01_baseline": baseline("bundled:qwen2.5-coder-0.5b"), "03_dms": baseline()}
+    verdicts = measured_table(PUBLISHED, stages["01_baseline"], "laptop")
+    text = Page(report.write("laptop", stages, verdicts, AUDITS, {})).text
+    names = "bundled:qwen2.5-coder-0.5b, bundled:smollm2-135m"
+    assert f"On a stand-in model ({names}): " in text, text[:3000]
+
+
 def test_hostile_text_stays_text():
     hostile = replace(PUBLISHED[3], id=EVIL, statement=EVIL, source=EVIL, system=EVIL, unit=EVIL)
     records = baseline(model=EVIL, arms=("plain", EVIL)).assign(weights_hash=EVIL, source=EVIL)
