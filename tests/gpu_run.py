@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 16 * 2**20  # bytes of a file that comes back
 MANIFEST = "manifest.json"
-KEPT = ("store", "results", "exhibits", "notebooks", "status")  # of a run's folder
+KEPT = ("store", "results", "exhibits", "notebooks", "status", "report.html")  # of a run's folder
 PART = ".part"  # between the name of a file that was cut and the number of a piece
 LIMIT = 480  # seconds, installing included
 EVERY = 15  # seconds between copies to OUT
@@ -87,7 +87,7 @@ def bring(source: Path, out: Path, known: dict[Path, tuple]) -> None:
     """Copy what is new or changed of a run's folder to `out`, larger files in parts; `known` holds
     what has been copied."""
     for top in KEPT:
-        for file in sorted((source / top).rglob("*")):
+        for file in sorted([source / top, *(source / top).rglob("*")]):
             if not file.is_file() or file.name.startswith("."):
                 continue
             said = file.stat()

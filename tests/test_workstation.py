@@ -246,7 +246,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     said = json.loads((folder / "results" / "03_dms.json").read_text())
     evicted = Store(folder / "store").table(set(said["keys"]))
     policies = {name.split()[0] for name in evicted["policy"]}
-    rivals = {"window", "tova", "h2o", "random"}
+    rivals = {"window", "tova", "h2o", "rkv", "random"}
     assert policies == {"full", "dms-2x", "dms-4x", "dms-8x", *rivals}
     diverges = all(min(said["kl"][kind]) > 0 for kind in ("delayed", "immediate"))
     assert set(said["measurements"]) == ({"dms-delayed-eviction"} if diverges else set())

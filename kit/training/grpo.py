@@ -379,7 +379,8 @@ def group_losses(model: Model, prompt: Prompt, texts: Sequence[str], advantages)
     import datasets
     import trl
 
-    answers = [model.tokenizer(text)["input_ids"] for text in texts]
+    end = [model.tokenizer.eos_token_id]  # all there is of an empty answer
+    answers = [model.tokenizer(text)["input_ids"] or end for text in texts]
     counts, advantages = [len(ids) for ids in answers], [float(a) for a in advantages]
     per_token = -sum(a * n for a, n in zip(advantages, counts)) / sum(counts)
     by_hand = {"grpo": -sum(advantages) / len(advantages), "bnpo": per_token}
