@@ -59,8 +59,6 @@ def write(
     baselines = [_baseline(name, of_model) for name, of_model in _by_model(baseline)]
     script = SCRIPT.read_text(encoding="utf-8")
     measured = [row for row in rows if row["measured"] and row["verdict"]]
-    models = {name for of_stage in records.values() if len(of_stage)
-              for name in tables.models(of_stage).split(", ") if name}  # fmt: skip
     others = {}
     for row in rows:
         if row not in measured:
@@ -75,7 +73,7 @@ def write(
         again=again,
         left=stages.incomplete([each for each in stage_list if _is_missing(each)]),
         total=len(rows),
-        headline=headline(rows, audits, ", ".join(sorted(models))),
+        headline=headline(rows, audits, _models(records)),
         classes=_legend_rows(CLASSES, rows, "on"),
         words=_legend_rows(VERDICTS, rows, "verdict"),
         measured=measured,
@@ -95,6 +93,12 @@ def write(
     path = folder / "report.html"
     provenance.write_text(path, _outside_pictures(page, provenance.scrubber(ROOT, folder.parent)))
     return path
+
+
+def _models(records: Mapping[str, pd.DataFrame]) -> str:
+    """The names of the models of all stages."""
+    names = {name for of_stage in records.values() for name in tables.models(of_stage).split(", ")}
+    return ", ".join(sorted(names - {""}))
 
 
 def _template() -> jinja2.Template:
