@@ -97,9 +97,11 @@ def _draw(folder: Path, caption: str, picture: Picture) -> dict:
 
 
 def render(picture: Picture, kind: str) -> bytes:
-    """The file of a figure in one of FORMATS, the same bytes each time."""
+    """The file of a figure in one of FORMATS, whether or not it has been drawn before: a layout
+    settles in the second drawing."""
     buffer, clear = io.BytesIO(), kind == "svg"
     with matplotlib.rc_context(STYLE):
+        picture.draw_without_rendering()
         picture.savefig(buffer, format=kind, metadata=FORMATS[kind], dpi=300, transparent=clear)
     return buffer.getvalue()
 

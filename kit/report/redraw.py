@@ -18,7 +18,7 @@ from kit.parametric import plots as parametric_plots
 from kit.report import exhibits, recompute
 from kit.training import plots as training_plots
 
-POINTS = 0.05  # 1/72 inch: layouts that the low bits of a machine decide move a line by less
+POINTS = 0.02  # 1/72 inch: the low bits of a machine move a line by less
 NUMBER = re.compile(rb"-?\d+(?:\.\d+)?|-?\.\d+")
 STREAM = re.compile(rb"stream\r?\n(.*?)\r?\nendstream", re.DOTALL)
 SPACE = re.compile(rb"\s+")  # lines of a PDF are as long as their numbers let them

@@ -88,6 +88,16 @@ def test_the_published_figures_say_what_the_records_say(subtests):
     assert left == ["Accuracy against KV reads"]  # of shorter chains, whose records it has not
 
 
+def test_a_figure_is_the_same_whether_or_not_it_was_drawn_before(monkeypatch):
+    run, stage = bundle.read(paths.PUBLISHED_RUNS / "laptop"), "01_baseline"
+    (row,) = [row for row in run.json(f"exhibits/{stage}/{exhibits.LIST}") if "file" in row]
+    given = run.results[stage], {}, run.records[stage], run.stamps[stage]["parameters"]
+    fresh, drawn = (redraw.figure(row["caption"], *given) for _ in "ab")
+    drawn.draw_without_rendering()  # as a notebook does that shows it
+    monkeypatch.setattr(redraw, "POINTS", 0.005)
+    assert redraw.compare(fresh, {"a.pdf": exhibits.render(drawn, "pdf")}) == ([], [])
+
+
 def test_advice_follows_from_the_scenarios_of_a_sweep():
     run = bundle.read(paths.PUBLISHED_RUNS / "laptop")
     found, given = (of["06_memory_budget"] for of in (run.results, run.stamps))
