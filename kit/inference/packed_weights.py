@@ -25,6 +25,8 @@ from kit.inference.prefix_sharing import ROWS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARE = 12  # float32 weights have copies where memory, all of it, is so many times as large
 COUNTS = (2 * ROWS, 8 * ROWS, 32 * ROWS)  # of rows, of which each has the bits that it has in ROWS
+# By shape and dtype, which decide in what order a product sums: whether it keeps these bits.
+_ALIKE: dict[tuple[torch.Size, torch.dtype], bool] = {}
 _COPIES = WeakTensorKeyDictionary()  # weight -> what it held, and its packed copy if it has one
 
 
@@ -90,18 +92,20 @@ def _product(x: torch.Tensor, copy: torch.Tensor, bias: torch.Tensor | None) -> 
 def _packed(weight: torch.Tensor) -> torch.Tensor | None:
     """The copy, if a row's product by it has the same bits whatever the number of rows, and, but
     for float32, those of the product by the matrix itself; None else."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(COUNTS[-1], weight.shape[1], generator=generator).to(weight.dtype)
+    generator, kind = torch.Generator().manual_seed(0), (weight.shape, weight.dtype)
+    count = ROWS if kind in _ALIKE else COUNTS[-1]
+    x = torch.randn(count, weight.shape[1], generator=generator).to(weight.dtype)
     try:
         copy = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
         rows = _product(x[:ROWS], copy, None)
-        others = [_product(x[:count], copy, None)[:ROWS] for count in COUNTS]
+        if kind not in _ALIKE:
+            others = (_product(x[:each], copy, None)[:ROWS] for each in COUNTS)
+            _ALIKE[kind] = all(torch.equal(rows, other) for other in others)
     except RuntimeError:  # torch has no such product for this CPU or dtype
         return None
     plain = nn.functional.linear(x[:ROWS], weight)
     same = torch.equal if weight.dtype != torch.float32 else partial(torch.allclose, atol=1e-3)
-    whole = same(rows, plain) and all(torch.equal(rows, other) for other in others)
-    return copy if whole else None
+    return copy if _ALIKE[kind] and same(rows, plain) else None
 
 
 def _state(weight: torch.Tensor) -> tuple:
