@@ -52,16 +52,8 @@ class Lesson(BaseModel):
     def strategy(self, problem: Problem, correct: bool, model: str, **origin) -> Strategy:
         """The lesson of an attempt at `problem`, as a bank keeps it; `origin` is the `extractor`
         and, while a bank is built, the `step`."""
-        return Strategy(
-            **self.model_dump(),
-            kind="success" if correct else "failure",
-            problem_id=problem.id,
-            family=problem.family,
-            level=problem.level,
-            question=problem.question,
-            model=model,
-            **origin,
-        )
+        kind = "success" if correct else "failure"
+        return Strategy.of(problem, **self.model_dump(), kind=kind, model=model, **origin)
 
     @classmethod
     def read(cls, text: str) -> list["Lesson"] | None:

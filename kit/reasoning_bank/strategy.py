@@ -58,6 +58,17 @@ class Strategy:
     extractor: str  # fingerprint of the extracting program
     step: int = 0  # of `build.fill_bank`
 
+    @classmethod
+    def of(cls, problem: Problem, **fields) -> "Strategy":
+        """A strategy that comes from `problem`, with all other `fields` given."""
+        return cls(
+            problem_id=problem.id,
+            family=problem.family,
+            level=problem.level,
+            question=problem.question,
+            **fields,
+        )
+
     @property
     def id(self) -> str:
         """Hash of its text and of its problem: 16 hex digits."""
@@ -115,15 +126,12 @@ def examples(records: pandas.DataFrame, longest: int = 256) -> list[Strategy]:
 
 def example(problem: Problem, text: str, model: str) -> Strategy:
     """A correct attempt of `model` at a problem, verbatim."""
-    return Strategy(
+    return Strategy.of(
+        problem,
         title="Worked example",
         description="",
         content=f"{problem.question}\n{text.strip()}",
         kind="success",
-        problem_id=problem.id,
-        family=problem.family,
-        level=problem.level,
-        question=problem.question,
         model=model,
         extractor="trajectory",
     )

@@ -52,10 +52,9 @@ def seed_examples(problems: Sequence[Problem], each: int) -> list[Strategy]:
     table = pandas.DataFrame({"problem": problems, "key": [(p.family, p.level) for p in problems]})
     first = table.groupby("key", sort=True).head(each)["problem"]
     return [
-        Strategy(
-            title="Worked example", description="", content=f"{p.question}\nAnswer: {p.answer}",
-            kind="success", problem_id=p.id, family=p.family, level=p.level, question=p.question,
-            model=p.source, extractor="gold answer",
+        Strategy.of(
+            p, title="Worked example", description="", content=f"{p.question}\nAnswer: {p.answer}",
+            kind="success", model=p.source, extractor="gold answer",
         )
         for p in first
     ]  # fmt: skip

@@ -74,14 +74,10 @@ def lesson(problem: Problem, title: str = "", **changes) -> Strategy:
         description=f"For problems on {family}.",
         content=f"Write the parts of {problem.family} down one by one and check each.",
         kind="success",
-        problem_id=problem.id,
-        family=problem.family,
-        level=problem.level,
-        question=problem.question,
         model="tests",
         extractor="tests",
     )
-    return Strategy(**values | changes)
+    return dataclasses.replace(Strategy.of(problem, **values), **changes)
 
 
 def asked(problem: Problem, **changes) -> Problem:
@@ -147,12 +143,18 @@ def test_equal_scores_are_ordered_by_id(tmp_path, minilm, train):
     assert [s.id for s in found.strategies] == expected, "a tie hid a smaller id"
 
 
-def test_words_find_what_vectors_may_miss(tmp_path, minilm, train):
+@pytest.fixture
+def zygote(tmp_path, minilm, train):
+    """A bank, the one strategy in it with a rare word, and a problem that asks for this word."""
     made = ReasoningBank(tmp_path, minilm)
     made.add([lesson(p) for p in train[:40]])
     rare = lesson(train[41], content="Remember the zygote rule.")
     made.add([rare])
-    problem = asked(train[300], question="What does zygote say?", answer="none")
+    return made, rare, asked(train[300], question="What does zygote say?", answer="none")
+
+
+def test_words_find_what_vectors_may_miss(zygote, train):
+    made, rare, problem = zygote
     for method in ("text", "hybrid"):
         assert made.retrieve(problem, k=1, method=method).strategies == (rare,)
     operators = asked(train[300], question='zygote) AND -"rule" ^~* (', answer="none")
@@ -171,12 +173,8 @@ def test_a_hybrid_search_fuses_reciprocal_ranks(bank):
     assert [*fused.scores] == sorted(fused.scores, reverse=True) and len(fused.scores) == whole
 
 
-def test_a_hybrid_search_is_ordered_by_any_reranker_before_the_guard(tmp_path, minilm, train):
-    made = ReasoningBank(tmp_path, minilm)
-    made.add([lesson(p) for p in train[:40]])
-    rare = lesson(train[41], content="Remember the zygote rule.")
-    made.add([rare])
-    problem = asked(train[300], question="What does zygote say?", answer="none")
+def test_a_hybrid_search_is_ordered_by_any_reranker_before_the_guard(zygote):
+    made, rare, problem = zygote
     by_words, by_vectors = (LinearCombinationReranker(weight=weight) for weight in (0.0, 1.0))
 
     def found(problem, reranker):
