@@ -214,6 +214,12 @@ def _problem(rows: pd.DataFrame) -> Iterable[tuple[str, str]]:
     return zip(*(rows[name].tolist() for name in PROBLEM), strict=True)
 
 
+def listed(contrast: Mapping, key: str) -> list:
+    """The value or values that a contrast has for a key; none where it lacks the key."""
+    values = contrast.get(key, [])
+    return values if isinstance(values, list) else [values]
+
+
 def _select(contrast: Mapping, arm: str, records: pd.DataFrame) -> pd.DataFrame:
     """Rows of one arm that pass the filters of the contrast."""
     if records.empty:
@@ -222,7 +228,7 @@ def _select(contrast: Mapping, arm: str, records: pd.DataFrame) -> pd.DataFrame:
     for key, column in FILTERS.items():
         if key not in contrast:
             continue
-        values = contrast[key] if isinstance(contrast[key], list) else [contrast[key]]
+        values = listed(contrast, key)
         if key == "model":
             names = rows["model"].str.casefold()
             keep = [any(part.casefold() in name for part in values) for name in names]

@@ -15,7 +15,7 @@ import pandas as pd
 
 from kit.analysis import stats
 from kit.analysis.claims import PROFILES, Claim, audit, impossible, measure
-from kit.analysis.contrasts import Measurement
+from kit.analysis.contrasts import Measurement, listed
 
 PUBLISHED, OTHER_TASK, STAND_IN = (
     "published model and task",
@@ -111,8 +111,8 @@ def verdict(claim: Claim, measurement: Measurement | None, profile: str) -> Verd
         reason = f"the {needed} profile would decide it{scope}"
         return Verdict(claim.id, NEEDS.format(needed), "", reason)
     if m is None:
-        names = claim.contrast.get("model", []) if "measure" in claim.contrast else []
-        on = f" on {' or '.join([names] if isinstance(names, str) else names)}" * bool(names)
+        names = listed(claim.contrast, "model") if "measure" in claim.contrast else []
+        on = f" on {' or '.join(names)}" * bool(names)
         return Verdict(claim.id, UNMEASURED, "", f"not measured yet: run {claim.notebook}{on}")
     if claim.rule == "arithmetic":
         gap = abs(m.estimate - claim.reported_value)

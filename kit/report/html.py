@@ -73,7 +73,7 @@ def write(
         again=again,
         left=stages.incomplete([each for each in stage_list if _is_missing(each)]),
         total=len(rows),
-        headline=headline(rows, audits, _models(records)),
+        headline=headline(rows, audits, tables.models(pd.concat([baseline, *records.values()]))),
         classes=_legend_rows(CLASSES, rows, "on"),
         words=_legend_rows(VERDICTS, rows, "verdict"),
         measured=measured,
@@ -93,12 +93,6 @@ def write(
     path = folder / "report.html"
     provenance.write_text(path, _outside_pictures(page, provenance.scrubber(ROOT, folder.parent)))
     return path
-
-
-def _models(records: Mapping[str, pd.DataFrame]) -> str:
-    """The names of the models of all stages."""
-    names = {name for of_stage in records.values() for name in tables.models(of_stage).split(", ")}
-    return ", ".join(sorted(names - {""}))
 
 
 def _template() -> jinja2.Template:

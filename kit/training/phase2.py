@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kit.analysis import contrasts
+from kit.analysis import contrasts, tables
 from kit.data import problems, prompts
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
@@ -34,7 +34,6 @@ from kit.training.expert_iteration import Plan, evaluate_checkpoint
 from kit.training.sft import SFTConfig
 
 Trainings = Mapping[tuple[str, int], Path]  # trained models by arm and seed
-ENDED = 95  # percent of answers that have to end, else a contrast is one at the limit of tokens
 WAYS = ("without the bank", "with the bank")  # of asking, in `Study.compound`
 
 
@@ -234,11 +233,11 @@ def traces(answers: Mapping[str, pd.DataFrame], cap: int) -> pd.DataFrame:
 
 
 def cut_short(frames: Mapping[str, pd.DataFrame], tokens: int) -> str:
-    """A clause for contrasts of exams in which less than ENDED percent of an arm's answers ended
-    before their limit of `tokens`; "" where all arms ended more."""
+    """A clause for contrasts of exams in which less than `tables.ENDED` percent of an arm's answers
+    ended before their limit of `tokens`; "" where all arms ended more."""
     rates = {arm: 100 * (frame["finish"] == "stop").mean() for arm, frame in frames.items()}
     worst = min(rates, key=rates.get)
-    if rates[worst] >= ENDED:
+    if rates[worst] >= tables.ENDED:
         return ""
     return f" at {tokens} tokens, where {worst} ends {rates[worst]:.0f}% of its answers"
 
