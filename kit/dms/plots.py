@@ -101,7 +101,8 @@ def quality(table: pd.DataFrame) -> Picture:
         for series, name, rows in groups(table, "policy"):
             rows = rows.sort_values("kept_fraction")
             line(axes, rows["kept_fraction"], [*rows["kl"]], series, name)
-        axes.set_yscale("log")
+        if axes.dataLim.y1 > 0:  # nothing positive has no logarithm
+            axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("kept fraction of the tokens, window counted")
