@@ -16,15 +16,14 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-import nbformat
 import pandas as pd
 
 from kit.analysis import claims
 from kit.paths import DATA, ROOT, run_dir
 from kit.pipeline import provenance, stages
-from kit.report import withheld
+from kit.report import notebook_page, withheld
 
 SUMS, RECORDS, VERDICTS = "SHA256SUMS", "records.parquet", "results/07_verdicts.json"
 CRATE = "ro-crate-metadata.json"
@@ -33,16 +32,6 @@ BESIDE = {  # name in the bundle: file of the project
     "claims.toml": DATA / "claims.toml", "LICENSES.md": DATA / "LICENSES.md",
     **{name: ROOT / name for name in ("requirements.lock", "LICENSE", "CITATION.cff")},
 }  # fmt: skip
-COLOURS = """
-:root { --jp-mirror-editor-operator-color: #7a00c2; --jp-mirror-editor-comment-color: #2f6f6f;
-  --jp-mirror-editor-number-color: #006d00; --jp-cell-prompt-not-active-opacity: 1 }
-.jp-RenderedHTMLCommon a, .jp-RenderedHTMLCommon a:link { text-decoration: underline }
-@media (prefers-color-scheme: dark) { %s
-:root { color-scheme: dark; --jp-mirror-editor-operator-color: #c792ff;
-  --jp-mirror-editor-comment-color: #7fc4c4; --jp-mirror-editor-number-color: #7fd07f }
-.jp-RenderedHTML pre { background: #f8f8f8 !important; color: black !important }
-.jp-OutputArea-output img { background: white } }
-"""  # of a notebook's page
 DATES = (1980, 1, 1, 0, 0, 0)  # of all members: equal runs make equal bundles
 README = """# A run of the {profile} profile
 
@@ -220,7 +209,8 @@ def write(profile: str) -> Path:
         files[name] = _json(tree)
     records = withheld.without_texts(records)
     for name in notebooks:
-        files[name.replace(".ipynb", ".html")] = scrub(_page(files[name])).encode()
+        html = notebook_page.page(files[name], PurePosixPath(name).stem)
+        files[name.replace(".ipynb", ".html")] = scrub(html).encode()
     buffer = io.BytesIO()
     records = records.assign(model=records["model"].map(scrub), policy=records["policy"].map(scrub))
     records.to_parquet(buffer, index=False)
@@ -296,16 +286,3 @@ def _readme(profile: str, all_stages: Sequence[stages.Stage], run: Run, commit: 
     unfinished = stages.incomplete(all_stages)
     complete = f"**INCOMPLETE**: {unfinished}." if unfinished else "Every stage ran to its end."
     return README.format(profile=profile, complete=complete, table="\n".join(rows), commit=commit)
-
-
-def _page(notebook: bytes) -> str:
-    """A notebook as HTML, dark where its reader prefers that, with more contrast than nbconvert's
-    own colours have."""
-    from nbconvert import HTMLExporter  # takes a second
-
-    exporter = HTMLExporter(embed_images=True)
-    tree = nbformat.reads(notebook.decode(), as_version=4)
-    page, _ = exporter.from_notebook_node(tree)
-    loader, environment = exporter.environment.loader, exporter.environment
-    dark, *_ = loader.get_source(environment, "static/theme-dark.css")
-    return page.replace("</head>", f"<style>{COLOURS % dark}</style></head>", 1)
