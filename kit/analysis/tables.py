@@ -22,6 +22,7 @@ from kit.schema import digest
 MEASURES = ("accuracy", "majority", "finished", "compliance", "accuracy_given_finished")
 CUT = 5.0  # points in the share of ended answers, above which a length limit may make a difference
 ENDED = 95.0  # percent of the answers that a length limit should let end
+MOST = 999  # the largest end of an interval of divergences that a table spells out
 COSTS = ("new_tokens", "kv_reads_tokens", "kv_peak_bytes", "seconds")  # mean over samples
 LABELS = {  # heading of a column, where its name does not do; units where they are not obvious
     "accuracy": "accuracy, %",
@@ -296,7 +297,9 @@ def cell_text(name: str, cell) -> str:
     if isinstance(cell, tuple):
         digits = {"kl": ".3f", "kl_ratio": ".2f"}.get(name, ".1f")
         sign = "+" if name == "difference" else ""
-        return f"{cell[0]:{sign}z{digits}} [{cell[1]:z{digits}}, {cell[2]:z{digits}}]"
+        endless = name in ("kl", "kl_ratio") and cell[2] > MOST  # as of two sequences
+        high = f"over {MOST}" if endless else f"{cell[2]:z{digits}}"
+        return f"{cell[0]:{sign}z{digits}} [{cell[1]:z{digits}}, {high}]"
     if cell is None or pd.isna(cell):
         return "–"
     if name in ("kept_fraction", "membership"):
