@@ -48,12 +48,11 @@ def write(
 
     `records` are those of each stage, by its name; `verdicts` is `measured_table` and `audits` is
     `tables.audits` of the same claims; `results` is `exhibits.load_results`.
-    Of a run judged again, by `kit.report.verify`: `folder` is where it lies, `made_by` its
-    provenance in place of that of here and now, `again` what differs and what was taken as it is.
+    Of another run, by `kit.report.verify`: `folder` is where it lies, `made_by` its provenance;
+    where it was judged again, `again` is what differs and what was taken as it is.
     """
-    folder = folder or run_dir(profile)
-    stage_list = [replace(each, profile=profile, folder=folder)
-             for each in stages.load_stages(stages.TOUR)]  # fmt: skip
+    folder, tour = folder or run_dir(profile), stages.load_stages(stages.TOUR)
+    stage_list = [replace(each, profile=profile, folder=folder) for each in tour]
     rows = _verdict_rows(verdicts, audits, stage_list, results)
     baseline = records.get("01_baseline", pd.DataFrame())
     baselines = [_baseline(name, of_model) for name, of_model in _by_model(baseline)]
@@ -71,6 +70,7 @@ def write(
         samples=_samples(records, folder),
         profile=profile,
         again=again,
+        elsewhere=made_by is not None,
         left=stages.incomplete([each for each in stage_list if _is_missing(each)]),
         total=len(rows),
         headline=headline(rows, audits, tables.models(pd.concat([baseline, *records.values()]))),

@@ -213,7 +213,8 @@ def _section(place: Path) -> str:
     lines = [f"Profile {place.name}: {', '.join(f'`{stage}`' for stage in stages)}, on "
              f"{machine.get('hardware: cpu')}, {cores(machine.get('hardware: cores'))}, torch "
              f"{machine.get('version of torch')}. Every claim that its records decide, with 95% "
-             f"intervals:", ""]  # fmt: skip
+             f"intervals ([its report]({_url(place)}/report.html), a page to download and open):",
+             ""]  # fmt: skip
     lines[:0] = _renewed(run)
     rows = []
     for row in run.verdicts.values():
@@ -232,12 +233,17 @@ def _section(place: Path) -> str:
                   if isinstance(each, exhibits.Table)]  # fmt: skip
         main = [each for each in tables if each.caption in MAIN] or tables
         for table in main[:1]:
-            url = f"../outputs/published/{place.name}/exhibits/{stage}"
+            url = f"{_url(place)}/exhibits/{stage}"
             more = ", its first columns" if len(table.columns) > MOST else ""
             lines += [f"`{stage}`: {table.caption}{more} ([all tables and figures]({url}))", ""]
             rows = [row[:MOST] for row in table.rows]
             lines += [*_markdown(table.columns[:MOST], rows), ""]
     return "\n".join(lines)
+
+
+def _url(place: Path) -> str:
+    """The folder of a published run, seen from docs/."""
+    return f"../outputs/published/{place.name}"
 
 
 def _renewed(run: Run) -> list[str]:

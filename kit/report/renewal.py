@@ -65,7 +65,7 @@ def renew(folder: Path) -> Renewal:
 
 def judge(folder: Path) -> None:
     """Write the verdicts that the claims of this kit get from the records and measurements of the
-    run in `folder` into its results, where these have any."""
+    run in `folder` into its results, where these have any, and the report of them beside."""
     run = bundle.read(folder)
     verdicts = verify.rejudged(run)
     rows = verdicts.drop(columns="n")
@@ -79,6 +79,7 @@ def judge(folder: Path) -> None:
                 chance = calibration.by_chance(run.claims, verdicts.to_dict("records"))
                 results["by_chance"] = chance
             write_json(folder / "results" / f"{stage}.json", exhibits.plain(results, stage))
+    verify.page(bundle.read(folder), verdicts, folder)
 
 
 def _read(folder: Path) -> dict[str, list | None]:

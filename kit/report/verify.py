@@ -136,14 +136,26 @@ def write_report(judgement: Judgement) -> Path | None:
         if parts[0] in FOLDERS and ".." not in parts:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
+    return page(run, verdicts, folder, (judgement.differences, judgement.unchecked))
+
+
+def page(
+    run: Run,
+    verdicts: pd.DataFrame,
+    folder: Path,
+    again: tuple[list[str], list[str]] | None = None,
+) -> Path:
+    """Write the report of `run`, which lies in `folder`, with `verdicts` of `rejudged`, into it;
+    `again` as `html.write` takes it. BundleError where a stage lacks what the page shows."""
     commits = {stage: f"{of['commit'][:10]}{' with uncommitted changes' * bool(of['dirty'])}"
                for stage, of in run.stamps.items() if of}  # fmt: skip
-    every_commit = "; ".join(f"{stage} {commit}" for stage, commit in commits.items())
-    made_by = stamp | {"commit": every_commit, "dirty": False}
-    audits, differences = tables.audits(run.claims), (judgement.differences, judgement.unchecked)
+    different = {*commits.values()}
+    every = "; ".join(f"{stage} {commit}" for stage, commit in commits.items())
+    stamp = run.stamps["07_verdicts"]
+    made_by = stamp | {"commit": every if len(different) > 1 else min(different), "dirty": False}
     try:
-        return html.write(stamp["profile"], run.records, verdicts, audits, run.results,
-                          folder=folder, made_by=made_by, again=differences)  # fmt: skip
+        return html.write(stamp["profile"], run.records, verdicts, tables.audits(run.claims),
+                          run.results, folder=folder, made_by=made_by, again=again)  # fmt: skip
     except KeyError as error:
         raise BundleError(f"its notebooks or status files do not say {error}") from error
 

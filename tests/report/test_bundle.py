@@ -255,6 +255,8 @@ def test_stages_are_published_one_by_one(tmp_path, monkeypatch):
             "notebooks/01_baseline.ipynb"} < set(first.files)  # fmt: skip
     assert not any(name.endswith(".html") for name in first.files) and len(first.all_records) == 224
     assert first.verdicts == bundle.read(here).verdicts
+    page = (place / "report.html").read_text()
+    assert "rbslm-format-accuracy" in page and first.environment["commit"][:10] in page
     # On another machine only another stage has run; what was published of the first one stays.
     kept = {one: row for one, row in first.verdicts.items() if row["measured"]}
     other = tmp_path / "elsewhere"
