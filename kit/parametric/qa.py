@@ -134,19 +134,22 @@ def nll_per_token(
     model: Model,
     texts: Sequence[str],
     bank: ParametricBank | None = None,
+    begins: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Mean negative log-likelihood of each text in nats per token, its first token given. With
-    `bank` each text fetches the blocks of its own path."""
-    nats = []
+    `bank` each text fetches the blocks of its own path. With `begins`, the beginnings of the texts,
+    it fetches those of its beginning, and only the tokens after that count."""
+    nats, begins = [], begins or [""] * len(texts)
     for first in range(0, len(texts), BATCH):
-        part = list(texts[first : first + BATCH])
+        rows = slice(first, first + BATCH)
+        part, given = texts[rows], begins[rows]
         ids, mask = _padded([_ids(model, one) for one in part], model)
-        with fetched(model, part, bank):
+        with fetched(model, [start or text for start, text in zip(given, part)], bank):
             states = model.weights.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-        for row, spoken, state in zip(ids, mask.bool(), states):
-            row, state = row[spoken], state[spoken]
-            logits = _logits(model, state[:-1])
-            nats.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
+        for row, spoken, state, start in zip(ids, mask.bool(), states, given):
+            row, state, read = row[spoken], state[spoken], max(1, len(_ids(model, start)))
+            logits = _logits(model, state[read - 1 : -1])
+            nats.append(float(torch.nn.functional.cross_entropy(logits, row[read:])))
     return np.array(nats)
 
 

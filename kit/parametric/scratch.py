@@ -9,31 +9,40 @@ Source: https://arxiv.org/abs/2510.02375, section 3.3, rows A1 and A2 of the mai
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from kit.analysis import stats
 from kit.models.load import Model, load
+from kit.parametric import qa
 from kit.parametric.facts import Sentence
+from kit.parametric.study import FactStudy, Layout
+from kit.parametric.train import MemoryTrainConfig
 
 ARMS = ("continued", "co-trained", "co-trained generic")
 TOKENS = 4096  # the first of the vocabulary, with which any text can be read
 HEAD = 32  # width of an attention head
 
 
-def untrained(folder: Path, like: Model, hidden: int, layers: int, seed: int = 0) -> Model:
-    """A Llama of random weights saved in `folder`, with the first tokens of the model `like`;
-    ValueError where `hidden` is no multiple of HEAD, or a text would end with a later token."""
+def untrained(
+    folder: Path, like: Model, hidden: int, layers: int, seed: int = 0, units: int = 0
+) -> Model:
+    """A Llama of random weights saved in `folder`, with the first tokens of the model `like` and
+    `units` feed-forward units a layer more than four times `hidden`; ValueError where `hidden` is
+    no multiple of HEAD, or a text would end with a later token."""
     if hidden % HEAD or hidden < HEAD:
         raise ValueError(f"hidden is {hidden}; use a multiple of {HEAD}")
     if like.tokenizer.eos_token_id >= TOKENS:
         raise ValueError(f"{like.name} ends a text with token {like.tokenizer.eos_token_id}; use a "
                          f"model whose end is among its first {TOKENS:,}")  # fmt: skip
     config = LlamaConfig(
-        vocab_size=TOKENS, hidden_size=hidden, intermediate_size=4 * hidden,
+        vocab_size=TOKENS, hidden_size=hidden, intermediate_size=4 * hidden + units,
         num_hidden_layers=layers, num_attention_heads=hidden // HEAD, head_dim=HEAD,
         num_key_value_heads=hidden // HEAD, tie_word_embeddings=True,
         max_position_embeddings=1024, eos_token_id=like.tokenizer.eos_token_id,
@@ -54,3 +63,58 @@ def untrained(folder: Path, like: Model, hidden: int, layers: int, seed: int = 0
 def whole(sentences: Sequence[Sentence]) -> list[Sentence]:
     """The sentences with a loss on all of their tokens, as in pretraining."""
     return [replace(s, context="", completion=s.context + s.completion) for s in sentences]
+
+
+def nats(
+    study: FactStudy,
+    wider: Model,
+    layout: Layout,
+    recipe: MemoryTrainConfig,
+    texts: Mapping[str, Sequence[Sentence]],
+) -> pd.DataFrame:
+    """Nats per token of held-out texts, after training from random weights on the same tokens.
+
+    Arms: "alone", the anchor of `study`; "fetched", anchor and bank, each text by its own
+    embedding; "generic", the same anchor with its generic block; "wider", an anchor with so many
+    units more as a text fetches (`untrained`). A row is a text of a kind of `texts`: `nats` of all
+    its tokens, and `later`, of its second half with the blocks that its first half fetches, for
+    which nothing that is predicted has been read.
+    """
+    study = replace(study, sentences=tuple(whole(study.sentences)))
+    arms = {"alone": (study, ARMS[0]), "fetched": (study, ARMS[1]), "generic": (study, ARMS[2]),
+            "wider": (replace(study, model=wider), ARMS[0])}  # fmt: skip
+    rows = []
+    for arm, (of, name) in arms.items():
+        model, bank = of.arm(name, layout, recipe)
+        read = model.weights.num_parameters() + (bank.shape.fetched if bank else 0)
+        for kind, sentences in texts.items():
+            lines = [s.context + s.completion for s in sentences]
+            begins = [" ".join(words[: len(words) // 2]) for words in map(str.split, lines)]
+            frame = pd.DataFrame({"subject": [s.fact.subject for s in sentences]})
+            frame["nats"] = qa.nll_per_token(model, lines, bank)
+            frame["later"] = qa.nll_per_token(model, lines, bank, begins)
+            rows.append(frame.assign(arm=arm, parameters=read, kind=kind))
+    return pd.concat(rows, ignore_index=True)
+
+
+def compared(rows: pd.DataFrame, measure: str = "nats") -> pd.DataFrame:
+    """By arm and kind of text the perplexity, and the nats per token by which "fetched" has fewer
+    than the arm; means over subjects of the means of their texts, 95% intervals by subject."""
+    table = []
+    for arm in dict.fromkeys(rows["arm"]):
+        of = rows[rows["arm"] == arm]
+        row = {"arm": arm, "parameters": int(of["parameters"].iloc[0])}
+        for kind in dict.fromkeys(rows["kind"]):
+            mine, fetched = (_by_subject(rows, one, kind, measure) for one in (arm, "fetched"))
+            row[f"perplexity, {kind}"] = float(np.exp(mine.mean()))
+            if arm != "fetched":
+                found = stats.cluster_bootstrap(
+                    (mine - fetched).to_numpy()[:, None], np.random.default_rng(0)
+                )
+                row[f"fetched gains, {kind}"] = found.estimate, found.low, found.high
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def _by_subject(rows: pd.DataFrame, arm: str, kind: str, measure: str) -> pd.Series:
+    return rows[(rows["arm"] == arm) & (rows["kind"] == kind)].groupby("subject")[measure].mean()
