@@ -19,11 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kit.analysis import stats
+from kit.models.embedder import Embedder
 from kit.models.load import Model, load
-from kit.parametric import qa
+from kit.parametric import qa, wikipedia
 from kit.parametric.facts import Sentence
 from kit.parametric.study import FactStudy, Layout
 from kit.parametric.train import MemoryTrainConfig
+from kit.parametric.wikipedia import Article
 
 ARMS = ("continued", "co-trained", "co-trained generic")
 TOKENS = 4096  # the first of the vocabulary, with which any text can be read
@@ -65,34 +67,43 @@ def whole(sentences: Sequence[Sentence]) -> list[Sentence]:
     return [replace(s, context="", completion=s.context + s.completion) for s in sentences]
 
 
-def nats(
-    study: FactStudy,
-    wider: Model,
+def on_articles(
+    folder: Path,
+    like: Model,
+    embedder: Embedder,
+    articles: Sequence[Article],
+    anchor: Mapping[str, int],
     layout: Layout,
     recipe: MemoryTrainConfig,
-    texts: Mapping[str, Sequence[Sentence]],
 ) -> pd.DataFrame:
-    """Nats per token of held-out texts, after training from random weights on the same tokens.
+    """Nats per token of held-out paragraphs, after training from random weights on equal tokens.
 
-    Arms: "alone", the anchor of `study`; "fetched", anchor and bank, each text by its own
-    embedding; "generic", the same anchor with its generic block; "wider", an anchor with so many
-    units more as a text fetches (`untrained`). A row is a text of a kind of `texts`: `nats` of all
-    its tokens, and `later`, of its second half with the blocks that its first half fetches, for
-    which nothing that is predicted has been read.
+    Arms: "alone", an `anchor` (hidden, layers; see `untrained`); "fetched", anchor and bank in all
+    layers, each text by its own embedding; "generic", the same anchor with its generic block;
+    "wider", an anchor with as many units more as a text fetches. A row is a text of one `kind`,
+    "same" or "other" articles (`wikipedia.paragraphs`): `nats` of all its tokens, and `later`, of
+    its second half with the blocks that its first half fetches, before which nothing that is
+    predicted has been read.
     """
-    study = replace(study, sentences=tuple(whole(study.sentences)))
+    units, seed = sum(layout.sizes), recipe.seed
+    model = untrained(folder / f"anchor{seed}", like, **anchor, seed=seed)
+    wider = untrained(folder / f"wider{seed}", like, **anchor, seed=seed, units=units)
+    layout = replace(layout, layers=anchor["layers"])
+    texts = wikipedia.paragraphs(articles, model, recipe.context)
+    known = tuple(dict.fromkeys(sentence.fact for sentence in texts.told))
+    study = FactStudy(model, embedder, known, tuple(whole(texts.told)), folder / "memory")
     arms = {"alone": (study, ARMS[0]), "fetched": (study, ARMS[1]), "generic": (study, ARMS[2]),
             "wider": (replace(study, model=wider), ARMS[0])}  # fmt: skip
     rows = []
     for arm, (of, name) in arms.items():
-        model, bank = of.arm(name, layout, recipe)
-        read = model.weights.num_parameters() + (bank.shape.fetched if bank else 0)
-        for kind, sentences in texts.items():
+        trained, bank = of.arm(name, layout, recipe)
+        read = trained.weights.num_parameters() + (bank.shape.fetched if bank else 0)
+        for kind, sentences in {"same": texts.same, "other": texts.other}.items():
             lines = [s.context + s.completion for s in sentences]
             begins = [" ".join(words[: len(words) // 2]) for words in map(str.split, lines)]
             frame = pd.DataFrame({"subject": [s.fact.subject for s in sentences]})
-            frame["nats"] = qa.nll_per_token(model, lines, bank)
-            frame["later"] = qa.nll_per_token(model, lines, bank, begins)
+            frame["nats"] = qa.nll_per_token(trained, lines, bank)
+            frame["later"] = qa.nll_per_token(trained, lines, bank, begins)
             rows.append(frame.assign(arm=arm, parameters=read, kind=kind))
     return pd.concat(rows, ignore_index=True)
 

@@ -50,6 +50,7 @@ ENGLISH = bundled.Bundled(
     ),
 )
 LEAST = 1200  # characters of an article that is taken
+BROKEN = (pyarrow.ArrowException, KeyError, OSError, EOFError, ElementTree.ParseError)
 SHORTEST = 16  # tokens of a piece
 PARAGRAPH = 120  # characters of a line of a dump that is taken for prose
 END = re.compile(  # what follows these headings is no prose
@@ -87,7 +88,7 @@ def load(count: int, source: str = "hub") -> list[Article]:
         for batch in (_dump if file.suffix == ".bz2" else _table)(file):
             found = ((digest(title), title, text) for title, text in batch if len(text) >= LEAST)
             lowest = heapq.nsmallest(count, [*lowest, *found])
-    except (pyarrow.ArrowException, KeyError, OSError, ElementTree.ParseError) as error:
+    except BROKEN as error:
         raise ValueError(f"{file} has no titles and texts ({error}); fetch it again.") from None
     if len(lowest) < count:
         raise ValueError(f"{file} has {len(lowest)} articles of {LEAST} characters, not {count}.")

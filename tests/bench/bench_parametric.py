@@ -7,9 +7,9 @@ data than cache and 256 MiB more (RLIMIT_DATA, as `ulimit -d` sets it), so that 
 into memory would end the bench. Decoding: 16 sequences with 16 different paths against none, in
 pairs. Serving: 48 questions to 48 leaves through a batch of 16, with a cache of four paths, so that
 blocks are evicted while they are asked for: milliseconds between tokens of a sequence, admissions
-included, and reads per block; two processes that fetch from one map, and the memory of both as its
-pages are shared (PSS). KIT_BENCH_PATHS makes it other than 1,000 paths, KIT_BENCH_BANK keeps the
-bank in a folder.
+included, over those with a cache of all and those without memory, and reads per block; two
+processes that fetch from one map, and the memory of both as its pages are shared (PSS).
+KIT_BENCH_PATHS makes it other than 1,000 paths, KIT_BENCH_BANK keeps the bank in a folder.
 """
 
 import multiprocessing
@@ -151,9 +151,11 @@ def _decoding(model, bank: ParametricBank) -> list[float]:
 
 
 def _serving(model, folder: Path) -> dict:
-    """Milliseconds between the forward passes of a batch whose questions go to other leaves."""
+    """Milliseconds between the forward passes of a batch whose questions go to other leaves, with
+    a cache of four paths, and over those with a cache of all, and without memory."""
     shape = ParametricBank(folder, model).shape
-    few = ParametricBank(folder, model, cache_bytes=4 * model.dtype.itemsize * shape.fetched)
+    one = model.dtype.itemsize * shape.fetched
+    few, all_ = (ParametricBank(folder, model, cache_bytes=n * one) for n in (4, 2 * SERVED))
     reads, read = [], few._read
     few._read = lambda *key: reads.append(key) or read(*key)
     suite = problems.load("laptop", "test", n=SERVED).problems
@@ -162,21 +164,16 @@ def _serving(model, folder: Path) -> dict:
         decode.Request(i, p.id, 0, path)
         for i, p, path in zip(ids, suite, _paths(SERVED, seed=2), strict=True)
     ]
-    passes: list[float] = []
-    hook = model.weights.base_model.register_forward_hook(
-        lambda *_: passes.append(time.perf_counter())
-    )
-    try:
-        decode.decode(model, asked, Sampling(32), SEQUENCES, bank=few)
-    finally:
-        hook.remove()
-    gaps = 1000 * np.diff(passes)
+    plain = _gaps(model, [decode.Request(r.prompt_ids, r.problem_id) for r in asked])
+    _gaps(model, asked, bank=all_)  # reads them
+    roomy, gaps = _gaps(model, asked, bank=all_), _gaps(model, asked, bank=few)
     middle, last = np.percentile(gaps, [50, 99])
-    again = len(reads) / len(set(reads))
-    print(
-        f"  serving: p50 {middle:.0f} ms, p99 {last:.0f} ms, {again:.2f} reads a block", flush=True
-    )
-    against = f"p50 {middle:.0f} ms, {again:.2f} reads of a block, cache of 4 paths"
+    over = [[float(np.percentile(gaps, q) / np.percentile(other, q)) for q in (50, 99)]
+            for other in (roomy, plain)]  # fmt: skip
+    against = f"p50 {middle:.0f} ms, {len(reads) / len(set(reads)):.2f} reads of a block; "
+    against += "p50 and p99 over those of a cache of all paths {:.2f}, {:.2f}".format(*over[0])
+    against += ", without memory {:.2f}, {:.2f}".format(*over[1])
+    print(f"  serving: p99 {last:.0f} ms, {against}", flush=True)
     spread = [float(gaps.min()), float(gaps.max())]
     return {
         "value": float(last),
@@ -185,6 +182,19 @@ def _serving(model, folder: Path) -> dict:
         "n": len(gaps),
         "spread": spread,
     }
+
+
+def _gaps(model, asked: list, **memory) -> np.ndarray:
+    """Milliseconds between two forward passes of a batch that answers `asked`."""
+    passes: list[float] = []
+    hook = model.weights.base_model.register_forward_hook(
+        lambda *_: passes.append(time.perf_counter())
+    )
+    try:
+        decode.decode(model, asked, Sampling(32), SEQUENCES, **memory)
+    finally:
+        hook.remove()
+    return 1000 * np.diff(passes)
 
 
 def _two_processes(folder: Path) -> dict:

@@ -157,6 +157,22 @@ def test_surprisal_is_the_loss_of_each_text_alone(tiny):
     assert abs(wide - found).max() > off
 
 
+def test_surprisal_after_a_beginning_is_that_of_the_rest_with_the_blocks_of_the_beginning(tiny):
+    texts = ["The cat sat on the mat.", "Short text", "A much longer text, with more words in it."]
+    begins = ["The cat sat", "Short", "A much longer"]
+    read, whole = ([len(tiny.tokenizer(t)["input_ids"]) for t in of] for of in (begins, texts))
+    first, later, every = (
+        qa.nll_per_token(tiny, *how) for how in ((begins,), (texts, None, begins), (texts,))
+    )
+    for i, (start, end) in enumerate(zip(read, whole)):
+        of_begin = first[i] * (start - 1) if start > 1 else 0.0
+        assert later[i] * (end - start) + of_begin == pytest.approx(every[i] * (end - 1), rel=1e-5)
+    fetched = qa.nll_per_token(tiny, texts, Each(tiny, begins), begins)
+    assert abs(fetched - later).max() > 1e-4
+    with pytest.raises(ValueError):
+        qa.nll_per_token(tiny, texts, Each(tiny, texts), begins)
+
+
 def test_passages_are_found_by_meaning(tmp_path):
     from kit.models import embedder
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from kit.models import embedder
-from kit.parametric import facts, scratch
+from kit.parametric import facts, qa, scratch, wikipedia
 from kit.parametric.study import FactStudy, Layout
 from kit.parametric.train import IGNORED, MemoryTrainConfig, completion_loss, pack_rows
 
@@ -59,3 +60,34 @@ def test_anchor_and_bank_learn_from_nothing_and_the_generic_block_is_of_the_same
     fetched, generic = (found[name][1] for name in ("co-trained", "co-trained generic"))
     path = fetched.paths([told[0].completion])[0]
     assert not torch.equal(torch.cat(fetched.fetch(path), 1), generic.fetch((0,))[0])
+
+
+def test_an_anchor_reads_articles_with_what_it_fetched_in_training(bundled, tmp_path):
+    def article(number: int) -> wikipedia.Article:
+        words = [f"{place}{number}" for place in ("harbour", "market", "bridge", "tower")]
+        lines = [" ".join(words[(i * j + i) % 4] for i in range(8)) + "." for j in range(9)]
+        return wikipedia.Article(f"Town {number}", "\n".join(lines))
+
+    articles = [article(number) for number in range(5)]
+    recipe = MemoryTrainConfig(batch=2, context=64, epochs=8, anchor_rate=3e-3)
+    how = articles, {"hidden": 64, "layers": 2}, LAYOUT, recipe
+    rows = scratch.on_articles(tmp_path, bundled, embedder.load(), *how)
+    counts = rows.groupby(["arm", "kind"]).size().unstack()
+    assert (counts["same"] == 4).all() and (counts["other"] == 9).all() and len(counts) == 4
+    sizes = rows.groupby("arm")["parameters"].first()
+    assert sizes["alone"] + 2 * 10 * 3 * 64 == sizes["fetched"]
+    assert sizes["fetched"] == sizes["generic"] == sizes["wider"]
+    anchor = scratch.untrained(tmp_path / "again", bundled, 64, 2)
+    texts = wikipedia.paragraphs(articles, anchor, 64).same
+    at_first = qa.nll_per_token(anchor, [s.context + s.completion for s in texts])
+    by = rows.set_index(["arm", "kind"])["nats"]
+    for arm in sizes.index:
+        assert (by[arm, "same"].to_numpy() < 0.7 * at_first).all(), arm
+        assert by[arm, "same"].mean() < by[arm, "other"].mean(), "what is specific was learnt"
+    table = scratch.compared(rows).set_index("arm")
+    gain, low, high = table.loc["alone", "fetched gains, same"]
+    assert low <= gain <= high
+    assert gain == pytest.approx((by["alone", "same"] - by["fetched", "same"]).mean())
+    assert table.loc["wider", "perplexity, other"] == pytest.approx(
+        np.exp(by["wider", "other"].mean())
+    )
