@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kit.analysis import stats
+from kit.analysis import contrasts
 from kit.models.embedder import Embedder
 from kit.models.load import Model, load
 from kit.parametric import qa, wikipedia
@@ -110,18 +110,15 @@ def on_articles(
 
 def compared(rows: pd.DataFrame, measure: str = "nats") -> pd.DataFrame:
     """By arm and kind of text the perplexity, and the nats per token by which "fetched" has fewer
-    than the arm; means over subjects of the means of their texts, 95% intervals by subject."""
+    than the arm: means over articles of the means of their texts, 95% intervals over articles."""
     table = []
     for arm in dict.fromkeys(rows["arm"]):
-        of = rows[rows["arm"] == arm]
-        row = {"arm": arm, "parameters": int(of["parameters"].iloc[0])}
+        row = {"arm": arm, "parameters": int(rows.loc[rows["arm"] == arm, "parameters"].iloc[0])}
         for kind in dict.fromkeys(rows["kind"]):
             mine, fetched = (_by_subject(rows, one, kind, measure) for one in (arm, "fetched"))
             row[f"perplexity, {kind}"] = float(np.exp(mine.mean()))
             if arm != "fetched":
-                found = stats.cluster_bootstrap(
-                    (mine - fetched).to_numpy()[:, None], np.random.default_rng(0)
-                )
+                found = contrasts.mean_of(mine - fetched, "nats")
                 row[f"fetched gains, {kind}"] = found.estimate, found.low, found.high
         table.append(row)
     return pd.DataFrame(table)
