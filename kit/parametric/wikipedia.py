@@ -146,7 +146,7 @@ def _until_stable(pattern: str, by, text: str) -> str:
 
 def _shown(link: re.Match) -> str:
     """What a page shows of a link: nothing of pictures, categories and other languages."""
-    if re.match(r"\s*:?(file|image|category|[a-z-]{2,3}):", link[1], re.IGNORECASE):
+    if re.match(r"\s*:?((file|image|category):|[a-z-]{2,3}:\S)", link[1], re.IGNORECASE):
         return ""
     return (link[2] or link[1]).split("|")[-1]
 

@@ -86,7 +86,7 @@ def test_an_anchor_reads_articles_with_what_it_fetched_in_training(bundled, tmp_
         assert by[arm, "same"].mean() < by[arm, "other"].mean(), "what is specific was learnt"
     table = scratch.compared(rows).set_index("arm")
     gain, low, high = table.loc["alone", "fetched gains, same"]
-    gains = (by["alone", "same"] - by["fetched", "same"]).to_numpy()
+    gains = by["alone", "same"].to_numpy() - by["fetched", "same"].to_numpy()
     assert gain == pytest.approx(gains.mean())  # of one text each
     assert high - low == pytest.approx(2 * 3.1824 * gains.std(ddof=1) / 2, rel=1e-3)
     assert table.loc["wider", "perplexity, other"] == pytest.approx(

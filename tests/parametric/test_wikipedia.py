@@ -181,6 +181,6 @@ def test_paragraphs_of_told_articles_and_whole_articles_are_held_out(bundled):
         f"{a.title}: {line}" for a in articles for line in a.text.splitlines()
     )
     assert [s.completion.split()[1] for s in parts.same if s.fact.subject == "A0"] == ["7", "15"]
-    short = wikipedia.paragraphs(articles[:1], bundled, 32)
+    short = wikipedia.paragraphs(articles[:1], bundled, 24)
     pairs = [(s.context, s.completion) for s in short.told]
-    assert len(pairs) > 15 and pack_rows(bundled, pairs, [(0,)] * len(pairs), 32)
+    assert len(pairs) > 15 and pack_rows(bundled, pairs, [(0,)] * len(pairs), 24)
