@@ -15,6 +15,7 @@ from scipy.stats import t as student
 
 from kit.analysis import claims, contrasts, stats
 from kit.analysis.verdicts import CLASSES, COLUMNS, RULES, VERDICTS, measured_table, verdict
+from kit.parametric import scratch
 from kit.paths import DATA, ROOT
 from kit.pipeline.stages import LARGER, larger_tables, load_stages, read_profile
 
@@ -812,3 +813,18 @@ def test_answers_of_several_probes_are_never_measured_as_one():
     both = pd.concat([one, one])  # by options and free, as the store of 05 has them
     found = measured_table([claim], both, "laptop").iloc[0]
     assert (found["on"], found["measured"]) == ("not measured yet", "")
+
+
+def test_claims_on_facts_name_their_probe_and_arms_that_their_profiles_train():
+    asked = {"plain", "fetched", "fetched-late", "rag", "without subtree"}
+    mine = [c for c in CLAIMS.values() if c.notebook == "05_parametric" and "measure" in c.contrast]
+    assert len(mine) > 7
+    for claim in mine:
+        elements = claim.contrast.get("family") == "elements"
+        assert claim.contrast["probe"] == ("free" if elements else "options"), claim.id
+        for profile in claim.profiles:
+            knobs = read_profile(profile)["05_parametric"]
+            arms = asked | {*knobs["ARMS"]}
+            if "scratch" in knobs["ANCHORS"]:
+                arms |= {f"scratch {arm}" for arm in scratch.ARMS}
+            assert {claim.contrast["arm"], claim.contrast["control"]} <= arms, (claim.id, profile)
