@@ -427,35 +427,51 @@ def train_evictor(
     folder: Folder,
     model: ModelName = BUNDLED,
     recipe: Annotated[str, Option(help="laptop, official, paper")] = "laptop",
+    text: Annotated[
+        str,
+        Option(
+            help="own: the model's answers, packed; mixed: answers and prose, one document in a "
+            "sequence; traces: openr1-math, hub:ORG/NAME/FILE, or a file"
+        ),
+    ] = "own",
     problems: Annotated[
-        str, Option(help="problem set: its train and validation splits")
+        str, Option(help="problem set whose train and validation splits are answered")
     ] = "laptop",
     count: Annotated[int | None, Option(help="problems of a split", show_default="all")] = None,
+    max_new_tokens: Annotated[int, Option(help="of an answer")] = 160,
+    context: Annotated[
+        int | None, Option(help="tokens of a sequence", show_default="the recipe's")
+    ] = None,
+    batch: Annotated[
+        int | None, Option(help="sequences of a step", show_default="the recipe's")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, Option(help="sequences at once", show_default="what fits")
+    ] = None,
     seed: Annotated[int, Option(help="of the order of the data")] = 0,
 ) -> None:
-    """Train DMS evictors on a model's own traces; the same command resumes after a kill."""
+    """Train DMS evictors on own traces or other text; the same command resumes after a kill."""
+    from dataclasses import replace
+
     from tqdm import tqdm
 
-    from kit.data.problems import load
-    from kit.dms import train
+    from kit.dms import corpus, memory, train
     from kit.dms.evictor import RECIPES, read_card
-    from kit.evaluation.store import Store
     from kit.models.load import load as load_model
 
     with _in_one_sentence():
         config, teacher = _lookup(RECIPES, recipe, "recipe"), load_model(model)
-        store = Store(folder / "traces")
-        ids, held_out = (
-            train.pack_documents(
-                teacher,
-                train.own_traces(teacher, load(problems, split, n=count), store),
-                config.context,
-            )
-            for split in ("train", "validation")
+        config = replace(config, context=context or config.context, batch=batch or config.batch)
+        size, checkpointing = memory.choose(teacher, config, micro_batch)
+        ids, held_out = corpus.training_text(
+            teacher, text, config, folder / "traces", problems, count, max_new_tokens
         )
-        training = train.EvictorTraining(teacher, ids, config, folder / f"seed{seed}", seed)
+        training = train.EvictorTraining(
+            *(teacher, ids, config, folder / f"seed{seed}", seed, size, checkpointing)
+        )
         full, layers = len(training.evictor.layers), len(training.windows)
-        print(f"{full} of {layers} layers have full attention")
+        print(f"{full} of {layers} layers have full attention; {size} of {config.batch} sequences "
+              f"at once{', layers computed again' if checkpointing else ''}")  # fmt: skip
         bar = tqdm(total=config.steps, initial=len(training.history), unit="step")
 
         def show(metrics: dict) -> None:

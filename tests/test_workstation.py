@@ -91,10 +91,12 @@ def benchmark_rows() -> dict[str, tuple[dict, ...]]:
     asked = [f"Of {number} apples, all are eaten; how many were there?" for number in GOLDS]
     rows = zip(asked, GOLDS, strict=True)
     by_name = {
-        name: [] for name in ("aime24", "amc23", "math500", "minerva", "olympiad", "open-rs")
+        name: []
+        for name in ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad", "open-rs")
     }
     for question, gold in rows:
         by_name["aime24"].append({"id": gold, "problem": question, "answer": f"{gold:03}"})
+        by_name["aime25"].append({"id": str(gold), "problem": question, "answer": str(gold)})
         by_name["amc23"].append({"id": gold, "question": question, "answer": float(gold)})
         by_name["math500"].append(
             {"problem": question, "answer": str(gold), "subject": "Algebra", "level": 3}
@@ -120,7 +122,7 @@ SHORT = {
         "GRPO": "{ seeds = 2, steps = 2, groups = 2, size = 3, micro_batch = 3, keep_every = 1 }",
     },
     "06_memory_budget": {
-        "PROBLEMS": '["aime24", 2]',
+        "PROBLEMS": '["aime25", 2]',
         "GRID": '{ bits = [16, 4], policies = ["full", "window 48"], kv_bits = [16, 4], '
         "tokens = [4, 8], widths = [1, 2], waits = 1 }",
         "SAMPLES": 2,

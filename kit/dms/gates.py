@@ -27,12 +27,14 @@ from kit.models.load import Model, check_head
 class Gates:
     """Takes the place of the slot cache for whole sequences [B, T] at once.
 
-    With `temperature` 0 gates are hard and without noise, as in the slot cache.
+    With `temperature` 0 gates are hard and without noise, as in the slot cache. `noise`: of each
+    layer that evicts, uniform numbers [B, H, T], from which the logistic noise is made; they are
+    given, so that layers computed again in the backward pass meet the same ones.
     """
 
     def __init__(self, windows, window: int = 1, temperature: float = 0.0, noise=None):
         self.windows, self.window, self.temperature = windows, window, temperature
-        self.noise = noise  # torch.Generator of the logistic noise, None for none
+        self.noise = noise or {}
         self.log_keep: dict[int, torch.Tensor] = {}  # layer -> [B, H, T]
         self.closed: dict[int, torch.Tensor] = {}  # layer -> [B, H, T], 0 or 1
 
@@ -43,19 +45,19 @@ class Gates:
         if self.temperature == 0:
             self.log_keep[layer], self.closed[layer] = hard * MASKED, hard
             return
-        if self.noise is not None:
+        if layer in self.noise:
             # The difference of two Gumbel variables, as the official code draws it, is logistic.
-            uniform = torch.rand(logits.shape, generator=self.noise, device=logits.device)
-            logits = logits + uniform.clamp(1e-6, 1 - 1e-6).logit()
+            logits = logits + self.noise[layer].clamp(1e-6, 1 - 1e-6).logit()
         logits = logits / self.temperature
         soft = logits.sigmoid()
         self.log_keep[layer] = F.logsigmoid(-logits).clamp_min(MASKED)  # log(1 - alpha)
-        self.closed[layer] = (logits > 0).float() + soft - soft.detach()  # straight through
+        # Straight through; a layer that is computed again is counted once and holds no memory.
+        self.closed.setdefault(layer, (logits > 0).float() + soft - soft.detach())
 
     def attend(self, layer: int, query, key, value, scale: float) -> torch.Tensor:
         """Attention of one layer: [B, T, H*G, D]."""
         if layer in self.log_keep:
-            keep = self.log_keep[layer]
+            keep = self.log_keep.pop(layer)
             out = evicting_attention(query, key, value, keep, self.window, scale)
             return out.transpose(1, 2)
         mask, window = None, self.windows[layer]
@@ -72,9 +74,22 @@ class Gates:
         )
         return out.transpose(1, 2)
 
-    def eviction_rate(self) -> torch.Tensor:
-        """Share of gates closed, over all layers, heads and decided tokens."""
-        return torch.stack([closed[..., :-1].mean() for closed in self.closed.values()]).mean()
+    def eviction_rate(self, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Share of gates closed of each sequence, over all layers, heads and decided tokens: [B].
+
+        `lengths` [B] are tokens without padding; none is decided about the last one.
+        """
+        rates = []
+        for closed in self.closed.values():
+            decided = torch.arange(1, closed.shape[-1], device=closed.device)
+            decided = decided.expand(len(closed), 1, -1)
+            if lengths is not None:
+                decided = decided < lengths[:, None, None]
+            else:
+                decided = decided > 0
+            total = (closed[..., :-1] * decided).sum((1, 2))
+            rates.append(total / (decided.sum((1, 2)) * closed.shape[1]))
+        return torch.stack(rates).mean(0)
 
     def live_tokens(self) -> torch.Tensor:
         """Entries each query sees, mean over the layers that evict and their heads: [B, T]."""

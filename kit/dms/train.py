@@ -12,7 +12,8 @@ https://github.com/NVIDIA/Model-Optimizer, experimental/dms at a2fbac7.
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -83,7 +84,14 @@ class EvictorTraining(ResumableTraining):
     """
 
     def __init__(
-        self, model: Model, data: torch.Tensor, recipe: EvictorRecipe, folder: Path, seed=0
+        self,
+        model: Model,
+        data: torch.Tensor,
+        recipe: EvictorRecipe,
+        folder: Path,
+        seed: int = 0,
+        micro_batch: int | None = None,
+        checkpointing: bool = False,
     ):
         if data.shape[0] < recipe.batch:
             raise ValueError(
@@ -93,6 +101,7 @@ class EvictorTraining(ResumableTraining):
         identity = [asdict(recipe), model.weights_hash, str(model.dtype), seed, hash_ids(data)]
         super().__init__(folder, identity, recipe.steps)
         self.model, self.data, self.recipe, self.seed = model, data, recipe, seed
+        self.micro_batch, self.checkpointing = micro_batch, checkpointing
         everything = recipe.trains == "all"
         precise = torch.promote_types(model.dtype, torch.float32)
         apart = everything or model.dtype == torch.float16
@@ -119,34 +128,77 @@ class EvictorTraining(ResumableTraining):
         return order[place * size : (place + 1) * size].tolist()
 
     def step(self) -> dict:
-        """One optimizer step: KL, hinge, target and eviction rate, gradient norm and seconds."""
+        """One optimizer step: KL, hinge, target and eviction rate, gradient norm and seconds.
+
+        KL is a mean over the tokens of the batch, the hinge one over its sequences, and both are
+        the same whatever `micro_batch` is.
+        """
         started, number, recipe = time.perf_counter(), len(self.history), self.recipe
-        rows = self.batch(number)
-        ids = self.data[rows].to(self.model.device)
-        noise = _generator(self.model.device, self.seed, number + 1_000_000)
-        gates = Gates(self.windows, recipe.window, recipe.temperature, noise)
+        rows, device = self.batch(number), self.model.device
+        ids, target = self.data[rows].to(device), 1 - 1 / recipe.compression(number + 1)
+        generator = _generator(device, self.seed, number + 1_000_000)
+        size = len(rows), self.evictor.heads, ids.shape[1]
+        noise = {
+            layer: torch.rand(size, generator=generator, device=device)
+            for layer in self.evictor.layers
+        }
         self.evictor.fade = max(0.0, 1 - number / recipe.fade_steps) if recipe.fade_steps else 0.0
-        with slots_attached(self.model), slots_attached(self.student):
-            teacher_states = self._teach(rows, ids)
-            with self.evictor.attached(self.student.weights), self._computing():
-                student_states = hidden(self.student.weights, ids, gates)
-            scored = (
-                (ids != self.student.tokenizer.eos_token_id) if self.model.tokenizer else ids > -1
-            )
-            heads = self.student.weights.lm_head.weight, self.model.weights.lm_head.weight.detach()
-            kl = distillation.divergence(
-                student_states[scored], teacher_states[scored], *heads, recipe.divergence
-            )
-            rate, target = gates.eviction_rate(), 1 - 1 / recipe.compression(number + 1)
-            hinge = (target - rate).clamp_min(0)
-            self.optimizer.zero_grad()
-            (kl + recipe.hinge_weight * hinge).backward()
+        self.optimizer.zero_grad()
+        count, parts = int(self._scored(ids).sum()), []
+        for part in torch.arange(len(rows)).split(self.micro_batch or len(rows)):
+            where = slice(int(part[0]), int(part[-1]) + 1)
+            drawn = {layer: uniform[where] for layer, uniform in noise.items()}
+            gates = Gates(self.windows, recipe.window, recipe.temperature, drawn)
+            parts.append(self._accumulate(rows[where], ids[where], gates, target, count))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
-        figures = dict(step=number + 1, kl=kl.item(), hinge=hinge.item(), closed=rate.item())
+        kl, hinge, closed = torch.stack(parts).sum(0).tolist()
+        figures = dict(step=number + 1, kl=kl, hinge=hinge / len(rows), closed=closed / len(rows))
         figures |= dict(target=target, gradient_norm=float(norm))
         self.history.append({**figures, "seconds": time.perf_counter() - started})
         return self.history[-1]
+
+    def _accumulate(self, rows, ids, gates: Gates, target: float, count: int) -> torch.Tensor:
+        """Adds the gradients of the sequences `ids` [B, T] of a batch, in which `count` tokens are
+        scored: their share of its KL, and the sums of their hinges and of their closed gates."""
+        student, scored = self.student, self._scored(ids)
+        heads = student.weights.lm_head.weight, self.model.weights.lm_head.weight.detach()
+        with slots_attached(self.model), slots_attached(student):
+            expected = self._teach(rows, ids)[scored]
+            with self.evictor.attached(student.weights), self._checkpointing():
+                with self._computing():
+                    states = hidden(student.weights, ids, gates)
+                kl = distillation.divergence(
+                    states[scored], expected, *heads, self.recipe.divergence
+                ) * (int(scored.sum()) / count)
+                closed = gates.eviction_rate(self._lengths(ids))
+                hinge = (target - closed).clamp_min(0).sum()
+                (kl + self.recipe.hinge_weight * hinge / self.recipe.batch).backward()
+        return torch.stack([kl, hinge, closed.sum()]).detach()
+
+    def _scored(self, ids: torch.Tensor) -> torch.Tensor:
+        """Tokens whose predictions are compared: all but those that end a sequence [B, T]."""
+        tokenizer = self.model.tokenizer
+        return (ids != tokenizer.eos_token_id) if tokenizer else ids > -1
+
+    def _lengths(self, ids: torch.Tensor) -> torch.Tensor:
+        """Tokens of each sequence up to the first of those that pad its end: [B]."""
+        padding = ~self._scored(ids).flip(1).cumsum(1).bool()
+        return (ids.shape[1] - padding.sum(1) + 1).clamp_max(ids.shape[1])
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Layers keep what goes into them alone, and are computed again in the backward pass."""
+        weights = self.student.weights
+        if self.checkpointing:
+            weights.gradient_checkpointing_enable({"use_reentrant": False})
+            weights.train()  # without which transformers does not; no model here has dropout
+        try:
+            yield
+        finally:
+            if self.checkpointing:
+                weights.gradient_checkpointing_disable()
+                weights.eval()
 
     def _computing(self) -> torch.autocast:
         """Autocast to bfloat16 where the teacher is bfloat16 and the student is not."""

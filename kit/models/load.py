@@ -41,7 +41,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kit import hub, paths
 from kit.hub import hash_files
-from kit.models import adapter, gguf
+from kit.models import adapter, gguf, quantized_checkpoint
 from kit.models.attention import unserved
 from kit.models.bundled import MODELS, SMOLLM2, fetch
 from kit.paths import atomic
@@ -312,16 +312,9 @@ def _from_folder(name, folder: Path, revision: str, dtype, device, tokenizer: Pa
     weights_hash = hash_files(files)
     _check_sidecar(folder, weights_hash)
     try:
-        weights, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            trust_remote_code=False,  # if unset, transformers asks on the terminal
-            output_loading_info=True,
-        )
+        weights, missing = _weights(folder, dtype)
         talks = _tokenizer(name, tokenizer)
-    except ImportError as error:  # of the package that reads a GPTQ or AWQ checkpoint
+    except ImportError as error:  # of the package that reads a quantized checkpoint
         raise ModelError(
             f"Cannot load {name!r}: {str(error).splitlines()[0]} (not part of the kit: pip install "
             f"it into the environment, on a machine with a GPU)."
@@ -330,14 +323,29 @@ def _from_folder(name, folder: Path, revision: str, dtype, device, tokenizer: Pa
         raise
     except UNREADABLE as error:
         raise _unreadable(name, folder, error) from error
-    if report["missing_keys"]:  # transformers would initialize them at random
+    if missing:  # transformers would initialize them at random
         raise ModelError(
-            f"The weights in {folder} lack {len(report['missing_keys'])} tensors that its "
-            f"config.json asks for, first {min(report['missing_keys'])}; fetch or save it again."
+            f"The weights in {folder} lack {len(missing)} tensors that its "
+            f"config.json asks for, first {min(missing)}; fetch or save it again."
         )
     weights.config.use_cache = True  # off in some published checkpoints: 200x slower
     weights = _served(name, weights.to(device).eval())
     return Model(name, weights, talks, weights_hash[:12], revision)
+
+
+def _weights(folder: Path, dtype) -> tuple[PreTrainedModel, list[str]]:
+    """The model in a folder, those of GPTQ and AWQ dequantized, and the names of what it lacks."""
+    if stored := quantized_checkpoint.settings(folder):
+        return quantized_checkpoint.read(folder, stored, dtype)
+    weights, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        attn_implementation="sdpa",
+        trust_remote_code=False,  # if unset, transformers asks on the terminal
+        output_loading_info=True,
+    )
+    return weights, sorted(report["missing_keys"])
 
 
 def _served(name: str, weights: PreTrainedModel) -> PreTrainedModel:

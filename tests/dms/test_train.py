@@ -43,7 +43,7 @@ def test_hard_gates_equal_the_evicting_cache(shape, window, dtype):
     made = drawn(model, window=window)
     expected, gate = masked(model, made, ids)
     right, _ = masked(rounding.exact(model), made, ids)
-    share = float(gate.eviction_rate())
+    share = float(gate.eviction_rate().mean())
     assert 0.2 < share < 0.8, share
     cache, read = SlotCache(model.weights, 3, policy=DMS(made)), 20
     found = []
@@ -103,7 +103,7 @@ def test_soft_gates_approach_hard_ones(dtype):
             states = gates.hidden(model.weights, ids, gate)
         gaps.append(float((model.weights.lm_head(states) - expected).abs().max().detach()))
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] <= rounded, gaps
-    assert float(gate.eviction_rate()) == float(hard.eviction_rate())
+    assert torch.equal(gate.eviction_rate(), hard.eviction_rate())
 
 
 def test_an_untrained_evictor_is_no_evictor(dtype):
@@ -173,9 +173,9 @@ def test_training_reaches_its_target_and_is_not_pushed_further(shape, recipe, dt
     last = training.history[-1]
     assert last["target"] == pytest.approx(2 / 3) and last["closed"] > 0.5
     for figures in training.history:
-        assert figures["hinge"] == pytest.approx(
-            max(0, figures["target"] - figures["closed"]), abs=1e-6
-        )
+        short = figures["target"] - figures["closed"]  # of the mean; of each sequence it is more
+        assert figures["hinge"] >= max(0, short) - 1e-6
+        assert figures["hinge"] == pytest.approx(max(0, short), abs=0.1)
     # The teacher is untouched, whatever is trained.
     assert all(torch.equal(v, before[k]) for k, v in model.weights.state_dict().items())
 
@@ -194,6 +194,57 @@ def test_steps_that_bfloat16_does_not_hold_are_kept(recipe, tmp_path):
     ]
     norms = [name for name in before if "norm" in name]
     assert norms and set(norms) <= set(moved), "all of which are 1"
+
+
+OFFICIAL = dataclasses.replace(evictor.OFFICIAL, window=4, batch=4, context=48)
+AS_PUBLISHED = dataclasses.replace(evictor.PAPER, window=4, batch=4, context=48, fade_steps=1)
+
+
+@pytest.mark.parametrize(
+    "shape, recipe, dtype, limit",
+    [
+        ("llama", OFFICIAL, "float32", 1e-4),
+        ("qwen3", AS_PUBLISHED, "float32", 1e-4),
+        ("qwen3", OFFICIAL, "bfloat16", 0.1),
+    ],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_and_layers_computed_again_change_no_gradient(
+    shape, recipe, dtype, limit, checkpointing, tmp_path, monkeypatch
+):
+    """Two steps of each recipe, in sequences that are padded to different lengths."""
+    monkeypatch.setattr(EvictorTraining, "_scored", lambda self, ids: ids != 7)
+    data = tokens(8, 48)
+    for row, length in enumerate((48, 30, 20, 41, 9, 48, 33, 12)):
+        data[row, length:] = 7
+    found = []
+    for size, again in ((None, False), (3, checkpointing)):
+        folder = tmp_path / f"{size}{again}"
+        training = EvictorTraining(toy(shape, dtype), data, recipe, folder, 0, size, again)
+        with torch.no_grad():
+            for linear in getattr(training.evictor, "linear", []):
+                torch.nn.init.normal_(linear.weight, std=1e-3, generator=torch.manual_seed(1))
+                linear.bias.fill_(0.06)  # so that many gates are between open and closed
+        gradients = []
+        for _ in range(2):
+            figures = training.step()
+            gradients += [p.grad.flatten().clone() for p in training.parameters.values()]
+        assert 0 < figures["closed"] and figures["kl"] > 0
+        found.append((torch.cat(gradients).double(), torch.tensor([*figures.values()][:-1])))
+        assert not training.student.weights.training
+    (one, figures), (parts, same) = found
+    assert one.norm() > 0.01 and (parts - one).norm() <= limit * one.norm()
+    torch.testing.assert_close(same, figures, rtol=10 * limit, atol=limit)
+
+
+def test_each_sequence_must_meet_the_target_and_padding_counts_for_none():
+    gate = gates.Gates([None], 4)
+    closed = torch.zeros(2, 3, 6)
+    closed[0, :, :3], closed[1, 0, :] = 1, 1
+    gate.closed = {0: closed, 1: torch.zeros(2, 3, 6)}
+    torch.testing.assert_close(gate.eviction_rate(), torch.tensor([3 / 5, 1 / 3]) / 2)
+    found = gate.eviction_rate(torch.tensor([4, 6]))
+    torch.testing.assert_close(found, torch.tensor([1, 1 / 3]) / 2)
 
 
 def test_gradients_of_a_float16_model_are_float32(tmp_path):
