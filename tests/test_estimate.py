@@ -182,12 +182,12 @@ def test_the_rates_of_this_machine_make_the_times(of, tiny_folder, monkeypatch):
 def test_claims_that_a_profile_is_too_small_for_are_known_before_it_runs():
     published = {claim.id: claim for claim in claims.load()}
     by_name = {stage.name: stage for stage in load_stages("laptop", model="")}
-    sizes = {"dms-short-context-loss": 14, "rbslm-memory-compliance": 112, "rb-k1-against-k0": 21,
+    sizes = {"dms-short-context-loss": 7, "rbslm-memory-compliance": 112, "rb-k1-against-k0": 21,
              "hier-memory-over-rag": 138, "hier-late-over-early": 118, "rbslm-format-accuracy": 112,
              "openrs-sober-rs1-amc23": 40, "nab-weights-4b-4bit": None}  # fmt: skip
     for name, n in sizes.items():
         claim = published[name]
         assert estimate.problems(by_name[claim.notebook], claim) == n, name
     weak = estimate._weak(by_name["03_dms"], published.values())
-    assert [row[:2] for row in weak if row[0].startswith("dms")] == [("dms-short-context-loss", 14)]
+    assert [row[:2] for row in weak if row[0].startswith("dms")] == [("dms-short-context-loss", 7)]
     assert all(power < 20 for *_, power in weak)
