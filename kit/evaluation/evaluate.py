@@ -2,13 +2,14 @@
 
 A job is one queue. What ends is graded and stored in a commit of its own every COMMIT_S seconds; a
 killed run loses what ended since, and a failed one nothing. Since tokens depend on nothing that is
-decoded beside them, a resumed run produces the same ones as an uninterrupted one.
+decoded beside them, a resumed run produces the same ones as an uninterrupted one; and since they do
+not depend on the limit either, an answer that ended under another limit is taken as it is.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas
 import torch
@@ -110,13 +111,16 @@ def evaluate(
     memory: MemoryConfig = MemoryConfig(),  # noqa: B008 (frozen)
 ) -> pandas.DataFrame:
     """Records of all samples of all prompts; computes only those that `store` lacks. Text that is
-    stored under another version of the grader is only graded. `report` takes lines of progress,
-    `progress.in_place` where it is None."""
+    stored under another version of the grader, or ended under another limit of tokens, is only
+    graded. `report` takes lines of progress, `progress.in_place` where it is None."""
     report = report or progress.in_place()
     jobs = plan(model, prompts, sampling, samples, memory)
     stored = stored_keys(store, [(job.key, job.generation_key, job.prompt.problem) for job in jobs])
     todo = [job for job in jobs if job.key not in stored]
-    report(f"{len(jobs)} samples, {len(jobs) - len(todo)} already stored")
+    taken = _ended_under_another_limit(model, todo, sampling, store, memory)
+    note = f", {len(taken)} of them under another limit of tokens" if taken else ""
+    todo = [job for job in todo if job.key not in taken]
+    report(f"{len(jobs)} samples, {len(jobs) - len(todo)} already stored{note}")
     started, finished = time.perf_counter(), 0
 
     def commit(ended: list[tuple[Job, Generation]]) -> None:
@@ -149,15 +153,43 @@ def stored_keys(store: Store, requests: Iterable[tuple[str, str, Problem]]) -> s
         return stored
     old = store.generated({tokens for _, tokens, _ in missing}).to_dict("records")
     rows = {row["generation_key"]: row for row in old}
-    again = [(key, rows[tokens], p) for key, tokens, p in missing if tokens in rows]
-    golds, asks = [p.answer for *_, p in again], [p.asks for *_, p in again]
-    grades = grader.grade_many([row["text"] for _, row, _ in again], golds, FORM, asks)
+    again = [(rows[tokens] | {"key": key}, p) for key, tokens, p in missing if tokens in rows]
+    return stored | _grade_again(store, again)
+
+
+def _grade_again(store: Store, rows: list[tuple[dict, Problem]]) -> set[str]:
+    """Store each row of a record, whose key is new, with the grade of its text; the keys."""
+    golds, asks = [p.answer for _, p in rows], [p.asks for _, p in rows]
+    grades = grader.grade_many([row["text"] for row, _ in rows], golds, FORM, asks)
     regraded = []
-    for (key, row, p), verdict in zip(again, grades, strict=True):
+    for (row, p), verdict in zip(rows, grades, strict=True):
         of_problem = {"problem_id": p.id, "answer": p.answer, "asks": p.asks}
-        regraded.append(Record(**row | {"key": key} | of_problem | asdict(verdict)))
+        regraded.append(Record(**row | of_problem | asdict(verdict)))
     store.append(regraded)
-    return stored | {record.key for record in regraded}
+    return {record.key for record in regraded}
+
+
+def _ended_under_another_limit(
+    model: Model, jobs: list[Job], sampling: Sampling, store: Store, memory: MemoryConfig
+) -> set[str]:
+    """The keys of those of `jobs` whose answer is stored under another limit of tokens and ended
+    within this one: it is the same answer at the same cost, and is stored under their keys too."""
+    limits = store.limits(model.weights_hash) - {sampling.max_new_tokens} if jobs else set()
+    wanted = {(job.prompt.id, job.prompt.arm, job.sample): job for job in jobs}
+    asked = {(job.prompt.id, job.prompt.arm): job.prompt for job in jobs}.values()
+    samples, sources = max((job.sample + 1 for job in jobs), default=0), {}
+    for limit in limits:
+        other = replace(sampling, max_new_tokens=limit)
+        for job in plan(model, [*asked], other, samples, memory):
+            if same := wanted.get((job.prompt.id, job.prompt.arm, job.sample)):
+                sources[job.generation_key] = same
+    rows = []
+    for row in store.generated(set(sources)).to_dict("records") if sources else ():
+        if row["finish"] == "stop" and row["new_tokens"] <= sampling.max_new_tokens:
+            job = sources[row["generation_key"]]
+            keys = {"key": job.key, "generation_key": job.generation_key}
+            rows.append((row | keys, job.prompt.problem))
+    return _grade_again(store, rows)
 
 
 def derive(records: pandas.DataFrame, texts: list[str], arm: str, store: Store) -> pandas.DataFrame:

@@ -92,6 +92,11 @@ class Store:
         frame = self._read(None, _any("generation_key", generation_keys))
         return frame.sort_values("key", ignore_index=True)
 
+    def limits(self, weights_hash: str) -> set[int]:
+        """Numbers of new tokens at which answers of a model were cut."""
+        where = f"finish = 'length' AND {_any('weights_hash', [weights_hash])}"
+        return set(self._read(["key", "new_tokens"], where)["new_tokens"].tolist())
+
     def _read(self, columns: list[str] | None, where: str | None = None) -> pandas.DataFrame:
         with self._whole():
             self._table.checkout_latest()

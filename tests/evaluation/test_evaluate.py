@@ -24,7 +24,7 @@ from kit.evaluation.evaluate import MemoryConfig, plan
 from kit.evaluation.store import Store
 from kit.inference import decode
 from kit.inference.kv_quantization import Quantized
-from kit.inference.policies import DMS, Full, Window
+from kit.inference.policies import DMS, H2O, TOVA, Full, Window
 from kit.schema import Problem, Prompt, Sampling, digest
 
 SUMS = [
@@ -113,6 +113,40 @@ def test_a_new_grader_grades_what_is_stored(tiny, tmp_path, decoded, monkeypatch
     same = ["generation_key", "problem_id", "text", "finish", "seconds", "kv_peak_bytes", "correct"]
     by_problem = [frame.sort_values("problem_id", ignore_index=True)[same] for frame in (old, new)]
     assert by_problem[0].equals(by_problem[1])
+
+
+TOVA_16, H2O_16 = MemoryConfig(TOVA(16)), MemoryConfig(H2O(16), Quantized(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("memory", "temperature"),
+    [(THICK, 0.0), (TOVA_16, 0.0), (THICK, 1.0), (TOVA_16, 1.0), (H2O_16, 1.0)],
+    ids=lambda value: value.name if isinstance(value, MemoryConfig) else f"at {value}",
+)
+def test_an_answer_that_ended_is_the_same_under_another_limit(
+    tiny, tmp_path, decoded, monkeypatch, memory, temperature
+):
+    stops = [*range(0, tiny.weights.config.vocab_size, 15)]
+    monkeypatch.setattr(tiny.weights.generation_config, "eos_token_id", stops)
+    limits = {n: Sampling(n, temperature, seed=5) for n in (10, 30)}
+    once, how = Store(tmp_path / "once"), dict(samples=3, memory=memory)
+    fresh = {n: run(tiny, Store(tmp_path / f"{n}"), sampling=limits[n], **how)[0] for n in limits}
+    ended = {n: (fresh[n]["finish"] == "stop").sum() for n in limits}
+    within = (fresh[30][fresh[30]["finish"] == "stop"]["new_tokens"] <= 10).sum()
+    assert 0 < ended[10] < ended[30] < 18, "of all kinds, else this shows nothing"
+    decoded.clear()
+    shorter, _ = run(tiny, once, sampling=limits[10], **how)
+    longer, said = run(tiny, once, sampling=limits[30], **how)
+    assert [len(requests) for requests in decoded] == [18, 18 - ended[10]]
+    assert said[0] == (
+        f"18 samples, {ended[10]} already stored, {ended[10]} of them under another limit of tokens"
+    )
+    back, _ = run(tiny, (other := Store(tmp_path / "back")), sampling=limits[30], **how)
+    again, _ = run(tiny, other, sampling=limits[10], **how)
+    assert len(decoded[-1]) == 18 - within
+    for got, asked in ((shorter, 10), (longer, 30), (back, 30), (again, 10)):
+        same = [name for name in got if name not in ("seconds", "joules")]
+        assert got[same].equals(fresh[asked][same])
 
 
 def test_part_of_a_job_says_what_the_whole_job_says(tiny, tmp_path, decoded):
