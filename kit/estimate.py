@@ -191,6 +191,8 @@ def _strategies(parameters) -> tuple[float, float]:
     if further:  # 14 more arms, checks and samples, a loop; banks and a solver of their own
         decoded += further * (21 * each + lesson) + train * (6 * each + lesson)
         decoded += 2 * (train * (each + lesson) + further * each)  # two further draws
+    if parameters.TEACHER[2]:  # trials of two optimizers, and what they found on both splits
+        decoded += (2 * 7 * controls[0] + 3 * (controls[0] + parameters.TEST)) * each
     return decoded, 0
 
 

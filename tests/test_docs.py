@@ -1,5 +1,6 @@
 """README.md and docs/: snippets run, links lead somewhere, commands exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,14 +9,20 @@ import pytest
 import typer
 
 from kit import cli
+from tests.fake_openai import served
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TAUGHT = "Go through the word once again."
+LESSON = [{"title": "T", "description": "D.", "content": TAUGHT}]
+SAID = f"[[ ## lessons ## ]]\n{json.dumps(LESSON)}\n\n[[ ## completed ## ]]"  # by DSPy's adapter
 BUNDLED = "bundled:smollm2-135m"
 SHORTER = {"max_new_tokens=64": "max_new_tokens=8"}  # what a test changes, by page; TINY: the model
 TINY = {BUNDLED: "{tiny}"}
+ASKED = TINY | {'-mini")': '-mini", cache=False)'}
 CHANGED = {"dms.md": SHORTER, "training.md": TINY, "budget.md": TINY, "extending.md": TINY}
+CHANGED |= {"reasoning_bank.md": ASKED}
 OTHERS = {"problems.md", "extending.md"}  # pages with snippets that are no system's
 
 
@@ -35,10 +42,16 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     names, changed = {}, CHANGED.get(page.name, {})
     assert all(old in "".join(snippets(page)) for old in changed)
-    for code in snippets(page):
-        for old, new in changed.items():
-            code = code.replace(old, new.format(tiny=tiny_folder))
-        exec(compile(code, page.name, "exec"), names)
+    with served(lambda messages: SAID) as (address, asked):
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        monkeypatch.setenv("OPENAI_API_BASE", address)
+        for code in snippets(page):
+            for old, new in changed.items():
+                code = code.replace(old, new.format(tiny=tiny_folder))
+            exec(compile(code, page.name, "exec"), names)
+    assert bool(asked) == any("openai/" in code for code in snippets(page))
+    if asked:
+        assert [*names["taught"].table()["content"]] == [TAUGHT] * 2
 
 
 def test_every_system_has_a_page_with_an_example_that_runs():

@@ -153,7 +153,7 @@ def fill_bank(
 
 def teacher(name: str) -> Teacher:
     """A teacher by name: an engine of a model that `load` knows, or a server that DSPy knows, as
-    "openai/gpt-5-mini" (its address and key in the variables that its provider reads)."""
+    "openai/gpt-4.1-mini" (its address and key in the variables that its provider reads)."""
     return Engine(load(name)) if ":" in name.partition("/")[0] else dspy.LM(name)
 
 

@@ -2,23 +2,31 @@
 
 BootstrapFewShot adds correct attempts to the prompt as demonstrations; MIPROv2 searches over
 instructions and demonstrations; GEPA rewrites instructions with a stronger reflection model, named
-by the environment variable KIT_REFLECTION_MODEL in DSPy's notation ("openai/gpt-5-mini"), whose key
-stays in the variable that its provider reads.
+by the environment variable KIT_REFLECTION_MODEL in DSPy's notation ("openai/gpt-4.1-mini"), whose
+key stays in the variable that its provider reads.
 
 Sources: DSPy, https://arxiv.org/abs/2310.03714; MIPRO, https://arxiv.org/abs/2406.11695; GEPA,
 https://arxiv.org/abs/2507.19457.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import dspy
+import pandas
 
+from kit.analysis import contrasts, tables
 from kit.evaluation import grader
+from kit.reasoning_bank.build import Teacher
+from kit.reasoning_bank.dspy_backend import Engine, language_model
+from kit.reasoning_bank.programs import Solver
 from kit.schema import Problem
 
 OPTIMIZERS = ("bootstrap", "mipro", "gepa")
 REFLECTION = "KIT_REFLECTION_MODEL"
+INSTRUCTION_TOKENS = 512  # most of an instruction that a proposer writes
+THREADS = 32  # attempts at once, which a kit engine decodes as one batch
+REFLECTED = 8  # attempts that GEPA reflects on at a time; on three a small model hardly differs
 
 
 def examples(problems: Sequence[Problem]) -> list[dspy.Example]:
@@ -56,35 +64,66 @@ def optimize(
     demos: int = 2,
     trials: int = 6,
     seed: int = 0,
-    proposer: dspy.BaseLM | None = None,
+    proposer: Teacher | None = None,
 ) -> dspy.Module:
     """An optimized copy of `program`; model and adapter are those of the DSPy context.
 
     `how` is one of OPTIMIZERS, `demos` the most demonstrations in a prompt, `trials` the number of
-    candidates. `proposer` writes the instructions: the same model for MIPROv2 unless it is given,
-    for GEPA that of KIT_REFLECTION_MODEL. ValueError for another optimizer, for a problem in both
-    splits, or without a proposer for GEPA.
+    candidates. `proposer`, an engine or a dspy.LM, writes the instructions: the same model for
+    MIPROv2 unless it is given, for GEPA that of KIT_REFLECTION_MODEL. ValueError for another
+    optimizer, for a problem in both splits, or without a proposer for GEPA.
     """
     if how not in OPTIMIZERS:
         raise ValueError(f"No optimizer {how!r}; choose one of {', '.join(OPTIMIZERS)}.")
     overlap = {p.id for p in train} & {p.id for p in validation}
     if overlap:
         raise ValueError(f"Problem {min(overlap)} is in train and validation; keep them apart.")
-    data = dict(trainset=examples(train))
-    if how == "bootstrap":
-        few = dspy.BootstrapFewShot(metric, max_bootstrapped_demos=demos, max_labeled_demos=0)
-        return few.compile(program, **data)
-    data["valset"] = examples(validation)
-    if how == "gepa":
-        calls, reflection = trials * len(validation), proposer or _stronger()
-        optimizer = dspy.GEPA(feedback, max_metric_calls=calls, reflection_lm=reflection, seed=seed)
-        return optimizer.compile(program, **data)
-    few = dict(max_bootstrapped_demos=demos, max_labeled_demos=0, prompt_model=proposer)
-    search = dspy.MIPROv2(metric, auto=None, num_candidates=max(2, trials // 2), seed=seed, **few)
-    # A small model cannot make use of programs or data sets: it proposes another wording only.
-    aware = ("data", "program", "tip", "fewshot")
-    plain = {f"{what}_aware_proposer": False for what in aware}
-    return search.compile(program, num_trials=trials, minibatch=False, **plain, **data)
+    student, data = dspy.settings.lm, dict(trainset=examples(train))
+    if how != "bootstrap":
+        data["valset"] = examples(validation)
+    writer = _writer(proposer) if proposer else _stronger() if how == "gepa" else student
+    few = dict(max_bootstrapped_demos=demos, max_labeled_demos=0)
+    more, options = dict(seed=seed, num_threads=THREADS), {}
+    # Equal requests draw equal tokens, so that programs differ in score by their prompts alone.
+    with dspy.context(lm=student.copy(seed=seed)):
+        if how == "bootstrap":
+            optimizer = dspy.BootstrapFewShot(metric, **few)
+        elif how == "gepa":
+            more["reflection_minibatch_size"] = min(REFLECTED, len(train))
+            more["max_metric_calls"] = trials * len(validation)
+            optimizer = dspy.GEPA(feedback, reflection_lm=writer, **more)
+        else:
+            more |= dict(auto=None, num_candidates=max(2, trials // 2), prompt_model=writer)
+            optimizer = dspy.MIPROv2(metric, **few, **more)
+            # A small model makes no use of programs or data sets: it proposes another wording only.
+            aware = ("data", "program", "tip", "fewshot")
+            options = {f"{what}_aware_proposer": False for what in aware}
+            options |= dict(num_trials=trials, minibatch=False)
+        return optimizer.compile(program, **data, **options)
+
+
+def gains(
+    solvers: Mapping[str, Solver], records: Mapping[str, pandas.DataFrame], control: str
+) -> pandas.DataFrame:
+    """One row per solver by its arm: instruction, worked examples in its prompt, and for each split
+    of `records` its accuracy, percent, and the difference from the arm `control`, points."""
+    rows = []
+    for arm, solver in solvers.items():
+        row = {"arm": arm, "instruction": solver.solve.signature.instructions}
+        row["examples"] = len(solver.solve.demos)
+        for split, frame in records.items():
+            contrast = {"measure": "accuracy", "arm": arm, "control": control}
+            gain = contrasts.compute(contrast, frame)
+            row[split] = tables.share(frame[frame["arm"] == arm])
+            row[f"{split}, minus {control}"] = (gain.estimate, gain.low, gain.high)
+        rows.append(row)
+    return pandas.DataFrame(rows)
+
+
+def _writer(proposer: Teacher) -> dspy.BaseLM:
+    if isinstance(proposer, Engine):
+        return language_model(proposer, temperature=1.0, max_tokens=INSTRUCTION_TOKENS)
+    return proposer.copy(temperature=1.0)
 
 
 def _stronger() -> dspy.LM:

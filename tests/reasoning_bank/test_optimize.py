@@ -1,11 +1,12 @@
 """DSPy's optimisers on the kit's programs: correct attempts become demos, gold does not leak."""
 
 import dspy
+import pandas
 import pytest
 
 from kit.data import problems
 from kit.reasoning_bank import optimize
-from kit.reasoning_bank.dspy_backend import Lines, language_model
+from kit.reasoning_bank.dspy_backend import Engine, Lines, language_model
 from kit.reasoning_bank.programs import Solver
 from tests.scripted import Scripted
 
@@ -54,6 +55,25 @@ def test_mipro_finds_the_instruction_that_helps(model, sums):
     assert score(made, sums[10:16]) == 1.0
 
 
+def test_a_program_asked_again_is_not_luckier(sums, tiny):
+    """What MIPROv2 asks of the unchanged program at a temperature is drawn once."""
+    engine, drawn = Engine(tiny, max_new_tokens=6), {}
+    asked, real = [], engine.complete
+
+    def complete(request):
+        response = real(request)
+        asked.append((str(request.messages), str(request.system)))
+        drawn.setdefault(asked[-1], set()).add(response.text)
+        return response
+
+    engine.complete = complete
+    proposer = language_model(Scripted(lambda messages: "Count on your fingers."))
+    with dspy.context(lm=language_model(engine, temperature=1.0), adapter=Lines()):
+        optimize.optimize(Solver(), sums[:3], sums[3:6], "mipro", trials=4, proposer=proposer)
+    assert len(asked) > len(drawn), "some were asked again"
+    assert {len(texts) for texts in drawn.values()} == {1}
+
+
 def test_gold_answers_are_in_no_prompt(model, sums):
     optimize.optimize(Solver(), sums[1:8:2], [], demos=2)
     for asked, problem in zip(model.asked, sums[1:8:2], strict=False):
@@ -79,6 +99,28 @@ def test_gepa_takes_the_instruction_of_a_stronger_model(model, sums, monkeypatch
     made = optimize.optimize(Solver(), *split, "gepa", trials=8, **given_proposer)
     assert "fingers" in made.solve.signature.instructions and stronger.asked
     assert score(made, sums[10:16]) == 1.0
+
+
+def test_gains_are_shown_on_each_split_with_what_was_changed():
+    plain, made = Solver(), Solver()
+    made.solve.signature = made.solve.signature.with_instructions("Count on your fingers.")
+    made.solve.demos = [dspy.Example(question="1 + 1", answer="2")]
+    named = {"format-only": (0, 0, 1, 1), "mipro": (1, 1, 1, 0), "gepa": (0, 0, 1, 1)}
+    rows = [
+        {"arm": arm, "problem_id": f"p{i}", "sample": 0, "correct": bool(right), "source": "laptop",
+         "model": "tiny", "weights_hash": "w", "policy": "full", "dtype": "float32", "seed": 0,
+         "family": "sums", "level": 1, "temperature": 0.2}
+        for arm, answers in named.items() for i, right in enumerate(answers)
+    ]  # fmt: skip
+    solvers, records = {"mipro": made, "gepa": plain}, {"validation": pandas.DataFrame(rows)}
+    table = optimize.gains(solvers, records, "format-only").set_index("arm")
+    assert table["instruction"]["mipro"] == "Count on your fingers."
+    assert table["instruction"]["gepa"] == plain.solve.signature.instructions
+    assert table["examples"].to_dict() == {"mipro": 1, "gepa": 0}
+    assert [table["validation"][arm][0] for arm in solvers] == [75.0, 50.0]
+    difference = table["validation, minus format-only"]
+    assert difference["mipro"][0] == 25.0 and difference["mipro"][1] < 25 < difference["mipro"][2]
+    assert difference["gepa"][0] == 0.0
 
 
 def test_wrong_questions_are_one_sentence(model, sums):
