@@ -8,6 +8,7 @@ from kit.data import problems
 from kit.reasoning_bank import optimize
 from kit.reasoning_bank.dspy_backend import Engine, Lines, language_model
 from kit.reasoning_bank.programs import Solver
+from tests.runs import record
 from tests.scripted import Scripted
 
 
@@ -107,11 +108,8 @@ def test_gains_are_shown_on_each_split_with_what_was_changed():
     made.solve.demos = [dspy.Example(question="1 + 1", answer="2")]
     named = {"format-only": (0, 0, 1, 1), "mipro": (1, 1, 1, 0), "gepa": (0, 0, 1, 1)}
     rows = [
-        {"arm": arm, "problem_id": f"p{i}", "sample": 0, "correct": bool(right), "source": "laptop",
-         "model": "tiny", "weights_hash": "w", "policy": "full", "dtype": "float32", "seed": 0,
-         "family": "sums", "level": 1, "temperature": 0.2}
-        for arm, answers in named.items() for i, right in enumerate(answers)
-    ]  # fmt: skip
+        vars(record(arm, i, bool(right))) for arm in named for i, right in enumerate(named[arm])
+    ]
     solvers, records = {"mipro": made, "gepa": plain}, {"validation": pandas.DataFrame(rows)}
     table = optimize.gains(solvers, records, "format-only").set_index("arm")
     assert table["instruction"]["mipro"] == "Count on your fingers."
