@@ -10,6 +10,7 @@ step that is to be compared on the validation split.
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -145,6 +146,8 @@ def trainer_settings(config, model: Model, place: Path) -> dict:
     """TRL's settings that SFT and GRPO share. ValueError for an optimizer whose package is not
     installed."""
     cpu = model.device.type == "cpu"
+    if cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # else "cpu:0", which torch.load refuses
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     if config.optimizer == "adamw-8bit" and find_spec("bitsandbytes") is None:
         raise ValueError(
             "optimizer is 'adamw-8bit', which needs bitsandbytes (not part of the kit: pip install "
