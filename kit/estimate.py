@@ -160,8 +160,8 @@ def _memory_shortage(profile: str, model: str, speed: dict) -> str:
     available = memory_limit_bytes()
     if cards := [gpu["memory_mib"] for gpu in gpus()] if speed["device"] == "cuda" else []:
         available = max(cards) * 2**20
-    # That of the notebook's own model is packed only where there is room.
-    available -= PROCESS_BYTES + dtype.itemsize * memory.parameters(config)
+    # The notebook's own model has decoded before it is trained.
+    available -= PROCESS_BYTES + memory.decoding(config, speed["device"], dtype)
     for recipe in recipes:
         tokens = PROMPT + getattr(recipe, "max_new_tokens", plan.max_new_tokens)
         how = tokens, available, speed["device"], dtype, True

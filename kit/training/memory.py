@@ -99,8 +99,7 @@ def peak(
         if recipe.beta and not recipe.lora_rank:
             reference = size * stored
         if recipe.rollouts == "kit":
-            sampler = size * stored if size < 4 else 0
-            sampler += _packed(size * (linear + embedding), size) if cpu else 0
+            sampler = decoding(config, device, dtype) - (4 * stored if size == 4 else 0)
         if recipe.rollouts != "vllm-server":
             kv = 2 * _kv(config) * layers * size
             rollouts = together * (tokens * kv + 12 * config.vocab_size)
@@ -108,10 +107,13 @@ def peak(
     return TrainingMemory(*held, sampler, update, rollouts, 2 * weights)
 
 
-def _packed(copies: float, size: int) -> float:
-    """Bytes of packed copies of weights beside them; see `packed_weights.changes_bits`."""
-    scarce = packed_weights.SHARE * copies > psutil.virtual_memory().total
-    return 0 if size == 4 and scarce else copies
+def decoding(config: PretrainedConfig, device: str, dtype: torch.dtype) -> float:
+    """Bytes of a model that decodes: its weights and, on a CPU, the packed copies beside them,
+    which in float32 need memory for several times as much; see `packed_weights.changes_bits`."""
+    config, size = config.get_text_config(), dtype.itemsize
+    copies = size * (_linear(config) + config.vocab_size * config.hidden_size)
+    scarce = size == 4 and packed_weights.SHARE * copies > psutil.virtual_memory().total
+    return size * parameters(config) + (copies if device == "cpu" and not scarce else 0)
 
 
 def parameters(config: PretrainedConfig) -> int:

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from kit.data import prompts
+from kit.inference import packed_weights
 from kit.inference.decode import tokenize
 from kit.models.bundled import MODELS
 from kit.models.load import load
@@ -73,6 +74,15 @@ def test_the_peak_is_as_computed(folder, tmp_path, monkeypatch, recipe, dtype, r
         run = lambda: sft.sft(folder, ROWS, recipe, tmp_path)  # noqa: E731
     how = tokens, "cpu", getattr(torch, dtype), False
     assert allocated(run) == pytest.approx(memory.peak(SHAPE, recipe, *how).total, rel=0.05)
+
+
+def test_a_model_that_decodes_keeps_packed_copies(folder, dtype):
+    model, copies = load(folder, dtype=dtype), []
+    made = allocated(lambda: copies.append(packed_weights.pack(model.weights)))
+    alone = memory.decoding(SHAPE, "cuda", model.dtype)
+    assert sum(p.nbytes for p in model.weights.parameters()) == pytest.approx(alone, rel=0.01)
+    copied = memory.decoding(SHAPE, "cpu", model.dtype) - alone
+    assert copied <= made < 1.25 * copied  # a moment of rows by which they are checked
 
 
 def test_where_memory_is_short_layers_are_computed_again_and_the_steps_are_the_same(
