@@ -139,6 +139,14 @@ def pairs_needed(only_treatment: float, only_control: float, power: float = 0.8)
     return ceil((root / effect) ** 2)
 
 
+def minimum_detectable(low: float, high: float, power: float = 0.8) -> float:
+    """The true difference which a study as precise as one with this 95% interval tells from zero
+    with `power`, in the interval's unit (minimum detectable effect, Bloom 1995,
+    https://doi.org/10.1177/0193841X9501900504)."""
+    z_test, z_power = stats.norm.ppf(0.975), stats.norm.ppf(power)
+    return (high - low) / 2 * (z_test + z_power) / z_test
+
+
 # Problems x samples, problems x trainings x samples
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kit.analysis import contrasts, tables
+from kit.analysis import contrasts, stats, tables
 from kit.data import problems, prompts
 from kit.evaluation.evaluate import evaluate
 from kit.evaluation.store import Store
@@ -306,8 +306,13 @@ def learning(places: Sequence[Path]) -> str:
 
 
 def sentence(frames: pd.DataFrame, arm: str, control: str, clause: str) -> str:
-    """What `arm` does to accuracy against `control`, with its interval; `clause` of `cut_short`."""
+    """What `arm` does to accuracy against `control`, with its interval and the power that there was
+    to see it; `clause` of `cut_short`."""
     effect = contrasts.compute({"measure": "accuracy", "arm": arm, "control": control}, frames)
     word = "raises" if effect.low > 0 else "lowers" if effect.high < 0 else "is not shown to change"
     interval = f"{effect.estimate:+.1f} points [{effect.low:.1f}, {effect.high:.1f}]"
-    return f"{arm} {word} accuracy against {control}{clause}: {interval}"
+    seen = stats.minimum_detectable(effect.low, effect.high)
+    return (
+        f"{arm} {word} accuracy against {control}{clause}: {interval}; an exam as precise as this "
+        f"shows a true difference of {seen:.1f} points in 80% of cases"
+    )

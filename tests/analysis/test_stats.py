@@ -11,6 +11,7 @@ from scipy import stats as scipy_stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.power import NormalIndPower
 from statsmodels.stats.weightstats import ttost_paired
 
 from kit.analysis import stats
@@ -79,6 +80,14 @@ def test_wilson_matches_published_intervals():
 def test_required_pairs_match_the_published_power():
     assert stats.pairs_needed(0.16, 0.08) == 292
     assert stats.pairs_needed(0.14, 0.10) == 1175
+
+
+@pytest.mark.parametrize("power", [0.8, 0.95])
+def test_the_difference_that_an_interval_can_tell_from_zero(power):
+    """Against statsmodels, where n differences have a standard deviation of 1."""
+    n, half = 154, scipy_stats.norm.ppf(0.975) / 154**0.5
+    effect = NormalIndPower(ddof=0).solve_power(nobs1=n, alpha=0.05, power=power, ratio=0)
+    assert stats.minimum_detectable(3 - half, 3 + half, power) == pytest.approx(effect, rel=1e-4)
 
 
 def test_best_of_eight_checkpoints_flatters_by_twelve_points():

@@ -1,6 +1,7 @@
 """Phase 2 as a study: its stages on a tiny model, and what is made of their results."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -137,7 +138,8 @@ def test_a_contrast_in_one_sentence(before, after, words):
     )
     frames = [frame([i < n for i in range(20)], arm=arm, **columns)
               for arm, n in (("base", before), ("own", after))]  # fmt: skip
-    assert words in phase2.sentence(pd.concat(frames), "own", "base", "")
+    text = phase2.sentence(pd.concat(frames), "own", "base", "")
+    assert words in text and re.search(r"true difference of \d+\.\d points in 80% of cases", text)
 
 
 def test_rewards_of_texts_and_of_lengths(tiny):
