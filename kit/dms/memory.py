@@ -59,7 +59,7 @@ def choose(model: Model, recipe: EvictorRecipe, micro_batch: int | None = None) 
     """How many sequences of a batch to compute at once, and whether layers are computed again in
     the backward pass: the first of these that fits. MemoryError, with the bytes, if none does."""
     sizes = [micro_batch] if micro_batch else [recipe.batch >> n for n in range(20)]
-    config, weights = model.weights.config, 0.0
+    config = model.weights.config
     weights = sum(p.nbytes for p in model.weights.parameters())
     free = free_bytes(model.device) + weights
     for checkpointing in (False, True):

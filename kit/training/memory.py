@@ -180,7 +180,9 @@ def shortage(config: PretrainedConfig, recipe, tokens: int, available: float, *h
     need = peak(config, recipe, tokens, *how)
     if need.total <= available:
         return ""
-    takes = f"takes {need.total / 1e9:.1f} GB at its peak, of {available / 1e9:.1f} ({need}); "
+    again = " with gradient checkpointing" if how[2] else ""
+    takes = f"takes {need.total / 1e9:.1f} GB at its peak{again}, of {available / 1e9:.1f} "
+    takes += f"({need}); "
     for changes in _lighter(recipe, how[0]):
         less = peak(config, replace(recipe, **changes), tokens, *how).total
         if less <= available:
