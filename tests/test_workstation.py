@@ -300,7 +300,7 @@ def test_the_workstation_profile_runs_to_its_end(tmp_path, bundled):
     judged = {row["claim"]: row["verdict"] for row in verdicts if row["system"] == "open-rs"}
     assert judged["openrs-rs3-aime24-gain"] and judged["openrs-completions"] == "differs"
     pinned = json.loads((cache / "revisions.json").read_text())
-    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 1 + 4 + 4 + 6 + 2 + 2
+    assert set(pinned.values()) == {"a" * 40} and len(pinned) == 1 + 4 + 4 + 7 + 2 + 2
     done = kit("bundle", "--profile", "workstation", **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     checked = verify.check(folder / "bundle.zip")

@@ -101,7 +101,7 @@ def quality(table: pd.DataFrame) -> Picture:
         for series, name, rows in groups(table, "policy"):
             rows = rows.sort_values("kept_fraction")
             line(axes, rows["kept_fraction"], [*rows["kl"]], series, name)
-        if axes.dataLim.y1 > 0:  # nothing positive has no logarithm
+        if np.isfinite(axes.dataLim.minposy):  # what is not positive has no logarithm
             axes.set_yscale("log")
         _plain_numbers(axes.yaxis)
         axes.set_xlim(0, 1.02)
