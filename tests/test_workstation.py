@@ -196,7 +196,7 @@ def test_a_published_protocol_runs_to_its_end(tmp_path, bundled, name):
     notebooks = shortened(tmp_path / "notebooks", name, {"02_strategies": PUBLISHED})
     repos = {MODELS[0], EMBEDDER}
     environment = surroundings(tmp_path, bundled.tokenizer, repos, notebooks, count=20)
-    done = kit("reproduce", "--profile", name, "--only", "02", **environment)
+    done = kit("reproduce", "--profile", name, "--only", "02", "--force", **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     own = "rbslm-memory-gain" if name == "reasoning-bank-slm" else "rb-k1-against-k0"
     lines = [line for line in done.stdout.splitlines() if f" {own}: " in line]
