@@ -103,7 +103,7 @@ def quality(table: pd.DataFrame) -> Picture:
             line(axes, rows["kept_fraction"], [*rows["kl"]], series, name)
         if np.isfinite(axes.dataLim.minposy):  # what is not positive has no logarithm
             axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+            _plain_numbers(axes.yaxis)
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("kept fraction of the tokens, window counted")
         axes.set_ylabel("KL to full attention, nats")

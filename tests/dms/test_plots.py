@@ -21,6 +21,13 @@ def quality_table() -> pd.DataFrame:
     )
 
 
+@pytest.mark.filterwarnings("error")
+def test_divergences_that_are_not_positive_have_no_logarithm():
+    rounded = quality_table().assign(kl=[(-1e-4, -2e-4, 0.0)] * len(quality_table()))
+    assert plots.quality(rounded).axes[0].get_yscale() == "linear"
+    assert plots.quality(quality_table()).axes[0].get_yscale() == "log"
+
+
 def test_quality_draws_every_policy_and_names_the_best():
     picture = plots.quality(quality_table())
     (axes,) = picture.axes
