@@ -219,8 +219,12 @@ def test_the_report_shows_the_verdicts_made_again(tmp_path):
     text = page.read_text()
     assert "Judged again without a model: nothing differs." in text
     assert "A run of the laptop profile, judged again from its records" in text
-    assert "a CPU, 2 cores" in text and re.search(r"\bc0\b", text)  # not of here
+    assert "a CPU, 2 cores" in text and re.search(r"commit</dt>\s*<dd>c0</dd>", text)  # not of here
     assert (page.parent / "results/01_baseline.json").is_file()  # which the page links to
+    run = bundle.read(made)
+    run.stamps["01_baseline"]["commit"] = "c1"
+    text = verify.page(run, verify.rejudged(run), page.parent).read_text()
+    assert "01_baseline c1; 07_verdicts c0" in text
 
     def reproduced(data: bytes) -> bytes:
         rows = json.loads(data)["verdicts"]
