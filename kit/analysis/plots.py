@@ -32,7 +32,7 @@ SHARED = {
         ("plain", "fetched", "rag", "shared", "lora-ffn", "wrong", "generic", "continued",
          "fetched-oracle", "rag + fetched", "shared-bank", "shared-lora-ffn", "fetched-early",
          "larger anchor", "rag 5", "rag 5 + fetched"),
-        ("full", "dms", "window", "h2o", "tova", "random"),
+        ("full", "dms", "window", "h2o", "tova", "random", "rkv", "knorm", "snapkv"),
         ("as it is", "blocks", "strategies", "trained", "cache", "weights"),
         ("without the bank", "with the bank"),
         ("linear weights", "keys and values", "strategies", "embeddings", "bank",

@@ -192,8 +192,8 @@ def looks(picture: plots.Picture) -> dict[str, tuple]:
 
 def test_a_name_has_one_colour_in_all_figures():
     policies = pd.DataFrame({
-        "policy": ["full", "dms", "window", "tova", "h2o", "random"], "compression_x": 4.0,
-        "kept_fraction": 0.25, "kl": [(1.0, 0.9, 1.1)] * 6, "kv_bytes": 1e6,
+        "policy": ["full", "dms", "window", "tova", "h2o", "random", "knorm", "rkv", "snapkv"],
+        "compression_x": 4.0, "kept_fraction": 0.25, "kl": [(1.0, 0.9, 1.1)] * 9, "kv_bytes": 1e6,
     })  # fmt: skip
     arms = ["plain", "fetched", "wrong", "shared", "shared-bank", "rag", "rag 5", "lora-ffn"]
     facts = pd.DataFrame({
